@@ -1,0 +1,227 @@
+"""What stands behind the relay: the `Backend` interface, and loading one by name.
+
+A backend is a module of this package (`--backend=http` is `backends.http`), or
+any importable module with a dot in its name (`--backend=mycompany.queue`). It
+has one function, `make_backend(relay)`, which returns a `Backend`, and may
+`tornado.options.define` options of its own at import. To write one:
+
+    from backends import Backend
+
+    class PrintBackend(Backend):
+        async def message(self, connection, message):
+            print(connection.id, message)
+            await connection.send("thank you")
+
+    def make_backend(relay):
+        return PrintBackend()
+
+The other end, where clients connect, is `handlers.websocket`.
+"""
+
+import abc
+import asyncio
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Literal, Protocol
+
+from tornado.options import Error as OptionError
+
+Initiator = Literal["client", "backend", "relay"]
+
+
+@dataclass(frozen=True, slots=True)
+class Relay:
+    """What a backend may know of the relay that it serves.
+
+    `callback_url` is how its service reaches this instance's callbacks: a URL
+    without a trailing slash, or None where no address was given and none can
+    be told (a listener bound to a wildcard address). `instance` is
+    `<name>/<boot id>`, new at every start. `version` is SocketDock's.
+    """
+
+    callback_url: str | None
+    instance: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """A client's request for a WebSocket, as the relay read it.
+
+    Header names are lower-case, and a repeated header is joined with `, `.
+    `query` is without its question mark. `subprotocols` are the client's
+    offers, in its order.
+    """
+
+    headers: Mapping[str, str]
+    path: str
+    query: str
+    remote_ip: str
+    subprotocols: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Closure:
+    """How a connection ended.
+
+    `code` is the relay's own close code where it closed first, else the one
+    received: 1005 for a close frame without one, 1006 where no close frame was
+    seen (RFC 6455, section 7.4.1). `duration` is in seconds since the
+    connection was listed. `undelivered` counts messages that were read from
+    the client and given up before the backend took them.
+    """
+
+    code: int
+    reason: str
+    initiator: Initiator
+    duration: float
+    undelivered: int = 0
+
+
+class Connection(Protocol):
+    """One client's WebSocket, as a backend sees it."""
+
+    @property
+    def id(self) -> str:
+        """128 random bits as 32 hex digits."""
+
+    def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
+        """Send a `str` as a text frame, `bytes` as a binary one, whole.
+
+        None when the kernel has taken the last byte, or the handshake is still
+        being decided and the frame leaves right after it. Otherwise a future
+        that is done then, or fails with `ConnectionClosed`.
+
+        Raises `ConnectionClosed` where the connection is not open, and
+        `SendBufferFull` where too much waits already.
+        """
+
+    def drained(self) -> Awaitable[None]:
+        """Wait until nothing waits to be sent. Returns when closed, too."""
+
+    def close(
+        self, code: int = 1000, reason: str = "", initiator: Initiator = "backend"
+    ) -> None:
+        """Start the closing handshake; nothing where it has begun already.
+
+        `reason` is at most 123 bytes of UTF-8 (RFC 6455, section 5.5).
+        """
+
+
+class ConnectionClosed(Exception):
+    """The connection is closing or closed: nothing more reaches its client."""
+
+
+class SendBufferFull(Exception):
+    """The client reads more slowly than it is sent to."""
+
+
+class BackendError(Exception):
+    """The backend did not take an event: it is away, or its answer is no answer."""
+
+
+@dataclass
+class ConnectionRefused(Exception):
+    """The backend's verdict on a handshake is no.
+
+    `status` is the HTTP status for the client, `headers` and `body` go with it.
+    """
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+class Backend(abc.ABC):
+    """Receives the three events of each connection, in this order.
+
+    One connect, the messages in the order received, one disconnect; each is
+    called when the one before it has completed. Connections run in parallel,
+    on one thread: a method must never block.
+    """
+
+    async def connect(
+        self, connection: Connection, handshake: Handshake
+    ) -> str | None:
+        """Decide on a handshake, before it is answered.
+
+        Returns the subprotocol that it chose, which must be one of those
+        offered, or None to leave the choice to `--subprotocols`.
+        Raises `ConnectionRefused` to refuse, after which nothing more is
+        called for this connection, or `BackendError` where there is no
+        verdict: the client gets 503 and `disconnect` follows.
+        """
+        return None
+
+    @abc.abstractmethod
+    def message(
+        self, connection: Connection, message: str | bytes
+    ) -> Awaitable[None] | None:
+        """Take one message: `str` from a text frame, `bytes` from a binary one.
+
+        Returns None where the next message may follow at once, or an awaitable
+        that completes when it may; write `async def` for the simple case.
+        Raises `BackendError`, at once or from the awaitable, where it can't be
+        delivered: the client is closed with 1013, and what it sent since
+        counts as undelivered.
+        """
+
+    async def disconnect(self, connection: Connection, closure: Closure) -> None:
+        """Learn that an accepted connection has ended.
+
+        Raises `BackendError` where nobody could be told; the relay logs it.
+        """
+        return None
+
+    def called_back(self, connection: Connection) -> None:
+        """Learn that a callback request for `connection` came in."""
+        return None
+
+    async def close(self) -> None:
+        """Let go of what is open. Called once, after the last disconnect."""
+        return None
+
+
+def names() -> list[str]:
+    """The backends that ship: the modules of this package, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> ModuleType:
+    """Import the backend called `name`, which defines its options.
+
+    Raises `OptionError` with one sentence: there is no such module, it can't
+    be imported, or it is no backend.
+    """
+    module_name = name if "." in name else f"{__name__}.{name}"
+    try:
+        found = importlib.util.find_spec(module_name) is not None
+    except ModuleNotFoundError as error:
+        # A missing parent is a wrong name; a parent that misses something is not.
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise OptionError(_import_failure(name, error)) from error
+        found = False
+    except ValueError:
+        found = False
+    except Exception as error:
+        raise OptionError(_import_failure(name, error)) from error
+    if not found:
+        raise OptionError(
+            f"there is no backend {name!r}: choose one of {', '.join(names())},"
+            " or give a module's full name, with a dot"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise OptionError(_import_failure(name, error)) from error
+    if not callable(getattr(module, "make_backend", None)):
+        raise OptionError(f"module {module_name} is no backend: no make_backend() in it")
+    return module
+
+
+def _import_failure(name: str, error: Exception) -> str:
+    return f"backend {name!r} failed to import: {type(error).__name__}: {error}"

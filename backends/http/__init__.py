@@ -1,0 +1,252 @@
+"""The `http` backend: each event becomes a POST.
+
+A message's way: `HTTPBackend.message` → `event` writes the request →
+`delivery` keeps the order → `client` sends it.
+"""
+
+import asyncio
+from collections.abc import Awaitable
+
+import orjson
+from tornado.options import Error as OptionError
+from tornado.options import define, options
+
+from backends import (
+    Backend,
+    BackendError,
+    Closure,
+    Connection,
+    ConnectionRefused,
+    Handshake,
+    Relay,
+)
+from backends.http.client import Answer, Client, Target
+from backends.http.delivery import (
+    HELD_AFTER_DISCONNECT,
+    Deliveries,
+    Delivery,
+    Patience,
+    is_success,
+)
+from backends.http.event import EventWriter
+
+define("messageuri", type=str, metavar="URL",
+       help="each client message is POSTed here; required")
+define("disconnecturi", type=str, metavar="URL",
+       help="told of every closed connection; none: not told")
+define("connecturi", type=str, metavar="URL",
+       help="asked before a connection is accepted; none: all are accepted")
+define("handshake_timeout", default=10.0, metavar="SECONDS",
+       help="longest wait for the verdict of --connecturi; then 503")
+define("order_wait", default=1.0, metavar="SECONDS",
+       help="after that long without an answer the next message is sent all the "
+            "same; inf: strictly one at a time, which needs --backend_timeout")
+define("max_unanswered", default=16, metavar="COUNT",
+       help="most message requests of one connection that are open at once")
+define("backend_timeout", default=0.0, metavar="SECONDS",
+       help="longest wait for a message's answer; 0: as long as the connection "
+            "to the backend lives, since answers may be held")
+define("delivery_timeout", default=60.0, metavar="SECONDS",
+       help="longest that a message waits for a backend that shows no sign of "
+            "life; then the client is closed with 1013")
+define("backend_connect_timeout", default=5.0, metavar="SECONDS",
+       help="longest wait for a connection to the backend: name, TCP and TLS")
+define("backend_dead_after", default=60.0, metavar="SECONDS",
+       help="a backend's host that vanished without a word is noticed by then")
+define("max_backend_connections", default=4096, metavar="COUNT",
+       help="most connections to the backend at once, held answers included")
+
+DISCONNECT_TIMEOUT = 30.0  # seconds for the answer to a disconnect event
+MAX_REFUSAL_BODY = 4096  # bytes of a refusal's body that the client gets
+
+# A verdict that is passed on to the client; any other is no verdict.
+REFUSALS = frozenset({401, 403, 404, 429})
+REFUSAL_HEADERS = ("content-type", "www-authenticate", "retry-after")
+
+
+class HTTPBackend(Backend):
+    """POSTs events to an HTTP service."""
+
+    def __init__(
+        self,
+        relay: Relay,
+        message_target: Target,
+        disconnect_target: Target | None,
+        connect_target: Target | None,
+        client: Client,
+        patience: Patience,
+        handshake_timeout: float,
+    ) -> None:
+        self._events = EventWriter(relay)
+        self._message_target = message_target
+        self._disconnect_target = disconnect_target
+        self._connect_target = connect_target
+        self._client = client
+        self._handshake_timeout = handshake_timeout
+        self._deliveries = Deliveries(client, message_target, patience)
+        # Of connections that have sent a message, by id, until their disconnect.
+        self._by_id: dict[str, Delivery] = {}
+
+    async def connect(
+        self, connection: Connection, handshake: Handshake
+    ) -> str | None:
+        """Ask `--connecturi`; accepted where there is none."""
+        target = self._connect_target
+        if target is None:
+            return None
+        answer = await self._post(
+            target,
+            self._events.connect(target, connection.id, handshake),
+            self._handshake_timeout,
+            keep=True,
+        )
+        if answer.status in REFUSALS:
+            raise ConnectionRefused(
+                answer.status,
+                {
+                    name: answer.headers[name]
+                    for name in REFUSAL_HEADERS
+                    if name in answer.headers
+                },
+                answer.body[:MAX_REFUSAL_BODY],
+            )
+        if not is_success(answer.status):
+            raise BackendError(f"POST {target}: answered {answer.status}")
+        return chosen_subprotocol(answer.body)
+
+    def message(
+        self, connection: Connection, message: str | bytes
+    ) -> Awaitable[None] | None:
+        """Post to `--messageuri`; the next may follow once this is answered."""
+        delivery = self._by_id.get(connection.id)
+        if delivery is None:
+            delivery = self._by_id[connection.id] = Delivery(
+                self._deliveries, connection
+            )
+        delivery.number += 1
+        return delivery.post(
+            self._events.message(
+                self._message_target, connection.id, delivery.number, message
+            )
+        )
+
+    async def disconnect(self, connection: Connection, closure: Closure) -> None:
+        """Post to `--disconnecturi`; held requests end a little later."""
+        delivery = self._by_id.get(connection.id)
+        try:
+            if self._disconnect_target is not None:
+                await self._post_disconnect(
+                    self._disconnect_target, connection, closure, delivery
+                )
+        finally:
+            if delivery is not None:
+                del self._by_id[connection.id]
+                asyncio.get_running_loop().call_later(
+                    HELD_AFTER_DISCONNECT, delivery.end
+                )
+
+    async def _post_disconnect(
+        self,
+        target: Target,
+        connection: Connection,
+        closure: Closure,
+        delivery: Delivery | None,
+    ) -> None:
+        answer = await self._post(
+            target,
+            self._events.disconnect(
+                target,
+                connection.id,
+                closure,
+                closure.undelivered + (delivery.undelivered if delivery else 0),
+                delivery.refused if delivery else 0,
+            ),
+            DISCONNECT_TIMEOUT,
+        )
+        if not is_success(answer.status):
+            raise BackendError(f"POST {target}: answered {answer.status}")
+
+    def called_back(self, connection: Connection) -> None:
+        """A sign of life from the backend of this connection."""
+        if (delivery := self._by_id.get(connection.id)) is not None:
+            delivery.called_back()
+
+    async def close(self) -> None:
+        """Close every connection to the backend."""
+        self._deliveries.closing = True
+        self._client.close()
+
+    async def _post(
+        self, target: Target, data: bytes, timeout: float, keep: bool = False
+    ) -> Answer:
+        done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+        def on_done(outcome: Answer | BackendError) -> None:
+            if done.done():
+                return
+            if isinstance(outcome, BackendError):
+                done.set_exception(outcome)
+            else:
+                done.set_result(outcome)
+
+        exchange = self._client.post(target, data, on_done, timeout=timeout, keep=keep)
+        try:
+            return await done
+        finally:
+            if not done.done() or done.cancelled():
+                exchange.let_go()
+
+
+def chosen_subprotocol(body: bytes) -> str | None:
+    """The `subprotocol` of a connect answer's JSON body, if there is one."""
+    try:
+        verdict = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None  # "OK", or nothing: a verdict all the same
+    if not isinstance(verdict, dict) or verdict.get("subprotocol") is None:
+        return None
+    if not isinstance(verdict["subprotocol"], str):
+        raise BackendError("the backend's subprotocol is not a string")
+    return verdict["subprotocol"]
+
+
+def target_of(option: str) -> Target | None:
+    """The URL that an option holds. Raises `OptionError` where it is none."""
+    if not options[option]:
+        return None
+    try:
+        return Target.parse(options[option])
+    except ValueError as error:
+        raise OptionError(f"--{option}={options[option]}: {error}") from None
+
+
+def make_backend(relay: Relay) -> HTTPBackend:
+    """The backend for `--backend=http`, from the options."""
+    message_target = target_of("messageuri")
+    if message_target is None:
+        raise OptionError("--backend=http needs --messageuri")
+    if relay.callback_url is None:
+        raise OptionError(
+            "--backend=http needs --externalhostandport, since callbacks are bound"
+            " to a wildcard address"
+        )
+    if options.order_wait == float("inf") and not options.backend_timeout:
+        raise OptionError("--order_wait=inf needs --backend_timeout")
+    return HTTPBackend(
+        relay,
+        message_target,
+        target_of("disconnecturi"),
+        target_of("connecturi"),
+        Client(
+            options.max_backend_connections,
+            options.backend_connect_timeout,
+            options.backend_dead_after,
+        ),
+        Patience(
+            options.order_wait,
+            options.max_unanswered,
+            options.backend_timeout or None,
+            options.delivery_timeout,
+        ),
+        options.handshake_timeout,
+    )

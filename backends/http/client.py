@@ -1,0 +1,604 @@
+"""A small HTTP/1.1 client: POSTs over pooled keep-alive connections.
+
+Of our own, since delivery needs what no library tells: when a request has left
+whole, and how to let one go (docs/decisions/003-own-http-client.md). Parsing is
+httptools', racing IPv6 against IPv4 is aiohappyeyeballs'.
+"""
+
+import asyncio
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohappyeyeballs
+import httptools
+
+from backends import BackendError
+
+MAX_CONNECTING = 128  # TCP handshakes under way at once to one origin
+ADDRESSES_TTL = 5.0  # seconds for which a name's addresses are used again
+IDLE_TIMEOUT = 60.0  # seconds; a connection unused for that long is closed
+HAPPY_EYEBALLS_DELAY = 0.25  # seconds; RFC 8305, section 8
+MAX_HEADERS_SIZE = 64 * 1024  # bytes of an answer before its body
+MAX_KEPT_BODY = 64 * 1024  # bytes of a body that is used; the rest is dropped
+MAX_DROPPED_BODY = 1024 * 1024  # bytes; beyond, the connection is closed
+KEEPALIVE_PROBES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where to POST: an http(s) URL in the parts that a request needs."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str  # with the query
+
+    @classmethod
+    def parse(cls, url: str) -> "Target":
+        """Raises `ValueError` with what is wrong with `url`."""
+        if not url.isascii() or any(c <= " " or c == "\x7f" for c in url):
+            raise ValueError("it has characters that a URL must percent-encode")
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https"):
+            raise ValueError("it is not an http:// or https:// URL")
+        if not parts.hostname:
+            raise ValueError("it has no host")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("it has a user name or a password in it")
+        try:
+            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        except ValueError:
+            raise ValueError("its port is not a number from 1 to 65535") from None
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        return cls(parts.scheme, parts.hostname, port, path)
+
+    @property
+    def origin(self) -> tuple[str, str, int]:
+        """What connections are shared by."""
+        return self.scheme, self.host, self.port
+
+    @property
+    def authority(self) -> str:
+        """The Host header's value (RFC 9110, section 7.2)."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        default = {"http": 80, "https": 443}[self.scheme]
+        return host if self.port == default else f"{host}:{self.port}"
+
+    def __str__(self) -> str:
+        """Without the query, which may hold a secret."""
+        return f"{self.scheme}://{self.authority}{self.path.partition('?')[0]}"
+
+
+@dataclass(slots=True)
+class Answer:
+    """A response: its status, and its headers and body where they were asked for."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Exchange:
+    """One request and what became of it.
+
+    `on_sent` is called when the kernel has the whole request, `on_done` once
+    with the answer or the `BackendError`, neither before `Client.post`
+    returns. After `let_go` neither is called.
+    """
+
+    __slots__ = (
+        "connection",
+        "data",
+        "keep",
+        "on_done",
+        "on_sent",
+        "resent",
+        "target",
+        "timer",
+    )
+
+    def __init__(
+        self,
+        target: Target,
+        data: bytes,
+        on_done: Callable[[Answer | BackendError], None],
+        on_sent: Callable[[], None] | None,
+        keep: bool,
+    ) -> None:
+        self.target = target
+        self.data = data
+        self.on_done: Callable[[Answer | BackendError], None] | None = on_done
+        self.on_sent = on_sent
+        self.keep = keep
+        self.resent = False
+        self.connection: _Connection | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+    def finish(self, outcome: Answer | BackendError) -> None:
+        """Tell the outcome, once."""
+        on_done, self.on_done, self.on_sent = self.on_done, None, None
+        self.data = b""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        if on_done is not None:
+            on_done(outcome)
+
+    def let_go(self) -> None:
+        """Close the request's connection, or give up its place in the line."""
+        self.on_done = self.on_sent = None
+        if self.timer is not None:
+            self.timer.cancel()
+        if self.connection is not None:
+            self.connection.close()
+
+    def sent(self) -> None:
+        """The kernel has taken the last byte."""
+        if self.on_sent is not None:
+            self.on_sent()
+
+
+class Client:
+    """A pool of connections to every origin that is POSTed to.
+
+    `max_connections` bounds those open or being opened, over all origins;
+    beyond it requests wait in line, and `on_starved` is called for each, so
+    that somebody may let one go. `connect_timeout` covers name, TCP and TLS.
+    A peer that is gone without a word is noticed within `dead_after` seconds.
+    """
+
+    def __init__(
+        self,
+        max_connections: int,
+        connect_timeout: float,
+        dead_after: float,
+        tls: ssl.SSLContext | None = None,
+        on_starved: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.max_connections = max_connections
+        self.connect_timeout = connect_timeout
+        self.dead_after = dead_after
+        self.on_starved = on_starved
+        self.tls = tls
+        self.open = 0
+        self._origins: dict[tuple[str, str, int], _Origin] = {}
+        self._closed = False
+
+    def post(
+        self,
+        target: Target,
+        data: bytes,
+        on_done: Callable[[Answer | BackendError], None],
+        on_sent: Callable[[], None] | None = None,
+        timeout: float | None = None,
+        keep: bool = False,
+    ) -> Exchange:
+        """Send `data`, a whole request, and report its outcome.
+
+        `timeout` is in seconds from now to the answer; None waits for as long
+        as the connection lives. `keep` asks for the answer's headers and body.
+        """
+        exchange = Exchange(target, data, on_done, on_sent, keep)
+        loop = asyncio.get_running_loop()
+        if timeout is not None:
+            exchange.timer = loop.call_later(timeout, self._on_timeout, exchange, timeout)
+        origin = self._origins.get(target.origin)
+        if origin is None:
+            origin = self._origins[target.origin] = _Origin(self, target)
+        origin.dispatch(exchange)
+        return exchange
+
+    @property
+    def starved(self) -> bool:
+        """Whether requests wait and no connection may be opened for them."""
+        return self.open >= self.max_connections and any(
+            origin.waiting for origin in self._origins.values()
+        )
+
+    def close(self) -> None:
+        """Close every connection; what is under way ends with an error."""
+        self._closed = True
+        for origin in self._origins.values():
+            origin.close()
+
+    def make_room(self) -> None:
+        """Close an idle connection to another origin, or ask for one to be let go."""
+        for origin in self._origins.values():
+            if origin.idle:
+                origin.idle.pop().close()
+                return
+        self.on_starved()
+
+    def on_slot_free(self) -> None:
+        """A connection ended: whoever waits may open another."""
+        if not self._closed:
+            for origin in self._origins.values():
+                origin.connect_for_waiting()
+
+    @staticmethod
+    def _on_timeout(exchange: Exchange, timeout: float) -> None:
+        exchange.timer = None
+        connection = exchange.connection
+        exchange.finish(
+            BackendError(f"POST {exchange.target}: no answer in {timeout:g} s")
+        )
+        if connection is not None:
+            connection.close()
+
+
+class _Origin:
+    """One scheme, host and port: its idle connections, and who waits for one."""
+
+    def __init__(self, client: Client, target: Target) -> None:
+        self.client = client
+        self.target = target
+        self.idle: list[_Connection] = []
+        self.busy: set[_Connection] = set()
+        self.waiting: deque[Exchange] = deque()
+        # Held here while they connect; each reports to who waits.
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._addresses: list[aiohappyeyeballs.AddrInfoType] = []
+        self._resolved_at = float("-inf")
+        self._resolving: asyncio.Future[None] | None = None
+
+    def dispatch(self, exchange: Exchange) -> None:
+        """Send on an idle connection, or wait for one."""
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.is_usable():
+                connection.send(exchange)
+                return
+        self.waiting.append(exchange)
+        self.connect_for_waiting()
+
+    def connect_for_waiting(self) -> None:
+        """Open connections for those who wait, within the bounds."""
+        loop = asyncio.get_running_loop()
+        while len(self._connecting) < min(len(self.waiting), MAX_CONNECTING):
+            if self.client.open >= self.client.max_connections:
+                self.client.make_room()
+                return
+            self.client.open += 1
+            task = loop.create_task(self._connect())
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self) -> None:
+        try:
+            try:
+                async with asyncio.timeout(self.client.connect_timeout):
+                    connection = await self._open()
+            except TimeoutError:
+                raise BackendError(
+                    f"no connection in {self.client.connect_timeout:g} s"
+                ) from None
+            except ssl.SSLCertVerificationError as error:
+                raise BackendError(f"TLS: {error.verify_message}") from error
+            except ssl.SSLError as error:
+                raise BackendError(f"TLS: {error.reason}") from error
+            except OSError as error:
+                raise BackendError(f"cannot connect: {error.strerror or error}") from error
+        except BackendError as error:
+            self._slot_free()
+            if (exchange := self._next_waiting()) is not None:
+                exchange.finish(BackendError(f"POST {exchange.target}: {error}"))
+            return
+        except BaseException:
+            self._slot_free()
+            raise
+        self._hand_on(connection)
+
+    def _slot_free(self) -> None:
+        self._connecting.discard(asyncio.current_task())  # type: ignore[arg-type]
+        self.client.open -= 1
+        asyncio.get_running_loop().call_soon(self.client.on_slot_free)
+
+    async def _open(self) -> "_Connection":
+        addresses = await self._resolve()
+        sock = await aiohappyeyeballs.start_connection(
+            addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY, interleave=1
+        )
+        try:
+            watch(sock, self.client.dead_after)
+            tls = None
+            if self.target.scheme == "https":
+                tls = self.client.tls or ssl.create_default_context()
+                self.client.tls = tls
+            _, connection = await asyncio.get_running_loop().create_connection(
+                lambda: _Connection(self),
+                sock=sock,
+                ssl=tls,
+                server_hostname=self.target.host if tls else None,
+            )
+        except BaseException:
+            sock.close()
+            raise
+        return connection
+
+    async def _resolve(self) -> list[aiohappyeyeballs.AddrInfoType]:
+        """The host's addresses; one look-up at a time."""
+        loop = asyncio.get_running_loop()
+        while loop.time() > self._resolved_at + ADDRESSES_TTL:
+            if self._resolving is not None:
+                await asyncio.shield(self._resolving)
+                continue
+            self._resolving = loop.create_future()
+            try:
+                self._addresses = await loop.getaddrinfo(
+                    self.target.host, self.target.port, type=socket.SOCK_STREAM
+                )
+                self._resolved_at = loop.time()
+            finally:
+                self._resolving.set_result(None)
+                self._resolving = None
+        return list(self._addresses)
+
+    def on_free(self, connection: "_Connection") -> None:
+        """A connection has finished its exchange."""
+        self.busy.discard(connection)
+        self._hand_on(connection)
+
+    def _hand_on(self, connection: "_Connection") -> None:
+        if not connection.is_usable():
+            return
+        if (exchange := self._next_waiting()) is not None:
+            connection.send(exchange)
+        else:
+            self.idle.append(connection)
+            connection.expire()
+
+    def _next_waiting(self) -> Exchange | None:
+        while self.waiting:
+            exchange = self.waiting.popleft()
+            if exchange.on_done is not None:  # neither timed out nor let go
+                return exchange
+        return None
+
+    def on_lost(self, connection: "_Connection") -> None:
+        """A connection's socket is gone."""
+        self.busy.discard(connection)
+        if connection in self.idle:
+            self.idle.remove(connection)
+        self.client.open -= 1
+        self.client.on_slot_free()
+
+    def resend(self, exchange: Exchange) -> None:
+        """Send once more, on a connection that is new."""
+        exchange.resent = True
+        exchange.connection = None
+        for connection in self.idle:  # as stale as the one that failed, likely
+            connection.close()
+        self.idle.clear()
+        self.waiting.appendleft(exchange)
+        self.connect_for_waiting()
+
+    def close(self) -> None:
+        """End everything."""
+        for task in list(self._connecting):
+            task.cancel()
+        for connection in [*self.idle, *self.busy]:
+            connection.close()
+        self.idle.clear()
+        while (exchange := self._next_waiting()) is not None:
+            exchange.finish(BackendError(f"POST {exchange.target}: the relay stops"))
+
+
+class _Connection(asyncio.Protocol):
+    """One TCP connection: one exchange at a time, then back to its origin."""
+
+    def __init__(self, origin: _Origin) -> None:
+        self._origin = origin
+        self._transport: asyncio.Transport | None = None
+        self._parser: Any = None
+        self._exchange: Exchange | None = None
+        self._used = False
+        self._paused = False
+        self._send_timer: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._started = False  # a byte of an answer came
+        self._has_headers = False
+        self._complete = False
+        self._status = 0
+        self._headers: dict[str, str] = {}
+        self._body: list[bytes] = []
+        self._size = 0
+        self._framed = False  # the body says where it ends
+
+    # The transport's callbacks.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        # So that writing pauses exactly while the kernel has not taken all.
+        transport.set_write_buffer_limits(high=0)
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
+        if self._exchange is not None:
+            self._exchange.sent()
+
+    def data_received(self, data: bytes) -> None:
+        if self._exchange is None and not self._has_headers:
+            self.close()  # an answer that nobody asked for
+            return
+        self._started = True
+        self._size += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if not self._has_headers:
+                self._fail(f"not an HTTP answer: {type(error).__name__}")
+            self.close()
+            return
+        if self._has_headers and (self._complete or not self._wants_body()):
+            self._answer()
+        elif not self._has_headers and self._size > MAX_HEADERS_SIZE:
+            self._fail("the answer's headers are too long")
+            self.close()
+        elif self._size > MAX_DROPPED_BODY + MAX_HEADERS_SIZE:
+            self._answer()
+            self.close()
+
+    def eof_received(self) -> bool:
+        if self._has_headers and not self._framed:
+            self._complete = True  # the body ends with the connection
+            self._answer()
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        for timer in (self._send_timer, self._idle_timer):
+            if timer is not None:
+                timer.cancel()
+        exchange = self._exchange
+        if exchange is None:
+            pass
+        elif self._used and not self._started and not exchange.resent and (
+            exchange.on_done is not None
+        ):
+            # The server closed an idle connection while the request was on
+            # its way (RFC 9112, section 9.3.1): nobody has seen it.
+            self._exchange = None
+            self._origin.on_lost(self)
+            self._origin.resend(exchange)
+            return
+        else:
+            what = "in the answer's middle" if self._started else "before an answer"
+            self._fail(f"connection lost {what}")
+        self._origin.on_lost(self)
+
+    # The parser's callbacks.
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        lower = name.lower()
+        if lower in (b"content-length", b"transfer-encoding"):
+            self._framed = True
+        self._headers[lower.decode("latin-1")] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status >= 200:
+            self._status = status
+            self._has_headers = True
+            self._framed = self._framed or status in (204, 304)
+        elif status == 101:
+            raise ValueError("switching protocols was not asked for")
+        else:  # an interim response (RFC 9110, section 15.2): the answer follows
+            self._headers, self._framed = {}, False
+
+    def on_body(self, body: bytes) -> None:
+        exchange = self._exchange
+        if exchange is not None and exchange.keep:
+            kept = sum(map(len, self._body))
+            if kept < MAX_KEPT_BODY:
+                self._body.append(body[: MAX_KEPT_BODY - kept])
+
+    def on_message_complete(self) -> None:
+        self._complete = self._has_headers
+
+    # What the origin asks.
+
+    def is_usable(self) -> bool:
+        """Whether another request may go."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, exchange: Exchange) -> None:
+        """Write one request."""
+        assert self._transport is not None
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        self._reset()
+        self._parser = httptools.HttpResponseParser(self)
+        self._exchange = exchange
+        self._origin.busy.add(self)
+        exchange.connection = self
+        self._transport.write(exchange.data)
+        loop = asyncio.get_running_loop()
+        if self._paused:
+            self._send_timer = loop.call_later(
+                self._origin.client.dead_after, self._on_send_timeout
+            )
+        elif exchange.on_sent is not None:
+            loop.call_soon(exchange.sent)
+
+    def expire(self) -> None:
+        """Close if unused for too long."""
+        self._idle_timer = asyncio.get_running_loop().call_later(
+            IDLE_TIMEOUT, self.close
+        )
+
+    def close(self) -> None:
+        """Close, letting what was written leave."""
+        if self._transport is not None:
+            if self._paused:
+                self._transport.abort()
+            else:
+                self._transport.close()
+
+    def _wants_body(self) -> bool:
+        return self._exchange is not None and self._exchange.keep
+
+    def _answer(self) -> None:
+        """The outcome is known: tell it, and be free once the body is over."""
+        exchange, self._exchange = self._exchange, None
+        reusable = self._complete and not self._paused and (
+            self._parser.should_keep_alive()
+        )
+        if exchange is not None:
+            exchange.connection = None
+        answer = Answer(self._status, self._headers, b"".join(self._body))
+        if self._complete:
+            self._has_headers = False
+            self._used = True
+            if reusable:
+                self._origin.on_free(self)
+            else:
+                self.close()
+        elif exchange is not None:
+            # A body that nobody uses: it may end by itself, within bounds.
+            self._origin.busy.add(self)
+            self.expire()
+        if exchange is not None:
+            exchange.finish(answer)
+
+    def _fail(self, why: str) -> None:
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.connection = None
+            exchange.finish(BackendError(f"POST {exchange.target}: {why}"))
+
+    def _on_send_timeout(self) -> None:
+        self._fail(f"not taken in {self._origin.client.dead_after:g} s")
+        if self._transport is not None:
+            self._transport.abort()
+
+
+def watch(sock: socket.socket, dead_after: float) -> None:
+    """Have the kernel notice a dead peer within `dead_after` seconds."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    step = max(1, int(dead_after / (KEEPALIVE_PROBES + 1)))
+    for option, value in (
+        ("TCP_KEEPIDLE", step),
+        ("TCP_KEEPINTVL", step),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+        ("TCP_USER_TIMEOUT", int(dead_after * 1000)),  # milliseconds
+    ):
+        if hasattr(socket, option):  # Linux has them all
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+

@@ -1,0 +1,1 @@
+"""The relay's two ends: clients' WebSockets and the backend's callbacks."""

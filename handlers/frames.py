@@ -1,0 +1,286 @@
+"""RFC 6455 frames, without a socket: bytes in, messages out, and the reverse.
+
+`handlers.protocol` reads and writes the bytes; here is only what they mean.
+"""
+
+import codecs
+import struct
+import zlib
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple
+
+from tornado.util import _websocket_mask as unmask
+
+FIN = 0x80
+RSV1 = 0x40  # "per-message compressed" (RFC 7692, section 6)
+RSV23 = 0x30
+MASKED = 0x80
+MAX_CONTROL_PAYLOAD = 125  # bytes; RFC 6455, section 5.5
+MAX_CLOSE_REASON = MAX_CONTROL_PAYLOAD - 2  # bytes, after the code
+
+# Stripped from, and restored to, each compressed message (RFC 7692, 7.2.1).
+DEFLATE_TAIL = b"\x00\x00\xff\xff"
+
+
+class Opcode(IntEnum):
+    """RFC 6455, section 5.2."""
+
+    CONTINUATION = 0x0
+    TEXT = 0x1
+    BINARY = 0x2
+    CLOSE = 0x8
+    PING = 0x9
+    PONG = 0xA
+
+
+class CloseCode(IntEnum):
+    """The codes the relay itself uses (RFC 6455, section 7.4.1, and IANA)."""
+
+    NORMAL = 1000
+    GOING_AWAY = 1001
+    PROTOCOL_ERROR = 1002
+    NO_STATUS = 1005  # never on the wire: a close frame without a code
+    ABNORMAL = 1006  # never on the wire: no close frame at all
+    INVALID_DATA = 1007
+    POLICY = 1008
+    TOO_BIG = 1009
+    INTERNAL_ERROR = 1011
+    TRY_AGAIN_LATER = 1013
+
+
+def is_valid_close_code(code: int) -> bool:
+    """Whether a peer may send `code` (RFC 6455, section 7.4, and IANA)."""
+    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
+class FrameError(Exception):
+    """The peer broke the protocol; `code` and `reason` are for the close frame."""
+
+    def __init__(self, code: CloseCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class Close(NamedTuple):
+    """A close frame: `code` is 1005 where it had none."""
+
+    code: int
+    reason: str
+
+
+class Ping(NamedTuple):
+    """A ping frame, to be answered with its payload."""
+
+    payload: bytes
+
+
+class Pong(NamedTuple):
+    """A pong frame."""
+
+    payload: bytes
+
+
+# A text message is a str, a binary one bytes.
+Received = str | bytes | Close | Ping | Pong
+
+
+class FrameParser:
+    """Turns a client's bytes into messages and control frames.
+
+    `max_message_size` bounds a message in bytes, decompressed and with all its
+    fragments. `compressed` says that permessage-deflate was agreed on, without
+    context takeover from the client.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_compressed",
+        "_decompress",
+        "_fragments",
+        "_max_message_size",
+        "_needed",
+        "_opcode",
+        "_utf8",
+    )
+
+    def __init__(self, max_message_size: int, compressed: bool = False) -> None:
+        self._max_message_size = max_message_size
+        self._compressed = compressed
+        self._buffer = bytearray()
+        self._needed = 2  # bytes until the frame at the head can be taken
+        # The message whose fragments are being collected; None between messages.
+        self._opcode: int | None = None
+        self._fragments = bytearray()
+        self._decompress = False
+        # Text is checked as it comes, so that bad UTF-8 fails fast.
+        self._utf8: codecs.IncrementalDecoder | None = None
+
+    def feed(self, data: bytes) -> Iterator[Received]:
+        """Yield what `data` completes, and keep the rest.
+
+        Raises `FrameError` at the first violation, after which nothing more
+        may be fed.
+        """
+        buffer = self._buffer
+        if buffer:
+            buffer += data
+            if len(buffer) < self._needed:
+                return
+            # A large frame arrives in many chunks: it was joined in place, and
+            # becomes bytes once.
+            data = bytes(buffer)
+            buffer.clear()
+        position, end = 0, len(data)
+        while True:
+            start = position
+            if end - position < 2:
+                self._needed = 2
+                break
+            first, second = data[position], data[position + 1]
+            length = second & 0x7F
+            self._check_header(first, second, length)
+            position += 2
+            if length > MAX_CONTROL_PAYLOAD:
+                extended = 2 if length == 126 else 8
+                if end - position < extended:
+                    self._needed = 2 + extended
+                    position = start
+                    break
+                length = int.from_bytes(data[position : position + extended])
+                position += extended
+            if first & 0x08 == 0 and (
+                length + len(self._fragments) > self._max_message_size
+            ):
+                raise FrameError(CloseCode.TOO_BIG, "message too big")
+            if end - position < 4 + length:
+                self._needed = position - start + 4 + length
+                position = start
+                break
+            mask = data[position : position + 4]
+            position += 4
+            payload = unmask(mask, data[position : position + length])
+            position += length
+            received = self._take(first, payload)
+            if received is not None:
+                yield received
+        if position < end:
+            buffer += data[position:] if position else data
+
+    def _check_header(self, first: int, second: int, length: int) -> None:
+        opcode = first & 0x0F
+        if not second & MASKED:
+            raise FrameError(CloseCode.PROTOCOL_ERROR, "frame is not masked")
+        if first & RSV23:
+            raise FrameError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
+        if opcode >= Opcode.CLOSE:
+            if opcode > Opcode.PONG:
+                raise FrameError(CloseCode.PROTOCOL_ERROR, "unknown opcode")
+            if not first & FIN:
+                raise FrameError(CloseCode.PROTOCOL_ERROR, "fragmented control frame")
+            if length > MAX_CONTROL_PAYLOAD:
+                raise FrameError(CloseCode.PROTOCOL_ERROR, "control frame too long")
+            if first & RSV1:
+                raise FrameError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
+            return
+        if opcode > Opcode.BINARY:
+            raise FrameError(CloseCode.PROTOCOL_ERROR, "unknown opcode")
+        if first & RSV1 and (not self._compressed or opcode == Opcode.CONTINUATION):
+            raise FrameError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
+        if (opcode == Opcode.CONTINUATION) != (self._opcode is not None):
+            raise FrameError(CloseCode.PROTOCOL_ERROR, "wrong continuation")
+
+    def _take(self, first: int, payload: bytes) -> Received | None:
+        opcode = first & 0x0F
+        if opcode >= Opcode.CLOSE:
+            return _control(opcode, payload)
+        if self._opcode is None:
+            compressed = bool(first & RSV1)
+            if first & FIN:
+                return self._message(opcode, payload, compressed)
+            self._opcode = opcode
+            self._decompress = compressed
+            if opcode == Opcode.TEXT and not compressed:
+                self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._fragments += payload
+        if self._utf8 is not None:
+            try:
+                self._utf8.decode(payload)
+            except UnicodeDecodeError:
+                raise FrameError(CloseCode.INVALID_DATA, "text is not UTF-8") from None
+        if not first & FIN:
+            return None
+        opcode, whole = self._opcode, bytes(self._fragments)
+        self._opcode, self._fragments, self._utf8 = None, bytearray(), None
+        return self._message(opcode, whole, self._decompress)
+
+    def _message(self, opcode: int, payload: bytes, compressed: bool) -> str | bytes:
+        if compressed:
+            payload = self._inflate(payload)
+        if opcode == Opcode.BINARY:
+            return payload
+        try:
+            return payload.decode()
+        except UnicodeDecodeError:
+            raise FrameError(CloseCode.INVALID_DATA, "text is not UTF-8") from None
+
+    def _inflate(self, payload: bytes) -> bytes:
+        """Decompress one message, never making more than one byte too many."""
+        inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+        try:
+            message = inflater.decompress(
+                payload + DEFLATE_TAIL, self._max_message_size + 1
+            )
+        except zlib.error:
+            raise FrameError(
+                CloseCode.INVALID_DATA, "bad compressed data"
+            ) from None
+        if len(message) > self._max_message_size:
+            raise FrameError(CloseCode.TOO_BIG, "message too big")
+        return message
+
+
+def _control(opcode: int, payload: bytes) -> Close | Ping | Pong:
+    if opcode == Opcode.PING:
+        return Ping(payload)
+    if opcode == Opcode.PONG:
+        return Pong(payload)
+    if not payload:
+        return Close(CloseCode.NO_STATUS, "")
+    if len(payload) == 1:
+        raise FrameError(CloseCode.PROTOCOL_ERROR, "close code of one byte")
+    code = int.from_bytes(payload[:2])
+    if not is_valid_close_code(code):
+        raise FrameError(CloseCode.PROTOCOL_ERROR, "invalid close code")
+    try:
+        return Close(code, payload[2:].decode())
+    except UnicodeDecodeError:
+        raise FrameError(
+            CloseCode.INVALID_DATA, "close reason is not UTF-8"
+        ) from None
+
+
+def deflate(message: bytes, level: int, mem_level: int) -> bytes:
+    """Compress one message on its own (RFC 7692, section 7.2.1)."""
+    deflater = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, mem_level)
+    data = deflater.compress(message) + deflater.flush(zlib.Z_SYNC_FLUSH)
+    return data[: -len(DEFLATE_TAIL)]
+
+
+def frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes:
+    """One whole frame, unmasked as a server's must be, in one piece."""
+    first = FIN | opcode | (RSV1 if compressed else 0)
+    length = len(payload)
+    if length <= MAX_CONTROL_PAYLOAD:
+        return bytes((first, length)) + payload
+    if length <= 0xFFFF:
+        return struct.pack("!BBH", first, 126, length) + payload
+    return struct.pack("!BBQ", first, 127, length) + payload
+
+
+def close_payload(code: int, reason: str = "") -> bytes:
+    """A close frame's payload; empty for 1005, which has no place on the wire."""
+    if code == CloseCode.NO_STATUS:
+        return b""
+    return code.to_bytes(2) + reason.encode()

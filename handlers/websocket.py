@@ -1,0 +1,566 @@
+"""The client's end: one WebSocket from its handshake to its farewell.
+
+What a client sends goes to the backend (`backends.Backend`); what the backend
+sends comes back through `handlers.callback` and `ClientSocketHandler.send`.
+"""
+
+import asyncio
+import base64
+import binascii
+import logging
+import secrets
+from collections import deque
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from tornado.options import define
+from tornado.websocket import WebSocketHandler
+
+from backends import (
+    Backend,
+    BackendError,
+    Closure,
+    ConnectionClosed,
+    ConnectionRefused,
+    Handshake,
+    Initiator,
+    SendBufferFull,
+)
+from handlers.connections import ConnectionMap
+from handlers.frames import Close, CloseCode, FrameError
+from handlers.heartbeat import Heartbeat
+from handlers.problem import ProblemHandler
+from handlers.protocol import ClientProtocol, Compression
+
+logger = logging.getLogger(__name__)
+
+define("max_message_size", default=4 * 1024 * 1024, metavar="BYTES",
+       help="largest message, either way; a larger one closes with 1009, or gets 413")
+define("ping_interval", default=20.0, metavar="SECONDS",
+       help="time between pings to each client; 0 turns them off")
+define("ping_timeout", default=20.0, metavar="SECONDS",
+       help="longest wait for any sign of life after a ping; 0 waits forever")
+define("allowed_origins", multiple=True, metavar="ORIGINS",
+       help="origins whose pages may connect, as https://app.example.com or "
+            "https://*.example.com, or * for all; none: the same origin only")
+define("require_origin", default=False,
+       help="refuse clients that send no Origin, as all but browsers do")
+define("subprotocols", multiple=True, metavar="NAMES",
+       help="subprotocols to choose from where the backend chose none: the "
+            "client's first one that is named here")
+define("compression", default=False,
+       help="accept permessage-deflate (RFC 7692)")
+define("compression_level", default=6, metavar="LEVEL",
+       help="zlib's level, 1 (fast) to 9 (small)")
+define("max_send_buffer", default=1024 * 1024, metavar="BYTES",
+       help="most that waits to be sent to one client; above it a send gets 429")
+define("send_timeout", default=10.0, metavar="SECONDS",
+       help="longest that a client may take nothing while frames wait for it; "
+            "then it is closed with 1008")
+define("connection_queue_messages", default=64, metavar="COUNT",
+       help="messages of one client that wait for the backend; then reading stops")
+define("connection_queue_bytes", default=1024 * 1024, metavar="BYTES",
+       help="bytes of one client's messages that wait for the backend; one "
+            "message may always wait")
+
+State = Literal["connecting", "open", "closing", "closed"]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientPolicy:
+    """What every client is held to; the options above, as typed values."""
+
+    max_message_size: int = 4 * 1024 * 1024
+    allowed_origins: Sequence[str] = ()
+    require_origin: bool = False
+    subprotocols: Sequence[str] = ()
+    compression: Compression | None = None
+    max_send_buffer: int = 1024 * 1024
+    send_timeout: float = 10.0
+    queue_messages: int = 64
+    queue_bytes: int = 1024 * 1024
+
+
+class ClientSocketHandler(ProblemHandler, WebSocketHandler):
+    """A client's connection, which backends know as `backends.Connection`."""
+
+    ws_connection: ClientProtocol | None
+
+    def initialize(  # type: ignore[override] # the route's third element
+        self,
+        connections: ConnectionMap,
+        backend: Backend,
+        heartbeat: Heartbeat,
+        policy: ClientPolicy,
+    ) -> None:
+        self.connections = connections
+        self.backend = backend
+        self.heartbeat = heartbeat
+        self.policy = policy
+
+        self.id = secrets.token_hex(16)
+        self.state: State = "connecting"
+        self.connected_at = datetime.now(UTC)
+        self._began = self.last_heard = self._last_sent = self._now()
+        self.messages_in = self.messages_out = self.bytes_in = self.bytes_out = 0
+        self.remote_ip = self.request.remote_ip or ""
+        self.user_agent = self.request.headers.get("User-Agent", "")
+        self.subprotocol: str | None = None
+
+        # Frames sent by callbacks while the handshake is being decided.
+        self._early: list[str | bytes] = []
+        self._early_close: tuple[int, str] | None = None
+        self._peer_gone = False
+        # Set by whoever closes first on this side: code, reason, initiator.
+        self._closing: tuple[int, str, Initiator] | None = None
+        # Messages between reading and delivering; none while the backend is quick.
+        self._queue: deque[str | bytes] | None = None
+        self._queued_bytes = 0
+        self._delivering = False
+        self._given_up = False
+        self._undelivered = 0
+        self._room: asyncio.Future[None] | None = None
+        self._idle: asyncio.Future[None] | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
+        self._taken_before = 0
+
+    # The handshake.
+
+    async def get(self, *args: Any, **kwargs: Any) -> None:
+        """Check the request, ask the backend, and only then accept.
+
+        Not in `prepare()`, which would ask before the checks; nor within
+        Tornado's accept, which fails where the client leaves meanwhile.
+        """
+        if not self._is_acceptable():
+            return
+        handshake = self._handshake()
+        self.connections.add(self)
+        try:
+            subprotocol = await self.backend.connect(self, handshake)
+            if subprotocol is not None and subprotocol not in handshake.subprotocols:
+                raise BackendError(
+                    "the backend chose a subprotocol that was not offered"
+                )
+        except ConnectionRefused as refused:
+            self._end()
+            self._refuse(refused)
+            return
+        except BackendError as error:
+            logger.warning("connection %s has no verdict: %s", self.id, error)
+            self._end()
+            self._say_farewell(Close(CloseCode.ABNORMAL, ""), "relay")
+            self.problem(HTTPStatus.SERVICE_UNAVAILABLE, "The backend gave no verdict.")
+            return
+        except BaseException:
+            self._end()
+            raise
+        if self._peer_gone or self.request.connection is None:
+            self._end()
+            self._say_farewell(Close(CloseCode.ABNORMAL, ""), "client")
+            return
+        if subprotocol is None:
+            subprotocol = next(
+                (p for p in handshake.subprotocols if p in self.policy.subprotocols),
+                None,
+            )
+        self.subprotocol = subprotocol
+        self.ws_connection = ClientProtocol(
+            self, self, self.policy.max_message_size, self.policy.compression
+        )
+        await self.ws_connection.accept(self, subprotocol)
+
+    def _is_acceptable(self) -> bool:
+        """Check method, headers and Origin (RFC 6455, section 4.2.1)."""
+        headers = self.request.headers
+        if self.connections.draining:
+            self.set_header("Retry-After", "1")
+            self.problem(HTTPStatus.SERVICE_UNAVAILABLE, "This instance is stopping.")
+        elif headers.get("Upgrade", "").lower() != "websocket" or "upgrade" not in (
+            token.strip().lower() for token in headers.get("Connection", "").split(",")
+        ):
+            self.set_header("Upgrade", "websocket")
+            self.set_header("Connection", "Upgrade")
+            self.problem(HTTPStatus.UPGRADE_REQUIRED, "Only WebSockets are served here.")
+        elif headers.get("Sec-WebSocket-Version") != "13":
+            self.set_header("Sec-WebSocket-Version", "13")
+            self.problem(HTTPStatus.UPGRADE_REQUIRED, "Only version 13 is served here.")
+        elif self.request.version != "HTTP/1.1":
+            self.problem(HTTPStatus.BAD_REQUEST, "A WebSocket needs HTTP/1.1.")
+        elif not _is_key(headers.get("Sec-WebSocket-Key", "")):
+            self.problem(HTTPStatus.BAD_REQUEST, "Sec-WebSocket-Key is not 16 bytes.")
+        elif not self._is_origin_allowed(headers.get_list("Origin")):
+            self.problem(HTTPStatus.FORBIDDEN, "This origin may not connect.")
+        else:
+            return True
+        return False
+
+    def _is_origin_allowed(self, origins: list[str]) -> bool:
+        if not origins:
+            return not self.policy.require_origin
+        if len(origins) > 1:
+            return False
+        return is_origin_allowed(
+            origins[0], self.policy.allowed_origins, self.request.host
+        )
+
+    def _handshake(self) -> Handshake:
+        headers = self.request.headers
+        offered = ",".join(headers.get_list("Sec-WebSocket-Protocol"))
+        return Handshake(
+            headers={
+                name.lower(): ", ".join(headers.get_list(name)) for name in headers
+            },
+            path=self.request.path,
+            query=self.request.query,
+            remote_ip=self.remote_ip,
+            subprotocols=[p for p in map(str.strip, offered.split(",")) if p],
+        )
+
+    def _refuse(self, refused: ConnectionRefused) -> None:
+        logger.info("connection %s refused with %d", self.id, refused.status)
+        if self._peer_gone:
+            return
+        self.set_status(refused.status)
+        self.clear_header("Content-Type")
+        for name, value in refused.headers.items():
+            self.set_header(name, value)
+        self.finish(refused.body)
+
+    def on_connection_close(self) -> None:
+        """The client left before the handshake was answered.
+
+        Tornado would call `on_close` now, and `open` all the same later.
+        """
+        self._peer_gone = True
+
+    # What ClientProtocol tells.
+
+    def on_open(self) -> None:
+        """The 101 is on its way: send what callbacks sent meanwhile."""
+        self.state = "open"
+        self.heartbeat.add(self)
+        logger.debug("connection %s opened", self.id)
+        early, self._early = self._early, []
+        for message in early:
+            self.send(message)
+        if self._early_close is not None:
+            self.close(*self._early_close)
+        elif self.connections.draining:
+            self.drain()
+
+    def on_heard(self) -> None:
+        """Bytes came."""
+        self.last_heard = self._now()
+
+    def on_message(self, message: str | bytes) -> None:
+        """Deliver a message now, or behind those that wait."""
+        self.messages_in += 1
+        self.bytes_in += size_of(message)
+        if self._given_up:
+            self._undelivered += 1
+        elif self._delivering:
+            if self._queue is None:
+                self._queue = deque()
+            self._queue.append(message)
+            self._queued_bytes += size_of(message)
+        else:
+            self._deliver(message)
+
+    def room(self) -> Awaitable[None] | None:
+        """None where another message may be read, else what to wait for."""
+        queue = self._queue
+        if not queue or (
+            len(queue) < self.policy.queue_messages
+            and self._queued_bytes < self.policy.queue_bytes
+        ):
+            return None
+        if self._room is None:
+            self._room = asyncio.get_running_loop().create_future()
+        return self._room
+
+    @property
+    def last_active_at(self) -> datetime:
+        """When anything was last heard from the client or sent to it."""
+        active = max(self.last_heard, self._last_sent) - self._began
+        return self.connected_at + timedelta(seconds=active)
+
+    @property
+    def reading_paused(self) -> bool:
+        """Whether nothing is read, since the queue is full."""
+        return self._room is not None
+
+    def on_failed(self, error: FrameError) -> None:
+        """The client broke the protocol."""
+        logger.info("connection %s: %s (%d)", self.id, error.reason, error.code)
+        self._begin_closing(error.code, error.reason, "relay")
+        assert self.ws_connection is not None
+        self.ws_connection.fail(error.code, error.reason)
+
+    def on_closed(self, peer: Close | None) -> None:
+        """The socket is gone; `peer` is the client's close frame if it came first."""
+        self._end()
+        if self._closing is not None:
+            code, reason, initiator = self._closing
+            self._say_farewell(Close(code, reason), initiator)
+        else:
+            self._say_farewell(peer or Close(CloseCode.ABNORMAL, ""), "client")
+
+    # Delivering.
+
+    def _deliver(self, message: str | bytes) -> None:
+        """Hand messages to the backend, until one has to be waited for."""
+        while True:
+            try:
+                taken = self.backend.message(self, message)
+            except BackendError as error:
+                self._give_up(error)
+                return
+            except Exception:
+                logger.exception("backend failed on a message of %s", self.id)
+                self._give_up(None)
+                return
+            if taken is not None:
+                self._delivering = True
+                waiting = asyncio.ensure_future(taken)
+                waiting.add_done_callback(self._on_delivered)
+                return
+            if not self._queue:
+                self._rest()
+                return
+            message = self._next()
+
+    def _on_delivered(self, taken: "asyncio.Future[None]") -> None:
+        error = taken.exception() if not taken.cancelled() else asyncio.CancelledError()
+        if error is None:
+            if self._queue:
+                self._deliver(self._next())
+            else:
+                self._rest()
+        elif isinstance(error, (BackendError, asyncio.CancelledError)):
+            self._give_up(error)
+        else:
+            logger.error("backend failed on a message of %s", self.id, exc_info=error)
+            self._give_up(None)
+
+    def _next(self) -> str | bytes:
+        assert self._queue
+        message = self._queue.popleft()
+        self._queued_bytes -= size_of(message)
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        self._room = None
+        return message
+
+    def _rest(self) -> None:
+        """Everything read so far has been taken."""
+        self._delivering = False
+        self._queue = None
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _give_up(self, error: BaseException | None) -> None:
+        """The message at the head can't be delivered: nor can those behind it."""
+        self._given_up = True
+        self._undelivered += 1 + len(self._queue or ())
+        if error is not None:
+            logger.warning("connection %s gives up: %s", self.id, error or "cancelled")
+            self.close(CloseCode.TRY_AGAIN_LATER, "backend unavailable", "relay")
+        else:
+            self.close(CloseCode.INTERNAL_ERROR, "internal error", "relay")
+        while self._queue:
+            self._next()
+        self._rest()
+
+    # What backends, callbacks and the relay ask of a connection.
+
+    def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
+        """Send one frame; see `backends.Connection.send`."""
+        if self.state == "connecting" and self._early_close is None:
+            early = sum(map(size_of, self._early))
+            if self._early and early + size_of(message) > self.policy.max_send_buffer:
+                raise SendBufferFull
+            self._early.append(message)
+            return None
+        protocol = self.ws_connection
+        if self.state != "open" or protocol is None:
+            raise ConnectionClosed
+        size, waiting = size_of(message), protocol.bytes_waiting
+        if waiting and waiting + size > self.policy.max_send_buffer:
+            raise SendBufferFull
+        sent = protocol.send(message)
+        self.messages_out += 1
+        self.bytes_out += size
+        self._last_sent = self._now()
+        if sent is not None and self._stall_timer is None:
+            self._watch_for_stall()
+        return sent
+
+    async def drained(self) -> None:
+        """Wait until the kernel has taken all frames, or the socket is gone."""
+        protocol = self.ws_connection
+        while self.state == "open" and protocol is not None and protocol.bytes_waiting:
+            try:
+                await protocol.stream.write(b"")
+            except OSError:  # StreamClosedError
+                return
+
+    def close(  # type: ignore[override] # with who asked for it
+        self,
+        code: int = CloseCode.NORMAL,
+        reason: str = "",
+        initiator: Initiator = "backend",
+    ) -> None:
+        """Start the closing handshake; see `backends.Connection.close`."""
+        if self.state == "connecting":
+            self._early_close = self._early_close or (code, reason)
+            return
+        protocol = self.ws_connection
+        if self.state != "open" or protocol is None or protocol.is_closing():
+            return
+        self._begin_closing(code, reason, initiator)
+        if protocol.bytes_waiting > self.policy.max_send_buffer:
+            protocol.abort()  # a close frame would wait behind all of it
+        else:
+            protocol.close(code, reason)
+
+    def drain(self) -> None:
+        """Close because this instance stops; once open, if it is still connecting."""
+        if self.state == "open":
+            self.close(CloseCode.GOING_AWAY, "going away", "relay")
+
+    def abort(self) -> None:
+        """Cut the connection off at once."""
+        if self.ws_connection is not None:
+            self.ws_connection.abort()
+
+    def ping(self) -> None:
+        """Send a ping."""
+        if self.ws_connection is not None:
+            self.ws_connection.ping()
+
+    def vanish(self) -> None:
+        """Cut off a peer that answers no ping."""
+        self._begin_closing(CloseCode.ABNORMAL, "ping timeout", "relay")
+        self.abort()
+
+    def _watch_for_stall(self) -> None:
+        """Close with 1008 a client that takes nothing for `send_timeout`."""
+        protocol = self.ws_connection
+        self._stall_timer = None
+        if protocol is None or not protocol.bytes_waiting or protocol.stream.closed():
+            return
+        self._taken_before = protocol.bytes_taken
+        self._stall_timer = asyncio.get_running_loop().call_later(
+            self.policy.send_timeout, self._on_stall_time
+        )
+
+    def _on_stall_time(self) -> None:
+        protocol = self.ws_connection
+        if protocol is not None and protocol.bytes_waiting and (
+            protocol.bytes_taken == self._taken_before
+        ):
+            self._stall_timer = None
+            logger.info("connection %s takes nothing", self.id)
+            self._begin_closing(CloseCode.POLICY, "slow consumer", "relay")
+            protocol.abort()  # its buffer is full: a close frame can't reach it
+        else:
+            self._watch_for_stall()
+
+    # The end.
+
+    def _begin_closing(self, code: int, reason: str, initiator: Initiator) -> None:
+        self.state = "closing"
+        if self._closing is None:
+            self._closing = (code, reason, initiator)
+
+    def _end(self) -> None:
+        self.state = "closed"
+        self.connections.remove(self)
+        self.heartbeat.discard(self)
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    def _say_farewell(self, close: Close, initiator: Initiator) -> None:
+        self.connections.say_farewell(
+            self._farewell(close, initiator, self._now() - self._began)
+        )
+
+    async def _farewell(
+        self, close: Close, initiator: Initiator, duration: float
+    ) -> None:
+        """Tell the backend of the end, after all that was read before it."""
+        if self._delivering:
+            self._idle = asyncio.get_running_loop().create_future()
+            await self._idle
+        closure = Closure(
+            close.code, close.reason, initiator, duration, self._undelivered
+        )
+        logger.debug("connection %s closed with %d", self.id, close.code)
+        try:
+            await self.backend.disconnect(self, closure)
+        except BackendError as error:
+            logger.error("connection %s: disconnect not told: %s", self.id, error)
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+
+def size_of(message: str | bytes) -> int:
+    """Bytes of a message on the wire, before compression."""
+    if isinstance(message, str) and not message.isascii():
+        return len(message.encode())
+    return len(message)
+
+
+def _is_key(key: str) -> bool:
+    try:
+        return len(base64.b64decode(key, validate=True)) == 16
+    except (ValueError, binascii.Error):
+        return False
+
+
+_DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
+
+
+def is_origin_allowed(origin: str, allowed: Sequence[str], host: str) -> bool:
+    """Whether a page of `origin` may connect (RFC 6454, section 4).
+
+    Without `allowed`, its host and port must be those of the request's `host`;
+    the scheme is not compared, since TLS may end before the relay.
+    """
+    if "*" in allowed:
+        return True
+    given = split_origin(origin)
+    if given is None:
+        return False
+    if not allowed:
+        scheme, name, port = given
+        return split_origin(f"{scheme}://{host}") == given
+    for pattern in allowed:
+        scheme, name, port = split_origin(pattern) or ("", "", 0)
+        if (scheme, port) != (given[0], given[2]):
+            continue
+        if name == given[1] or (name.startswith("*.") and given[1].endswith(name[1:])):
+            return True
+    return False
+
+
+def split_origin(origin: str) -> tuple[str, str, int] | None:
+    """Scheme, host and port of an origin; None for anything else."""
+    try:
+        parts = urlsplit(origin.lower())
+        port = parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return None
+    if parts.path or parts.query or parts.fragment or "@" in parts.netloc:
+        return None
+    return parts.scheme, parts.hostname, port or _DEFAULT_PORTS[parts.scheme]

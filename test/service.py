@@ -1,0 +1,172 @@
+"""SocketDock as a process, and the backends that it talks to in tests."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from tornado.web import Application, RequestHandler
+
+PROJECT = Path(__file__).resolve().parent.parent
+DEADLINE = 15.0  # seconds for anything that should be quick
+
+STARTED = re.compile(r"clients at (ws://\S+), callbacks at (http://\S+), backend")
+
+
+class Service:
+    """`python socketdock.py` on free ports, for as long as the block runs.
+
+    At its end it is stopped with SIGTERM; it must exit 0 without a traceback,
+    unless the test took it down itself.
+    """
+
+    def __init__(
+        self,
+        *flags: str,
+        environment: Mapping[str, str] | None = None,
+        command: list[str] | None = None,
+        cwd: Path = PROJECT,
+    ) -> None:
+        self.command = command or [sys.executable, "socketdock.py"]
+        self.flags = list(flags)
+        if not any(flag.startswith("--bindport") for flag in flags):
+            self.flags += ["--bindport=0"]
+        self.environment = {**os.environ, **(environment or {})}
+        self.cwd = cwd
+        self.log: list[str] = []
+        self.ws_url = self.callback_url = ""
+
+    async def __aenter__(self) -> Self:
+        self.process = await asyncio.create_subprocess_exec(
+            *self.command,
+            *self.flags,
+            cwd=self.cwd,
+            env=self.environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            limit=2**20,
+        )
+        self._started = asyncio.Event()
+        self._reader = asyncio.create_task(self._read_log())
+        await asyncio.wait_for(self._started.wait(), DEADLINE)
+        if not self.ws_url:
+            raise RuntimeError(f"did not start: {self.log}")
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        killed = self.process.returncode is not None
+        if not killed:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            status = await asyncio.wait_for(self.process.wait(), 40)
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
+            raise
+        finally:
+            await self._reader
+        assert not self.tracebacks, "\n".join(self.log)
+        if error[0] is None and not killed:
+            assert status == 0, "\n".join(self.log)
+
+    @property
+    def tracebacks(self) -> list[str]:
+        """Lines of the log that begin a traceback."""
+        return [line for line in self.log if "Traceback" in line]
+
+    async def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        async for raw in self.process.stderr:
+            line = raw.decode(errors="replace").rstrip()
+            self.log.append(line)
+            if (match := STARTED.search(line)) is not None:
+                self.ws_url, self.callback_url = match[1], match[2]
+                self._started.set()
+        self._started.set()
+
+
+class RecordingBackend:
+    """A real HTTP server that keeps every event, and answers as it is told.
+
+    `on_connect`, `on_message` and `on_disconnect` are given the handler and the
+    event; what they leave unanswered is answered with 200.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any], Mapping[str, str]]] = []
+        self.changed = asyncio.Condition()
+        self.answers: dict[str, Callable[[RequestHandler, Any], Awaitable[None]]] = {}
+        self.http = AsyncHTTPClient(force_instance=True, max_clients=500)
+
+    async def __aenter__(self) -> Self:
+        backend = self
+
+        class EventHandler(RequestHandler):
+            async def post(self, kind: str) -> None:
+                event = json.loads(self.request.body)
+                backend.events.append((kind, event, dict(self.request.headers)))
+                async with backend.changed:
+                    backend.changed.notify_all()
+                if kind in backend.answers:
+                    await backend.answers[kind](self, event)
+
+        application = Application(
+            [(r"/(connect|message|disconnect)", EventHandler)],
+            log_function=lambda handler: None,
+        )
+        sockets = bind_sockets(0, "127.0.0.1", backlog=1024)
+        self.port = sockets[0].getsockname()[1]
+        self.server = HTTPServer(application, max_buffer_size=64 * 2**20)
+        self.server.add_sockets(sockets)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.server.stop()
+        await self.server.close_all_connections()
+        self.http.close()
+
+    def url(self, kind: str) -> str:
+        return f"http://127.0.0.1:{self.port}/{kind}"
+
+    def flags(self, *kinds: str) -> list[str]:
+        """The relay's flags for this backend; all three events by default."""
+        return [
+            "--backend=http",
+            *(f"--{kind}uri={self.url(kind)}" for kind in kinds or self.KINDS),
+        ]
+
+    KINDS = ("message", "disconnect", "connect")
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The events of a kind, in the order in which they came."""
+        return [event for name, event, _ in self.events if name == kind]
+
+    async def wait_for(
+        self, kind: str, number: int, deadline: float = DEADLINE
+    ) -> list[dict[str, Any]]:
+        """The events of a kind, once there are `number` of them."""
+        async with asyncio.timeout(deadline), self.changed:
+            await self.changed.wait_for(lambda: len(self.of(kind)) >= number)
+        return self.of(kind)
+
+    async def call(self, url: str, method: str = "POST", **rest: Any) -> HTTPResponse:
+        """A callback; any status is an answer."""
+        body = rest.pop("body", b"" if method == "POST" else None)
+        return await self.http.fetch(
+            HTTPRequest(url, method, body=body, **rest), raise_error=False
+        )
+
+
+async def eventually(claim: Callable[[], bool], deadline: float = DEADLINE) -> None:
+    """Wait until `claim()` holds."""
+    async with asyncio.timeout(deadline):
+        while not claim():
+            await asyncio.sleep(0.01)

@@ -1,0 +1,477 @@
+"""The client's end: handshakes, messages, close codes and farewells."""
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+import websockets
+from service import DEADLINE, RecordingBackend, Service, eventually
+from tornado.web import RequestHandler
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="
+
+
+@contextlib.asynccontextmanager
+async def relay(
+    *kinds: str, flags: tuple[str, ...] = ()
+) -> AsyncIterator[tuple[Service, RecordingBackend]]:
+    """A relay in front of a recording backend."""
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(*kinds), *flags) as service:
+            yield service, backend
+
+
+async def refusal(url: str, **options: object) -> websockets.Response:
+    """What a handshake that is refused is answered."""
+    with pytest.raises(websockets.InvalidStatus) as error:
+        await websockets.connect(url, **options)
+    return error.value.response
+
+
+async def raw_handshake(url: str, *changes: str, method: str = "GET") -> str:
+    """Status line and headers that a handwritten handshake gets."""
+    host, port = url.removeprefix("ws://").removesuffix("/ws").split(":")
+    headers = {
+        "Host": f"{host}:{port}",
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": KEY,
+    }
+    for change in changes:
+        name, _, value = change.partition(": ")
+        headers[name] = value
+    lines = [f"{method} /ws HTTP/1.1"]
+    lines += [f"{name}: {value}" for name, value in headers.items() if value]
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
+    answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), DEADLINE)
+    writer.close()
+    return answer.decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "method", "status"),
+    [
+        ((), "GET", 101),
+        (("Connection: keep-alive, Upgrade",), "GET", 101),
+        ((), "POST", 405),
+        (("Upgrade: ",), "GET", 426),
+        (("Connection: keep-alive",), "GET", 426),
+        (("Sec-WebSocket-Version: 8",), "GET", 426),
+        (("Sec-WebSocket-Key: ",), "GET", 400),
+        (("Sec-WebSocket-Key: c2hvcnQ=",), "GET", 400),
+        (("Sec-WebSocket-Key: not base64 at all!!!",), "GET", 400),
+        (("Origin: http://evil.example",), "GET", 403),
+        (("Origin: null",), "GET", 403),
+    ],
+)
+async def test_handshake_gets_the_status_of_the_rfc(io_loop, changes, method, status):
+    """Each flaw of a handshake has its status, and the backend is not asked."""
+    async with relay("message", "connect") as (service, backend):
+        answer = await raw_handshake(service.ws_url, *changes, method=method)
+        assert answer.startswith(f"HTTP/1.1 {status} ")
+        if status == 101:
+            assert "Sec-Websocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in answer
+        else:
+            assert backend.of("connect") == []
+        if status == 426 and "8" in changes[0]:
+            assert "Sec-Websocket-Version: 13" in answer
+
+
+@pytest.mark.parametrize(
+    ("flags", "origin", "status"),
+    [
+        ((), "same", 101),
+        ((), "http://other.example", 403),
+        (("--allowed_origins=https://app.example.com",), "https://app.example.com", 101),
+        (("--allowed_origins=https://app.example.com",), "http://app.example.com", 403),
+        (("--allowed_origins=https://*.example.com",), "https://a.b.example.com", 101),
+        (("--allowed_origins=https://*.example.com",), "https://example.com", 403),
+        (("--allowed_origins=https://*.example.com",), "https://evilexample.com", 403),
+        (("--allowed_origins=*",), "null", 101),
+        (("--require_origin",), None, 403),
+        ((), None, 101),
+    ],
+)
+async def test_origin(io_loop, flags, origin, status):
+    """Pages of other origins connect only where an option says so."""
+    async with Service(*flags) as service:
+        if origin == "same":
+            origin = service.callback_url
+        changes = [] if origin is None else [f"Origin: {origin}"]
+        answer = await raw_handshake(service.ws_url, *changes)
+        assert answer.startswith(f"HTTP/1.1 {status} ")
+
+
+async def test_nothing_but_ws_and_livez_for_clients(io_loop):
+    """With a second listener, the first has neither callbacks nor anything else."""
+    async with RecordingBackend() as backend:
+        async with Service("--callbackport=0", *backend.flags()) as service:
+            base = service.ws_url.replace("ws://", "http://").removesuffix("/ws")
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("hello")
+                (event,) = await backend.wait_for("message", 1)
+                path = event["meta"]["send"].removeprefix(service.callback_url)
+                assert (await backend.call(base + path, body=b"x")).code == 404
+                assert (await backend.call(base + "/livez", "GET")).code == 200
+                other = service.callback_url
+                assert (await backend.call(other + "/ws", "GET")).code == 404
+                assert (await backend.call(other + path, body=b"x")).code == 200
+                assert await client.recv() == b"x"
+
+
+MESSAGES = {
+    "text": ("hello", {"type": "text"}, "hello"),
+    "emoji": ("🦆 \U0010ffff", {"type": "text"}, "🦆 \U0010ffff"),
+    "nul": ("a\x00b", {"type": "text"}, "a\x00b"),
+    "json specials": ('"\\\u2028</script>\x7f\x1f', {"type": "text"}, None),
+    "empty text": ("", {"type": "text"}, ""),
+    "empty binary": (b"", {"type": "binary"}, ""),
+    "utf-8 binary": ("é".encode(), {"type": "binary"}, "é"),
+    "other binary": (b"\xff\x00", {"type": "binary", "encoding": "base64"}, "/wA="),
+}
+
+
+async def test_messages_arrive_byte_for_byte(io_loop):
+    """Each kind of message has the shape of the contract, and nothing more."""
+    async with relay() as (service, backend):
+        async with websockets.connect(service.ws_url) as client:
+            for message, _, _ in MESSAGES.values():
+                await client.send(message)
+            await backend.wait_for("message", len(MESSAGES))
+        await backend.wait_for("disconnect", 1)
+
+    connection_id = backend.of("connect")[0]["meta"]["connection_id"]
+    assert len(connection_id) == 32 and int(connection_id, 16) >= 0
+    socket_url = f"{service.callback_url}/socket/{connection_id}"
+    expected = []
+    for number, (message, extra, text) in enumerate(MESSAGES.values(), 1):
+        meta = {
+            "connection_id": connection_id,
+            "send": f"{socket_url}/send",
+            "disconnect": f"{socket_url}/disconnect",
+            "instance": backend.of("connect")[0]["meta"]["instance"],
+            "message_id": f"{connection_id}-{number}",
+        }
+        expected.append(
+            {"meta": meta | extra, "message": message if text is None else text}
+        )
+    assert backend.of("message") == expected
+
+    for kind, event, headers in backend.events:
+        suffix = event["meta"].get("message_id", f"{connection_id}-{kind}")
+        assert headers["Webhook-Id"] == suffix
+        assert headers["Webhook-Timestamp"].isdigit()
+        assert headers["Content-Type"] == "application/json; charset=utf-8"
+        assert headers["User-Agent"] == "SocketDock/0.1.0"
+
+
+async def test_connect_event_tells_of_the_handshake(io_loop):
+    """Headers, path, query, address and subprotocols are the client's."""
+    async with relay() as (service, backend):
+        async with websockets.connect(
+            service.ws_url + "?token=a%20b",
+            additional_headers=[("X-Twice", "1"), ("X-Twice", "2")],
+            subprotocols=["one", "two"],
+        ):
+            (event,) = backend.of("connect")
+        meta = event["meta"]
+        assert list(event) == ["meta"]
+        assert (meta["path"], meta["query"]) == ("/ws", "token=a%20b")
+        assert meta["remote_ip"] == "127.0.0.1"
+        assert meta["subprotocols"] == ["one", "two"]
+        assert meta["headers"]["x-twice"] == "1, 2"
+        assert all(name == name.lower() for name in meta["headers"])
+        assert "message_id" not in meta and "type" not in meta
+
+
+async def test_disconnect_event_is_the_contract_s(io_loop):
+    """Code, reason and initiator are the client's where it closed first."""
+    async with relay("message", "disconnect") as (service, backend):
+        client = await websockets.connect(service.ws_url)
+        await client.send("x")
+        await client.close(4001, "so long")
+        (event,) = await backend.wait_for("disconnect", 1)
+    meta = event["meta"]
+    assert event["connection_id"] == meta["connection_id"]
+    assert meta.pop("duration") > 0
+    assert meta == {
+        "connection_id": backend.of("message")[0]["meta"]["connection_id"],
+        "instance": backend.of("message")[0]["meta"]["instance"],
+        "code": 4001,
+        "reason": "so long",
+        "initiator": "client",
+        "undelivered": 0,
+        "refused": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("last_words", "code"), [(b"\x88\x80\x00\x00\x00\x00", 1005), (b"", 1006)]
+)
+async def test_close_without_a_code(io_loop, last_words, code):
+    """An empty close frame is reported as 1005, none at all as 1006."""
+    async with relay("message", "disconnect") as (service, backend):
+        host, port = service.ws_url[5:-3].split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
+            f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            f"Sec-WebSocket-Key: {KEY}\r\n\r\n".encode()
+        )
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(last_words)
+        writer.close()
+        (event,) = await backend.wait_for("disconnect", 1)
+    assert event["meta"]["code"] == code
+    assert event["meta"]["initiator"] == "client"
+
+
+async def test_verdict_chooses_the_subprotocol(io_loop):
+    """The backend's choice wins over --subprotocols."""
+
+    async def choose(handler: RequestHandler, event: dict) -> None:
+        handler.finish({"subprotocol": "two"})
+
+    async with relay("message", "connect", flags=("--subprotocols=one",)) as (
+        service,
+        backend,
+    ):
+        backend.answers["connect"] = choose
+        offers = ["one", "two"]
+        async with websockets.connect(service.ws_url, subprotocols=offers) as client:
+            assert client.subprotocol == "two"
+        backend.answers.clear()
+        async with websockets.connect(
+            service.ws_url, subprotocols=["zero", "one"]
+        ) as client:
+            assert client.subprotocol == "one"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 429])
+async def test_refusal_is_passed_on(io_loop, status):
+    """Status, body and the headers that go with them reach the client."""
+
+    async def refuse(handler: RequestHandler, event: dict) -> None:
+        handler.set_status(status)
+        handler.set_header("Content-Type", "text/x-why")
+        handler.set_header("WWW-Authenticate", "Bearer")
+        handler.set_header("Retry-After", "7")
+        handler.set_header("X-Secret", "no")
+        handler.finish("because")
+
+    async with relay() as (service, backend):
+        backend.answers["connect"] = refuse
+        response = await refusal(service.ws_url)
+        assert (response.status_code, response.body) == (status, b"because")
+        assert response.headers["Content-Type"] == "text/x-why"
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+        assert response.headers["Retry-After"] == "7"
+        assert "X-Secret" not in response.headers
+        backend.answers.clear()
+        async with websockets.connect(service.ws_url):
+            pass
+        await backend.wait_for("disconnect", 1)
+        assert len(backend.of("disconnect")) == 1  # none for the refused one
+
+
+@pytest.mark.parametrize("how", ["500", "302", "hang", "not offered", "close"])
+async def test_lost_verdict_is_503_and_a_farewell(io_loop, how):
+    """What is no verdict refuses with 503, and the backend may clean up."""
+
+    async def answer(handler: RequestHandler, event: dict) -> None:
+        if how == "hang":
+            await asyncio.sleep(3)
+        elif how == "not offered":
+            handler.finish({"subprotocol": "mine"})
+        elif how == "close":
+            handler.request.connection.stream.close()
+        else:
+            handler.set_status(int(how))
+
+    async with relay(flags=("--handshake_timeout=0.5",)) as (service, backend):
+        backend.answers["connect"] = answer
+        response = await refusal(service.ws_url)
+        assert response.status_code == 503
+        (event,) = await backend.wait_for("disconnect", 1)
+        assert event["meta"]["code"] == 1006
+        assert event["meta"]["initiator"] == "relay"
+        assert len(backend.of("connect")) == 1
+
+
+async def test_client_that_leaves_mid_verdict_leaves_nothing(io_loop):
+    """A client gone before the 101 is told as 1006, and is not listed."""
+    release = asyncio.Event()
+
+    async def hold(handler: RequestHandler, event: dict) -> None:
+        await release.wait()
+
+    async with relay() as (service, backend):
+        backend.answers["connect"] = hold
+        connecting = asyncio.ensure_future(websockets.connect(service.ws_url))
+        (event,) = await backend.wait_for("connect", 1)
+        url = event["meta"]["send"].removesuffix("/send")
+        info = await backend.call(url, "GET")
+        assert json.loads(info.body)["state"] == "connecting"
+        connecting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await connecting
+        release.set()
+        (event,) = await backend.wait_for("disconnect", 1)
+        assert event["meta"]["code"] == 1006
+        assert (await backend.call(url, "GET")).code == 410
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (b"\x81\x01x", 1002),  # not masked
+        (b"\xc1\x80\0\0\0\0", 1002),  # RSV1 without an extension
+        (b"\xa1\x80\0\0\0\0", 1002),  # RSV2
+        (b"\x83\x80\0\0\0\0", 1002),  # opcode 3
+        (b"\x8b\x80\0\0\0\0", 1002),  # opcode 11
+        (b"\x80\x80\0\0\0\0", 1002),  # continues nothing
+        (b"\x09\x80\0\0\0\0", 1002),  # fragmented ping
+        (b"\x89\xfe\x00\x7e" + bytes(4 + 126), 1002),  # ping of 126 bytes
+        (b"\x01\x80\0\0\0\0\x81\x80\0\0\0\0", 1002),  # two beginnings
+        (b"\x81\x81\0\0\0\0\xff", 1007),  # not UTF-8
+        (b"\x01\x81\0\0\0\0\xff", 1007),  # not UTF-8, seen before the end
+        (b"\x88\x82\0\0\0\0\x03\xed", 1002),  # close code 1005
+        (b"\x88\x82\0\0\0\0\x00\x00", 1002),  # close code 0
+        (b"\x88\x81\0\0\0\0\x03", 1002),  # half a close code
+        (b"\x88\x83\0\0\0\0\x03\xe8\xff", 1007),  # reason not UTF-8
+        (b"\x82\xff\x00\x00\x00\x00\x00\x40\x00\x01", 1009),  # 4 MiB and a byte
+    ],
+)
+async def test_bad_frame_gets_its_close_code(io_loop, frame, code):
+    """A violation is answered with a close frame, then the connection ends."""
+    async with relay("message", "disconnect") as (service, backend):
+        host, port = service.ws_url[5:-3].split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
+            f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            f"Sec-WebSocket-Key: {KEY}\r\n\r\n".encode()
+        )
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(frame)
+        answer = await asyncio.wait_for(reader.read(), DEADLINE)
+        assert answer[0] == 0x88
+        assert int.from_bytes(answer[2:4]) == code
+        writer.close()
+        (event,) = await backend.wait_for("disconnect", 1)
+        assert (event["meta"]["code"], event["meta"]["initiator"]) == (code, "relay")
+
+
+async def test_pings_are_answered(io_loop):
+    """A client's ping comes back with its payload."""
+    async with Service() as service:
+        async with websockets.connect(service.ws_url) as client:
+            await asyncio.wait_for(await client.ping(b"payload"), DEADLINE)
+
+
+async def test_vanished_peer_is_found_by_ping(io_loop):
+    """No sign of life within interval and timeout: cut, and told as 1006."""
+    async with relay(
+        "message", "disconnect", flags=("--ping_interval=0.3", "--ping_timeout=0.3")
+    ) as (service, backend):
+        host, port = service.ws_url[5:-3].split(":")
+        silent = socket.create_connection((host, int(port)))
+        silent.sendall(
+            f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
+            f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            f"Sec-WebSocket-Key: {KEY}\r\n\r\n".encode()
+        )
+        async with websockets.connect(service.ws_url) as alive:
+            (event,) = await backend.wait_for("disconnect", 1)
+            await alive.send("still here")
+            await backend.wait_for("message", 1)
+        silent.close()
+        assert (event["meta"]["code"], event["meta"]["initiator"]) == (1006, "relay")
+        assert 0.3 < event["meta"]["duration"] < 2
+
+
+async def test_compression_is_agreed_on_only_where_it_is_on(io_loop):
+    """permessage-deflate works, both ways, with fragments and pings between."""
+    for flags, expected in ((("--compression",), True), ((), False)):
+        async with Service(*flags) as service:
+            async with websockets.connect(service.ws_url, compression="deflate") as ws:
+                names = [type(e).__name__ for e in ws.protocol.extensions]
+                assert ("PerMessageDeflate" in names) is expected
+                for message in ("x" * 100_000, bytes(100_000), ""):
+                    await ws.send(message)
+                    assert await ws.recv() == message
+
+                async def fragments() -> AsyncIterator[str]:
+                    yield "one "
+                    await (await ws.ping())
+                    yield "two"
+
+                await ws.send(fragments())
+                assert await ws.recv() == "one two"
+
+
+async def test_compression_bomb_is_stopped(io_loop):
+    """What is too large once decompressed closes with 1009."""
+    async with Service("--compression", "--max_message_size=100000") as service:
+        async with websockets.connect(service.ws_url, compression="deflate") as client:
+            await client.send("x" * 10_000_000)
+            with pytest.raises(websockets.ConnectionClosed):
+                await client.recv()
+            assert client.close_code == 1009
+
+
+async def test_drain_closes_with_1001_and_tells_of_each(io_loop):
+    """SIGTERM: every client sees 1001, every disconnect arrives, exit status 0."""
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags()) as service:
+            clients = [await websockets.connect(service.ws_url) for _ in range(50)]
+            service.process.terminate()
+            for client in clients:
+                with pytest.raises(websockets.ConnectionClosed):
+                    await asyncio.wait_for(client.recv(), DEADLINE)
+                assert client.close_code == 1001
+            events = await backend.wait_for("disconnect", 50)
+            assert {event["meta"]["code"] for event in events} == {1001}
+            assert {event["meta"]["initiator"] for event in events} == {"relay"}
+            assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
+
+
+async def test_visits_lose_nothing(io_loop):
+    """2,000 clients connect, send one message and leave: all of it arrives."""
+    visits = 2000
+    async with relay("message", "disconnect") as (service, backend):
+        host, port = service.ws_url[5:-3].split(":")
+        room = asyncio.Semaphore(200)
+
+        async def visit(number: int) -> None:
+            payload = b"%06d" % number
+            async with room:
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write(
+                    f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
+                    f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+                    f"Sec-WebSocket-Key: {KEY}\r\n\r\n".encode()
+                )
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(
+                    b"\x82\x86\0\0\0\0" + payload + b"\x88\x82\0\0\0\0\x03\xe8"
+                )
+                writer.close()
+
+        await asyncio.gather(*map(visit, range(visits)))
+        await backend.wait_for("disconnect", visits, 40)
+        arrived = sorted(event["message"] for event in backend.of("message"))
+        assert arrived == ["%06d" % number for number in range(visits)]
+        order: dict[str, list[str]] = {}
+        for kind, event, _ in backend.events:
+            order.setdefault(event["meta"]["connection_id"], []).append(kind)
+        assert all(o == ["message", "disconnect"] for o in order.values())
+        assert len(order) == visits
+        await eventually(lambda: not service.tracebacks)
