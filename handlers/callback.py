@@ -16,8 +16,8 @@ from handlers.frames import MAX_CLOSE_REASON, CloseCode
 from handlers.problem import ProblemHandler
 from handlers.websocket import ClientSocketHandler
 
-# What is left of a refused body is read and dropped, so that the peer sees the
-# answer and no reset; both bounds end the connection instead.
+# A body that is too large is read to its end and dropped, so that the peer sees
+# the answer and no reset; beyond these bounds the connection ends instead.
 MAX_DISCARDED_BODY = 64 * 1024 * 1024  # bytes
 DISCARD_TIMEOUT = 5.0  # seconds
 
@@ -62,8 +62,6 @@ class BodyHandler(CallbackHandler):
     Tornado would answer an oversized body with a bare 400.
     """
 
-    body: bytes = b""
-
     async def prepare(self) -> None:
         self._chunks: list[bytes] = []
         self._length = 0
@@ -71,31 +69,33 @@ class BodyHandler(CallbackHandler):
             return
         connection = self.request.connection
         connection.set_max_body_size(MAX_DISCARDED_BODY)  # type: ignore[union-attr]
-        length = self.request.headers.get("Content-Length", "0")
+        headers = self.request.headers
+        length = headers.get("Content-Length", "0")
         if length.isdigit() and int(length) > self.max_message_size:
-            self._refuse_body()
+            if int(length) > MAX_DISCARDED_BODY or "Expect" in headers:
+                self._refuse_body()
+            connection.set_body_timeout(DISCARD_TIMEOUT)  # type: ignore[union-attr]
 
     def data_received(self, chunk: bytes) -> None:
         self._length += len(chunk)
-        if self._finished:
-            return
-        if self._length > self.max_message_size:
-            self._chunks.clear()
-            self._refuse_body()
-        else:
+        if self._length <= self.max_message_size:
             self._chunks.append(chunk)
+        else:
+            self._chunks.clear()
+            if self._length > MAX_DISCARDED_BODY - len(chunk) and not self._finished:
+                self._refuse_body()
 
     def _refuse_body(self) -> None:
-        connection = self.request.connection
-        connection.set_body_timeout(DISCARD_TIMEOUT)  # type: ignore[union-attr]
-        self.set_header("Connection", "close")
         self.problem(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
             f"A body may have {self.max_message_size} bytes.",
         )
 
-    def take_body(self) -> bytes:
-        """The whole body."""
+    def take_body(self) -> bytes | None:
+        """The whole body; None where it was too large, which has been answered."""
+        if self._length > self.max_message_size:
+            self._refuse_body()
+            return None
         chunks, self._chunks = self._chunks, []
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
@@ -104,7 +104,10 @@ class SendHandler(BodyHandler):
     """`POST /socket/<id>/send`: the body becomes one frame."""
 
     async def post(self, connection_id: str) -> None:
-        message: str | bytes = self.take_body()
+        body = self.take_body()
+        if body is None:
+            return
+        message: str | bytes = body
         text = is_text(
             self.request.headers.get("Content-Type", ""),
             self.get_query_arguments("type"),
@@ -114,7 +117,7 @@ class SendHandler(BodyHandler):
             return
         if text:
             try:
-                message = message.decode()  # type: ignore[union-attr]
+                message = body.decode()
             except UnicodeDecodeError:
                 self.problem(HTTPStatus.BAD_REQUEST, "A text frame must be UTF-8.")
                 return
@@ -139,8 +142,11 @@ class DisconnectHandler(BodyHandler):
     """`POST /socket/<id>/disconnect`: closes, with a code and a reason."""
 
     async def post(self, connection_id: str) -> None:
+        body = self.take_body()
+        if body is None:
+            return
         try:
-            code, reason = parse_closing(self.take_body())
+            code, reason = parse_closing(body)
         except ValueError as error:
             self.problem(HTTPStatus.BAD_REQUEST, str(error))
             return

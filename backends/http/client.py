@@ -26,6 +26,7 @@ HAPPY_EYEBALLS_DELAY = 0.25  # seconds; RFC 8305, section 8
 MAX_HEADERS_SIZE = 64 * 1024  # bytes of an answer before its body
 MAX_KEPT_BODY = 64 * 1024  # bytes of a body that is used; the rest is dropped
 MAX_DROPPED_BODY = 1024 * 1024  # bytes; beyond, the connection is closed
+BODY_TIMEOUT = 5.0  # seconds from an answer's headers to its end; then likewise
 KEEPALIVE_PROBES = 3
 
 
@@ -259,6 +260,8 @@ class _Origin:
     def connect_for_waiting(self) -> None:
         """Open connections for those who wait, within the bounds."""
         loop = asyncio.get_running_loop()
+        while self.waiting and self.waiting[0].on_done is None:
+            self.waiting.popleft()  # timed out or let go: no need of a connection
         while len(self._connecting) < min(len(self.waiting), MAX_CONNECTING):
             if self.client.open >= self.client.max_connections:
                 self.client.make_room()
@@ -400,25 +403,29 @@ class _Connection(asyncio.Protocol):
         self._paused = False
         self._send_timer: asyncio.TimerHandle | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
+        self._body_timer: asyncio.TimerHandle | None = None
         self._reset()
 
     def _reset(self) -> None:
         self._started = False  # a byte of an answer came
         self._has_headers = False
         self._complete = False
+        self._keep_alive = False
         self._status = 0
         self._headers: dict[str, str] = {}
         self._body: list[bytes] = []
         self._size = 0
-        self._framed = False  # the body says where it ends
 
     # The transport's callbacks.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        # So that writing pauses exactly while the kernel has not taken all.
-        transport.set_write_buffer_limits(high=0)
+        # So that writing pauses exactly while the kernel has not taken all. A
+        # TLS transport pauses at its limit, a plain one above it; what TLS has
+        # handed to its own transport (64 KiB at most) counts as sent.
+        tls = transport.get_extra_info("sslcontext") is not None
+        transport.set_write_buffer_limits(high=1 if tls else 0, low=0)
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -444,24 +451,25 @@ class _Connection(asyncio.Protocol):
                 self._fail(f"not an HTTP answer: {type(error).__name__}")
             self.close()
             return
-        if self._has_headers and (self._complete or not self._wants_body()):
+        if self._complete:
             self._answer()
-        elif not self._has_headers and self._size > MAX_HEADERS_SIZE:
-            self._fail("the answer's headers are too long")
-            self.close()
+        elif not self._has_headers:
+            if self._size > MAX_HEADERS_SIZE:
+                self._fail("the answer's headers are too long")
+                self.close()
         elif self._size > MAX_DROPPED_BODY + MAX_HEADERS_SIZE:
             self._answer()
-            self.close()
+        elif self._body_timer is None:
+            self._body_timer = asyncio.get_running_loop().call_later(
+                BODY_TIMEOUT, self._answer
+            )
 
     def eof_received(self) -> bool:
-        if self._has_headers and not self._framed:
-            self._complete = True  # the body ends with the connection
-            self._answer()
-        return False
+        return False  # close: whoever waits hears of it in connection_lost()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        for timer in (self._send_timer, self._idle_timer):
+        for timer in (self._send_timer, self._idle_timer, self._body_timer):
             if timer is not None:
                 timer.cancel()
         exchange = self._exchange
@@ -476,6 +484,9 @@ class _Connection(asyncio.Protocol):
             self._origin.on_lost(self)
             self._origin.resend(exchange)
             return
+        elif self._has_headers:
+            # Its body ended with the connection, or was cut: the status stands.
+            self._answer()
         else:
             what = "in the answer's middle" if self._started else "before an answer"
             self._fail(f"connection lost {what}")
@@ -484,21 +495,17 @@ class _Connection(asyncio.Protocol):
     # The parser's callbacks.
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        lower = name.lower()
-        if lower in (b"content-length", b"transfer-encoding"):
-            self._framed = True
-        self._headers[lower.decode("latin-1")] = value.decode("latin-1")
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         if status >= 200:
             self._status = status
             self._has_headers = True
-            self._framed = self._framed or status in (204, 304)
         elif status == 101:
             raise ValueError("switching protocols was not asked for")
         else:  # an interim response (RFC 9110, section 15.2): the answer follows
-            self._headers, self._framed = {}, False
+            self._headers = {}
 
     def on_body(self, body: bytes) -> None:
         exchange = self._exchange
@@ -509,6 +516,8 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._complete = self._has_headers
+        # Here only: the parser forgets the framing when the message is over.
+        self._keep_alive = self._parser.should_keep_alive()
 
     # What the origin asks.
 
@@ -550,30 +559,21 @@ class _Connection(asyncio.Protocol):
             else:
                 self._transport.close()
 
-    def _wants_body(self) -> bool:
-        return self._exchange is not None and self._exchange.keep
-
     def _answer(self) -> None:
-        """The outcome is known: tell it, and be free once the body is over."""
+        """Tell the outcome, and be free again where the answer has ended."""
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
         exchange, self._exchange = self._exchange, None
-        reusable = self._complete and not self._paused and (
-            self._parser.should_keep_alive()
-        )
+        answer = Answer(self._status, self._headers, b"".join(self._body))
+        self._has_headers = False
+        self._used = True
+        if self._complete and self._keep_alive and not self._paused:
+            self._origin.on_free(self)
+        else:
+            self.close()
         if exchange is not None:
             exchange.connection = None
-        answer = Answer(self._status, self._headers, b"".join(self._body))
-        if self._complete:
-            self._has_headers = False
-            self._used = True
-            if reusable:
-                self._origin.on_free(self)
-            else:
-                self.close()
-        elif exchange is not None:
-            # A body that nobody uses: it may end by itself, within bounds.
-            self._origin.busy.add(self)
-            self.expire()
-        if exchange is not None:
             exchange.finish(answer)
 
     def _fail(self, why: str) -> None:

@@ -1,0 +1,292 @@
+"""The backend's end: send, disconnect, info and delete."""
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+import websockets
+from service import DEADLINE, RecordingBackend, Service
+from tornado.web import RequestHandler
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+UNKNOWN = "0" * 32
+
+
+@contextlib.asynccontextmanager
+async def open_connection(
+    *flags: str, **options: object
+) -> AsyncIterator[tuple[Service, RecordingBackend, websockets.ClientConnection, str]]:
+    """A relay, its backend, a client, and the URL of the client's connection."""
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            async with websockets.connect(service.ws_url, **options) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                url = event["meta"]["send"].removesuffix("/send")
+                yield service, backend, client, url
+
+
+@pytest.mark.parametrize(
+    ("query", "content_type", "body", "frame"),
+    [
+        ("", "text/plain", b"a", "a"),
+        ("", "TEXT/html; charset=x", "é".encode(), "é"),
+        ("", "application/json", b"{}", "{}"),
+        ("", "application/didcomm-plain+json", b"{}", "{}"),
+        ("", "application/octet-stream", b"\xff", b"\xff"),
+        ("", "application/jsonx", b"{}", b"{}"),
+        ("", None, b"\x00", b"\x00"),
+        ("", "text/plain", b"", ""),
+        ("?type=binary", "text/plain", b"a", b"a"),
+        ("?type=text", None, b"a", "a"),
+    ],
+)
+async def test_send_makes_the_frame_of_its_type(
+    io_loop, query, content_type, body, frame
+):
+    """The media type decides between text and binary, ?type= before it."""
+    async with open_connection() as (_, backend, client, url):
+        headers = {"Content-Type": content_type} if content_type else {}
+        answer = await backend.call(f"{url}/send{query}", body=body, headers=headers)
+        assert (answer.code, answer.body) == (200, b"OK")
+        assert await asyncio.wait_for(client.recv(), DEADLINE) == frame
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status"),
+    [
+        ("POST", "/send?type=text", b"\xff", {}, 400),
+        ("POST", "/send?type=blob", b"x", {}, 400),
+        ("POST", "/send", b"x" * (4 * 2**20 + 1), {}, 413),
+        ("GET", "/send", None, {}, 405),
+        ("POST", "", b"", {}, 405),
+        ("POST", "/sendx", b"", {}, 404),
+        ("POST", "/disconnect", b"{", {}, 400),
+        ("POST", "/disconnect", b"[]", {}, 400),
+        ("POST", "/disconnect", b'{"code": 1005}', {}, 400),
+        ("POST", "/disconnect", b'{"code": 1006}', {}, 400),
+        ("POST", "/disconnect", b'{"code": true}', {}, 400),
+        ("POST", "/disconnect", b'{"code": "1000"}', {}, 400),
+        ("POST", "/disconnect", b'{"reason": 7}', {}, 400),
+        ("POST", "/disconnect", b'{"reason": "\\ud800"}', {}, 400),
+        ("POST", "/disconnect", json.dumps({"reason": "é" * 62}).encode(), {}, 400),
+    ],
+)
+async def test_bad_callback_is_a_problem(io_loop, method, path, body, headers, status):
+    """Each error has its status and a problem document; the client stays."""
+    async with open_connection() as (_, backend, client, url):
+        for target in (url, url.replace(url[-32:], UNKNOWN)):
+            # An unknown connection changes nothing: 410 is checked last.
+            answer = await backend.call(target + path, method, body=body)
+            assert answer.code == status
+            assert answer.headers["Content-Type"] == "application/problem+json"
+            problem = json.loads(answer.body)
+            assert problem["status"] == status
+            assert problem["title"] and problem["detail"]
+            if status == 405:
+                assert answer.headers["Allow"]
+        assert (await backend.call(f"{url}/send", body=b"x")).code == 200
+        assert await client.recv() == b"x"
+
+
+async def test_send_of_exactly_the_limit_arrives(io_loop):
+    """4 MiB is not too much."""
+    async with open_connection(max_size=None) as (_, backend, client, url):
+        body = b"x" * (4 * 2**20)
+        answer, frame = await asyncio.gather(
+            backend.call(f"{url}/send", body=body), client.recv()
+        )
+        assert answer.code == 200
+        assert frame == body
+
+
+async def test_oversized_chunked_body_is_413(io_loop):
+    """A body that does not tell its length is measured as it comes."""
+
+    async def chunks(write) -> None:
+        for _ in range(5):
+            await write(b"x" * 2**20)
+
+    async with open_connection() as (_, backend, client, url):
+        answer = await backend.call(f"{url}/send", body=None, body_producer=chunks)
+        assert answer.code == 413
+        answer = await backend.call(
+            f"{url}/send", body=None, body_producer=lambda write: write(b"small")
+        )
+        assert answer.code == 200
+        assert await client.recv() == b"small"
+
+
+@pytest.mark.parametrize("path", ["/send", "/disconnect", ""])
+async def test_unknown_and_closed_connections_are_gone(io_loop, path):
+    """410 for an id that was never here, and for one that has left."""
+    async with open_connection() as (_, backend, client, url):
+        method = "POST" if path else "GET"
+        unknown = url.replace(url[-32:], UNKNOWN)
+        assert (await backend.call(unknown + path, method)).code == 410
+        await client.close()
+        await backend.wait_for("disconnect", 1)
+        assert (await backend.call(url + path, method)).code == 410
+        assert (await backend.call(url, "DELETE")).code == 410
+
+
+async def test_closing_connection_is_gone(io_loop):
+    """While the close frame's answer is awaited, nothing more is taken."""
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags()) as service:
+            host, port = service.ws_url[5:-3].split(":")
+            deaf = socket.create_connection((host, int(port)))
+            deaf.sendall(
+                f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
+                "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+            )
+            (event,) = await backend.wait_for("connect", 1)
+            url = event["meta"]["send"].removesuffix("/send")
+            async with asyncio.timeout(DEADLINE):
+                while json.loads((await backend.call(url, "GET")).body)["state"] != (
+                    "open"
+                ):
+                    pass
+            body = b'{"code": 3001, "reason": "enough"}'
+            assert (await backend.call(f"{url}/disconnect", body=body)).code == 200
+            assert (await backend.call(f"{url}/send", body=b"x")).code == 410
+            assert (await backend.call(f"{url}/disconnect")).code == 410
+            # The peer never answers: the socket goes after two seconds.
+            (event,) = await backend.wait_for("disconnect", 1)
+            assert event["meta"]["code"] == 3001
+            assert event["meta"]["reason"] == "enough"
+            assert event["meta"]["initiator"] == "backend"
+            assert 1.5 < event["meta"]["duration"] < 4
+            deaf.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code", "reason"),
+    [
+        ("POST", "/disconnect", b"", 200, 1000, ""),
+        ("POST", "/disconnect", b'{"code": 4999, "reason": "x"}', 200, 4999, "x"),
+        ("DELETE", "", None, 204, 1000, ""),
+    ],
+)
+async def test_disconnect_closes_with_code_and_reason(
+    io_loop, method, path, body, status, code, reason
+):
+    """The client sees what the backend asked for."""
+    async with open_connection() as (_, backend, client, url):
+        assert (await backend.call(url + path, method, body=body)).code == status
+        with pytest.raises(websockets.ConnectionClosed):
+            await asyncio.wait_for(client.recv(), DEADLINE)
+        assert (client.close_code, client.close_reason) == (code, reason)
+        (event,) = await backend.wait_for("disconnect", 1)
+        assert (event["meta"]["code"], event["meta"]["initiator"]) == (code, "backend")
+
+
+async def test_info_tells_of_the_connection(io_loop):
+    """State, times, peer and counts."""
+    async with open_connection(user_agent_header="Agent/1") as (_, backend, client, url):
+        await client.send("é")
+        await backend.wait_for("message", 1)
+        await backend.call(f"{url}/send", body=b"123")
+        info = json.loads((await backend.call(url, "GET")).body)
+        assert info["state"] == "open"
+        assert info["connected_at"] <= info["last_active_at"]
+        assert (info["remote_ip"], info["user_agent"]) == ("127.0.0.1", "Agent/1")
+        assert info["subprotocol"] is None
+        assert (info["messages_in"], info["bytes_in"]) == (1, 2)
+        assert (info["messages_out"], info["bytes_out"]) == (1, 3)
+
+
+async def test_push_before_the_answer_leaves_after_the_101(io_loop):
+    """A callback from within the connect handler is 202, its frame comes first."""
+    async with RecordingBackend() as backend:
+
+        async def push(handler: RequestHandler, event: dict) -> None:
+            for number in range(3):
+                answer = await backend.call(event["meta"]["send"], body=b"%d" % number)
+                assert answer.code == 202
+
+        async with Service(*backend.flags()) as service:
+            backend.answers["connect"] = push
+            async with websockets.connect(service.ws_url) as client:
+                frames = [await asyncio.wait_for(client.recv(), 5) for _ in range(3)]
+                assert frames == [b"0", b"1", b"2"]
+
+
+async def test_disconnect_before_the_answer_closes_after_the_101(io_loop):
+    """Closed right after the handshake, with the code that was asked for."""
+    async with RecordingBackend() as backend:
+
+        async def close(handler: RequestHandler, event: dict) -> None:
+            answer = await backend.call(
+                event["meta"]["disconnect"], body=b'{"code": 3000}'
+            )
+            assert answer.code == 202
+
+        async with Service(*backend.flags()) as service:
+            backend.answers["connect"] = close
+            async with websockets.connect(service.ws_url) as client:
+                with pytest.raises(websockets.ConnectionClosed):
+                    await asyncio.wait_for(client.recv(), DEADLINE)
+                assert client.close_code == 3000
+            (event,) = await backend.wait_for("disconnect", 1)
+            assert event["meta"]["code"] == 3000
+
+
+async def test_concurrent_pushes_arrive_whole(io_loop):
+    """Each of many frames at once is a frame of its own."""
+    async with open_connection("--max_send_buffer=100000000") as (_, backend, client, url):
+        bodies = [bytes([n]) * (1000 * n + 1) for n in range(200)]
+        calls = asyncio.gather(
+            *(backend.call(f"{url}/send", body=body) for body in bodies)
+        )
+        frames = [await asyncio.wait_for(client.recv(), DEADLINE) for _ in bodies]
+        assert sorted(frames) == sorted(bodies)
+        assert {answer.code for answer in await calls} == {200}
+
+
+async def test_prefix_is_served_and_not_needed(io_loop):
+    """Behind a proxy that strips the prefix or keeps it, callbacks work."""
+    async with RecordingBackend() as backend:
+        flags = ("--externalhostandport=https://relay-3.internal/sd/",)
+        async with Service(*backend.flags(), *flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                url = event["meta"]["send"]
+                assert url.startswith("https://relay-3.internal/sd/socket/")
+                for prefix in ("/sd", ""):
+                    path = prefix + url[url.index("/socket/") :]
+                    answer = await backend.call(service.callback_url + path, body=b"x")
+                    assert answer.code == 200
+                    assert await client.recv() == b"x"
+
+
+async def test_slow_client_is_429_then_1008_and_410(io_loop):
+    """Too much waiting is refused; a client that takes nothing is closed."""
+    async with RecordingBackend() as backend:
+        flags = ("--send_timeout=1.5", "--max_send_buffer=100000")
+        async with Service(*backend.flags(), *flags) as service:
+            host, port = service.ws_url[5:-3].split(":")
+            deaf = socket.socket()
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect((host, int(port)))
+            deaf.sendall(
+                f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
+                "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+            )
+            (event,) = await backend.wait_for("connect", 1)
+            url = event["meta"]["send"]
+            # One frame is always taken, however large, and waits.
+            first = asyncio.ensure_future(backend.call(url, body=bytes(4 * 2**20)))
+            async with asyncio.timeout(DEADLINE):
+                while (answer := await backend.call(url, body=bytes(1000))).code != 429:
+                    assert answer.code in (200, 202)
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert (await asyncio.wait_for(first, DEADLINE)).code == 410
+            (event,) = await backend.wait_for("disconnect", 1)
+            assert (event["meta"]["code"], event["meta"]["initiator"]) == (1008, "relay")
+            deaf.close()

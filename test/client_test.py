@@ -1,0 +1,237 @@
+"""The HTTP client, in process, where a process would hide what it does."""
+
+import asyncio
+import contextlib
+import datetime
+import functools
+import socket
+import ssl
+from collections.abc import AsyncIterator
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from service import eventually
+
+from backends import BackendError
+from backends.http.client import Answer, Client, Target
+
+pytestmark = pytest.mark.gen_test(timeout=30)
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
+REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+
+
+@contextlib.asynccontextmanager
+async def using(**changes) -> AsyncIterator[Client]:
+    """A client, whose connections have all ended when the block has."""
+    settings = {"max_connections": 10, "connect_timeout": 2.0, "dead_after": 5.0}
+    client = Client(**(settings | changes))
+    try:
+        yield client
+    finally:
+        client.close()
+        await eventually(lambda: client.open == 0)
+
+
+async def post(client: Client, url: str, **options) -> Answer:
+    """One request's answer; raises what went wrong."""
+    done = asyncio.get_running_loop().create_future()
+    client.post(Target.parse(url), REQUEST, done.set_result, **options)
+    outcome = await asyncio.wait_for(done, 10)
+    if isinstance(outcome, BackendError):
+        raise outcome
+    return outcome
+
+
+async def answer_all(answer, reader, writer) -> None:
+    while await reader.readuntil(b"\r\n\r\n"):
+        writer.write(answer)
+
+
+@contextlib.asynccontextmanager
+async def serving(serve=None, answer: bytes = OK, **options) -> AsyncIterator[int]:
+    """The port of a server that answers every request alike, or by `serve`."""
+    serve = serve or functools.partial(answer_all, answer)
+    served: set[asyncio.Task] = set()
+
+    async def on_client(reader, writer) -> None:
+        served.add(asyncio.current_task())
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            await serve(reader, writer)
+        writer.close()
+        served.discard(asyncio.current_task())
+
+    server = await asyncio.start_server(on_client, "127.0.0.1", 0, **options)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        await eventually(lambda: not served)
+
+
+async def test_name_with_a_dead_family_is_reached_by_the_other(io_loop, monkeypatch):
+    """Happy eyeballs: IPv6 is named first and refuses, IPv4 answers."""
+
+    async def resolve(host, port, **kwargs):
+        stream = (socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+        return [
+            (socket.AF_INET6, *stream, ("::1", port, 0, 0)),
+            (socket.AF_INET, *stream, ("127.0.0.1", port)),
+        ]
+
+    async with serving() as port, using() as client:
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+        answer = await post(client, f"http://backend.example:{port}/")
+        assert answer.status == 200
+
+
+async def test_unknown_name_is_a_backend_error(io_loop):
+    """A name that does not resolve is one sentence."""
+    async with using() as client:
+        with pytest.raises(BackendError, match="cannot connect"):
+            await post(client, "http://backend.invalid/")
+
+
+async def test_connections_are_reused_and_bounded(io_loop):
+    """A hundred requests at once share ten connections."""
+    async with serving() as port, using() as client:
+        most = 0
+
+        async def one() -> None:
+            nonlocal most
+            await post(client, f"http://127.0.0.1:{port}/")
+            most = max(most, client.open)
+
+        await asyncio.gather(*(one() for _ in range(100)))
+        assert 0 < most <= 10
+
+
+async def test_timed_out_request_gives_its_place_back(io_loop):
+    """After timeouts no connection and no waiter is left."""
+    async with serving(answer=b"") as port, using(max_connections=1) as client:
+        url = f"http://127.0.0.1:{port}/"
+        outcomes = await asyncio.gather(
+            *(post(client, url, timeout=0.3) for _ in range(5)), return_exceptions=True
+        )
+        assert all(isinstance(outcome, BackendError) for outcome in outcomes)
+        await eventually(lambda: client.open == 0)
+        assert not client.starved
+
+
+@pytest.mark.parametrize("size", [100, 64 * 1024, 1024 * 1024])
+async def test_kept_body_is_bounded(io_loop, size):
+    """A body that is asked for is kept up to 64 KiB."""
+    answer = b"HTTP/1.1 403 No\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size
+    async with serving(answer=answer) as port, using() as client:
+        got = await post(client, f"http://127.0.0.1:{port}/", keep=True)
+        assert (got.status, len(got.body)) == (403, min(size, 64 * 1024))
+
+
+async def test_endless_body_ends_with_its_status(io_loop):
+    """An answer that never ends is cut, and counts as what it said."""
+    cut = asyncio.Event()
+
+    async def on_client(reader, writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        try:
+            while True:
+                writer.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+                await writer.drain()
+        except ConnectionError:
+            cut.set()
+
+    async with serving(on_client) as port, using() as client:
+        assert (await post(client, f"http://127.0.0.1:{port}/")).status == 200
+        await asyncio.wait_for(cut.wait(), 10)
+
+
+async def test_request_is_sent_when_the_kernel_has_all_of_it(io_loop):
+    """on_sent waits for the last byte, not for write() to return."""
+    size = 16 * 2**20
+    body = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
+    sent, read = asyncio.Event(), asyncio.Event()
+    done = asyncio.get_running_loop().create_future()
+
+    async def on_client(reader, writer) -> None:
+        await read.wait()
+        await reader.readexactly(len(body))
+        await sent.wait()
+        writer.write(OK)
+
+    async with serving(on_client) as port, using() as client:
+        target = Target.parse(f"http://127.0.0.1:{port}/")
+        client.post(target, body, done.set_result, sent.set)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(sent.wait(), 0.5)
+        read.set()
+        assert (await asyncio.wait_for(done, 10)).status == 200
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """Paths of a self-signed certificate for localhost, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False)
+        .sign(key, hashes.SHA256())
+    )
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "cert.pem").write_bytes(
+        built.public_bytes(serialization.Encoding.PEM)
+    )
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return folder / "cert.pem", folder / "key.pem"
+
+
+async def test_https_backend_is_verified(io_loop, certificate):
+    """A certificate that is trusted answers; one that is not is refused."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*certificate)
+    trust = ssl.create_default_context(cafile=certificate[0])
+    async with serving(ssl=context) as port, using(tls=trust) as client:
+        for _ in range(2):
+            answer = await post(client, f"https://localhost:{port}/")
+            assert answer.status == 200
+        assert client.open == 1
+        with pytest.raises(BackendError, match="TLS"):
+            await post(client, f"https://127.0.0.1:{port}/")  # not its name
+        async with using() as wary:
+            with pytest.raises(BackendError, match="TLS"):
+                await post(wary, f"https://localhost:{port}/")
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("ftp://x/", "not an http"),
+        ("backend:8000/message", "not an http"),
+        ("http:///message", "no host"),
+        ("http://user:pass@x/", "user name"),
+        ("http://x:99999/", "port"),
+        ("http://x/a b", "percent-encode"),
+        ("http://x/\r\nEvil: 1", "percent-encode"),
+        ("http://x/é", "percent-encode"),
+    ],
+)
+async def test_bad_url_says_why(io_loop, url, why):
+    """Each has its own sentence."""
+    with pytest.raises(ValueError, match=why):
+        Target.parse(url)

@@ -1,0 +1,389 @@
+"""The http backend: order, held answers, and a backend that misbehaves."""
+
+import asyncio
+import contextlib
+from collections import defaultdict
+
+import pytest
+import websockets
+from service import DEADLINE, RecordingBackend, Service, eventually
+from tornado.web import RequestHandler
+
+pytestmark = pytest.mark.gen_test(timeout=90)
+
+
+async def test_a_thousand_clients_in_order(io_loop):
+    """1,000 clients, 20 messages each: each once, in order, and nothing else."""
+    clients, each = 1000, 20
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags("message", "disconnect")) as service:
+            room = asyncio.Semaphore(200)
+
+            async def talk(number: int) -> None:
+                async with room:
+                    client = await websockets.connect(service.ws_url, compression=None)
+                ready.release()
+                await start.wait()
+                for count in range(each):
+                    await client.send(f"{number} {count}")
+                await client.close()
+
+            ready, start = asyncio.Semaphore(0), asyncio.Event()
+            talks = [asyncio.create_task(talk(number)) for number in range(clients)]
+            for _ in range(clients):
+                await ready.acquire()
+            start.set()  # all are open at once
+            await asyncio.gather(*talks)
+            await backend.wait_for("disconnect", clients, 60)
+            assert len(backend.events) == clients * (each + 1)
+            heard = defaultdict(list)
+            for kind, event, _ in backend.events:
+                words = event["message"] if kind == "message" else kind
+                heard[event["meta"]["connection_id"]].append(words)
+            spoken = sorted(tuple(words) for words in heard.values())
+            assert spoken == sorted(
+                (*(f"{number} {count}" for count in range(each)), "disconnect")
+                for number in range(clients)
+            )
+
+
+async def test_next_message_waits_for_the_answer(io_loop):
+    """While the backend answers in time, one message is under way at a time."""
+    open_now, most = 0, 0
+
+    async def answer(handler: RequestHandler, event: dict) -> None:
+        nonlocal open_now, most
+        open_now += 1
+        most = max(most, open_now)
+        await asyncio.sleep(0.05)
+        open_now -= 1
+
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = answer
+        async with Service(*backend.flags()) as service:
+            async with websockets.connect(service.ws_url) as client:
+                for number in range(10):
+                    await client.send(str(number))
+                events = await backend.wait_for("message", 10)
+    assert [event["message"] for event in events] == list("0123456789")
+    assert most == 1
+
+
+async def test_backend_that_holds_every_answer(io_loop):
+    """100 clients, forty questions and answers each, by callback: all complete."""
+    clients, rounds = 100, 40
+    done: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
+
+    async with RecordingBackend() as backend:
+
+        async def hold(handler: RequestHandler, event: dict) -> None:
+            meta = event["meta"]
+            reply = await backend.call(
+                meta["send"],
+                body=event["message"].encode(),
+                headers={"Content-Type": "text/plain"},
+            )
+            assert reply.code == 200
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(done[meta["connection_id"]].wait(), 60)
+
+        async def end(handler: RequestHandler, event: dict) -> None:
+            done[event["connection_id"]].set()
+
+        backend.answers = {"message": hold, "disconnect": end}
+        async with Service(*backend.flags("message", "disconnect")) as service:
+
+            async def converse(number: int) -> None:
+                async with websockets.connect(service.ws_url) as client:
+                    for turn in range(rounds):
+                        await client.send(f"{number} {turn}")
+                        assert await client.recv() == f"{number} {turn}"
+
+            await asyncio.gather(*map(converse, range(clients)))
+            await backend.wait_for("disconnect", clients)
+    assert len(backend.of("message")) == clients * rounds
+    assert {e["meta"]["undelivered"] for e in backend.of("disconnect")} == {0}
+
+
+async def test_connection_limit_lets_held_requests_go(io_loop):
+    """With fewer connections than held answers, the conversation goes on."""
+    forever = asyncio.Event()
+    async with RecordingBackend() as backend:
+
+        async def hold(handler: RequestHandler, event: dict) -> None:
+            await backend.call(event["meta"]["send"], body=b"reply")
+            await forever.wait()
+
+        backend.answers["message"] = hold
+        flags = backend.flags("message", "disconnect")
+        async with Service(*flags, "--max_backend_connections=10") as service:
+
+            async def converse() -> None:
+                async with websockets.connect(service.ws_url) as client:
+                    for _ in range(3):
+                        await client.send("question")
+                        assert await client.recv() == b"reply"
+
+            await asyncio.gather(*(converse() for _ in range(15)))
+            await backend.wait_for("disconnect", 15)
+            forever.set()
+    assert len(backend.of("message")) == 45
+
+
+async def test_no_sign_of_life_closes_with_1013(io_loop):
+    """Held without a callback: at most --max_unanswered, then 1013."""
+    forever = asyncio.Event()
+
+    async def hold(handler: RequestHandler, event: dict) -> None:
+        await forever.wait()
+
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = hold
+        flags = ("--order_wait=0.05", "--max_unanswered=3", "--delivery_timeout=1.5")
+        async with Service(*backend.flags(), *flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                for number in range(6):
+                    await client.send(str(number))
+                with pytest.raises(websockets.ConnectionClosed):
+                    await asyncio.wait_for(client.recv(), DEADLINE)
+                assert client.close_code == 1013
+            assert len(backend.of("message")) == 3
+            (event,) = await backend.wait_for("disconnect", 1)
+            assert event["meta"]["undelivered"] == 3
+            forever.set()
+
+
+async def test_strict_order_never_overtakes(io_loop):
+    """With --order_wait=inf the second message waits, however long."""
+    release = asyncio.Event()
+
+    async def hold(handler: RequestHandler, event: dict) -> None:
+        await release.wait()
+
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = hold
+        flags = ("--order_wait=inf", "--backend_timeout=30")
+        async with Service(*backend.flags(), *flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("1")
+                await client.send("2")
+                await backend.wait_for("message", 1)
+                with pytest.raises(TimeoutError):
+                    await backend.wait_for("message", 2, deadline=2)
+                release.set()
+                await backend.wait_for("message", 2)
+
+
+async def test_refused_message_is_counted_and_the_client_stays(io_loop):
+    """400, 404, a redirect: not for another time; meta.refused tells."""
+    statuses = iter([400, 302, 200])
+
+    async def refuse(handler: RequestHandler, event: dict) -> None:
+        handler.set_status(next(statuses))
+
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = refuse
+        async with Service(*backend.flags()) as service:
+            async with websockets.connect(service.ws_url) as client:
+                for _ in range(3):
+                    await client.send("x")
+                await backend.wait_for("message", 3)
+            (event,) = await backend.wait_for("disconnect", 1)
+    assert event["meta"]["refused"] == 2
+    assert event["meta"]["undelivered"] == 0
+    assert event["meta"]["code"] == 1000
+
+
+class RawBackend:
+    """A TCP server that answers each request with what the test says."""
+
+    def __init__(self, *answers: bytes | None, keep: bool = True) -> None:
+        self.answers = list(answers)
+        self.keep = keep
+        self.requests: list[bytes] = []
+        self.connections = 0
+
+    async def __aenter__(self) -> "RawBackend":
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        port = self.server.sockets[0].getsockname()[1]
+        self.flags = ["--backend=http", f"--messageuri=http://127.0.0.1:{port}/m"]
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.server.close()
+
+    async def _serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.connections += 1
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.split(b"Content-Length: ")[1].split(b"\r\n")[0])
+                self.requests.append(await reader.readexactly(length))
+                answer = self.answers.pop(0) if self.answers else OK
+                if answer is not None:
+                    for part in answer.split(b"|"):
+                        writer.write(part)
+                        await writer.drain()
+                        await asyncio.sleep(0.02)  # parts of an answer come apart
+                if answer is None or not self.keep or b"close" in answer:
+                    break
+        writer.close()
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
+
+
+@pytest.mark.parametrize(
+    ("answer", "connections"),
+    [
+        (OK, 1),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", 1),
+        (b"HTTP/1.1 100 Continue\r\n\r\n|" + OK, 1),
+        (b"HTTP/1.1 103 Early Hints\r\nLink: </>\r\n\r\n" + OK, 1),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n|OK\r\n|0\r\n\r\n", 1),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n|ab|cd", None),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + bytes(300000), None),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nOK", 3),
+        (b"HTTP/1.0 200 OK\r\nConnection: close\r\n\r\nuntil the end", 3),
+        (b"HTTP/1.1 200 OK\r\nX-Connection: close\r\n\r\nuntil |the end", 3),
+    ],
+)
+async def test_every_framing_of_an_answer(io_loop, answer, connections):
+    """Three messages arrive once each, over as few connections as can be."""
+    async with RawBackend(answer, answer, answer) as backend:
+        async with Service(*backend.flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                for number in range(3):
+                    await client.send(str(number))
+                    await eventually(lambda n=number: len(backend.requests) == n + 1)
+                await client.send("last")
+                await eventually(lambda: len(backend.requests) == 4)
+                assert client.state == websockets.State.OPEN
+    if connections is not None:
+        assert connections <= backend.connections <= connections + 1
+
+
+async def test_connection_that_the_server_just_closed_is_no_failure(io_loop):
+    """A kept connection that ends under a request: sent once more, on a new one."""
+    async with RawBackend(OK, None, OK) as backend:
+        async with Service(*backend.flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("1")
+                await eventually(lambda: len(backend.requests) == 1)
+                await client.send("2")
+                await eventually(lambda: len(backend.requests) == 3)
+                assert backend.requests[1] == backend.requests[2]
+                await client.send("3")
+                await eventually(lambda: len(backend.requests) == 4)
+                assert backend.connections == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        b"garbage\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nConnection: close",
+        b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: close\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 500_000,
+    ],
+)
+async def test_no_proper_answer_closes_with_1013(io_loop, answer):
+    """The client knows that its message failed; the relay lives on."""
+    async with RawBackend(answer, keep=False) as backend:
+        async with Service(*backend.flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("x")
+                with pytest.raises(websockets.ConnectionClosed):
+                    await asyncio.wait_for(client.recv(), DEADLINE)
+                assert client.close_code == 1013
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("y")
+                await eventually(lambda: len(backend.requests) == 2)
+
+
+async def test_backend_that_is_down_closes_with_1013(io_loop):
+    """Nothing listens: 1013, one line in the log, no traceback."""
+    async with RawBackend() as backend:
+        flags = backend.flags
+    async with Service(*flags) as service:
+        async with websockets.connect(service.ws_url) as client:
+            await client.send("x")
+            with pytest.raises(websockets.ConnectionClosed):
+                await asyncio.wait_for(client.recv(), DEADLINE)
+            assert client.close_code == 1013
+        await eventually(lambda: any("cannot connect" in line for line in service.log))
+
+
+async def test_slow_backend_gets_1013_after_its_timeout(io_loop):
+    """With --backend_timeout an answer that does not come is a failure."""
+    forever = asyncio.Event()
+
+    async def hang(handler: RequestHandler, event: dict) -> None:
+        await forever.wait()
+
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = hang
+        async with Service(*backend.flags(), "--backend_timeout=0.5") as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("x")
+                with pytest.raises(websockets.ConnectionClosed):
+                    await asyncio.wait_for(client.recv(), DEADLINE)
+                assert client.close_code == 1013
+            (event,) = await backend.wait_for("disconnect", 1)
+            assert event["meta"]["undelivered"] == 1
+            forever.set()
+
+
+async def test_reading_stops_while_the_queue_is_full_and_the_client_lives(io_loop):
+    """A backend that is slow blocks the client, and never gets it closed."""
+    release = asyncio.Event()
+
+    async def hold(handler: RequestHandler, event: dict) -> None:
+        await release.wait()
+
+    async def flood(client: websockets.ClientConnection) -> None:
+        for number in range(200):
+            await client.send(f"{number:06}" + "x" * 100_000)
+
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = hold
+        flags = ("--order_wait=inf", "--backend_timeout=60")
+        flags += ("--ping_interval=0.5", "--ping_timeout=0.5")
+        async with Service(*backend.flags(), *flags) as service:
+            async with websockets.connect(
+                service.ws_url, ping_interval=None, compression=None
+            ) as client:
+                flooding = asyncio.ensure_future(flood(client))
+                with pytest.raises(TimeoutError):  # TCP pushes back to the client
+                    await asyncio.wait_for(asyncio.shield(flooding), 3)
+                release.set()
+                await asyncio.wait_for(flooding, DEADLINE)
+                events = await backend.wait_for("message", 200)
+                numbers = [int(event["message"][:6]) for event in events]
+                assert numbers == list(range(200))
+
+
+async def test_ipv6_backend(io_loop):
+    """A backend on ::1 is reached by its address."""
+
+    async def answer(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK)
+        hosts.append(head.split(b"Host: ")[1].split(b"\r\n")[0].decode())
+
+    hosts: list[str] = []
+    server = await asyncio.start_server(answer, "::1", 0)
+    authority = f"[::1]:{server.sockets[0].getsockname()[1]}"
+    url = f"http://{authority}/m"
+    async with Service("--backend=http", f"--messageuri={url}") as service:
+        async with websockets.connect(service.ws_url) as client:
+            await client.send("x")
+            await eventually(lambda: hosts == [authority])
+    server.close()
