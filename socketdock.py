@@ -18,6 +18,7 @@ import socket
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -76,7 +77,9 @@ OTHER_SPELLINGS = {
 
 ENVIRONMENT_PREFIX = "SOCKETDOCK_"
 # What Kubernetes injects for a service called socketdock.
-INJECTED = re.compile(r"SERVICE_(HOST|PORT(_.*)?)|PORT(_\d+_(TCP|UDP|SCTP)(_.*)?)?")
+INJECTED = re.compile(
+    r"(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=.*|PORT=\w+://.*"
+)
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "none")
 TRUTHS = {"true": True, "1": True, "yes": True, "on": True, "t": True,
@@ -92,6 +95,15 @@ USAGE_ERROR = 2  # exit status
 # Options, from every source.
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A line of an options file, read but not checked; `where` is for errors."""
+
+    where: str
+    name: str
+    value: Any
+
+
 def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     """Set `tornado.options` from flags, environment, file and defaults.
 
@@ -99,31 +111,45 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     to be logged. Raises `OptionError` with one sentence.
     """
     warnings: list[str] = []
-    for name in backends.names():  # their options are known before any is set
-        backends.load(name)
-    # A backend from elsewhere defines its options when it is imported, so its
-    # name is looked for before the others are read.
-    path, named = _config_path(argv, environ), _last_of("backend", argv)
-    from_file = dict(read_config(path)) if path is not None else {}
-    name = named or environ.get("SOCKETDOCK_BACKEND") or from_file.get("backend")
-    if isinstance(name, str) and name:
-        backends.load(name)
-
-    for name, value in from_file.items():
-        _set(name, value, f"{path}: {name}")
+    for setting in load_backends(argv, environ):
+        if _option_of(setting.name) is None:
+            raise OptionError(
+                f"{setting.where}: there is no option"
+                f" {setting.name}{_nearest(setting.name, '')}"
+            )
+        _set(setting.name, setting.value, f"{setting.where}: {setting.name}")
     for variable, value in environ.items():
         if not variable.startswith(ENVIRONMENT_PREFIX):
             continue
         spelling = variable.removeprefix(ENVIRONMENT_PREFIX)
         if _option_of(spelling.lower()) is not None:
             _set(spelling.lower(), value, variable)
-        elif not INJECTED.fullmatch(spelling):
+        elif not INJECTED.fullmatch(f"{spelling}={value}"):
             warnings.append(
                 f"{variable} is no option{_nearest(spelling.lower(), '')}: ignored"
             )
     for name, value in read_flags(argv):
         _set(name, value, f"--{name}")
     return warnings
+
+
+def load_backends(argv: Sequence[str], environ: Mapping[str, str]) -> list[Setting]:
+    """Import those that ship and the one that is asked for, by whatever source.
+
+    A backend defines its options when it is imported, so this comes before any
+    is set. Returns the settings of the options file. Raises `OptionError`.
+    """
+    for name in backends.names():
+        backends.load(name)
+    path = _config_path(argv, environ)
+    from_file = list(read_config(path)) if path is not None else []
+    chosen = _last_of("backend", argv) or environ.get("SOCKETDOCK_BACKEND")
+    for setting in reversed(from_file):
+        if setting.name == "backend" and not chosen:
+            chosen = setting.value
+    if isinstance(chosen, str) and chosen:
+        backends.load(chosen)
+    return from_file
 
 
 def read_flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -147,8 +173,8 @@ def read_flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
-def read_config(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield name and value of each `name = value` of an options file.
+def read_config(path: Path) -> Iterator[Setting]:
+    """Yield each `name = value` of an options file.
 
     Values are Python literals, so that nothing in the file is ever run. Names
     may be spelt with dashes.
@@ -168,21 +194,17 @@ def read_config(path: Path) -> Iterator[tuple[str, Any]]:
         line = getattr(error, "lineno", None)
         raise OptionError(f"{path}, line {line}: not name = value") from None
     for statement in statements:
+        where = f"{path}, line {statement.lineno}"
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 pass
             case _:
-                raise OptionError(f"{path}, line {statement.lineno}: not name = value")
-        if _option_of(name) is None:
-            raise OptionError(
-                f"{path}, line {statement.lineno}: there is no option"
-                f" {name}{_nearest(name, '')}"
-            )
+                raise OptionError(f"{where}: not name = value")
         try:
-            yield name, ast.literal_eval(value)
-        except ValueError:
+            yield Setting(where, name, ast.literal_eval(value))
+        except (ValueError, TypeError):
             raise OptionError(
-                f"{path}, line {statement.lineno}: {name} is not a plain value,"
+                f"{where}: {name} is not a plain value,"
                 " such as 'text', 8765, 2.5, True or ['a', 'b']"
             ) from None
 
@@ -221,7 +243,7 @@ def _set(name: str, value: Any, where: str) -> None:
     """Set one option, a string as on the command line. Raises `OptionError`."""
     option = _option_of(name)
     try:
-        if value is None:
+        if value is None and option.default is None:
             pass
         elif option.multiple:
             if isinstance(value, str):
@@ -282,11 +304,19 @@ def _check(name: str, metavar: str, value: Any) -> None:
         raise ValueError(f"one of {', '.join(LOG_LEVELS)}")
 
 
+def set_up_logging() -> None:
+    """As the options say. Raises `OptionError` where that can't be."""
+    try:
+        options.run_parse_callbacks()
+    except (OSError, ValueError) as error:
+        raise OptionError(f"can't log as --log_* say: {error}") from None
+
+
 def print_help() -> None:
     """Print every option, grouped by the module that defines it."""
     print("Usage: socketdock [--option=value ...]\n")
     print("Relays WebSocket clients to a backend that speaks only HTTP. Every option")
-    print(f"can be set in the environment, too, as {ENVIRONMENT_PREFIX}<OPTION>, and in")
+    print(f"can be set in the environment as {ENVIRONMENT_PREFIX}<OPTION>, too, and in")
     print("the file that --config names; the flag beats both.")
     groups: dict[str, list[Any]] = {}
     for option in options._options.values():
@@ -332,8 +362,10 @@ def callback_routes(
     ]
 
 
-def make_server(routes: Sequence[Any], sockets: Sequence[socket.socket]) -> HTTPServer:
-    """Serve `routes` on `sockets`."""
+def make_server(
+    routes: Sequence[Any], sockets: Sequence[socket.socket], max_body_size: int
+) -> HTTPServer:
+    """Serve `routes` on `sockets`; a body is held in memory, so it is bounded."""
     application = Application(
         list(routes),
         default_handler_class=ProblemHandler,
@@ -344,8 +376,7 @@ def make_server(routes: Sequence[Any], sockets: Sequence[socket.socket]) -> HTTP
         max_header_size=MAX_HEADER_SIZE,
         idle_connection_timeout=IDLE_CONNECTION_TIMEOUT,
         body_timeout=BODY_TIMEOUT,
-        # Handlers with a body check it themselves, for a better answer.
-        max_body_size=1,
+        max_body_size=max_body_size,
         max_buffer_size=2 * MAX_HEADER_SIZE,
     )
     server.add_sockets(sockets)
@@ -391,9 +422,10 @@ def listen(address: str, port: int) -> list[socket.socket]:
     """Bind and listen. Raises `OptionError` where that can't be."""
     try:
         return bind_sockets(port, address, backlog=BACKLOG)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no address, or not even a host's name
+        reason = getattr(error, "strerror", None) or error
         raise OptionError(
-            f"can't listen at port {port} of {address or '*'}: {error.strerror or error}"
+            f"can't listen at port {port} of {address or '*'}: {reason}"
         ) from None
 
 
@@ -463,15 +495,21 @@ async def serve() -> int:
     shared = {"connections": connections, "backend": backend}
     to_clients = client_routes(heartbeat=heartbeat, policy=policy, **shared)
     to_backend = callback_routes(
-        urlsplit(external or "").path, max_message_size=policy.max_message_size, **shared
+        urlsplit(external or "").path,
+        max_message_size=policy.max_message_size,
+        **shared,
     )
     if callback_sockets:
         servers = [
-            make_server(to_clients, client_sockets),
-            make_server(to_backend, callback_sockets),
+            make_server(to_clients, client_sockets, MAX_HEADER_SIZE),
+            make_server(to_backend, callback_sockets, policy.max_message_size),
         ]
     else:
-        servers = [make_server([*to_clients, *to_backend], client_sockets)]
+        servers = [
+            make_server(
+                [*to_clients, *to_backend], client_sockets, policy.max_message_size
+            )
+        ]
     logger.info(
         "SocketDock %s: clients at %s/ws, callbacks at %s, backend %s",
         __version__,
@@ -510,17 +548,16 @@ async def stop_signal() -> None:
 
 def main() -> None:
     """The console script `socketdock`."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        for name in backends.names():
-            backends.load(name)
-        print_help()
-        return
     if "--version" in sys.argv[1:]:
         print(f"SocketDock {__version__}")
         return
     try:
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            load_backends(sys.argv[1:], os.environ)
+            print_help()
+            return
         warnings = parse_options(sys.argv[1:], os.environ)
-        options.run_parse_callbacks()  # sets logging up
+        set_up_logging()
         for warning in warnings:
             logger.warning(warning)
         status = asyncio.run(serve())

@@ -10,7 +10,7 @@ has one function, `make_backend(relay)`, which returns a `Backend`, and may
     class PrintBackend(Backend):
         async def message(self, connection, message):
             print(connection.id, message)
-            await connection.send("thank you")
+            connection.send("thank you")
 
     def make_backend(relay):
         return PrintBackend()
@@ -109,6 +109,13 @@ class Connection(Protocol):
         """Start the closing handshake; nothing where it has begun already.
 
         `reason` is at most 123 bytes of UTF-8 (RFC 6455, section 5.5).
+        """
+
+    def give_up(self, error: "BackendError") -> None:
+        """Report that a message can't be delivered after all.
+
+        For one whose `Backend.message` has completed; else that raises. The
+        client is closed with 1013, and what waits behind is given up too.
         """
 
 
@@ -219,7 +226,9 @@ def load(name: str) -> ModuleType:
     except Exception as error:
         raise OptionError(_import_failure(name, error)) from error
     if not callable(getattr(module, "make_backend", None)):
-        raise OptionError(f"module {module_name} is no backend: no make_backend() in it")
+        raise OptionError(
+            f"module {module_name} is no backend: no make_backend() in it"
+        )
     return module
 
 

@@ -27,7 +27,7 @@ RETRY_AFTER = "1"  # seconds; a slow client may have read on by then
 class CallbackHandler(ProblemHandler):
     """What the callback routes share: finding the connection."""
 
-    def initialize(  # type: ignore[override] # the route's third element
+    def initialize(
         self, connections: ConnectionMap, backend: Backend, max_message_size: int
     ) -> None:
         self.connections = connections

@@ -21,7 +21,7 @@ class Pinged(Protocol):
     def reading_paused(self) -> bool:
         """Whether it reads nothing now, a pong neither."""
 
-    def ping(self) -> None: ...
+    def beat(self) -> None: ...
 
     def vanish(self) -> None: ...
 
@@ -81,7 +81,7 @@ class Heartbeat:
             self._ping_at[connection] = now + self._interval
             if connection.reading_paused:
                 continue
-            connection.ping()
+            connection.beat()
             if self._timeout > 0:
                 self._pinged_at.setdefault(connection, now)
         self._arm(now)

@@ -1,10 +1,14 @@
 """Errors of a route as problem documents (RFC 9457)."""
 
 import json
+import logging
 from http import HTTPStatus
+from types import TracebackType
 from typing import Any
 
-from tornado.web import RequestHandler
+from tornado.web import HTTPError, RequestHandler
+
+logger = logging.getLogger(__name__)
 
 
 class ProblemHandler(RequestHandler):
@@ -36,6 +40,21 @@ class ProblemHandler(RequestHandler):
             allowed = [m for m in self.SUPPORTED_METHODS if self._has(m.lower())]
             self.set_header("Allow", ", ".join(allowed))
         self.problem(status, status.description or status.phrase)
+
+    def log_exception(
+        self,
+        typ: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        """Log a bug, without the query and the headers that Tornado would show."""
+        if value is not None and not isinstance(value, HTTPError):
+            logger.error(
+                "bug in %s %s",
+                self.request.method,
+                self.request.path,
+                exc_info=value,
+            )
 
     def _has(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(RequestHandler, method)

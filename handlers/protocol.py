@@ -20,7 +20,6 @@ from tornado.websocket import WebSocketProtocol13, _WebSocketParams
 from backends import ConnectionClosed
 from handlers.frames import (
     Close,
-    CloseCode,
     FrameError,
     FrameParser,
     Opcode,
@@ -199,7 +198,7 @@ class ClientProtocol(WebSocketProtocol13):
         """Bytes that the kernel has taken since the connection began."""
         return self.stream._total_write_done_index
 
-    def ping(self) -> None:
+    def send_ping(self) -> None:
         """Send a ping, unless frames wait: the peer is too slow to see it."""
         if not self.is_closing() and not self.bytes_waiting:
             self.stream.write(frame(Opcode.PING, b""))
@@ -221,12 +220,13 @@ class ClientProtocol(WebSocketProtocol13):
         """
         self._discarding = True
         self.close(code, reason)
-        if not self.stream.closed() and not self.bytes_waiting:
-            if isinstance(self.stream.socket, socket.socket):
-                try:
-                    self.stream.socket.shutdown(socket.SHUT_WR)
-                except OSError:
-                    self.abort()
+        if self.stream.closed() or self.bytes_waiting:
+            return
+        if type(self.stream.socket) is socket.socket:  # TLS can't be half closed
+            try:
+                self.stream.socket.shutdown(socket.SHUT_WR)
+            except OSError:
+                self.abort()
 
     def abort(self) -> None:
         """Close the socket at once."""
@@ -262,7 +262,7 @@ def _settle(sent: "asyncio.Future[None]", written: "asyncio.Future[None]") -> No
         sent.set_result(None)
 
 
-_WINDOW_BITS = re.compile(r"(?:9|1[0-5])\Z")
+_WINDOW_BITS = re.compile(r"8|9|1[0-5]")
 
 
 def _agree_on_deflate(offers: list[str]) -> str | None:
@@ -286,7 +286,7 @@ def _agree_on_deflate(offers: list[str]) -> str | None:
             if key in ("server_no_context_takeover", "client_no_context_takeover"):
                 acceptable &= given is None
             elif key == "client_max_window_bits":
-                acceptable &= given is None or bool(_WINDOW_BITS.match(given)) or given == "8"
+                acceptable &= given is None or bool(_WINDOW_BITS.fullmatch(given))
             else:
                 # server_max_window_bits below 15 would need a compressor of
                 # its own for each client: declined, like what is unknown.

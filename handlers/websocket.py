@@ -7,6 +7,7 @@ sends comes back through `handlers.callback` and `ClientSocketHandler.send`.
 import asyncio
 import base64
 import binascii
+import contextlib
 import logging
 import secrets
 from collections import deque
@@ -90,7 +91,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
 
     ws_connection: ClientProtocol | None
 
-    def initialize(  # type: ignore[override] # the route's third element
+    def initialize(
         self,
         connections: ConnectionMap,
         backend: Backend,
@@ -156,8 +157,9 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             self._say_farewell(Close(CloseCode.ABNORMAL, ""), "relay")
             self.problem(HTTPStatus.SERVICE_UNAVAILABLE, "The backend gave no verdict.")
             return
-        except BaseException:
+        except BaseException:  # a bug in the backend, which may have said yes
             self._end()
+            self._say_farewell(Close(CloseCode.ABNORMAL, ""), "relay")
             raise
         if self._peer_gone or self.request.connection is None:
             self._end()
@@ -185,7 +187,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         ):
             self.set_header("Upgrade", "websocket")
             self.set_header("Connection", "Upgrade")
-            self.problem(HTTPStatus.UPGRADE_REQUIRED, "Only WebSockets are served here.")
+            self.problem(HTTPStatus.UPGRADE_REQUIRED, "Only WebSockets are here.")
         elif headers.get("Sec-WebSocket-Version") != "13":
             self.set_header("Sec-WebSocket-Version", "13")
             self.problem(HTTPStatus.UPGRADE_REQUIRED, "Only version 13 is served here.")
@@ -247,7 +249,8 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         logger.debug("connection %s opened", self.id)
         early, self._early = self._early, []
         for message in early:
-            self.send(message)
+            with contextlib.suppress(ConnectionClosed):  # the client has gone
+                self.send(message)
         if self._early_close is not None:
             self.close(*self._early_close)
         elif self.connections.draining:
@@ -317,12 +320,8 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         while True:
             try:
                 taken = self.backend.message(self, message)
-            except BackendError as error:
-                self._give_up(error)
-                return
-            except Exception:
-                logger.exception("backend failed on a message of %s", self.id)
-                self._give_up(None)
+            except Exception as error:
+                self._on_undeliverable(error)
                 return
             if taken is not None:
                 self._delivering = True
@@ -335,17 +334,14 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             message = self._next()
 
     def _on_delivered(self, taken: "asyncio.Future[None]") -> None:
-        error = taken.exception() if not taken.cancelled() else asyncio.CancelledError()
-        if error is None:
-            if self._queue:
-                self._deliver(self._next())
-            else:
-                self._rest()
-        elif isinstance(error, (BackendError, asyncio.CancelledError)):
-            self._give_up(error)
+        if taken.cancelled():
+            self._on_undeliverable(BackendError("the relay stops"))
+        elif (error := taken.exception()) is not None:
+            self._on_undeliverable(error)
+        elif self._queue:
+            self._deliver(self._next())
         else:
-            logger.error("backend failed on a message of %s", self.id, exc_info=error)
-            self._give_up(None)
+            self._rest()
 
     def _next(self) -> str | bytes:
         assert self._queue
@@ -363,18 +359,26 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
-    def _give_up(self, error: BaseException | None) -> None:
-        """The message at the head can't be delivered: nor can those behind it."""
+    def _on_undeliverable(self, error: BaseException) -> None:
+        """The message at the head can't be delivered."""
+        if isinstance(error, BackendError):
+            self.give_up(error)
+        else:
+            logger.error("bug on a message of %s", self.id, exc_info=error)
+            self._give_up(CloseCode.INTERNAL_ERROR, "internal error")
+        self._rest()
+
+    def give_up(self, error: BackendError) -> None:
+        """Give up a message and those behind it; see `backends.Connection`."""
+        logger.warning("connection %s gives up: %s", self.id, error)
+        self._give_up(CloseCode.TRY_AGAIN_LATER, "backend unavailable")
+
+    def _give_up(self, code: CloseCode, reason: str) -> None:
         self._given_up = True
         self._undelivered += 1 + len(self._queue or ())
-        if error is not None:
-            logger.warning("connection %s gives up: %s", self.id, error or "cancelled")
-            self.close(CloseCode.TRY_AGAIN_LATER, "backend unavailable", "relay")
-        else:
-            self.close(CloseCode.INTERNAL_ERROR, "internal error", "relay")
         while self._queue:
             self._next()
-        self._rest()
+        self.close(code, reason, "relay")
 
     # What backends, callbacks and the relay ask of a connection.
 
@@ -423,7 +427,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         if self.state != "open" or protocol is None or protocol.is_closing():
             return
         self._begin_closing(code, reason, initiator)
-        if protocol.bytes_waiting > self.policy.max_send_buffer:
+        if protocol.bytes_waiting >= self.policy.max_send_buffer:
             protocol.abort()  # a close frame would wait behind all of it
         else:
             protocol.close(code, reason)
@@ -438,10 +442,10 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         if self.ws_connection is not None:
             self.ws_connection.abort()
 
-    def ping(self) -> None:
+    def beat(self) -> None:
         """Send a ping."""
         if self.ws_connection is not None:
-            self.ws_connection.ping()
+            self.ws_connection.send_ping()
 
     def vanish(self) -> None:
         """Cut off a peer that answers no ping."""

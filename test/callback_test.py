@@ -62,8 +62,9 @@ async def test_send_makes_the_frame_of_its_type(
         ("POST", "/send?type=blob", b"x", {}, 400),
         ("POST", "/send", b"x" * (4 * 2**20 + 1), {}, 413),
         ("GET", "/send", None, {}, 405),
-        ("POST", "", b"", {}, 405),
-        ("POST", "/sendx", b"", {}, 404),
+        ("POST", "", b"x", {}, 405),
+        ("POST", "/sendx", b"x", {}, 404),
+        ("PUT", "/send", b"x", {}, 405),
         ("POST", "/disconnect", b"{", {}, 400),
         ("POST", "/disconnect", b"[]", {}, 400),
         ("POST", "/disconnect", b'{"code": 1005}', {}, 400),
@@ -187,7 +188,8 @@ async def test_disconnect_closes_with_code_and_reason(
 
 async def test_info_tells_of_the_connection(io_loop):
     """State, times, peer and counts."""
-    async with open_connection(user_agent_header="Agent/1") as (_, backend, client, url):
+    agent = {"user_agent_header": "Agent/1"}
+    async with open_connection(**agent) as (_, backend, client, url):
         await client.send("é")
         await backend.wait_for("message", 1)
         await backend.call(f"{url}/send", body=b"123")
@@ -238,7 +240,8 @@ async def test_disconnect_before_the_answer_closes_after_the_101(io_loop):
 
 async def test_concurrent_pushes_arrive_whole(io_loop):
     """Each of many frames at once is a frame of its own."""
-    async with open_connection("--max_send_buffer=100000000") as (_, backend, client, url):
+    roomy = "--max_send_buffer=100000000"
+    async with open_connection(roomy) as (_, backend, client, url):
         bodies = [bytes([n]) * (1000 * n + 1) for n in range(200)]
         calls = asyncio.gather(
             *(backend.call(f"{url}/send", body=body) for body in bodies)
@@ -288,5 +291,6 @@ async def test_slow_client_is_429_then_1008_and_410(io_loop):
             assert int(answer.headers["Retry-After"]) >= 1
             assert (await asyncio.wait_for(first, DEADLINE)).code == 410
             (event,) = await backend.wait_for("disconnect", 1)
-            assert (event["meta"]["code"], event["meta"]["initiator"]) == (1008, "relay")
+            meta = event["meta"]
+            assert (meta["code"], meta["initiator"]) == (1008, "relay")
             deaf.close()

@@ -31,7 +31,7 @@ async def using(**changes) -> AsyncIterator[Client]:
     try:
         yield client
     finally:
-        client.close()
+        await client.close()
         await eventually(lambda: client.open == 0)
 
 

@@ -233,6 +233,7 @@ class RawBackend:
 
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
         (b"HTTP/1.1 204 No Content\r\n\r\n", 1),
         (b"HTTP/1.1 100 Continue\r\n\r\n|" + OK, 1),
         (b"HTTP/1.1 103 Early Hints\r\nLink: </>\r\n\r\n" + OK, 1),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n|OK\r\n|0\r\n\r\n", 1),
+        (CHUNKED + b"2\r\n|OK\r\n|0\r\n\r\n", 1),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n|ab|cd", None),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + bytes(300000), None),
         (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nOK", 3),

@@ -13,6 +13,8 @@ from tornado.web import RequestHandler
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
+APP = "--allowed_origins=https://app.example.com"
+APPS = "--allowed_origins=https://*.example.com"
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 
 
@@ -89,11 +91,11 @@ async def test_handshake_gets_the_status_of_the_rfc(io_loop, changes, method, st
     [
         ((), "same", 101),
         ((), "http://other.example", 403),
-        (("--allowed_origins=https://app.example.com",), "https://app.example.com", 101),
-        (("--allowed_origins=https://app.example.com",), "http://app.example.com", 403),
-        (("--allowed_origins=https://*.example.com",), "https://a.b.example.com", 101),
-        (("--allowed_origins=https://*.example.com",), "https://example.com", 403),
-        (("--allowed_origins=https://*.example.com",), "https://evilexample.com", 403),
+        ((APP,), "https://app.example.com", 101),
+        ((APP,), "http://app.example.com", 403),
+        ((APPS,), "https://a.b.example.com", 101),
+        ((APPS,), "https://example.com", 403),
+        ((APPS,), "https://evilexample.com", 403),
         (("--allowed_origins=*",), "null", 101),
         (("--require_origin",), None, 403),
         ((), None, 101),
@@ -468,10 +470,40 @@ async def test_visits_lose_nothing(io_loop):
         await asyncio.gather(*map(visit, range(visits)))
         await backend.wait_for("disconnect", visits, 40)
         arrived = sorted(event["message"] for event in backend.of("message"))
-        assert arrived == ["%06d" % number for number in range(visits)]
+        assert arrived == [f"{number:06}" for number in range(visits)]
         order: dict[str, list[str]] = {}
         for kind, event, _ in backend.events:
             order.setdefault(event["meta"]["connection_id"], []).append(kind)
         assert all(o == ["message", "disconnect"] for o in order.values())
         assert len(order) == visits
         await eventually(lambda: not service.tracebacks)
+
+
+async def test_overdue_failure_gives_up_what_waits_behind(io_loop):
+    """A held answer that turns out to be 500: 1013, and all behind is counted."""
+    fail, forever = asyncio.Event(), asyncio.Event()
+
+    async def hold(handler: RequestHandler, event: dict) -> None:
+        if event["message"] == "0":
+            await fail.wait()
+            handler.set_status(500)
+        else:
+            await forever.wait()
+
+    flags = ("--order_wait=0.2", "--max_unanswered=2")
+    async with relay("message", "disconnect", flags=flags) as (service, backend):
+        backend.answers["message"] = hold
+        async with websockets.connect(service.ws_url) as client:
+            for number in range(5):
+                await client.send(str(number))
+            await backend.wait_for("message", 2)
+            await (await client.ping())  # so that the last has been read
+            fail.set()
+            with pytest.raises(websockets.ConnectionClosed):
+                await asyncio.wait_for(client.recv(), DEADLINE)
+            assert client.close_code == 1013
+        forever.set()
+        (event,) = await backend.wait_for("disconnect", 1)
+        # 1 was taken, 2 went when 0 made room or was given up with the rest.
+        taken = len(backend.of("message")) - 1
+        assert event["meta"]["undelivered"] == 5 - taken

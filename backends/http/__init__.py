@@ -158,7 +158,6 @@ class HTTPBackend(Backend):
                 target,
                 connection.id,
                 closure,
-                closure.undelivered + (delivery.undelivered if delivery else 0),
                 delivery.refused if delivery else 0,
             ),
             DISCONNECT_TIMEOUT,
@@ -174,7 +173,7 @@ class HTTPBackend(Backend):
     async def close(self) -> None:
         """Close every connection to the backend."""
         self._deliveries.closing = True
-        self._client.close()
+        await self._client.close()
 
     async def _post(
         self, target: Target, data: bytes, timeout: float, keep: bool = False

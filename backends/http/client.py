@@ -9,7 +9,7 @@ import asyncio
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -187,7 +187,9 @@ class Client:
         exchange = Exchange(target, data, on_done, on_sent, keep)
         loop = asyncio.get_running_loop()
         if timeout is not None:
-            exchange.timer = loop.call_later(timeout, self._on_timeout, exchange, timeout)
+            exchange.timer = loop.call_later(
+                timeout, self._on_timeout, exchange, timeout
+            )
         origin = self._origins.get(target.origin)
         if origin is None:
             origin = self._origins[target.origin] = _Origin(self, target)
@@ -201,11 +203,11 @@ class Client:
             origin.waiting for origin in self._origins.values()
         )
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close every connection; what is under way ends with an error."""
         self._closed = True
         for origin in self._origins.values():
-            origin.close()
+            await origin.close()
 
     def make_room(self) -> None:
         """Close an idle connection to another origin, or ask for one to be let go."""
@@ -243,7 +245,7 @@ class _Origin:
         self.waiting: deque[Exchange] = deque()
         # Held here while they connect; each reports to who waits.
         self._connecting: set[asyncio.Task[None]] = set()
-        self._addresses: list[aiohappyeyeballs.AddrInfoType] = []
+        self._addresses: Sequence[aiohappyeyeballs.AddrInfoType] = ()
         self._resolved_at = float("-inf")
         self._resolving: asyncio.Future[None] | None = None
 
@@ -284,8 +286,11 @@ class _Origin:
                 raise BackendError(f"TLS: {error.verify_message}") from error
             except ssl.SSLError as error:
                 raise BackendError(f"TLS: {error.reason}") from error
-            except OSError as error:
-                raise BackendError(f"cannot connect: {error.strerror or error}") from error
+            except (OSError, UnicodeError) as error:  # the latter: no name for DNS
+                why = getattr(error, "strerror", None) or error
+                raise BackendError(f"cannot connect: {why}") from error
+            if not connection.adopt():
+                raise BackendError("connection lost at once")
         except BackendError as error:
             self._slot_free()
             if (exchange := self._next_waiting()) is not None:
@@ -297,7 +302,9 @@ class _Origin:
         self._hand_on(connection)
 
     def _slot_free(self) -> None:
-        self._connecting.discard(asyncio.current_task())  # type: ignore[arg-type]
+        task = asyncio.current_task()
+        assert task is not None
+        self._connecting.discard(task)
         self.client.open -= 1
         asyncio.get_running_loop().call_soon(self.client.on_slot_free)
 
@@ -323,7 +330,7 @@ class _Origin:
             raise
         return connection
 
-    async def _resolve(self) -> list[aiohappyeyeballs.AddrInfoType]:
+    async def _resolve(self) -> Sequence[aiohappyeyeballs.AddrInfoType]:
         """The host's addresses; one look-up at a time."""
         loop = asyncio.get_running_loop()
         while loop.time() > self._resolved_at + ADDRESSES_TTL:
@@ -339,7 +346,7 @@ class _Origin:
             finally:
                 self._resolving.set_result(None)
                 self._resolving = None
-        return list(self._addresses)
+        return self._addresses
 
     def on_free(self, connection: "_Connection") -> None:
         """A connection has finished its exchange."""
@@ -380,10 +387,12 @@ class _Origin:
         self.waiting.appendleft(exchange)
         self.connect_for_waiting()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End everything."""
-        for task in list(self._connecting):
+        connecting = list(self._connecting)
+        for task in connecting:
             task.cancel()
+        await asyncio.gather(*connecting, return_exceptions=True)
         for connection in [*self.idle, *self.busy]:
             connection.close()
         self.idle.clear()
@@ -399,6 +408,7 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser: Any = None
         self._exchange: Exchange | None = None
+        self._adopted = False  # the origin counts it, and hears of its end
         self._used = False
         self._paused = False
         self._send_timer: asyncio.TimerHandle | None = None
@@ -490,15 +500,21 @@ class _Connection(asyncio.Protocol):
         else:
             what = "in the answer's middle" if self._started else "before an answer"
             self._fail(f"connection lost {what}")
-        self._origin.on_lost(self)
+        if self._adopted:
+            self._origin.on_lost(self)
 
     # The parser's callbacks.
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        if key in self._headers:  # as one list (RFC 9110, section 5.3)
+            text = f"{self._headers[key]}, {text}"
+        self._headers[key] = text
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
+        if self._complete:
+            raise ValueError("a second answer, which nobody asked for")
         if status >= 200:
             self._status = status
             self._has_headers = True
@@ -520,6 +536,11 @@ class _Connection(asyncio.Protocol):
         self._keep_alive = self._parser.should_keep_alive()
 
     # What the origin asks.
+
+    def adopt(self) -> bool:
+        """Whether it lives; from now on its end frees a place."""
+        self._adopted = self._transport is not None
+        return self._adopted
 
     def is_usable(self) -> bool:
         """Whether another request may go."""

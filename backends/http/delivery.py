@@ -65,7 +65,8 @@ class Deliveries:
         self._numbers = count()
         # Two limits only, so that each line of waiting requests keeps its order.
         self._lines = {
-            wait: OverdueLine(wait) for wait in (patience.order_wait, IMPATIENT_ORDER_WAIT)
+            wait: OverdueLine(wait)
+            for wait in (patience.order_wait, IMPATIENT_ORDER_WAIT)
         }
         # Overdue requests that may be let go, oldest first; some have ended since.
         self._expendable: list[tuple[float, int, _Request]] = []
@@ -106,7 +107,6 @@ class Delivery:
         "_stuck_timer",
         "number",
         "refused",
-        "undelivered",
     )
 
     def __init__(self, deliveries: Deliveries, connection: Connection) -> None:
@@ -121,7 +121,6 @@ class Delivery:
         self._stuck_timer: asyncio.TimerHandle | None = None
         self.number = 0  # of the latest message, from 1
         self.refused = 0
-        self.undelivered = 0
 
     def post(self, data: bytes) -> "asyncio.Future[None]":
         """Send the next message's request.
@@ -218,9 +217,7 @@ class Delivery:
             request.released.set_exception(error)
         elif not self._deliveries.closing:
             # Overdue, so that later messages have gone: the client has to know.
-            self.undelivered += 1
-            logger.warning("connection %s gives up: %s", self._connection.id, error)
-            self._connection.close(1013, "backend unavailable", "relay")
+            self._connection.give_up(error)
 
     def _forget(self, request: "_Request") -> None:
         request.is_open = False

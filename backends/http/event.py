@@ -52,22 +52,21 @@ class EventWriter:
         meta = self.meta(connection_id)
         meta["message_id"] = message_id = f"{connection_id}-{number}"
         if isinstance(message, str):
-            meta["type"] = "text"
+            meta["type"], text = "text", message
         else:
             meta["type"] = "binary"
             try:
-                message = message.decode()
+                text = message.decode()
             except UnicodeDecodeError:
                 meta["encoding"] = "base64"
-                message = base64.b64encode(message).decode()
-        return self._request(target, message_id, {"meta": meta, "message": message})
+                text = base64.b64encode(message).decode()
+        return self._request(target, message_id, {"meta": meta, "message": text})
 
     def disconnect(
         self,
         target: Target,
         connection_id: str,
         closure: Closure,
-        undelivered: int,
         refused: int,
     ) -> bytes:
         """The request that tells of a connection's end."""
@@ -78,7 +77,7 @@ class EventWriter:
             "reason": closure.reason,
             "initiator": closure.initiator,
             "duration": round(closure.duration, 3),
-            "undelivered": undelivered,
+            "undelivered": closure.undelivered,
             "refused": refused,
         }
         event = {"connection_id": connection_id, "meta": meta}
@@ -88,7 +87,10 @@ class EventWriter:
         self, target: Target, event_id: str, event: Mapping[str, Any]
     ) -> bytes:
         body = orjson.dumps(event)
-        return b"%bwebhook-id: %b\r\nwebhook-timestamp: %d\r\nContent-Length: %d\r\n\r\n%b" % (
+        return (
+            b"%bwebhook-id: %b\r\nwebhook-timestamp: %d\r\n"
+            b"Content-Length: %d\r\n\r\n%b"
+        ) % (
             self._head(target),
             event_id.encode(),
             time.time(),

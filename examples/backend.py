@@ -1,0 +1,96 @@
+"""A backend for SocketDock in nothing but the standard library.
+
+    python examples/backend.py --port=8000
+
+It prints every event, and answers each message by a callback to its client.
+`examples/demo.py` runs it; so may you, beside a relay of your own:
+
+    python socketdock.py --backend=http \\
+        --connecturi=http://127.0.0.1:8000/connect \\
+        --messageuri=http://127.0.0.1:8000/message \\
+        --disconnecturi=http://127.0.0.1:8000/disconnect
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import urllib.error
+import urllib.request
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+CALLBACK_TIMEOUT = 15.0  # seconds; a slow client is given up after 10 by default
+
+# Callbacks go to the relay itself, whatever proxy the environment names.
+RELAY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class EventHandler(BaseHTTPRequestHandler):
+    """Takes the three events of SocketDock."""
+
+    protocol_version = "HTTP/1.1"  # so that connections are kept
+    disable_nagle_algorithm = True
+
+    def do_POST(self) -> None:
+        kind = self.path.removeprefix("/")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if kind not in ("connect", "message", "disconnect"):
+            self.answer(HTTPStatus.NOT_FOUND)
+            return
+        event = json.loads(body)
+        show("POST", self.path, {"headers": dict(self.headers), "body": event})
+        if kind == "message":
+            reply(event)
+        self.answer(HTTPStatus.OK)
+
+    def answer(self, status: HTTPStatus) -> None:
+        """Answer without a body; for a message, 2xx means that it was taken."""
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the events themselves are printed."""
+
+
+def reply(event: dict[str, Any]) -> None:
+    """Send a message's client a text frame: POST to its `meta.send`."""
+    url = event["meta"]["send"]
+    text = f"you said: {event['message']}"
+    headers = {"Content-Type": "text/plain; charset=utf-8"}  # a text frame
+    request = urllib.request.Request(url, text.encode(), headers, method="POST")
+    try:
+        with RELAY.open(request, timeout=CALLBACK_TIMEOUT) as answer:
+            status = answer.status
+    except urllib.error.HTTPError as error:
+        status = error.code  # 410 where the client has left, for one
+    except OSError as error:  # no answer at all
+        print(f"callback to {url} failed: {error}", file=sys.stderr)
+        return
+    show("CALLBACK", url, {"headers": headers, "body": text, "status": status})
+
+
+def show(what: str, where: str, details: Any) -> None:
+    """Print one line that people and programs can read."""
+    # In one write, since every connection of the relay has a thread here.
+    sys.stdout.write(f"{what} {where} {json.dumps(details)}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A small backend for SocketDock.")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    port = parser.parse_args().port
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), EventHandler)
+    except (OSError, OverflowError) as error:
+        sys.exit(f"backend: can't listen at port {port}: {error}")
+    with server, contextlib.suppress(KeyboardInterrupt):
+        print(f"backend at http://127.0.0.1:{server.server_port}", flush=True)
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
