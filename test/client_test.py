@@ -12,7 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from service import eventually
+from service import eventually, tcp_server
 
 from backends import BackendError
 from backends.http.client import Answer, Client, Target
@@ -50,25 +50,9 @@ async def answer_all(answer, reader, writer) -> None:
         writer.write(answer)
 
 
-@contextlib.asynccontextmanager
-async def serving(serve=None, answer: bytes = OK, **options) -> AsyncIterator[int]:
-    """The port of a server that answers every request alike, or by `serve`."""
-    serve = serve or functools.partial(answer_all, answer)
-    served: set[asyncio.Task] = set()
-
-    async def on_client(reader, writer) -> None:
-        served.add(asyncio.current_task())
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            await serve(reader, writer)
-        writer.close()
-        served.discard(asyncio.current_task())
-
-    server = await asyncio.start_server(on_client, "127.0.0.1", 0, **options)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        await eventually(lambda: not served)
+def serving(serve=None, answer: bytes = OK, **options):
+    """A server that answers every request alike, or by `serve`."""
+    return tcp_server(serve or functools.partial(answer_all, answer), **options)
 
 
 async def test_name_with_a_dead_family_is_reached_by_the_other(io_loop, monkeypatch):

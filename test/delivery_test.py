@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import pytest
 import websockets
-from service import DEADLINE, RecordingBackend, Service, eventually
+from service import DEADLINE, RecordingBackend, Service, eventually, tcp_server
 from tornado.web import RequestHandler
 
 pytestmark = pytest.mark.gen_test(timeout=90)
@@ -204,32 +204,30 @@ class RawBackend:
         self.connections = 0
 
     async def __aenter__(self) -> "RawBackend":
-        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        port = self.server.sockets[0].getsockname()[1]
+        self._server = tcp_server(self._serve)
+        port = await self._server.__aenter__()
         self.flags = ["--backend=http", f"--messageuri=http://127.0.0.1:{port}/m"]
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self.server.close()
+        await self._server.__aexit__(*error)
 
     async def _serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self.connections += 1
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = int(head.split(b"Content-Length: ")[1].split(b"\r\n")[0])
-                self.requests.append(await reader.readexactly(length))
-                answer = self.answers.pop(0) if self.answers else OK
-                if answer is not None:
-                    for part in answer.split(b"|"):
-                        writer.write(part)
-                        await writer.drain()
-                        await asyncio.sleep(0.02)  # parts of an answer come apart
-                if answer is None or not self.keep or b"close" in answer:
-                    break
-        writer.close()
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.split(b"Content-Length: ")[1].split(b"\r\n")[0])
+            self.requests.append(await reader.readexactly(length))
+            answer = self.answers.pop(0) if self.answers else OK
+            if answer is not None:
+                for part in answer.split(b"|"):
+                    writer.write(part)
+                    await writer.drain()
+                    await asyncio.sleep(0.02)  # parts of an answer come apart
+            if answer is None or not self.keep or b"close" in answer:
+                return
 
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
@@ -380,11 +378,9 @@ async def test_ipv6_backend(io_loop):
         hosts.append(head.split(b"Host: ")[1].split(b"\r\n")[0].decode())
 
     hosts: list[str] = []
-    server = await asyncio.start_server(answer, "::1", 0)
-    authority = f"[::1]:{server.sockets[0].getsockname()[1]}"
-    url = f"http://{authority}/m"
-    async with Service("--backend=http", f"--messageuri={url}") as service:
-        async with websockets.connect(service.ws_url) as client:
-            await client.send("x")
-            await eventually(lambda: hosts == [authority])
-    server.close()
+    async with tcp_server(answer, "::1") as port:
+        url = f"http://[::1]:{port}/m"
+        async with Service("--backend=http", f"--messageuri={url}") as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("x")
+                await eventually(lambda: hosts == [f"[::1]:{port}"])

@@ -1,12 +1,13 @@
 """SocketDock as a process, and the backends that it talks to in tests."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -170,3 +171,29 @@ async def eventually(claim: Callable[[], bool], deadline: float = DEADLINE) -> N
     async with asyncio.timeout(deadline):
         while not claim():
             await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def tcp_server(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    host: str = "127.0.0.1",
+    **options: Any,
+) -> AsyncIterator[int]:
+    """The port of a server that runs `serve` on every connection."""
+    served: set[asyncio.Task[None] | None] = set()
+
+    async def on_client(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        served.add(asyncio.current_task())
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            await serve(reader, writer)
+        writer.close()
+        served.discard(asyncio.current_task())
+
+    server = await asyncio.start_server(on_client, host, 0, **options)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        await eventually(lambda: not served)
