@@ -111,11 +111,12 @@ class Connection(Protocol):
         `reason` is at most 123 bytes of UTF-8 (RFC 6455, section 5.5).
         """
 
-    def give_up(self, error: "BackendError") -> None:
-        """Report that a message can't be delivered after all.
+    def give_up(self, error: "BackendError", messages: int = 1) -> None:
+        """Report that `messages` of this connection can't be delivered.
 
-        For one whose `Backend.message` has completed; else that raises. The
-        client is closed with 1013, and what waits behind is given up too.
+        For those of which `Backend.message` has told nothing else; where it
+        raises, that is enough. The client is closed with 1013, and what waits
+        behind them is given up too.
         """
 
 

@@ -365,17 +365,19 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             self.give_up(error)
         else:
             logger.error("bug on a message of %s", self.id, exc_info=error)
+            self._undelivered += 1
             self._give_up(CloseCode.INTERNAL_ERROR, "internal error")
         self._rest()
 
-    def give_up(self, error: BackendError) -> None:
-        """Give up a message and those behind it; see `backends.Connection`."""
+    def give_up(self, error: BackendError, messages: int = 1) -> None:
+        """Give up messages and those behind them; see `backends.Connection`."""
         logger.warning("connection %s gives up: %s", self.id, error)
+        self._undelivered += messages
         self._give_up(CloseCode.TRY_AGAIN_LATER, "backend unavailable")
 
     def _give_up(self, code: CloseCode, reason: str) -> None:
         self._given_up = True
-        self._undelivered += 1 + len(self._queue or ())
+        self._undelivered += len(self._queue or ())
         while self._queue:
             self._next()
         self.close(code, reason, "relay")

@@ -287,55 +287,149 @@ async def test_connection_that_the_server_just_closed_is_no_failure(io_loop):
         b"HTTP/1.1 200 OK\r\nConnection: close",
         b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n",
-        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: close\r\n\r\n",
+        b"HTTP/1.1 408 No\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 425 No\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 429 No\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 101 No\r\nUpgrade: x\r\nConnection: close\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: " + b"x" * 500_000,
     ],
 )
-async def test_no_proper_answer_closes_with_1013(io_loop, answer):
-    """The client knows that its message failed; the relay lives on."""
+async def test_message_without_a_proper_answer_goes_again(io_loop, answer):
+    """Before the next one, with the same body; the client stays."""
     async with RawBackend(answer, keep=False) as backend:
         async with Service(*backend.flags) as service:
             async with websockets.connect(service.ws_url) as client:
-                await client.send("x")
-                with pytest.raises(websockets.ConnectionClosed):
-                    await asyncio.wait_for(client.recv(), DEADLINE)
-                assert client.close_code == 1013
-            async with websockets.connect(service.ws_url) as client:
-                await client.send("y")
-                await eventually(lambda: len(backend.requests) == 2)
+                await client.send("1")
+                await client.send("2")
+                await eventually(lambda: len(backend.requests) == 3)
+                assert backend.requests[0] == backend.requests[1]
+                assert b'"message":"2"' in backend.requests[2]
+                await (await client.ping())
 
 
-async def test_backend_that_is_down_closes_with_1013(io_loop):
-    """Nothing listens: 1013, one line in the log, no traceback."""
-    async with RawBackend() as backend:
-        flags = backend.flags
-    async with Service(*flags) as service:
-        async with websockets.connect(service.ws_url) as client:
-            await client.send("x")
-            with pytest.raises(websockets.ConnectionClosed):
-                await asyncio.wait_for(client.recv(), DEADLINE)
-            assert client.close_code == 1013
-        await eventually(lambda: any("cannot connect" in line for line in service.log))
+async def test_retry_has_the_same_id_and_its_own_time(io_loop):
+    """webhook-id is the event's, webhook-timestamp the attempt's."""
+    failures = iter([503, 503])
 
-
-async def test_slow_backend_gets_1013_after_its_timeout(io_loop):
-    """With --backend_timeout an answer that does not come is a failure."""
-    forever = asyncio.Event()
-
-    async def hang(handler: RequestHandler, event: dict) -> None:
-        await forever.wait()
+    async def fail(handler: RequestHandler, event: dict) -> None:
+        handler.set_status(next(failures, 200))
+        handler.set_header("Retry-After", "1")
 
     async with RecordingBackend() as backend:
-        backend.answers["message"] = hang
-        async with Service(*backend.flags(), "--backend_timeout=0.5") as service:
+        backend.answers["message"] = fail
+        async with Service(*backend.flags("message")) as service:
             async with websockets.connect(service.ws_url) as client:
                 await client.send("x")
+                await backend.wait_for("message", 3)
+    ids = {headers["Webhook-Id"] for _, _, headers in backend.events}
+    times = [int(headers["Webhook-Timestamp"]) for _, _, headers in backend.events]
+    assert len(ids) == 1
+    # Retry-After is honoured: a second between two attempts at least.
+    assert times[1] - times[0] >= 1 and times[2] - times[1] >= 1
+
+
+@pytest.mark.parametrize("how", ["down", "500", "hang"])
+async def test_backend_that_stays_away_gets_the_client_1013(io_loop, how):
+    """After --delivery_timeout, and all that waited is counted."""
+    failing = True
+    forever = asyncio.Event()
+
+    async def fail(handler: RequestHandler, event: dict) -> None:
+        if failing and how == "hang":
+            await forever.wait()
+        elif failing:
+            handler.set_status(500)
+
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = fail
+        flags = backend.flags("message", "disconnect")
+        if how == "down":
+            flags[1] = "--messageuri=http://127.0.0.1:1/nobody"
+        flags += ["--delivery_timeout=1", "--backend_timeout=0.5", "--order_wait=inf"]
+        async with Service(*flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                for number in range(5):
+                    await client.send(str(number))
                 with pytest.raises(websockets.ConnectionClosed):
                     await asyncio.wait_for(client.recv(), DEADLINE)
                 assert client.close_code == 1013
             (event,) = await backend.wait_for("disconnect", 1)
-            assert event["meta"]["undelivered"] == 1
+            assert event["meta"]["undelivered"] == 5
+            assert (event["meta"]["code"], event["meta"]["initiator"]) == (
+                1013,
+                "relay",
+            )
+            assert event["meta"]["duration"] >= 1
             forever.set()
+
+
+async def test_held_requests_that_fail_go_again_in_their_order(io_loop):
+    """What a backend held when it died reaches its successor, in order."""
+    die, dead = asyncio.Event(), False
+
+    async def hold(handler: RequestHandler, event: dict) -> None:
+        if not dead:
+            await die.wait()
+            handler.request.connection.stream.close()
+
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = hold
+        flags = ("--order_wait=0.1",)
+        async with Service(*backend.flags("message"), *flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                for number in range(5):
+                    await client.send(str(number))
+                await backend.wait_for("message", 5)
+                dead = True
+                die.set()
+                events = await backend.wait_for("message", 10)
+                assert [event["message"] for event in events] == [*"01234"] * 2
+                await client.send("5")
+                events = await backend.wait_for("message", 11)
+                assert events[-1]["message"] == "5"
+
+
+async def test_disconnect_event_is_retried(io_loop):
+    """A farewell that fails goes again with the same webhook-id."""
+    failures = iter([503, 500])
+
+    async def fail(handler: RequestHandler, event: dict) -> None:
+        handler.set_status(next(failures, 200))
+
+    async with RecordingBackend() as backend:
+        backend.answers["disconnect"] = fail
+        async with Service(*backend.flags("message", "disconnect")) as service:
+            async with websockets.connect(service.ws_url):
+                pass
+            await backend.wait_for("disconnect", 3)
+    assert len({headers["Webhook-Id"] for _, _, headers in backend.events}) == 1
+
+
+async def test_message_that_fails_after_the_disconnect_is_delivered(io_loop):
+    """Then the disconnect event comes again, since the backend forgot by then."""
+    fail, failed = asyncio.Event(), False
+
+    async def hold(handler: RequestHandler, event: dict) -> None:
+        nonlocal failed
+        if not failed:
+            failed = True
+            await fail.wait()
+            handler.set_status(503)
+
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = hold
+        flags = ("--order_wait=0.1",)
+        async with Service(*backend.flags("message", "disconnect"), *flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("x")
+                await backend.wait_for("message", 1)
+            await backend.wait_for("disconnect", 1)
+            fail.set()
+            await backend.wait_for("disconnect", 2)
+    kinds = [kind for kind, _, _ in backend.events]
+    assert kinds == ["message", "disconnect", "message", "disconnect"]
+    first, second = backend.of("disconnect")
+    assert first == second
 
 
 async def test_reading_stops_while_the_queue_is_full_and_the_client_lives(io_loop):

@@ -5,6 +5,8 @@ A message's way: `HTTPBackend.message` → `event` writes the request →
 """
 
 import asyncio
+import itertools
+import logging
 from collections.abc import Awaitable
 
 import orjson
@@ -26,9 +28,14 @@ from backends.http.delivery import (
     Deliveries,
     Delivery,
     Patience,
+    backoff,
+    is_failure,
     is_success,
+    retry_after,
 )
-from backends.http.event import EventWriter
+from backends.http.event import Event, EventWriter
+
+logger = logging.getLogger(__name__)
 
 define("messageuri", type=str, metavar="URL",
        help="each client message is POSTed here; required")
@@ -47,8 +54,10 @@ define("backend_timeout", default=0.0, metavar="SECONDS",
        help="longest wait for a message's answer; 0: as long as the connection "
             "to the backend lives, since answers may be held")
 define("delivery_timeout", default=60.0, metavar="SECONDS",
-       help="longest that a message waits for a backend that shows no sign of "
-            "life; then the client is closed with 1013")
+       help="longest that a message is retried after its first failure, or waits "
+            "for a backend without a sign of life; then its client gets 1013")
+define("disconnect_timeout", default=300.0, metavar="SECONDS",
+       help="longest that a disconnect event is retried after its first failure")
 define("backend_connect_timeout", default=5.0, metavar="SECONDS",
        help="longest wait for a connection to the backend: name, TCP and TLS")
 define("backend_dead_after", default=60.0, metavar="SECONDS",
@@ -76,6 +85,7 @@ class HTTPBackend(Backend):
         client: Client,
         patience: Patience,
         handshake_timeout: float,
+        disconnect_timeout: float,
     ) -> None:
         self._events = EventWriter(relay)
         self._message_target = message_target
@@ -83,9 +93,12 @@ class HTTPBackend(Backend):
         self._connect_target = connect_target
         self._client = client
         self._handshake_timeout = handshake_timeout
-        self._deliveries = Deliveries(client, message_target, patience)
-        # Of connections that have sent a message, by id, until their disconnect.
+        self._disconnect_timeout = disconnect_timeout
+        self._deliveries = Deliveries(client, self._events, message_target, patience)
+        # Of connections that have sent a message, by id, until all is told.
         self._by_id: dict[str, Delivery] = {}
+        # Held requests of closed connections; cancelled by close().
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def connect(
         self, connection: Connection, handshake: Handshake
@@ -96,7 +109,7 @@ class HTTPBackend(Backend):
             return None
         answer = await self._post(
             target,
-            self._events.connect(target, connection.id, handshake),
+            self._events.connect(connection.id, handshake),
             self._handshake_timeout,
             keep=True,
         )
@@ -125,45 +138,83 @@ class HTTPBackend(Backend):
             )
         delivery.number += 1
         return delivery.post(
-            self._events.message(
-                self._message_target, connection.id, delivery.number, message
-            )
+            self._events.message(connection.id, delivery.number, message)
         )
 
     async def disconnect(self, connection: Connection, closure: Closure) -> None:
         """Post to `--disconnecturi`; held requests end a little later."""
         delivery = self._by_id.get(connection.id)
+        if delivery is None:
+            await self._tell(connection, closure, None)
+            return
+        delivery.disconnected = True
+        failures = delivery.failures
         try:
-            if self._disconnect_target is not None:
-                await self._post_disconnect(
-                    self._disconnect_target, connection, closure, delivery
-                )
+            await self._tell(connection, closure, delivery)
         finally:
-            if delivery is not None:
-                del self._by_id[connection.id]
-                asyncio.get_running_loop().call_later(
-                    HELD_AFTER_DISCONNECT, delivery.end
+            if delivery.holding or delivery.failures != failures:
+                ending = asyncio.create_task(
+                    self._end_held(connection, closure, delivery, failures)
                 )
+                self._ending.add(ending)
+                ending.add_done_callback(self._ending.discard)
+            else:
+                del self._by_id[connection.id]
 
-    async def _post_disconnect(
+    async def _tell(
+        self, connection: Connection, closure: Closure, delivery: Delivery | None
+    ) -> None:
+        """Deliver the disconnect event; raises `BackendError` if it can't be."""
+        target = self._disconnect_target
+        if target is None:
+            return
+        undelivered, refused = closure.undelivered, 0
+        if delivery is not None:
+            undelivered += delivery.undelivered
+            refused = delivery.refused
+        event = self._events.disconnect(connection.id, closure, undelivered, refused)
+        loop = asyncio.get_running_loop()
+        deadline = float("inf")
+        for attempt in itertools.count(1):
+            wait = 0.0
+            try:
+                answer = await self._post(target, event, DISCONNECT_TIMEOUT)
+            except BackendError as failure:
+                error = failure
+            else:
+                if is_success(answer.status):
+                    return
+                error = BackendError(f"POST {target}: answered {answer.status}")
+                if not is_failure(answer.status):
+                    raise error
+                wait = retry_after(answer) or 0.0
+            if self._deliveries.closing:
+                raise error
+            deadline = min(deadline, loop.time() + self._disconnect_timeout)
+            left = deadline - loop.time()
+            if left <= 0:
+                raise error
+            await asyncio.sleep(min(left, max(backoff(attempt), wait)))
+
+    async def _end_held(
         self,
-        target: Target,
         connection: Connection,
         closure: Closure,
-        delivery: Delivery | None,
+        delivery: Delivery,
+        failures: int,
     ) -> None:
-        answer = await self._post(
-            target,
-            self._events.disconnect(
-                target,
-                connection.id,
-                closure,
-                delivery.refused if delivery else 0,
-            ),
-            DISCONNECT_TIMEOUT,
-        )
-        if not is_success(answer.status):
-            raise BackendError(f"POST {target}: answered {answer.status}")
+        """Let held requests go; what fails before is delivered all the same."""
+        try:
+            while await delivery.until_failure(failures, HELD_AFTER_DISCONNECT):
+                failures = delivery.failures
+                await delivery.quiet()
+                # The backend may have cleaned up before that message came.
+                await self._tell(connection, closure, delivery)
+        except BackendError as error:
+            logger.error("connection %s: disconnect not told: %s", connection.id, error)
+        finally:
+            delivery.end()
+            self._by_id.pop(connection.id, None)
 
     def called_back(self, connection: Connection) -> None:
         """A sign of life from the backend of this connection."""
@@ -173,10 +224,13 @@ class HTTPBackend(Backend):
     async def close(self) -> None:
         """Close every connection to the backend."""
         self._deliveries.closing = True
+        for ending in list(self._ending):
+            ending.cancel()
+        await asyncio.gather(*self._ending, return_exceptions=True)
         await self._client.close()
 
     async def _post(
-        self, target: Target, data: bytes, timeout: float, keep: bool = False
+        self, target: Target, event: Event, timeout: float, keep: bool = False
     ) -> Answer:
         done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
@@ -188,7 +242,13 @@ class HTTPBackend(Backend):
             else:
                 done.set_result(outcome)
 
-        exchange = self._client.post(target, data, on_done, timeout=timeout, keep=keep)
+        exchange = self._client.post(
+            target,
+            self._events.request(target, event),
+            on_done,
+            timeout=timeout,
+            keep=keep,
+        )
         try:
             return await done
         finally:
@@ -248,4 +308,5 @@ def make_backend(relay: Relay) -> HTTPBackend:
             options.delivery_timeout,
         ),
         options.handshake_timeout,
+        options.disconnect_timeout,
     )

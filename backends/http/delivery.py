@@ -1,24 +1,32 @@
-"""The order of one connection's messages, and held answers.
+"""The order of one connection's messages: retries, and held answers.
 
 A message is posted when the one before it has been answered, or is *overdue*:
 sent whole and unanswered for a while, since real backends hold an answer until
 the session ends and reply by callback meanwhile. An overdue request stays open
-and its answer still counts, within `max_unanswered`.
+and its answer still counts, within `max_unanswered`. One that fails goes again
+before anything else, until `delivery_timeout`.
 """
 
 import asyncio
 import heapq
 import logging
+import random
+import time
+from bisect import insort
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from itertools import count
 
 from backends import BackendError, Connection
 from backends.http.client import Answer, Client, Exchange, Target
+from backends.http.event import Event, EventWriter
 
 logger = logging.getLogger(__name__)
 
 IMPATIENT_ORDER_WAIT = 0.1  # seconds, once a backend is known to hold answers
+MIN_BACKOFF = 0.2  # seconds before the first retry, at most
+MAX_BACKOFF = 5.0  # seconds between two retries, at most
 HELD_AFTER_DISCONNECT = 5.0  # seconds that a held request outlives its connection
 
 RETRYABLE = frozenset(
@@ -57,8 +65,15 @@ class Patience:
 class Deliveries:
     """What the deliveries of all connections share: client, clock and bounds."""
 
-    def __init__(self, client: Client, target: Target, patience: Patience) -> None:
+    def __init__(
+        self,
+        client: Client,
+        events: EventWriter,
+        target: Target,
+        patience: Patience,
+    ) -> None:
         self.client = client
+        self.events = events
         self.target = target
         self.patience = patience
         self.closing = False
@@ -98,53 +113,88 @@ class Delivery:
 
     __slots__ = (
         "_answered",
+        "_backlog",
         "_called_back_at",
+        "_changed",
         "_connection",
         "_deliveries",
+        "_gate",
+        "_not_before",
         "_open",
         "_order_wait",
-        "_stuck",
-        "_stuck_timer",
+        "_quiet",
+        "_timer",
+        "disconnected",
+        "failures",
         "number",
         "refused",
+        "undelivered",
     )
 
     def __init__(self, deliveries: Deliveries, connection: Connection) -> None:
         self._deliveries = deliveries
         self._connection = connection
         self._order_wait = deliveries.patience.order_wait
-        self._open: dict[_Request, None] = {}  # in the order sent
+        # To be sent, in their order: what failed before, then what is new.
+        self._backlog: list[_Request] = []
+        # The latest request sent, while it holds back the next.
+        self._gate: _Request | None = None
+        self._open: dict[_Request, None] = {}  # sent and unanswered
         self._answered = 0  # the highest number that was answered
         self._called_back_at = float("-inf")
-        # A message that waits for one of too many unanswered requests to end.
-        self._stuck: _Request | None = None
-        self._stuck_timer: asyncio.TimerHandle | None = None
+        self._not_before = float("-inf")  # when the backlog may go again
+        self._timer: asyncio.TimerHandle | None = None
+        # Done when nothing waits to be sent, nor holds back the next.
+        self._quiet: asyncio.Future[None] | None = None
+        # Done when a request has failed or the last one has ended.
+        self._changed: asyncio.Future[None] | None = None
+        self.failures = 0  # of attempts, so far
         self.number = 0  # of the latest message, from 1
         self.refused = 0
+        # Once the disconnect event has been written, given up messages are
+        # counted here, for when it is sent again.
+        self.disconnected = False
+        self.undelivered = 0
 
-    def post(self, data: bytes) -> "asyncio.Future[None]":
-        """Send the next message's request.
+    def post(self, event: Event) -> "asyncio.Future[None]":
+        """Send the next message; the one after it may follow when it is done."""
+        self._backlog.append(_Request(self, self.number, event))
+        self._pump()
+        return self.quiet()
 
-        The future is done when the one after it may be sent, or fails with
-        `BackendError` where this one can't be delivered.
+    def quiet(self) -> "asyncio.Future[None]":
+        """Done when every message has been answered, is overdue or given up."""
+        if self._quiet is None:
+            self._quiet = asyncio.get_running_loop().create_future()
+            self._tell_if_quiet()
+        return self._quiet or _done()
+
+    @property
+    def holding(self) -> bool:
+        """Whether requests are unanswered."""
+        return bool(self._open)
+
+    async def until_failure(self, before: int, timeout: float) -> bool:
+        """Wait while requests are held; whether `failures` is above `before`.
+
+        At most `timeout` seconds, and not after the first failure.
         """
-        request = _Request(self, self.number, data)
-        if len(self._open) < self._deliveries.patience.max_unanswered or (
-            self._let_oldest_go()
-        ):
-            self._send(request)
-        else:
-            self._wait_in_vain(request)
-        return request.released
+        try:
+            async with asyncio.timeout(timeout):
+                while self._open and self.failures == before:
+                    self._changed = asyncio.get_running_loop().create_future()
+                    await self._changed
+        except TimeoutError:
+            pass
+        return self.failures != before
 
     def called_back(self) -> None:
         """The backend called back to this connection: a sign of life."""
         self._called_back_at = asyncio.get_running_loop().time()
-        if self._open:
-            for request in self._open:
-                if request.overdue:
-                    self._order_wait = IMPATIENT_ORDER_WAIT
-            self._on_sign_of_life()
+        if any(request.overdue for request in self._open):
+            self._order_wait = IMPATIENT_ORDER_WAIT
+        self._on_sign_of_life()
+        self._pump()
 
     def end(self) -> None:
         """Let go of every request that is still held."""
@@ -156,22 +206,41 @@ class Delivery:
         self._forget(request)
         assert request.exchange is not None
         request.exchange.let_go()
-        if not request.released.done():
-            request.released.set_result(None)
-        self._unstick()
+        self._pump()
+
+    def _pump(self) -> None:
+        """Send what may be sent now, and set the timer for what may not."""
+        now = asyncio.get_running_loop().time()
+        while self._backlog and self._gate is None:
+            if now < self._not_before:
+                self._wake_at(self._not_before)
+                return
+            if len(self._open) >= self._deliveries.patience.max_unanswered:
+                if not self._let_oldest_go():
+                    self._wait_for_room(now)
+                return  # letting one go has pumped
+            self._send(self._backlog.pop(0))
+        self._tell_if_quiet()
 
     def _send(self, request: "_Request") -> None:
         deliveries = self._deliveries
+        self._gate = request
         self._open[request] = None
         request.is_open = True
         request.exchange = deliveries.client.post(
             deliveries.target,
-            request.data,
+            deliveries.events.request(deliveries.target, request.event),
             on_done=request.on_done,
             on_sent=request.on_sent,
             timeout=deliveries.patience.backend_timeout,
         )
-        request.data = b""
+
+    def _tell_if_quiet(self) -> None:
+        if self._quiet is None or self._backlog or self._gate is not None:
+            return
+        quiet, self._quiet = self._quiet, None
+        if not quiet.done():
+            quiet.set_result(None)
 
     def on_sent(self, request: "_Request") -> None:
         """The kernel has the whole request: its time runs."""
@@ -183,56 +252,93 @@ class Delivery:
         request.overdue = True
         if self._called_back_at >= request.sent_at:
             self._order_wait = IMPATIENT_ORDER_WAIT
+        self._open_gate(request)
         self._on_sign_of_life()
-        if not request.released.done():
-            request.released.set_result(None)
+        self._pump()
 
     def on_done(self, request: "_Request", outcome: Answer | BackendError) -> None:
         """An answer came, or none will."""
         self._forget(request)
-        if isinstance(outcome, Answer) and is_failure(outcome.status):
-            outcome = BackendError(
+        if isinstance(outcome, BackendError):
+            self._on_failed(request, outcome, None)
+        elif is_failure(outcome.status):
+            error = BackendError(
                 f"POST {self._deliveries.target}: answered {outcome.status}"
             )
-        if isinstance(outcome, BackendError):
-            self._on_failed(request, outcome)
+            self._on_failed(request, error, retry_after(outcome))
         else:
-            if not is_success(outcome.status):
-                self.refused += 1
-                logger.warning(
-                    "connection %s: message %d was refused by the backend with %d",
-                    self._connection.id,
-                    request.number,
-                    outcome.status,
-                )
-            if request.number > self._answered:
-                self._answered = request.number
-                self._on_sign_of_life()
-            if not request.released.done():
-                request.released.set_result(None)
-        self._unstick()
+            self._on_answered(request, outcome.status)
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
+        self._pump()
 
-    def _on_failed(self, request: "_Request", error: BackendError) -> None:
-        if not request.released.done():
-            request.released.set_exception(error)
-        elif not self._deliveries.closing:
-            # Overdue, so that later messages have gone: the client has to know.
-            self._connection.give_up(error)
+    def _on_answered(self, request: "_Request", status: int) -> None:
+        if not is_success(status):
+            self.refused += 1
+            logger.warning(
+                "connection %s: message %d was refused by the backend with %d",
+                self._connection.id,
+                request.number,
+                status,
+            )
+        if request.number > self._answered:
+            self._answered = request.number
+            self._on_sign_of_life()
+
+    def _on_failed(
+        self, request: "_Request", error: BackendError, wait: float | None
+    ) -> None:
+        """Back to the head of the queue, or given up with all behind it."""
+        if self._deliveries.closing:
+            return
+        now = asyncio.get_running_loop().time()
+        self.failures += 1
+        request.failed(now)
+        insort(self._backlog, request, key=lambda request: request.number)
+        deadline = self._deadline()
+        delay = max(backoff(request.attempts), wait or 0.0)
+        self._not_before = min(now + delay, deadline)
+        logger.log(
+            logging.WARNING if request.attempts == 1 else logging.DEBUG,
+            "connection %s: message %d goes again: %s",
+            self._connection.id,
+            request.number,
+            error,
+        )
+        if now >= deadline:
+            self._give_up(error)
+
+    def _deadline(self) -> float:
+        """When the message at the head is given up, on the loop's clock."""
+        return (
+            self._backlog[0].failed_at + self._deliveries.patience.delivery_timeout
+        )
+
+    def _give_up(self, error: BackendError) -> None:
+        messages = len(self._backlog)
+        self._backlog.clear()
+        self._not_before = float("-inf")
+        if self.disconnected:
+            self.undelivered += messages
+        else:
+            self._connection.give_up(error, messages)
 
     def _forget(self, request: "_Request") -> None:
         request.is_open = False
         self._open.pop(request, None)
+        self._open_gate(request)
         if request.line is not None:
             request.line.discard(request)
 
+    def _open_gate(self, request: "_Request") -> None:
+        if self._gate is request:
+            self._gate = None
+
     def _on_sign_of_life(self) -> None:
-        for request in self._open:
+        for request in list(self._open):
             if not request.expendable and self._is_expendable(request):
                 request.expendable = True
                 self._deliveries.on_expendable(request)
-                if not request.is_open:
-                    break  # it was let go at once, and _open has changed
-        self._unstick()
 
     def _is_expendable(self, request: "_Request") -> bool:
         return request.overdue and (
@@ -246,65 +352,87 @@ class Delivery:
                 return True
         return False
 
-    def _wait_in_vain(self, request: "_Request") -> None:
+    def _wait_for_room(self, now: float) -> None:
+        """Too many are unanswered, and the backend gives no sign of life."""
         oldest = next(iter(self._open))
         deadline = oldest.sent_at + self._deliveries.patience.delivery_timeout
-        self._stuck = request
-        self._stuck_timer = asyncio.get_running_loop().call_at(
-            deadline, self._on_stuck_for_too_long
-        )
-
-    def _unstick(self) -> None:
-        """Send the message that waits for room, if there is some now."""
-        if self._stuck is None:
-            return
-        if len(self._open) < self._deliveries.patience.max_unanswered:
-            request, self._stuck = self._stuck, None
-            assert self._stuck_timer is not None
-            self._stuck_timer.cancel()
-            self._send(request)
-        else:
-            self._let_oldest_go()  # which comes back here
-
-    def _on_stuck_for_too_long(self) -> None:
-        request, self._stuck = self._stuck, None
-        if request is not None:
-            request.released.set_exception(
+        if now >= deadline:
+            self._give_up(
                 BackendError(
-                    f"POST {self._deliveries.target}: too many requests are unanswered"
+                    f"POST {self._deliveries.target}: too many are unanswered"
                 )
             )
+            self._tell_if_quiet()
+        else:
+            self._wake_at(deadline)
+
+    def _wake_at(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(when, self._pump)
+
+
+def _done() -> "asyncio.Future[None]":
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.set_result(None)
+    return future
+
+
+def backoff(attempts: int) -> float:
+    """Seconds before the next attempt: exponential, with full jitter."""
+    return random.uniform(0.0, min(MAX_BACKOFF, MIN_BACKOFF * 2 ** (attempts - 1)))
+
+
+def retry_after(answer: Answer) -> float | None:
+    """Seconds that Retry-After asks for (RFC 9110, section 10.2.3), or None."""
+    value = answer.headers.get("retry-after", "")
+    if value.isdigit():
+        return float(value)
+    try:
+        date = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    if date.tzinfo is None:
+        return None
+    return max(0.0, date.timestamp() - time.time())
 
 
 class _Request:
-    """One message's request, from before it is sent until it is over."""
+    """One message on its way, from before it is sent until it is over."""
 
     __slots__ = (
-        "data",
+        "attempts",
         "delivery",
+        "event",
         "exchange",
         "expendable",
+        "failed_at",
         "is_open",
         "line",
         "number",
         "overdue",
-        "released",
         "sent_at",
     )
 
-    def __init__(self, delivery: Delivery, number: int, data: bytes) -> None:
+    def __init__(self, delivery: Delivery, number: int, event: Event) -> None:
         self.delivery = delivery
         self.number = number
-        self.data = data
+        self.event = event
         self.exchange: Exchange | None = None
-        self.released: asyncio.Future[None] = (
-            asyncio.get_running_loop().create_future()
-        )
-        self.sent_at = float("inf")  # on the loop's clock
+        self.attempts = 0  # that failed
+        self.failed_at = float("inf")  # the first time, on the loop's clock
+        self.sent_at = float("inf")
         self.is_open = False
         self.overdue = False
         self.expendable = False
         self.line: OverdueLine | None = None
+
+    def failed(self, now: float) -> None:
+        """As before it was sent, but for the failure."""
+        self.attempts += 1
+        self.failed_at = min(self.failed_at, now)
+        self.sent_at = float("inf")
+        self.overdue = self.expendable = False
 
     def on_sent(self) -> None:
         self.delivery.on_sent(self)

@@ -5,8 +5,7 @@ Shapes and headers are the contract's; `backends.http.client` sends the bytes.
 
 import base64
 import time
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -14,8 +13,15 @@ from backends import Closure, Handshake, Relay
 from backends.http.client import Target
 
 
+class Event(NamedTuple):
+    """One event: its webhook-id, the same on every attempt, and its JSON body."""
+
+    id: str
+    body: bytes
+
+
 class EventWriter:
-    """Writes the events of one relay, each as one whole request."""
+    """Writes the events of one relay, and each attempt as one whole request."""
 
     def __init__(self, relay: Relay) -> None:
         self._callback_url = relay.callback_url
@@ -33,22 +39,20 @@ class EventWriter:
             "instance": self._instance,
         }
 
-    def connect(
-        self, target: Target, connection_id: str, handshake: Handshake
-    ) -> bytes:
-        """The request that asks for a verdict."""
+    def connect(self, connection_id: str, handshake: Handshake) -> Event:
+        """Asks for a verdict."""
         meta = self.meta(connection_id)
         meta["headers"] = dict(handshake.headers)
         meta["path"] = handshake.path
         meta["query"] = handshake.query
         meta["remote_ip"] = handshake.remote_ip
         meta["subprotocols"] = list(handshake.subprotocols)
-        return self._request(target, f"{connection_id}-connect", {"meta": meta})
+        return Event(f"{connection_id}-connect", orjson.dumps({"meta": meta}))
 
     def message(
-        self, target: Target, connection_id: str, number: int, message: str | bytes
-    ) -> bytes:
-        """The request that carries a connection's message of that number."""
+        self, connection_id: str, number: int, message: str | bytes
+    ) -> Event:
+        """Carries a connection's message of that number."""
         meta = self.meta(connection_id)
         meta["message_id"] = message_id = f"{connection_id}-{number}"
         if isinstance(message, str):
@@ -60,16 +64,12 @@ class EventWriter:
             except UnicodeDecodeError:
                 meta["encoding"] = "base64"
                 text = base64.b64encode(message).decode()
-        return self._request(target, message_id, {"meta": meta, "message": text})
+        return Event(message_id, orjson.dumps({"meta": meta, "message": text}))
 
     def disconnect(
-        self,
-        target: Target,
-        connection_id: str,
-        closure: Closure,
-        refused: int,
-    ) -> bytes:
-        """The request that tells of a connection's end."""
+        self, connection_id: str, closure: Closure, undelivered: int, refused: int
+    ) -> Event:
+        """Tells of a connection's end."""
         meta = {
             "connection_id": connection_id,
             "instance": self._instance,
@@ -77,25 +77,23 @@ class EventWriter:
             "reason": closure.reason,
             "initiator": closure.initiator,
             "duration": round(closure.duration, 3),
-            "undelivered": closure.undelivered,
+            "undelivered": undelivered,
             "refused": refused,
         }
         event = {"connection_id": connection_id, "meta": meta}
-        return self._request(target, f"{connection_id}-disconnect", event)
+        return Event(f"{connection_id}-disconnect", orjson.dumps(event))
 
-    def _request(
-        self, target: Target, event_id: str, event: Mapping[str, Any]
-    ) -> bytes:
-        body = orjson.dumps(event)
+    def request(self, target: Target, event: Event) -> bytes:
+        """One attempt to deliver `event`, of now."""
         return (
             b"%bwebhook-id: %b\r\nwebhook-timestamp: %d\r\n"
             b"Content-Length: %d\r\n\r\n%b"
         ) % (
             self._head(target),
-            event_id.encode(),
+            event.id.encode(),
             time.time(),
-            len(body),
-            body,
+            len(event.body),
+            event.body,
         )
 
     def _head(self, target: Target) -> bytes:
