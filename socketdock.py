@@ -33,7 +33,7 @@ import backends
 from backends import Backend, Relay
 from handlers.callback import ConnectionHandler, DisconnectHandler, SendHandler
 from handlers.connections import ConnectionMap
-from handlers.health import LiveHandler
+from handlers.health import LiveHandler, ReadyHandler
 from handlers.heartbeat import Heartbeat
 from handlers.problem import ProblemHandler
 from handlers.protocol import Compression
@@ -58,8 +58,6 @@ define("backend", default="loopback", metavar="NAME",
        help="who answers: loopback, http, or a module's full name")
 define("instance_name", type=str, metavar="NAME",
        help="this instance's name in events; none: the host's name")
-define("drain_timeout", default=25.0, metavar="SECONDS",
-       help="longest wait at the stop for clients to close and the backend to be told")
 define("config", type=str, metavar="PATH",
        help="options file; none: conf/socketdock.conf beside socketdock.py, "
             "where it exists")
@@ -359,6 +357,7 @@ def callback_routes(
         (rf"{start}/disconnect", DisconnectHandler, shared),
         (start, ConnectionHandler, shared),
         (r"/livez", LiveHandler, {}),
+        (r"/readyz", ReadyHandler, {"connections": shared["connections"]}),
     ]
 
 
@@ -490,7 +489,7 @@ async def serve() -> int:
         Relay(external, instance, __version__)
     )
 
-    connections = ConnectionMap()
+    connections = ConnectionMap(options.max_pending, options.max_queued_bytes)
     heartbeat = Heartbeat(options.ping_interval, options.ping_timeout)
     shared = {"connections": connections, "backend": backend}
     to_clients = client_routes(heartbeat=heartbeat, policy=policy, **shared)
@@ -519,8 +518,9 @@ async def serve() -> int:
     )
 
     await stop_signal()
-    logger.info("draining %d connections", len(connections))
-    drained = await connections.drain(options.drain_timeout)
+    drained = await connections.drain(
+        options.drain_delay, options.drain_spread, options.drain_timeout
+    )
     heartbeat.close()
     await backend.close()
     for server in servers:

@@ -1,7 +1,8 @@
 """Every connection of this process by its id, and the farewells still under way.
 
 One `ConnectionMap` is made on the running IOLoop and handed to each handler by
-its route; nothing else is shared between the two ends.
+its route; nothing else is shared between the two ends. It knows, too, how much
+waits in the whole process, and when nothing more may be read.
 """
 
 import asyncio
@@ -9,32 +10,56 @@ import logging
 from collections.abc import Coroutine, Iterator
 from typing import TYPE_CHECKING
 
+from tornado.options import define
+
 if TYPE_CHECKING:
     from handlers.websocket import ClientSocketHandler
 
 logger = logging.getLogger(__name__)
 
+define("max_pending", default=100_000, metavar="COUNT",
+       help="most events that wait for the backend in the whole process; then "
+            "reading stops everywhere and handshakes get 503")
+define("max_queued_bytes", default=256 * 1024 * 1024, metavar="BYTES",
+       help="most bytes of messages that wait for the backend in the whole "
+            "process; then likewise")
+define("drain_delay", default=0.0, metavar="SECONDS",
+       help="at the stop, handshakes are still accepted for that long, until "
+            "balancers have looked away")
+define("drain_spread", default=0.0, metavar="SECONDS",
+       help="at the stop, clients are closed one after the other over that time")
+define("drain_timeout", default=25.0, metavar="SECONDS",
+       help="longest wait at the stop for clients to close and the backend to be "
+            "told, from the end of --drain_spread")
+
 
 class ConnectionMap:
-    """Connections from before their handshake is decided until they close."""
+    """Connections from before their handshake is decided until they close.
 
-    def __init__(self) -> None:
+    `max_pending` bounds the messages and farewells that wait for the backend,
+    `max_queued_bytes` the messages' bytes.
+    """
+
+    def __init__(
+        self, max_pending: int = 100_000, max_queued_bytes: int = 256 * 1024 * 1024
+    ) -> None:
         self._connections: dict[str, ClientSocketHandler] = {}
         # Kept here so that they aren't collected while they run; awaited by drain().
         self._farewells: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
-        self.draining = False
+        self._max_pending = max_pending
+        self._max_queued_bytes = max_queued_bytes
+        self._messages = 0
+        self._bytes = 0
+        self._room: asyncio.Future[None] | None = None
+        self.stopping = False  # a balancer should look away
+        self.draining = False  # handshakes are refused
 
     def __len__(self) -> int:
         return len(self._connections)
 
     def __iter__(self) -> "Iterator[ClientSocketHandler]":
         return iter(list(self._connections.values()))
-
-    @property
-    def farewells(self) -> int:
-        """Closed connections of which the backend is still being told."""
-        return len(self._farewells)
 
     def get(self, connection_id: str) -> "ClientSocketHandler | None":
         """The connection of that id, connecting or open or closing, or None."""
@@ -49,6 +74,47 @@ class ConnectionMap:
         self._connections.pop(connection.id, None)
         self._changed.set()
 
+    # What waits for the backend.
+
+    @property
+    def pending(self) -> int:
+        """Events that wait: messages that were read, and farewells."""
+        return self._messages + len(self._farewells)
+
+    @property
+    def full(self) -> bool:
+        """Whether so much waits that nothing more may be read."""
+        return self.pending >= self._max_pending or (
+            self._bytes >= self._max_queued_bytes
+        )
+
+    def hold(self, size: int) -> None:
+        """A message of `size` bytes waits from now on."""
+        self._messages += 1
+        self._bytes += size
+
+    def release(self, size: int) -> None:
+        """A message waits no more: it was taken or given up."""
+        self._messages -= 1
+        self._bytes -= size
+        self._tell_of_room()
+
+    def room(self) -> "asyncio.Future[None] | None":
+        """None where more may be read, else what to wait for."""
+        if not self.full:
+            return None
+        if self._room is None:
+            logger.warning("reading stops: %d events wait", self.pending)
+            self._room = asyncio.get_running_loop().create_future()
+        return self._room
+
+    def _tell_of_room(self) -> None:
+        if self._room is not None and not self.full:
+            room, self._room = self._room, None
+            room.set_result(None)
+
+    # The end.
+
     def say_farewell(self, farewell: Coroutine[None, None, None]) -> None:
         """Run `farewell`, which tells the backend that a connection has ended."""
         task = asyncio.get_running_loop().create_task(farewell)
@@ -58,17 +124,23 @@ class ConnectionMap:
     def _on_farewell_said(self, task: asyncio.Task[None]) -> None:
         self._farewells.discard(task)
         self._changed.set()
+        self._tell_of_room()
         if not task.cancelled() and task.exception() is not None:
-            logger.error("telling the backend failed", exc_info=task.exception())
+            logger.error("bug in a farewell", exc_info=task.exception())
 
-    async def drain(self, timeout: float) -> bool:
+    async def drain(self, delay: float, spread: float, timeout: float) -> bool:
         """Close every connection with 1001 and wait for the farewells.
 
-        False where `timeout` seconds were not enough; what is left is cut off.
+        Handshakes are accepted for `delay` seconds more; the closes are spread
+        evenly over `spread` seconds, so that clients don't all come back at
+        once. False where `timeout` seconds after that were not enough; what is
+        left then is cut off.
         """
+        self.stopping = True
+        await asyncio.sleep(delay)
         self.draining = True
-        for connection in self:
-            connection.drain()
+        logger.info("draining %d connections", len(self))
+        await self._close_all(spread)
         try:
             async with asyncio.timeout(timeout):
                 while self._connections or self._farewells:
@@ -76,10 +148,12 @@ class ConnectionMap:
                     await self._changed.wait()
         except TimeoutError:
             logger.error(
-                "not drained in %g s: %d connections and %d farewells are cut off",
+                "not drained in %g s: %d connections, %d farewells and %d messages"
+                " are cut off",
                 timeout,
                 len(self._connections),
                 len(self._farewells),
+                self._messages,
             )
             for connection in self:
                 connection.abort()
@@ -87,3 +161,15 @@ class ConnectionMap:
                 task.cancel()
             return False
         return True
+
+    async def _close_all(self, spread: float) -> None:
+        loop = asyncio.get_running_loop()
+        connections = list(self)
+        began = loop.time()
+        for number, connection in enumerate(connections):
+            early = began + spread * number / len(connections) - loop.time()
+            if early > 0:
+                await asyncio.sleep(early)
+            connection.drain()
+        for connection in self:  # accepted while the others were closed
+            connection.drain()

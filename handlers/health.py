@@ -1,5 +1,8 @@
 """What operators' probes ask."""
 
+from http import HTTPStatus
+
+from handlers.connections import ConnectionMap
 from handlers.problem import ProblemHandler
 
 
@@ -10,5 +13,20 @@ class LiveHandler(ProblemHandler):
         self.set_header("Content-Type", "text/plain; charset=utf-8")
         self.set_header("Cache-Control", "no-store")
         self.finish("ok\n")
+
+    head = get
+
+
+class ReadyHandler(LiveHandler):
+    """`GET /readyz`: 503 from the stop signal on, so that balancers look away."""
+
+    def initialize(self, connections: ConnectionMap) -> None:
+        self.connections = connections
+
+    def get(self) -> None:
+        if self.connections.stopping:
+            self.problem(HTTPStatus.SERVICE_UNAVAILABLE, "This instance is stopping.")
+        else:
+            super().get()
 
     head = get

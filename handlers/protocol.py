@@ -125,6 +125,8 @@ class ClientProtocol(WebSocketProtocol13):
             self._client.on_heard()
             if self._discarding:
                 continue
+            while (room := self._client.room()) is not None:
+                await room
             try:
                 await self._take(data)
             except FrameError as error:
@@ -137,8 +139,8 @@ class ClientProtocol(WebSocketProtocol13):
         for received in self._parser.feed(data):
             if isinstance(received, (str, bytes)):
                 self._client.on_message(received)
-                # The rest of the chunk waits here too, so a queue is exceeded
-                # by no more than the message at hand.
+                # The rest of the chunk waits, so that a queue is exceeded by
+                # no more than the message at hand.
                 while (room := self._client.room()) is not None:
                     await room
             elif isinstance(received, Ping):

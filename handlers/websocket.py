@@ -68,6 +68,8 @@ define("connection_queue_bytes", default=1024 * 1024, metavar="BYTES",
        help="bytes of one client's messages that wait for the backend; one "
             "message may always wait")
 
+RETRY_AFTER = "1"  # seconds; what keeps a handshake out may be over by then
+
 State = Literal["connecting", "open", "closing", "closed"]
 
 
@@ -122,9 +124,12 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self._queue: deque[str | bytes] | None = None
         self._queued_bytes = 0
         self._delivering = False
+        self._delivered_size = 0  # bytes of the message being delivered
         self._given_up = False
         self._undelivered = 0
+        # What reading waits for: the queue's own room (`_full`), or the process's.
         self._room: asyncio.Future[None] | None = None
+        self._full = False
         self._idle: asyncio.Future[None] | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._taken_before = 0
@@ -179,9 +184,14 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
     def _is_acceptable(self) -> bool:
         """Check method, headers and Origin (RFC 6455, section 4.2.1)."""
         headers = self.request.headers
-        if self.connections.draining:
-            self.set_header("Retry-After", "1")
-            self.problem(HTTPStatus.SERVICE_UNAVAILABLE, "This instance is stopping.")
+        if self.connections.draining or self.connections.full:
+            self.set_header("Retry-After", RETRY_AFTER)
+            self.problem(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "This instance is stopping."
+                if self.connections.draining
+                else "Too much waits for the backend.",
+            )
         elif headers.get("Upgrade", "").lower() != "websocket" or "upgrade" not in (
             token.strip().lower() for token in headers.get("Connection", "").split(",")
         ):
@@ -262,17 +272,20 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
 
     def on_message(self, message: str | bytes) -> None:
         """Deliver a message now, or behind those that wait."""
+        size = size_of(message)
         self.messages_in += 1
-        self.bytes_in += size_of(message)
+        self.bytes_in += size
         if self._given_up:
             self._undelivered += 1
-        elif self._delivering:
+            return
+        self.connections.hold(size)
+        if self._delivering:
             if self._queue is None:
                 self._queue = deque()
             self._queue.append(message)
-            self._queued_bytes += size_of(message)
+            self._queued_bytes += size
         else:
-            self._deliver(message)
+            self._deliver(message, size)
 
     def room(self) -> Awaitable[None] | None:
         """None where another message may be read, else what to wait for."""
@@ -281,9 +294,10 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             len(queue) < self.policy.queue_messages
             and self._queued_bytes < self.policy.queue_bytes
         ):
-            return None
-        if self._room is None:
+            self._room = self.connections.room()
+        elif self._room is None or self._room.done():
             self._room = asyncio.get_running_loop().create_future()
+            self._full = True
         return self._room
 
     @property
@@ -294,8 +308,8 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
 
     @property
     def reading_paused(self) -> bool:
-        """Whether nothing is read, since the queue is full."""
-        return self._room is not None
+        """Whether nothing is read, since too much waits for the backend."""
+        return self._room is not None and not self._room.done()
 
     def on_failed(self, error: FrameError) -> None:
         """The client broke the protocol."""
@@ -315,9 +329,10 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
 
     # Delivering.
 
-    def _deliver(self, message: str | bytes) -> None:
+    def _deliver(self, message: str | bytes, size: int) -> None:
         """Hand messages to the backend, until one has to be waited for."""
         while True:
+            self._delivered_size = size
             try:
                 taken = self.backend.message(self, message)
             except Exception as error:
@@ -328,29 +343,34 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
                 waiting = asyncio.ensure_future(taken)
                 waiting.add_done_callback(self._on_delivered)
                 return
+            self.connections.release(size)
             if not self._queue:
                 self._rest()
                 return
-            message = self._next()
+            message, size = self._next()
 
     def _on_delivered(self, taken: "asyncio.Future[None]") -> None:
         if taken.cancelled():
             self._on_undeliverable(BackendError("the relay stops"))
         elif (error := taken.exception()) is not None:
             self._on_undeliverable(error)
-        elif self._queue:
-            self._deliver(self._next())
         else:
-            self._rest()
+            self.connections.release(self._delivered_size)
+            if self._queue:
+                self._deliver(*self._next())
+            else:
+                self._rest()
 
-    def _next(self) -> str | bytes:
+    def _next(self) -> tuple[str | bytes, int]:
         assert self._queue
         message = self._queue.popleft()
-        self._queued_bytes -= size_of(message)
-        if self._room is not None and not self._room.done():
+        size = size_of(message)
+        self._queued_bytes -= size
+        if self._full and self._room is not None:  # it is this connection's own
+            self._full = False
             self._room.set_result(None)
-        self._room = None
-        return message
+            self._room = None
+        return message, size
 
     def _rest(self) -> None:
         """Everything read so far has been taken."""
@@ -361,6 +381,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
 
     def _on_undeliverable(self, error: BaseException) -> None:
         """The message at the head can't be delivered."""
+        self.connections.release(self._delivered_size)
         if isinstance(error, BackendError):
             self.give_up(error)
         else:
@@ -379,7 +400,8 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self._given_up = True
         self._undelivered += len(self._queue or ())
         while self._queue:
-            self._next()
+            _, size = self._next()
+            self.connections.release(size)
         self.close(code, reason, "relay")
 
     # What backends, callbacks and the relay ask of a connection.
