@@ -291,6 +291,8 @@ def _check(name: str, metavar: str, value: Any) -> None:
         raise ValueError("a port, 0 to 65535")
     if metavar in ("BYTES", "COUNT") and value < 1:
         raise ValueError("at least 1")
+    if metavar == "SHARE" and not 0 <= value <= 1:
+        raise ValueError("0 to 1")
     if metavar == "LEVEL" and not 1 <= value <= 9:
         raise ValueError("1 to 9")
     if metavar == "SECONDS":
@@ -470,6 +472,7 @@ async def serve() -> int:
 
     Raises `OptionError` where an option keeps it from starting.
     """
+    stop = stop_signal()  # before anybody can know that this has started
     policy = make_policy()
     client_sockets = listen(options.bindip, options.bindport)
     address, port = options.bindip, client_sockets[0].getsockname()[1]
@@ -517,7 +520,7 @@ async def serve() -> int:
         options.backend,
     )
 
-    await stop_signal()
+    await stop.wait()
     drained = await connections.drain(
         options.drain_delay, options.drain_spread, options.drain_timeout
     )
@@ -530,8 +533,8 @@ async def serve() -> int:
     return 0 if drained else 1
 
 
-async def stop_signal() -> None:
-    """Wait for SIGTERM or SIGINT; from then on another one exits at once."""
+def stop_signal() -> asyncio.Event:
+    """Set by SIGTERM or SIGINT; from then on another one exits at once."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
@@ -543,7 +546,7 @@ async def stop_signal() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    await stop.wait()
+    return stop
 
 
 def main() -> None:

@@ -132,6 +132,10 @@ class BackendError(Exception):
     """The backend did not take an event: it is away, or its answer is no answer."""
 
 
+class BackendAway(BackendError):
+    """The backend can't be reached, or left before it answered."""
+
+
 @dataclass
 class ConnectionRefused(Exception):
     """The backend's verdict on a handshake is no.

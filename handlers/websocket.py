@@ -523,6 +523,9 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self, close: Close, initiator: Initiator, duration: float
     ) -> None:
         """Tell the backend of the end, after all that was read before it."""
+        # A farewell may wait for long, with thousands of others: let go of all
+        # that it does not need.
+        del self.request, self.ws_connection, self._headers, self.application
         if self._delivering:
             self._idle = asyncio.get_running_loop().create_future()
             await self._idle

@@ -40,7 +40,13 @@ class Service:
         self.flags = list(flags)
         if not any(flag.startswith("--bindport") for flag in flags):
             self.flags += ["--bindport=0"]
-        self.environment = {**os.environ, **(environment or {})}
+        # A developer's own settings must not reach what is tested.
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("SOCKETDOCK_")
+        }
+        self.environment = {**inherited, **(environment or {})}
         self.cwd = cwd
         self.log: list[str] = []
         self.ws_url = self.callback_url = ""

@@ -7,7 +7,8 @@ A message's way: `HTTPBackend.message` → `event` writes the request →
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
+from pathlib import Path
 
 import orjson
 from tornado.options import Error as OptionError
@@ -15,6 +16,7 @@ from tornado.options import define, options
 
 from backends import (
     Backend,
+    BackendAway,
     BackendError,
     Closure,
     Connection,
@@ -22,6 +24,7 @@ from backends import (
     Handshake,
     Relay,
 )
+from backends.http.breaker import Breaker, Tripping
 from backends.http.client import Answer, Client, Target
 from backends.http.delivery import (
     HELD_AFTER_DISCONNECT,
@@ -29,11 +32,13 @@ from backends.http.delivery import (
     Delivery,
     Patience,
     backoff,
+    is_away,
     is_failure,
     is_success,
     retry_after,
 )
 from backends.http.event import Event, EventWriter
+from backends.http.journal import Journal, StateDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +70,26 @@ define("backend_dead_after", default=60.0, metavar="SECONDS",
 define("max_backend_connections", default=4096, metavar="COUNT",
        help="most connections to the backend at once, held answers included")
 
+define("state_dir", type=str, metavar="PATH",
+       help="folder where the ids of open connections survive a crash, so that "
+            "the next start tells of them; none: not kept")
+define("breaker_window", default=10.0, metavar="SECONDS",
+       help="the circuit breaker looks back that long")
+define("breaker_attempts", default=20, metavar="COUNT",
+       help="it opens at so many attempts in its window, not before")
+define("breaker_share", default=0.5, metavar="SHARE",
+       help="and where that share of them found the backend away, 0 to 1")
+define("breaker_connections", default=5, metavar="COUNT",
+       help="and where these were events of so many connections")
+define("breaker_first_probe", default=0.5, metavar="SECONDS",
+       help="while it is open, one attempt goes after that time")
+define("breaker_last_probe", default=5.0, metavar="SECONDS",
+       help="and then in longer and longer intervals, up to this")
+
 DISCONNECT_TIMEOUT = 30.0  # seconds for the answer to a disconnect event
+MAX_FAREWELLS_OF_DEAD_RUNS = 64  # under way at once
+RETRY_AFTER = "1"  # seconds; the backend may be back by then
+LOST = Closure(1006, "instance lost", "relay", 0.0)
 MAX_REFUSAL_BODY = 4096  # bytes of a refusal's body that the client gets
 
 # A verdict that is passed on to the client; any other is no verdict.
@@ -86,19 +110,28 @@ class HTTPBackend(Backend):
         patience: Patience,
         handshake_timeout: float,
         disconnect_timeout: float,
+        breaker: Breaker,
+        state: StateDirectory | None = None,
     ) -> None:
         self._events = EventWriter(relay)
+        self._breaker = breaker
+        self._state = state
         self._message_target = message_target
         self._disconnect_target = disconnect_target
         self._connect_target = connect_target
         self._client = client
         self._handshake_timeout = handshake_timeout
         self._disconnect_timeout = disconnect_timeout
-        self._deliveries = Deliveries(client, self._events, message_target, patience)
+        self._deliveries = Deliveries(
+            client, self._events, breaker, message_target, patience
+        )
         # Of connections that have sent a message, by id, until all is told.
         self._by_id: dict[str, Delivery] = {}
-        # Held requests of closed connections; cancelled by close().
+        # Held requests of closed connections, and the farewells of dead runs;
+        # cancelled by close().
         self._ending: set[asyncio.Task[None]] = set()
+        if state is not None:
+            self._keep(self._tell_of_dead_runs(state))
 
     async def connect(
         self, connection: Connection, handshake: Handshake
@@ -106,7 +139,11 @@ class HTTPBackend(Backend):
         """Ask `--connecturi`; accepted where there is none."""
         target = self._connect_target
         if target is None:
+            self._remember(connection.id)
             return None
+        if self._breaker.open:  # it was never asked, so nothing else is told
+            raise ConnectionRefused(503, {"retry-after": RETRY_AFTER})
+        self._remember(connection.id)
         answer = await self._post(
             target,
             self._events.connect(connection.id, handshake),
@@ -114,6 +151,7 @@ class HTTPBackend(Backend):
             keep=True,
         )
         if answer.status in REFUSALS:
+            self._forget(connection.id)
             raise ConnectionRefused(
                 answer.status,
                 {
@@ -145,43 +183,54 @@ class HTTPBackend(Backend):
         """Post to `--disconnecturi`; held requests end a little later."""
         delivery = self._by_id.get(connection.id)
         if delivery is None:
-            await self._tell(connection, closure, None)
+            await self._tell(connection.id, closure, None)
             return
         delivery.disconnected = True
         failures = delivery.failures
         try:
-            await self._tell(connection, closure, delivery)
+            await self._tell(connection.id, closure, delivery)
         finally:
             if delivery.holding or delivery.failures != failures:
-                ending = asyncio.create_task(
-                    self._end_held(connection, closure, delivery, failures)
-                )
-                self._ending.add(ending)
-                ending.add_done_callback(self._ending.discard)
+                self._keep(self._end_held(connection, closure, delivery, failures))
             else:
                 del self._by_id[connection.id]
 
     async def _tell(
-        self, connection: Connection, closure: Closure, delivery: Delivery | None
+        self, connection_id: str, closure: Closure, delivery: Delivery | None
     ) -> None:
         """Deliver the disconnect event; raises `BackendError` if it can't be."""
-        target = self._disconnect_target
-        if target is None:
-            return
         undelivered, refused = closure.undelivered, 0
         if delivery is not None:
             undelivered += delivery.undelivered
             refused = delivery.refused
-        event = self._events.disconnect(connection.id, closure, undelivered, refused)
+        event = self._events.disconnect(connection_id, closure, undelivered, refused)
+        try:
+            await self._deliver_disconnect(connection_id, event)
+        except BackendError:
+            if not self._deliveries.closing:  # else the next start tells
+                self._forget(connection_id)
+            raise
+        self._forget(connection_id)
+
+    async def _deliver_disconnect(self, connection_id: str, event: Event) -> None:
+        target = self._disconnect_target
+        if target is None:
+            return
         loop = asyncio.get_running_loop()
         deadline = float("inf")
         for attempt in itertools.count(1):
             wait = 0.0
+            if not self._breaker.take():
+                deadline = min(deadline, loop.time() + self._disconnect_timeout)
+                if not await self._turn(deadline):
+                    raise BackendAway(f"POST {target}: the backend is away")
             try:
                 answer = await self._post(target, event, DISCONNECT_TIMEOUT)
             except BackendError as failure:
                 error = failure
+                self._breaker.record(connection_id, is_away(failure))
             else:
+                self._breaker.record(connection_id, is_away(answer))
                 if is_success(answer.status):
                     return
                 error = BackendError(f"POST {target}: answered {answer.status}")
@@ -196,6 +245,69 @@ class HTTPBackend(Backend):
                 raise error
             await asyncio.sleep(min(left, max(backoff(attempt), wait)))
 
+    def _keep(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _turn(self, deadline: float) -> bool:
+        """Wait for the breaker to let an attempt go; False at the deadline."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def call() -> None:
+            # Taken here: the permit is for whoever is called.
+            if not turn.done() and self._breaker.take():
+                turn.set_result(None)
+
+        self._breaker.wait(call)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await asyncio.shield(turn)
+            return True
+        except TimeoutError:
+            return turn.done()  # the permit may have come with the deadline
+        finally:
+            self._breaker.leave(call)
+
+    def _remember(self, connection_id: str) -> None:
+        """Before the first event: a crash from here on is told of at the next start."""
+        if self._state is not None and self._disconnect_target is not None:
+            self._state.journal.add(connection_id)
+
+    def _forget(self, connection_id: str) -> None:
+        if self._state is not None:
+            self._state.journal.remove(connection_id)
+
+    async def _tell_of_dead_runs(self, state: StateDirectory) -> None:
+        """Say farewell for each connection that an earlier run lost."""
+        room = asyncio.Semaphore(MAX_FAREWELLS_OF_DEAD_RUNS)
+
+        async def tell(journal: Journal, connection_id: str) -> None:
+            event = self._events.disconnect(
+                connection_id, LOST, 0, 0, instance=journal.instance
+            )
+            try:
+                async with room:
+                    await self._deliver_disconnect(connection_id, event)
+            except BackendError as error:
+                if self._deliveries.closing:
+                    return
+                logger.error(
+                    "connection %s: disconnect not told: %s", connection_id, error
+                )
+            journal.remove(connection_id)
+
+        async with asyncio.TaskGroup() as telling:
+            for journal in state.dead:
+                if journal.ids:
+                    logger.warning(
+                        "telling of %d connections lost by %s",
+                        len(journal.ids),
+                        journal.instance,
+                    )
+                for connection_id in journal.ids:
+                    telling.create_task(tell(journal, connection_id))
+
     async def _end_held(
         self,
         connection: Connection,
@@ -209,7 +321,7 @@ class HTTPBackend(Backend):
                 failures = delivery.failures
                 await delivery.quiet()
                 # The backend may have cleaned up before that message came.
-                await self._tell(connection, closure, delivery)
+                await self._tell(connection.id, closure, delivery)
         except BackendError as error:
             logger.error("connection %s: disconnect not told: %s", connection.id, error)
         finally:
@@ -228,6 +340,8 @@ class HTTPBackend(Backend):
             ending.cancel()
         await asyncio.gather(*self._ending, return_exceptions=True)
         await self._client.close()
+        if self._state is not None:
+            self._state.close()
 
     async def _post(
         self, target: Target, event: Event, timeout: float, keep: bool = False
@@ -309,4 +423,17 @@ def make_backend(relay: Relay) -> HTTPBackend:
         ),
         options.handshake_timeout,
         options.disconnect_timeout,
+        Breaker(
+            Tripping(
+                options.breaker_window,
+                options.breaker_attempts,
+                options.breaker_share,
+                options.breaker_connections,
+                options.breaker_first_probe,
+                options.breaker_last_probe,
+            )
+        ),
+        StateDirectory(Path(options.state_dir), relay.instance)
+        if options.state_dir
+        else None,
     )

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import aiohappyeyeballs
 import httptools
 
-from backends import BackendError
+from backends import BackendAway, BackendError
 
 MAX_CONNECTING = 128  # TCP handshakes under way at once to one origin
 ADDRESSES_TTL = 5.0  # seconds for which a name's addresses are used again
@@ -279,22 +279,22 @@ class _Origin:
                 async with asyncio.timeout(self.client.connect_timeout):
                     connection = await self._open()
             except TimeoutError:
-                raise BackendError(
+                raise BackendAway(
                     f"no connection in {self.client.connect_timeout:g} s"
                 ) from None
             except ssl.SSLCertVerificationError as error:
-                raise BackendError(f"TLS: {error.verify_message}") from error
+                raise BackendAway(f"TLS: {error.verify_message}") from error
             except ssl.SSLError as error:
-                raise BackendError(f"TLS: {error.reason}") from error
+                raise BackendAway(f"TLS: {error.reason}") from error
             except (OSError, UnicodeError) as error:  # the latter: no name for DNS
                 why = getattr(error, "strerror", None) or error
-                raise BackendError(f"cannot connect: {why}") from error
+                raise BackendAway(f"cannot connect: {why}") from error
             if not connection.adopt():
-                raise BackendError("connection lost at once")
-        except BackendError as error:
+                raise BackendAway("connection lost at once")
+        except BackendAway as error:
             self._slot_free()
             if (exchange := self._next_waiting()) is not None:
-                exchange.finish(BackendError(f"POST {exchange.target}: {error}"))
+                exchange.finish(BackendAway(f"POST {exchange.target}: {error}"))
             return
         except BaseException:
             self._slot_free()
@@ -456,16 +456,16 @@ class _Connection(asyncio.Protocol):
         self._size += len(data)
         try:
             self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self._has_headers:
-                self._fail(f"not an HTTP answer: {type(error).__name__}")
+                self._fail(BackendError, "not an HTTP answer")
             self.close()
             return
         if self._complete:
             self._answer()
         elif not self._has_headers:
             if self._size > MAX_HEADERS_SIZE:
-                self._fail("the answer's headers are too long")
+                self._fail(BackendError, "the answer's headers are too long")
                 self.close()
         elif self._size > MAX_DROPPED_BODY + MAX_HEADERS_SIZE:
             self._answer()
@@ -499,7 +499,7 @@ class _Connection(asyncio.Protocol):
             self._answer()
         else:
             what = "in the answer's middle" if self._started else "before an answer"
-            self._fail(f"connection lost {what}")
+            self._fail(BackendAway, f"connection lost {what}")
         if self._adopted:
             self._origin.on_lost(self)
 
@@ -597,14 +597,16 @@ class _Connection(asyncio.Protocol):
             exchange.connection = None
             exchange.finish(answer)
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, kind: type[BackendError], why: str) -> None:
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.connection = None
-            exchange.finish(BackendError(f"POST {exchange.target}: {why}"))
+            exchange.finish(kind(f"POST {exchange.target}: {why}"))
 
     def _on_send_timeout(self) -> None:
-        self._fail(f"not taken in {self._origin.client.dead_after:g} s")
+        self._fail(
+            BackendAway, f"not taken in {self._origin.client.dead_after:g} s"
+        )
         if self._transport is not None:
             self._transport.abort()
 

@@ -18,7 +18,8 @@ from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from itertools import count
 
-from backends import BackendError, Connection
+from backends import BackendAway, BackendError, Connection
+from backends.http.breaker import Breaker
 from backends.http.client import Answer, Client, Exchange, Target
 from backends.http.event import Event, EventWriter
 
@@ -28,6 +29,15 @@ IMPATIENT_ORDER_WAIT = 0.1  # seconds, once a backend is known to hold answers
 MIN_BACKOFF = 0.2  # seconds before the first retry, at most
 MAX_BACKOFF = 5.0  # seconds between two retries, at most
 HELD_AFTER_DISCONNECT = 5.0  # seconds that a held request outlives its connection
+
+# A gateway's word for a backend that is away (RFC 9110, section 15.6).
+GATEWAY_FAILURES = frozenset(
+    {
+        HTTPStatus.BAD_GATEWAY,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        HTTPStatus.GATEWAY_TIMEOUT,
+    }
+)
 
 RETRYABLE = frozenset(
     {
@@ -41,6 +51,13 @@ RETRYABLE = frozenset(
 def is_success(status: int) -> bool:
     """Whether the backend took the event."""
     return 200 <= status < 300
+
+
+def is_away(outcome: Answer | BackendError) -> bool:
+    """Whether an attempt's outcome says that the backend is not there."""
+    if isinstance(outcome, Answer):
+        return outcome.status in GATEWAY_FAILURES
+    return isinstance(outcome, BackendAway)
 
 
 def is_failure(status: int) -> bool:
@@ -69,11 +86,13 @@ class Deliveries:
         self,
         client: Client,
         events: EventWriter,
+        breaker: Breaker,
         target: Target,
         patience: Patience,
     ) -> None:
         self.client = client
         self.events = events
+        self.breaker = breaker
         self.target = target
         self.patience = patience
         self.closing = False
@@ -219,6 +238,9 @@ class Delivery:
                 if not self._let_oldest_go():
                     self._wait_for_room(now)
                 return  # letting one go has pumped
+            if not self._deliveries.breaker.take():
+                self._wait_for_breaker(now)
+                break
             self._send(self._backlog.pop(0))
         self._tell_if_quiet()
 
@@ -250,6 +272,8 @@ class Delivery:
     def on_overdue(self, request: "_Request") -> None:
         """No answer in time: the next message may go."""
         request.overdue = True
+        # Whoever took it whole and has not reset it is there.
+        self._deliveries.breaker.record(self._connection.id, away=False)
         if self._called_back_at >= request.sent_at:
             self._order_wait = IMPATIENT_ORDER_WAIT
         self._open_gate(request)
@@ -259,6 +283,7 @@ class Delivery:
     def on_done(self, request: "_Request", outcome: Answer | BackendError) -> None:
         """An answer came, or none will."""
         self._forget(request)
+        self._deliveries.breaker.record(self._connection.id, is_away(outcome))
         if isinstance(outcome, BackendError):
             self._on_failed(request, outcome, None)
         elif is_failure(outcome.status):
@@ -317,6 +342,7 @@ class Delivery:
     def _give_up(self, error: BackendError) -> None:
         messages = len(self._backlog)
         self._backlog.clear()
+        self._deliveries.breaker.leave(self._pump)
         self._not_before = float("-inf")
         if self.disconnected:
             self.undelivered += messages
@@ -351,6 +377,19 @@ class Delivery:
                 self.let_go(request)
                 return True
         return False
+
+    def _wait_for_breaker(self, now: float) -> None:
+        """The backend is away: that counts like an attempt of one's own."""
+        head = self._backlog[0]
+        head.failed_at = min(head.failed_at, now)
+        deadline = self._deadline()
+        if now >= deadline:
+            self._give_up(
+                BackendAway(f"POST {self._deliveries.target}: the backend is away")
+            )
+        else:
+            self._deliveries.breaker.wait(self._pump)
+            self._wake_at(deadline)
 
     def _wait_for_room(self, now: float) -> None:
         """Too many are unanswered, and the backend gives no sign of life."""

@@ -67,12 +67,17 @@ class EventWriter:
         return Event(message_id, orjson.dumps({"meta": meta, "message": text}))
 
     def disconnect(
-        self, connection_id: str, closure: Closure, undelivered: int, refused: int
+        self,
+        connection_id: str,
+        closure: Closure,
+        undelivered: int,
+        refused: int,
+        instance: str | None = None,
     ) -> Event:
-        """Tells of a connection's end."""
+        """Tells of a connection's end; of an earlier `instance`'s, if given."""
         meta = {
             "connection_id": connection_id,
-            "instance": self._instance,
+            "instance": instance or self._instance,
             "code": closure.code,
             "reason": closure.reason,
             "initiator": closure.initiator,

@@ -1,0 +1,58 @@
+# make run    the relay, with an echo server behind it: ARGS="--backend=http ..."
+# make test   every test: ARGS="-k callback"
+# make demo   one exchange between a client and an HTTP backend, to watch
+# make lint   ruff and mypy
+# make clean  removes what the others made
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN = .venv/bin
+# npm writes it; the interop tests with Node need what stands beside it.
+NODE_MODULES = test/interop/node_modules/.package-lock.json
+
+.PHONY: run test demo lint clean
+
+run: .venv/run.stamp
+	@exec $(BIN)/python socketdock.py $(ARGS)
+
+test: .venv/test.stamp
+	@if command -v npm >/dev/null && [ -e test/interop/package.json ]; then \
+	    $(MAKE) --no-print-directory $(NODE_MODULES); \
+	fi
+	@status=0; $(BIN)/python -m pytest $(ARGS) || status=$$?; \
+	command -v node >/dev/null && command -v npm >/dev/null || \
+	    echo "Left out: tests with Node.js, since node or npm is missing" \
+	        "(Debian: apt-get install nodejs npm)."; \
+	command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+	    command -v google-chrome >/dev/null || \
+	    echo "Left out: tests with Chromium, since it is missing" \
+	        "(Debian: apt-get install chromium)."; \
+	exit $$status
+
+demo: .venv/run.stamp
+	@exec $(BIN)/python examples/demo.py
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf test/interop/node_modules supervisord.pid
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run.stamp: setup.py pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+.venv/test.stamp: setup.py pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch .venv/run.stamp $@
+
+$(NODE_MODULES): test/interop/package.json test/interop/package-lock.json
+	npm ci --prefix test/interop --no-audit --no-fund --loglevel=error
+	@touch $@

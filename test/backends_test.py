@@ -1,0 +1,171 @@
+"""Backends by name, third parties' included."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import websockets
+from project import copy_project
+from service import DEADLINE, PROJECT, Service
+
+SHOUT = """
+    from tornado.options import define, options
+
+    from backends import Backend
+
+    define("shout_with", default="!", help="what is put behind each message")
+
+    class ShoutBackend(Backend):
+        def __init__(self, mark):
+            self.mark = mark
+
+        async def message(self, connection, message):
+            sent = connection.send(message.upper() + self.mark)
+            if sent is not None:
+                await sent
+
+    def make_backend(relay):
+        return ShoutBackend(options.shout_with)
+"""
+
+
+def write_module(path: Path, source: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(source))
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """The environment in which `company.shout` can be imported."""
+    write_module(tmp_path / "company" / "__init__.py", "")
+    write_module(tmp_path / "company" / "shout.py", SHOUT)
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+async def answer(service: Service, message: str) -> str | bytes:
+    async with websockets.connect(service.ws_url) as client:
+        await client.send(message)
+        return await asyncio.wait_for(client.recv(), DEADLINE)
+
+
+def refusal(*flags: str, cwd: Path = PROJECT, **environment: str) -> str:
+    """The one line of a start that ends with status 2."""
+    ended = subprocess.run(
+        [sys.executable, "socketdock.py", "--bindport=0", *flags],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert ended.returncode == 2, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    return line
+
+
+@pytest.mark.gen_test
+async def test_backend_from_elsewhere_with_an_option_of_its_own(io_loop, elsewhere):
+    """Any importable module with a dot in its name."""
+    flags = ("--backend=company.shout", "--shout_with=?")
+    async with Service(*flags, environment=elsewhere) as service:
+        assert await answer(service, "hello") == "HELLO?"
+
+
+@pytest.mark.gen_test
+async def test_its_option_keeps_its_default(io_loop, elsewhere):
+    """Where nobody sets it."""
+    async with Service("--backend", "company.shout", environment=elsewhere) as service:
+        assert await answer(service, "hello") == "HELLO!"
+
+
+@pytest.mark.gen_test
+async def test_its_option_comes_from_the_environment_too(io_loop, elsewhere):
+    """And so does its name."""
+    environment = {
+        **elsewhere,
+        "SOCKETDOCK_BACKEND": "company.shout",
+        "SOCKETDOCK_SHOUT_WITH": "...",
+    }
+    async with Service(environment=environment) as service:
+        assert await answer(service, "hello") == "HELLO..."
+
+
+@pytest.mark.gen_test
+async def test_its_option_comes_from_the_file_too(io_loop, elsewhere, tmp_path):
+    """Whichever of the two lines comes first."""
+    path = tmp_path / "options.conf"
+    path.write_text("shout_with = '#'\nbackend = 'company.shout'\n")
+    async with Service(f"--config={path}", environment=elsewhere) as service:
+        assert await answer(service, "hello") == "HELLO#"
+
+
+def test_help_lists_the_option_of_the_backend_that_is_asked_for(elsewhere):
+    """Under its module's name."""
+    text = subprocess.check_output(
+        [sys.executable, "socketdock.py", "--backend=company.shout", "--help"],
+        cwd=PROJECT,
+        env={**os.environ, **elsewhere},
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert "company.shout:\n\n  --shout_with" in text
+
+
+@pytest.mark.gen_test
+async def test_backend_beside_ours(io_loop, tmp_path):
+    """`backends/mine.py` is `--backend=mine`."""
+    tree = copy_project(tmp_path / "tree")
+    write_module(tree / "backends" / "mine.py", SHOUT)
+    async with Service("--backend=mine", cwd=tree) as service:
+        assert await answer(service, "hello") == "HELLO!"
+
+
+@pytest.mark.parametrize("name", ["nothing", "company.nothing", "nothing.at_all"])
+def test_no_such_backend(name, elsewhere):
+    """One sentence that names it and those that are there."""
+    line = refusal(f"--backend={name}", **elsewhere)
+    assert f"there is no backend {name!r}" in line
+    assert "http, loopback" in line
+    assert "failed to import" not in line
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import no_such_library", "No module named 'no_such_library'"),
+        ("def make_backend(", "SyntaxError"),
+        ("raise RuntimeError('no licence')", "RuntimeError: no licence"),
+        (
+            "from tornado.options import define; define('bindport', default=1)",
+            "bindport",
+        ),
+    ],
+)
+def test_backend_that_fails_to_import(source, reason, tmp_path):
+    """It is there, so another sentence, with the reason; no traceback."""
+    write_module(tmp_path / "company" / "broken.py", source)
+    line = refusal("--backend=company.broken", PYTHONPATH=str(tmp_path))
+    assert "'company.broken' failed to import" in line
+    assert reason in line
+    assert "there is no backend" not in line
+
+
+def test_package_that_fails_to_import(tmp_path):
+    """A package that misses something is there all the same."""
+    write_module(tmp_path / "company" / "__init__.py", "import no_such_library")
+    write_module(tmp_path / "company" / "shout.py", SHOUT)
+    line = refusal("--backend=company.shout", PYTHONPATH=str(tmp_path))
+    assert "'company.shout' failed to import" in line
+
+
+def test_module_without_make_backend(tmp_path):
+    """Any other module is no backend."""
+    write_module(tmp_path / "company" / "other.py", "x = 1")
+    line = refusal("--backend=company.other", PYTHONPATH=str(tmp_path))
+    assert "company.other is no backend" in line
+    assert "make_backend" in line

@@ -1,0 +1,96 @@
+"""The circuit breaker, on the loop's clock."""
+
+import asyncio
+
+import pytest
+from service import eventually
+
+from backends.http.breaker import Breaker, Tripping
+
+pytestmark = pytest.mark.gen_test(timeout=30)
+
+QUICK = Tripping(first_probe=0.05, last_probe=0.2)
+
+
+def fail(breaker: Breaker, attempts: int, connections: int) -> None:
+    for number in range(attempts):
+        breaker.record(f"connection {number % connections}", away=True)
+
+
+@pytest.mark.parametrize(
+    ("answered", "away", "connections", "opens"),
+    [
+        (0, 20, 5, True),
+        (0, 19, 5, False),  # too few attempts
+        (0, 100, 4, False),  # of too few connections
+        (20, 20, 5, True),  # half of them
+        (21, 20, 5, False),  # less than half
+    ],
+)
+async def test_opens_at_its_numbers_and_not_before(
+    io_loop, answered, away, connections, opens
+):
+    """Half of twenty attempts, from five connections."""
+    breaker = Breaker(QUICK)
+    for _ in range(answered):
+        breaker.record("someone", away=False)
+    fail(breaker, away, connections)
+    assert breaker.open is opens
+    assert breaker.take() is not opens
+
+
+async def test_probes_go_one_at_a_time_and_rotate(io_loop):
+    """Each in line has its turn, while the backend stays away."""
+    breaker = Breaker(QUICK)
+    fail(breaker, 20, 5)
+    turns: list[int] = []
+
+    def stand_in_line(number: int) -> None:
+        def call() -> None:
+            if breaker.take():
+                turns.append(number)
+                under_way.append(number)
+                assert len(under_way) == 1
+                asyncio.get_running_loop().call_later(0.01, answer, number)
+            else:
+                stand_in_line(number)
+
+        breaker.wait(call)
+
+    def answer(number: int) -> None:
+        under_way.remove(number)
+        stand_in_line(number)
+        breaker.record(str(number), away=True)
+
+    under_way: list[int] = []
+    for number in range(3):
+        stand_in_line(number)
+    await eventually(lambda: len(turns) == 7)
+    assert turns == [0, 1, 2, 0, 1, 2, 0]
+
+
+async def test_an_answer_closes_it_and_wakes_everyone(io_loop):
+    """Whatever the answer is: the backend is there."""
+    breaker = Breaker(QUICK)
+    fail(breaker, 20, 5)
+    woken: list[int] = []
+    for number in range(5):
+
+        def call(number: int = number) -> None:
+            if breaker.take():
+                woken.append(number)
+
+        breaker.wait(call)
+    await eventually(lambda: woken == [0])
+    breaker.record("0", away=False)
+    assert not breaker.open
+    assert woken == [0, 1, 2, 3, 4]
+
+
+async def test_late_comer_gets_a_probe_that_nobody_took(io_loop):
+    """An open breaker with nobody in line is not open for ever."""
+    breaker = Breaker(Tripping(first_probe=0.01))
+    fail(breaker, 20, 5)
+    await eventually(lambda: breaker._permit)
+    assert breaker.take()
+    assert not breaker.take()

@@ -1,0 +1,77 @@
+"""Imports point one way."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from service import PROJECT
+
+FOLDERS = ("backends", "handlers", "examples", "bench", "test")
+SOURCES = sorted(
+    [
+        *PROJECT.glob("*.py"),
+        *(file for folder in FOLDERS for file in (PROJECT / folder).rglob("*.py")),
+    ]
+)
+
+
+def imported_by(file: Path) -> Iterator[str]:
+    """Full names of what a file imports, wherever in it: modules and names of them."""
+    package = file.relative_to(PROJECT).parent.parts
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                start = package[: len(package) - level + 1] if level else ()
+                path = ".".join([*start, module] if module else start)
+                yield path
+                yield from (f"{path}.{alias.name}" for alias in names)
+
+
+def of_package(name: str) -> list[Path]:
+    """The sources below a package."""
+    return [file for file in SOURCES if file.is_relative_to(PROJECT / name)]
+
+
+def is_module(name: str) -> bool:
+    """Whether a full name is one of the project's own modules."""
+    path = PROJECT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
+def test_nobody_imports_socketdock(file):
+    """It is `__main__`: a second import would define its options twice."""
+    assert "socketdock" not in {name.split(".")[0] for name in imported_by(file)}
+
+
+@pytest.mark.parametrize("file", of_package("handlers"), ids=lambda file: file.name)
+def test_handlers_import_of_backends_only_the_interface(file):
+    """A handler knows no particular backend."""
+    inner = {
+        name
+        for name in imported_by(file)
+        if name.startswith("backends.") and is_module(name)
+    }
+    assert not inner
+
+
+@pytest.mark.parametrize("file", of_package("backends"), ids=lambda file: file.name)
+def test_backends_import_no_handlers(file):
+    """A backend knows the interface, not the relay's ends."""
+    assert "handlers" not in {name.split(".")[0] for name in imported_by(file)}
+
+
+@pytest.mark.parametrize("file", of_package("backends"), ids=lambda file: file.name)
+def test_a_backend_imports_no_other_backend(file):
+    """It knows the interface, and what is in its own package."""
+    own = ".".join(file.relative_to(PROJECT).with_suffix("").parts[:2])
+    others = {
+        name
+        for name in imported_by(file)
+        if name.startswith("backends.") and is_module(name)
+        if name != own and not name.startswith(f"{own}.")
+    }
+    assert not others

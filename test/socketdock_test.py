@@ -1,0 +1,494 @@
+"""The service as a process: its options from every source, its start and its stop."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import websockets
+from project import installation, library
+from service import DEADLINE, PROJECT, RecordingBackend, Service, eventually
+from tornado.httpclient import AsyncHTTPClient
+
+SOCKETDOCK = (sys.executable, "socketdock.py")
+HTTP = ("--backend=http", "--messageuri=http://127.0.0.1:1/message")
+
+
+@pytest.fixture(autouse=True)
+def no_options_of_whoever_runs_the_tests(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SOCKETDOCK_")]:
+        monkeypatch.delenv(name)
+
+
+def ended(
+    *flags: str, command: tuple[str, ...] = SOCKETDOCK, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A service that ends by itself, in time."""
+    return subprocess.run(
+        [*command, *flags],
+        cwd=PROJECT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+
+
+def refusal(*flags: str, **environment: str) -> str:
+    """The one sentence of a start that ends with status 2, without a traceback."""
+    service = ended("--bindport=0", *flags, **environment)
+    assert service.returncode == 2, service.stderr
+    (line,) = service.stderr.splitlines()
+    assert line.startswith("socketdock: ")
+    return line
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return f"--config={path}"
+
+
+# Where options come from.
+
+
+async def largest_message(service: Service) -> int:
+    """The `--max_message_size` that the service works with, from 1 to 5 bytes."""
+    for size in range(1, 6):
+        async with websockets.connect(service.ws_url, compression=None) as client:
+            await client.send("x" * size)
+            try:
+                await asyncio.wait_for(client.recv(), DEADLINE)
+            except websockets.ConnectionClosed:
+                assert client.close_code == 1009
+                return size - 1
+    return size
+
+
+@pytest.mark.parametrize(
+    ("file", "environment", "flag", "expected"),
+    [
+        (None, None, None, 5),  # or more
+        (1, None, None, 1),
+        (1, 2, None, 2),
+        (1, 2, 3, 3),
+        (2, None, 1, 1),
+        (None, 3, 2, 2),
+    ],
+)
+@pytest.mark.gen_test
+async def test_flag_beats_environment_beats_file_beats_default(
+    io_loop, tmp_path, file, environment, flag, expected
+):
+    """Seen from outside, by what still gets through."""
+    flags = [written(tmp_path / "conf", f"max_message_size = {file}")] if file else []
+    flags += [f"--max_message_size={flag}"] if flag else []
+    given = {"SOCKETDOCK_MAX_MESSAGE_SIZE": str(environment)} if environment else {}
+    async with Service(*flags, environment=given) as service:
+        assert await largest_message(service) == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--max_message_size=3",),
+        ("--max_message_size", "3"),
+        ("--max-message-size=3",),
+        ("--max-message-size", "3"),
+        ("--max_message_size=1", "--max-message-size", "2", "--max_message_size=3"),
+        ("--max_message_size=1", "--compression", "--max_message_size", "3"),
+    ],
+)
+@pytest.mark.gen_test
+async def test_flags_with_equals_or_space_and_the_last_one_wins(io_loop, flags):
+    """`--name=value` and `--name value`; dashes are as good as underscores."""
+    async with Service(*flags) as service:
+        assert await largest_message(service) == 3
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "max_message_size = 3",
+        "max-message-size=3",
+        "# a comment\nbackend='http'\n\nbackend = 'loopback'  # wins\n"
+        "max_message_size = 3",
+    ],
+)
+@pytest.mark.gen_test
+async def test_file_may_be_named_in_the_environment(io_loop, tmp_path, lines):
+    """Its names may have dashes, too; the last of a repeated one wins."""
+    written(tmp_path / "conf", lines)
+    environment = {"SOCKETDOCK_CONFIG": str(tmp_path / "conf")}
+    async with Service(environment=environment) as service:
+        assert await largest_message(service) == 3
+
+
+@pytest.mark.gen_test
+async def test_lists_come_from_flag_and_file(io_loop, tmp_path):
+    """Separated by commas on the command line, a list in the file."""
+    conf = written(tmp_path / "conf", "subprotocols = ['b', 'c']")
+    for flags in ([conf], ["--subprotocols=b,c"]):
+        async with Service(*flags, *HTTP) as service:
+            async with websockets.connect(
+                service.ws_url, subprotocols=["a", "c", "b"]
+            ) as client:
+                assert client.subprotocol == "c"
+
+
+@pytest.mark.parametrize("separator", ["-", "_"])
+@pytest.mark.parametrize("source", ["flags", "environment", "file"])
+@pytest.mark.gen_test
+async def test_spellings_of_the_existing_socketdock(
+    io_loop, tmp_path, source, separator
+):
+    """With dashes or underscores, in flags, environment and file."""
+    async with RecordingBackend() as backend:
+        given = {
+            "message-uri": backend.url("message"),
+            "disconnect-uri": backend.url("disconnect"),
+            "connect-uri": backend.url("connect"),
+            "endpoint": "http://relay.example:8765",
+            "log-level": "DEBUG",
+        }
+        given = {name.replace("-", separator): value for name, value in given.items()}
+        flags, environment = ["--backend=http"], {}
+        if source == "flags":
+            flags += [f"--{name}={value}" for name, value in given.items()]
+        elif source == "environment":
+            environment = {
+                f"SOCKETDOCK_{name.upper()}": value for name, value in given.items()
+            }
+        else:
+            lines = [f"{name} = {value!r}\n" for name, value in given.items()]
+            flags += [written(tmp_path / "conf", "".join(lines))]
+        async with Service(*flags, environment=environment) as service:
+            await exchange(service.ws_url, backend, "http://relay.example:8765")
+            await AsyncHTTPClient().fetch(f"{service.callback_url}/livez")
+            await eventually(lambda: any("GET /livez" in line for line in service.log))
+            assert not [line for line in service.log if " is no option" in line]
+
+
+@pytest.mark.gen_test
+async def test_command_line_of_an_existing_deployment(io_loop):
+    """Unchanged, but for the port."""
+    async with RecordingBackend() as backend:
+        flags = ["--bindip", "0.0.0.0", "--bindport", "0", "--backend", "http"]
+        for kind in ("message", "disconnect", "connect"):
+            flags += [f"--{kind}-uri", backend.url(kind)]
+        flags += ["--endpoint", "http://relay.example:8765", "--log-level", "INFO"]
+        async with Service(*flags) as service:
+            url = service.ws_url.replace("0.0.0.0", "127.0.0.1")
+            await exchange(url, backend, "http://relay.example:8765")
+
+
+async def exchange(url: str, backend: RecordingBackend, callbacks: str) -> None:
+    """One message by way of each of the three URIs."""
+    async with websockets.connect(url) as client:
+        await client.send("hello")
+        (event,) = await backend.wait_for("message", 1)
+    assert event["message"] == "hello"
+    assert event["meta"]["send"].startswith(f"{callbacks}/socket/")
+    await backend.wait_for("disconnect", 1)
+    assert [kind for kind, *_ in backend.events] == [
+        "connect",
+        "message",
+        "disconnect",
+    ]
+
+
+@pytest.mark.gen_test
+async def test_unknown_variable_is_one_warning(io_loop):
+    """It names the nearest option, and the relay starts."""
+    environment = {"SOCKETDOCK_BINDPROT": "1", "SOCKETDOCK_PORT": "9000"}
+    async with Service(environment=environment) as service:
+        assert await largest_message(service) == 5
+    (line,) = [line for line in service.log if "BINDPROT" in line]
+    assert "bindport" in line
+    assert line.startswith("[W")
+    assert len([line for line in service.log if "SOCKETDOCK_PORT" in line]) == 1
+
+
+@pytest.mark.gen_test
+async def test_what_kubernetes_injects_is_not_even_that(io_loop):
+    """The variables of a service called socketdock."""
+    environment = {
+        "SOCKETDOCK_SERVICE_HOST": "10.0.0.1",
+        "SOCKETDOCK_SERVICE_PORT": "8765",
+        "SOCKETDOCK_SERVICE_PORT_WS": "8765",
+        "SOCKETDOCK_SERVICE_PORT_CALLBACKS_2": "8766",
+        "SOCKETDOCK_PORT": "tcp://10.0.0.1:8765",
+        "SOCKETDOCK_PORT_8765_TCP": "tcp://10.0.0.1:8765",
+        "SOCKETDOCK_PORT_8765_TCP_PROTO": "tcp",
+        "SOCKETDOCK_PORT_8765_TCP_PORT": "8765",
+        "SOCKETDOCK_PORT_8765_TCP_ADDR": "10.0.0.1",
+    }
+    async with Service(environment=environment) as service:
+        assert await largest_message(service) == 5
+    assert not [line for line in service.log if any(v in line for v in environment)]
+
+
+# What does not start.
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--bindprot=1", ("--bindprot", "--bindport")),
+        ("--message-url=http://x", ("--message-url", "--message-uri")),
+        ("--no_such_thing_at_all", ("--no_such_thing_at_all",)),
+        ("-v", ("-v",)),
+        ("http", ("http",)),
+    ],
+)
+def test_unknown_flag_names_the_nearest(flag, named):
+    """One sentence with both, exit status 2."""
+    line = refusal(flag)
+    assert all(name in line for name in named)
+
+
+def test_unknown_option_in_the_file_names_the_nearest(tmp_path):
+    """And the file, and the line."""
+    conf = written(tmp_path / "conf", "bindip = '127.0.0.1'\nbindprot = 1\n")
+    line = refusal(conf)
+    assert "bindprot" in line
+    assert "bindport" in line
+    assert f"{tmp_path / 'conf'}, line 2" in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "must"),
+    [
+        ("--bindport=eighty", "a whole number"),
+        ("--bindport=80.5", "a whole number"),
+        ("--bindport=", "a whole number"),
+        ("--bindport=65536", "a port"),
+        ("--callbackport=-1", "a port"),
+        ("--drain_timeout=soon", "a number"),
+        ("--drain_timeout=-1", "seconds"),
+        ("--drain_timeout=nan", "seconds"),
+        ("--drain_timeout=inf", "finite"),
+        ("--max_message_size=0", "at least 1"),
+        ("--compression=perhaps", "true or false"),
+        ("--compression_level=10", "1 to 9"),
+        ("--log-level=loud", "info"),
+    ],
+)
+def test_wrong_value_names_option_and_what_it_must_be(flag, must):
+    """As it was spelt."""
+    line = refusal(flag)
+    name, _, value = flag.partition("=")
+    assert name in line
+    assert must in line
+    assert repr(value) in line or value in line
+
+
+def test_option_without_its_value():
+    """The last word of the command line."""
+    assert "--bindip needs a value" in refusal("--bindip")
+
+
+def test_wrong_value_in_the_environment_names_the_variable():
+    """Not the flag, which nobody gave."""
+    line = refusal(SOCKETDOCK_MAX_MESSAGE_SIZE="large")
+    assert "SOCKETDOCK_MAX_MESSAGE_SIZE must be a whole number" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bindip = 127", "bindip must be text"),
+        ("drain_timeout = None", "drain_timeout must be a number"),
+        ("bindport = True", "bindport must be a whole number"),
+        ("compression = 1", "compression must be True or False"),
+        ("subprotocols = [1]", "subprotocols must be text"),
+        ("bindip = localhost", "bindip is not a plain value"),
+        ("bindip = {[]: 1}", "bindip is not a plain value"),
+        ("import os", "line 1: not name = value"),
+        ("bindip 127.0.0.1", "line 1: not name = value"),
+    ],
+)
+def test_wrong_line_of_the_file(tmp_path, text, said):
+    """Names file and line; nothing of it is run."""
+    line = refusal(written(tmp_path / "conf", text))
+    assert said in line
+    assert f"{tmp_path / 'conf'}, line 1" in line
+
+
+def test_unreadable_file(tmp_path):
+    """Missing, a folder, not UTF-8."""
+    (tmp_path / "latin").write_bytes(b"bindip = '\xe9'")
+    for path in (tmp_path / "missing", tmp_path, tmp_path / "latin"):
+        assert f"can't read {path}: " in refusal(f"--config={path}")
+
+
+def test_port_in_use():
+    """By anybody."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refusal(f"--bindport={port}")
+        assert f"can't listen at port {port} of 127.0.0.1: " in line
+        line = refusal(f"--callbackport={port}")
+        assert f"can't listen at port {port} of 127.0.0.1: " in line
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "no..host", "not-an-ip.invalid"])
+def test_address_that_is_not_ours(address):
+    """Nor anybody's."""
+    assert f"of {address}: " in refusal(f"--bindip={address}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--backend=http"], "--messageuri"),
+        ([*HTTP, "--messageuri=ftp://127.0.0.1/"], "--messageuri=ftp://127.0.0.1/"),
+        ([*HTTP, "--messageuri=127.0.0.1:8000"], "--messageuri=127.0.0.1:8000"),
+        ([*HTTP, "--messageuri=http://"], "--messageuri=http://"),
+        ([*HTTP, "--messageuri=http://[::1"], "--messageuri=http://[::1"),
+        ([*HTTP, "--messageuri=http://x:99999/"], "--messageuri=http://x:99999/"),
+        ([*HTTP, "--connecturi=x"], "--connecturi=x"),
+        ([*HTTP, "--disconnecturi=//x/"], "--disconnecturi=//x/"),
+        ([*HTTP, "--endpoint=ws://x"], "--externalhostandport=ws://x"),
+        ([*HTTP, "--bindip=0.0.0.0"], "--externalhostandport"),
+        ([*HTTP, "--bindip=::"], "--externalhostandport"),
+        ([*HTTP, "--callbackport=0", "--callbackip=0.0.0.0"], "--externalhostandport"),
+        ([*HTTP, "--order_wait=inf"], "--backend_timeout"),
+        (["--callbackip=127.0.0.1"], "--callbackport"),
+        (["--allowed_origins=app.example.com"], "--allowed_origins"),
+        (["--log_file_prefix=/no/such/folder/log"], "/no/such/folder/log"),
+        (["--log_file_prefix=x", "--log_rotate_mode=never"], "log_rotate_mode"),
+    ],
+)
+def test_what_does_not_fit_together_names_the_option(flags, said):
+    """One sentence, exit status 2."""
+    assert said in refusal(*flags)
+
+
+# --help.
+
+
+def test_help_lists_every_option_grouped_by_module():
+    """Ours first, each backend's and each handler's under the module's name."""
+    help_text = ended("--help")
+    assert help_text.returncode == 0
+    assert help_text.stderr == ""
+    groups: dict[str, set[str]] = {}
+    for line in help_text.stdout.splitlines():
+        if heading := re.fullmatch(r"([a-z.]+):", line):
+            group = groups.setdefault(heading[1], set())
+        elif option := re.match(r"  --(\w+)", line):
+            group.add(option[1])
+    assert next(iter(groups)) == "socketdock"
+    files = {"socketdock": PROJECT / "socketdock.py"}
+    for package in ("backends", "handlers"):
+        for file in (PROJECT / package).rglob("*.py"):
+            parts = file.relative_to(PROJECT).with_suffix("").parts
+            name = ".".join(part for part in parts if part != "__init__")
+            files[name] = file
+    for name, file in files.items():
+        defined = set(re.findall(r'^define\("(\w+)"', file.read_text(), flags=re.M))
+        assert groups.pop(name, set()) == defined, name
+    assert set(groups) == {"tornado.log", "tornado.options"}
+
+
+# Start and stop.
+
+
+@pytest.mark.gen_test
+async def test_start_is_one_line_with_addresses_and_backend(io_loop):
+    """And the log's first."""
+    async with Service("--callbackport=0", *HTTP) as service:
+        assert await accepts(service.ws_url)
+    line = service.log[0]
+    assert service.ws_url in line
+    assert service.callback_url in line
+    assert line.endswith("backend http")
+    assert service.ws_url.removesuffix("/ws")[5:] != service.callback_url[7:]
+
+
+async def accepts(url: str) -> bool:
+    async with websockets.connect(url):
+        return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.gen_test
+async def test_signal_closes_clients_with_1001_and_exits_0(io_loop, number):
+    """An orderly stop, well before `--drain_timeout`."""
+    async with Service() as service:
+        client = await websockets.connect(service.ws_url)
+        service.process.send_signal(number)
+        await asyncio.wait_for(client.wait_closed(), DEADLINE)
+        assert client.close_code == 1001
+        assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.gen_test
+async def test_second_signal_exits_at_once(io_loop, number):
+    """Though a disconnect is still unanswered, which the drain waits for."""
+    async with RecordingBackend() as backend:
+        answered = asyncio.Event()
+
+        async def hold(*_: object) -> None:
+            await answered.wait()
+
+        backend.answers["disconnect"] = hold
+        async with Service(*backend.flags("message", "disconnect")) as service:
+            async with websockets.connect(service.ws_url):
+                service.process.send_signal(signal.SIGTERM)
+                await backend.wait_for("disconnect", 1)
+            assert service.process.returncode is None
+            service.process.send_signal(number)
+            assert await asyncio.wait_for(service.process.wait(), 5) != 0
+        answered.set()
+        await eventually(lambda: "second signal" in service.log[-1])
+
+
+# The console script.
+
+
+@pytest.fixture
+def script(tmp_path_factory):
+    """The installed `socketdock`, and what it needs to find itself."""
+    prefix = installation(tmp_path_factory.getbasetemp())
+    return str(prefix / "bin" / "socketdock"), {"PYTHONPATH": library(prefix)}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--help",),
+        ("--version",),
+        ("--bindprot=1",),
+        ("--backend=http", "--bindport=0"),
+        ("--backend=nothing",),
+        ("--config=/no/such/file",),
+    ],
+)
+def test_console_script_says_the_same(script, flags):
+    """Byte for byte, with the same status."""
+    command, environment = script
+    installed = ended(*flags, command=(command,), **environment)
+    module = ended(*flags)
+    assert installed.returncode == module.returncode
+    assert installed.stderr == module.stderr
+    assert installed.stdout == module.stdout
+
+
+@pytest.mark.gen_test
+async def test_console_script_does_the_same(io_loop, script, tmp_path):
+    """Starts from anywhere, relays, stops."""
+    command, environment = script
+    async with Service(
+        "--max_message_size=3", command=[command], environment=environment, cwd=tmp_path
+    ) as service:
+        assert await largest_message(service) == 3
+        service.process.terminate()
+        assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
