@@ -57,6 +57,7 @@ setup(
             "websocket-client>=1.8",
             "aiohttp>=3.10,<4",
             "flask>=3,<4",
+            "cryptography",
             "supervisor>=4.3,<5",
             "ruff",
             "mypy",
