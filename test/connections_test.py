@@ -1,0 +1,153 @@
+"""The connection map that both ends share, in process, on Tornado's fixtures."""
+
+import asyncio
+
+import pytest
+import websockets
+from service import DEADLINE, eventually
+from tornado.ioloop import IOLoop
+from tornado.web import Application
+
+import socketdock
+from backends import Backend
+from handlers.connections import ConnectionMap
+from handlers.heartbeat import Heartbeat
+from handlers.websocket import ClientPolicy
+
+pytestmark = pytest.mark.gen_test(timeout=30)
+
+
+class HoldingBackend(Backend):
+    """Keeps each message until the test lets it go."""
+
+    def __init__(self) -> None:
+        self.release = asyncio.Event()
+        self.told: list[int] = []
+
+    async def message(self, connection, message) -> None:
+        await self.release.wait()
+
+    async def disconnect(self, connection, closure) -> None:
+        self.told.append(closure.code)
+
+
+async def make_application(**bounds: int) -> Application:
+    """What `socketdock.serve` makes, with a map that the test can look into."""
+    connections = ConnectionMap(**bounds)
+    backend = HoldingBackend()
+    shared = {"connections": connections, "backend": backend}
+    routes = [
+        *socketdock.client_routes(
+            heartbeat=Heartbeat(0, 0), policy=ClientPolicy(), **shared
+        ),
+        *socketdock.callback_routes("", max_message_size=1000, **shared),
+    ]
+    return Application(routes, connections=connections, backend=backend)
+
+
+@pytest.fixture
+def app(io_loop, request):
+    """For pytest-tornado's `http_server`; made on the running loop."""
+    bounds = getattr(request, "param", {})
+    return io_loop.run_sync(lambda: make_application(**bounds))
+
+
+async def connect(http_port: int) -> websockets.ClientConnection:
+    return await websockets.connect(f"ws://127.0.0.1:{http_port}/ws")
+
+
+async def close_code(client: websockets.ClientConnection) -> int | None:
+    """The code with which the relay closes `client`."""
+    with pytest.raises(websockets.ConnectionClosed):
+        await asyncio.wait_for(client.recv(), DEADLINE)
+    await client.wait_closed()
+    return client.close_code
+
+
+async def test_both_ends_share_one_map(
+    io_loop, app, http_server, http_client, http_port, base_url
+):
+    """A client that connects is found by a callback, in the map of this loop."""
+    assert IOLoop.current() is io_loop
+    connections = app.settings["connections"]
+    maps = {
+        rule.target_kwargs["connections"]
+        for rule in app.wildcard_router.rules
+        if "connections" in rule.target_kwargs
+    }
+    assert maps == {connections}
+    client = await connect(http_port)
+    (connection,) = connections
+    assert connection.connections is connections
+    url = f"{base_url}/socket/{connection.id}"
+    answer = await http_client.fetch(f"{url}/send", method="POST", body=b"x")
+    assert answer.body == b"OK"
+    assert await client.recv() == b"x"
+    await http_client.fetch(f"{url}/disconnect", method="POST", body=b"")
+    assert await close_code(client) == 1000
+    await eventually(lambda: app.settings["backend"].told == [1000])
+    assert len(connections) == connections.pending == 0
+
+
+@pytest.mark.parametrize(
+    "app", [{"max_pending": 3}, {"max_queued_bytes": 30}], indirect=True
+)
+async def test_process_that_is_full_reads_no_more(
+    io_loop, app, http_server, http_client, http_port, base_url
+):
+    """Reading stops everywhere, handshakes get 503, and both go on later."""
+    connections = app.settings["connections"]
+    backend = app.settings["backend"]
+    clients = [await connect(http_port) for _ in range(2)]
+    for _ in range(5):
+        for client in clients:
+            await client.send("0123456789")
+    await eventually(lambda: connections.full)
+    answer = await http_client.fetch(
+        f"{base_url}/ws",
+        headers={
+            "Upgrade": "websocket",
+            "Connection": "Upgrade",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+        },
+        raise_error=False,
+    )
+    assert answer.code == 503
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert connections.pending <= 4  # one more than the bound, at most
+    backend.release.set()
+    await eventually(lambda: sum(c.messages_in for c in connections) == 10)
+    await eventually(lambda: connections.pending == 0)
+    for client in clients:
+        await client.close()
+    await eventually(lambda: len(backend.told) == 2)
+    assert connections.pending == 0
+
+
+async def test_readiness_ends_with_the_stop_signal(
+    io_loop, app, http_server, http_client, http_port, base_url
+):
+    """During --drain_delay handshakes are accepted, and /readyz is 503."""
+    connections = app.settings["connections"]
+    answer = await http_client.fetch(f"{base_url}/readyz")
+    assert answer.code == 200
+    draining = asyncio.create_task(connections.drain(1.0, 0.0, 10.0))
+    await eventually(lambda: connections.stopping)
+    answer = await http_client.fetch(f"{base_url}/readyz", raise_error=False)
+    assert answer.code == 503
+    assert (await http_client.fetch(f"{base_url}/livez")).code == 200
+    client = await connect(http_port)
+    assert await close_code(client) == 1001
+    assert await draining
+
+
+async def test_drain_that_takes_too_long_cuts_off(io_loop, app, http_server, http_port):
+    """At --drain_timeout what is left ends, and the drain says so."""
+    connections = app.settings["connections"]
+    client = await connect(http_port)
+    await client.send("held for ever")
+    await eventually(lambda: connections.pending == 1)
+    assert not await connections.drain(0.0, 0.0, 0.2)
+    assert await close_code(client) == 1001
+    app.settings["backend"].release.set()
