@@ -525,7 +525,8 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         """Tell the backend of the end, after all that was read before it."""
         # A farewell may wait for long, with thousands of others: let go of all
         # that it does not need.
-        del self.request, self.ws_connection, self._headers, self.application
+        self.ws_connection = None
+        del self.request, self._headers, self.application
         if self._delivering:
             self._idle = asyncio.get_running_loop().create_future()
             await self._idle

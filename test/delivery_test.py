@@ -363,6 +363,18 @@ async def test_backend_that_stays_away_gets_the_client_1013(io_loop, how):
             forever.set()
 
 
+async def test_message_of_a_client_that_has_left_is_given_up_in_peace(io_loop):
+    """Sent and gone, with a backend that is down: counted, and no traceback."""
+    async with RecordingBackend() as backend:
+        flags = backend.flags("message", "disconnect")
+        flags[1] = "--messageuri=http://127.0.0.1:1/nobody"
+        async with Service(*flags, "--delivery_timeout=0.5") as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("x")
+            (event,) = await backend.wait_for("disconnect", 1)
+            assert (event["meta"]["code"], event["meta"]["undelivered"]) == (1000, 1)
+
+
 async def test_held_requests_that_fail_go_again_in_their_order(io_loop):
     """What a backend held when it died reaches its successor, in order."""
     die, dead = asyncio.Event(), False
