@@ -1,6 +1,8 @@
 # make run    the relay, with an echo server behind it: ARGS="--backend=http ..."
 # make test   every test: ARGS="-k callback"
 # make demo   one exchange between a client and an HTTP backend, to watch
+# make soak   random faults for five minutes, each message accounted for:
+#             ARGS="--seconds=60 --seed=1"
 # make lint   ruff and mypy
 # make clean  removes what the others made
 
@@ -11,7 +13,7 @@ BIN = .venv/bin
 # npm writes it; the interop tests with Node need what stands beside it.
 NODE_MODULES = test/interop/node_modules/.package-lock.json
 
-.PHONY: run test demo lint clean
+.PHONY: run test demo soak lint clean
 
 run: .venv/run.stamp
 	@exec $(BIN)/python socketdock.py $(ARGS)
@@ -32,6 +34,9 @@ test: .venv/test.stamp
 
 demo: .venv/run.stamp
 	@exec $(BIN)/python examples/demo.py
+
+soak: .venv/test.stamp
+	@exec $(BIN)/python test/soak.py $(ARGS)
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check

@@ -1,0 +1,641 @@
+"""Backends and clients that fail as they are told, and a book of what came.
+
+A test or `soak.py` puts a `Service` between the two. Run as a program, this file
+is a backend in a process of its own, which can be stopped, or left behind in a
+network namespace:
+
+    python test/faults.py [--host=127.0.0.1] [--port=0] [--hold]
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import socket
+import struct
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+
+import websockets
+from service import DEADLINE, eventually
+
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, for 0 s (socket(7))
+BACKLOG = 4096  # connections that the kernel holds until they are accepted
+ENDLESS_CHUNK = b"10000\r\n" + bytes(0x10000) + b"\r\n"
+
+# What becomes of a request: answered as the status says, or one of these.
+Fault = Literal["hold", "reset", "cut", "garbage", "endless"]
+# How a backend is away: nobody listens, connections are reset, or 503.
+Absence = Literal["refused", "reset", "503"]
+
+
+# What came.
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One event as it reached the backend, whole."""
+
+    kind: str  # connect, message or disconnect
+    webhook_id: str
+    event: dict[str, Any]
+    # "200" once answered so; "hold" while unanswered, "let go" when the relay
+    # then closed the connection; "lost" when the backend did.
+    outcome: str = "hold"
+
+    @property
+    def connection_id(self) -> str:
+        return self.event["meta"]["connection_id"]
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it was answered with 2xx."""
+        return self.outcome.startswith("2")
+
+
+class Book:
+    """Every attempt that came, and what was accepted first under each id.
+
+    Messages are those of `Talker`: a client's name and a number, counted from 0.
+    """
+
+    def __init__(self) -> None:
+        self.attempts: list[Attempt] = []
+        # By webhook-id, in the order of their first acceptance.
+        self.accepted: dict[str, Attempt] = {}
+        self.counts: dict[str, int] = defaultdict(int)  # of those, by kind
+
+    def enter(self, attempt: Attempt) -> None:
+        """Note an attempt that has been read whole."""
+        self.attempts.append(attempt)
+
+    def settle(self, attempt: Attempt, outcome: str) -> None:
+        """Note what became of it."""
+        attempt.outcome = outcome
+        if attempt.accepted and attempt.webhook_id not in self.accepted:
+            self.accepted[attempt.webhook_id] = attempt
+            self.counts[attempt.kind] += 1
+
+    def of(self, kind: str) -> list[Attempt]:
+        """The accepted events of a kind, each once."""
+        return [a for a in self.accepted.values() if a.kind == kind]
+
+    async def wait_for(self, kind: str, number: int, deadline: float = 60) -> None:
+        """Until `number` events of a kind have been accepted."""
+        try:
+            await eventually(lambda: self.counts[kind] >= number, deadline)
+        except TimeoutError:
+            raise AssertionError(
+                f"{self.counts[kind]} {kind} events in {deadline} s, not {number}"
+            ) from None
+
+    def numbers(self) -> dict[str, list[int]]:
+        """What each client said, in the order of its acceptance.
+
+        A message that came under two ids is there twice.
+        """
+        heard: dict[str, list[int]] = defaultdict(list)
+        for attempt in self.of("message"):
+            name, number = attempt.event["message"].split()[:2]
+            heard[name].append(int(number))
+        return heard
+
+    def names(self) -> dict[str, str]:
+        """The client's name of each connection that has had a message here."""
+        return {
+            attempt.connection_id: attempt.event["message"].split()[0]
+            for attempt in self.attempts
+            if attempt.kind == "message"
+        }
+
+    def disconnects(self) -> dict[str, dict[str, Any]]:
+        """`meta` of the last disconnect event of each connection.
+
+        The last, since one that came again tells of what failed in between.
+        """
+        return {
+            attempt.connection_id: attempt.event["meta"]
+            for attempt in self.attempts
+            if attempt.kind == "disconnect" and attempt.accepted
+        }
+
+
+# Backends.
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """How to answer one request: `status` after `delay` seconds, or a fault.
+
+    `reset` ends the connection with RST before an answer, `cut` ends it in the
+    answer's body, `hold` leaves the request open until `FaultyBackend.release`.
+    """
+
+    status: int = 200
+    delay: float = 0.0
+    fault: Fault | None = None
+    headers: tuple[str, ...] = ()
+
+
+OK = Reply()
+
+
+class FaultyBackend(Book):
+    """An HTTP backend that answers each request as `decide` says.
+
+    Its port stays its own while it is away: a bound socket keeps it, which
+    refuses connections as long as no other one listens there.
+    """
+
+    def __init__(
+        self, decide: Callable[[Attempt], Reply] = lambda attempt: OK
+    ) -> None:
+        super().__init__()
+        self.decide = decide
+        self.absence: Absence | None = None
+        self.connections: set[_BackendConnection] = set()
+        self.largest_body = 0  # bytes written to an endless body, at most
+
+    async def listen(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Take a port, and serve."""
+        self._reserved = _bound(host, port)
+        self.host, self.port = self._reserved.getsockname()[:2]
+        await self._serve()
+
+    async def _serve(self) -> None:
+        listener = _bound(self.host, self.port)
+        self._server = await asyncio.get_running_loop().create_server(
+            lambda: _BackendConnection(self), sock=listener, backlog=BACKLOG
+        )
+
+    async def __aenter__(self) -> Self:
+        await self.listen()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._server.close()
+        self._reserved.close()
+        for connection in list(self.connections):
+            connection.reset()
+
+    def url(self, kind: str) -> str:
+        return f"http://{self.host}:{self.port}/{kind}"
+
+    def flags(self, *kinds: str) -> list[str]:
+        """The relay's flags for this backend; messages and disconnects by default."""
+        return flags_for(self.url, kinds)
+
+    def go_away(self, how: Absence) -> None:
+        """From now on no event is taken, nor those that are being answered."""
+        self.absence = how
+        if how == "refused":
+            self._server.close()
+        if how != "503":
+            for connection in list(self.connections):
+                connection.reset()
+
+    async def come_back(self) -> None:
+        """Serve again, on the same port."""
+        how, self.absence = self.absence, None
+        if how == "refused":
+            await self._serve()
+
+    def release(self) -> None:
+        """Answer every request that is held."""
+        for connection in list(self.connections):
+            connection.answer_held()
+
+    def reply_to(self, attempt: Attempt) -> Reply:
+        if self.absence == "503":
+            return Reply(503)
+        return self.decide(attempt)
+
+
+def flags_for(url: Callable[[str], str], kinds: Iterable[str]) -> list[str]:
+    """The relay's flags for a backend with these URLs."""
+    kinds = kinds or ("message", "disconnect")
+    return ["--backend=http", *(f"--{kind}uri={url(kind)}" for kind in kinds)]
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, port))
+    return sock
+
+
+class _BackendConnection(asyncio.Protocol):
+    """One connection from the relay: one request at a time."""
+
+    def __init__(self, backend: FaultyBackend) -> None:
+        self._backend = backend
+        self._buffer = bytearray()
+        self._attempt: Attempt | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._endless: int | None = None  # bytes of an endless body, so far
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        if self._backend.absence in ("refused", "reset"):
+            self.reset()
+        else:
+            self._backend.connections.add(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._backend.connections.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._settle("let go")
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        head, end, rest = self._buffer.partition(b"\r\n\r\n")
+        if not end:
+            return
+        length = int(re.search(rb"(?i)\r\ncontent-length: (\d+)", head)[1])
+        if len(rest) < length:
+            return
+        del self._buffer[: len(head) + len(end) + length]
+        self._attempt = Attempt(
+            kind=head.split(b" ", 2)[1].decode().strip("/"),
+            webhook_id=re.search(rb"(?i)\r\nwebhook-id: (\S+)", head)[1].decode(),
+            event=json.loads(rest[:length]),
+        )
+        self._backend.enter(self._attempt)
+        reply = self._backend.reply_to(self._attempt)
+        if reply.delay:
+            self._timer = asyncio.get_running_loop().call_later(
+                reply.delay, self._answer, reply
+            )
+        else:
+            self._answer(reply)
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        if self._endless is not None:
+            # Not at once: asyncio can't bear a write that fails in here.
+            asyncio.get_running_loop().call_soon(self._go_on_forever)
+
+    def answer_held(self) -> None:
+        """Answer with 200 what is unanswered."""
+        if self._attempt is not None:
+            self._answer(OK)
+
+    def reset(self) -> None:
+        """End the connection with RST."""
+        self._settle("lost")
+        sock = self._transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # the peer has ended it already
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        self._transport.abort()
+
+    def _settle(self, outcome: str) -> None:
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            self._backend.settle(attempt, outcome)
+
+    def _answer(self, reply: Reply) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        head = "".join(f"{line}\r\n" for line in reply.headers)
+        start = f"HTTP/1.1 {reply.status} Told So\r\n{head}"
+        match reply.fault:
+            case "hold":
+                return
+            case "reset":
+                self.reset()
+            case "cut":  # its status stands all the same
+                self._settle(str(reply.status))
+                self._transport.write(f"{start}Content-Length: 9\r\n\r\nOK".encode())
+                self._transport.close()
+            case "garbage":
+                self._settle("garbage")
+                self._transport.write(bytes(range(256)) + b"\r\n\r\n")
+                self._transport.close()
+            case "endless":  # likewise
+                self._settle(str(reply.status))
+                start += "Transfer-Encoding: chunked\r\n\r\n"
+                self._transport.write(start.encode())
+                self._endless, self._paused = 0, False
+                self._go_on_forever()
+            case None:
+                self._settle(str(reply.status))
+                self._transport.write(f"{start}Content-Length: 2\r\n\r\nOK".encode())
+
+    def _go_on_forever(self) -> None:
+        assert self._endless is not None
+        while not self._paused and not self._transport.is_closing():
+            self._transport.write(ENDLESS_CHUNK)
+            self._endless += len(ENDLESS_CHUNK)
+        self._backend.largest_body = max(self._backend.largest_body, self._endless)
+
+
+class BackendProcess(Book):
+    """A backend in its own process, which answers 200 or, with `--hold`, never.
+
+    What it does is in this book as soon as it has written it down; `command`
+    comes before it, to start it elsewhere.
+    """
+
+    def __init__(self, *flags: str, command: Iterable[str] = ()) -> None:
+        super().__init__()
+        self._command = [*command, sys.executable, str(Path(__file__)), *flags]
+
+    async def __aenter__(self) -> Self:
+        self.process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,  # its end is the process's end
+            stdout=asyncio.subprocess.PIPE,
+            limit=2**24,
+        )
+        assert self.process.stdout is not None
+        line = await asyncio.wait_for(self.process.stdout.readline(), DEADLINE)
+        self.host, self.port = json.loads(line)
+        self._reader = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+        await self._reader
+
+    async def _read(self) -> None:
+        assert self.process.stdout is not None
+        entered: dict[int, Attempt] = {}
+        async for line in self.process.stdout:
+            number, *rest = json.loads(line)
+            if len(rest) == 1:
+                self.settle(entered.pop(number), rest[0])
+            else:
+                entered[number] = Attempt(*rest)
+                self.enter(entered[number])
+
+    def url(self, kind: str) -> str:
+        return f"http://{self.host}:{self.port}/{kind}"
+
+    def flags(self, *kinds: str) -> list[str]:
+        """The relay's flags for this backend; messages and disconnects by default."""
+        return flags_for(self.url, kinds)
+
+    def stop(self) -> None:
+        """Freeze it: the kernel goes on taking what is sent to it."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Thaw it."""
+        self.process.send_signal(signal.SIGCONT)
+
+
+class _WritingBackend(FaultyBackend):
+    """The one inside a `BackendProcess`: its book goes to standard output."""
+
+    def __init__(self, decide: Callable[[Attempt], Reply]) -> None:
+        super().__init__(decide)
+        self._numbers: dict[int, int] = {}  # of attempts under way, by id()
+        self._next = 0
+
+    def enter(self, attempt: Attempt) -> None:
+        self._numbers[id(attempt)] = self._next
+        self._write(self._next, attempt.kind, attempt.webhook_id, attempt.event)
+        self._next += 1
+
+    def settle(self, attempt: Attempt, outcome: str) -> None:
+        self._write(self._numbers.pop(id(attempt)), outcome)
+
+    @staticmethod
+    def _write(*words: object) -> None:
+        print(json.dumps(words), flush=True)
+
+
+# Clients.
+
+
+@dataclass
+class Talker:
+    """A client that says its name and numbers from 0, until it is told to stop.
+
+    `sent` counts what its socket has taken; `closed` is the code of the close
+    frame that it was sent, or None while it is open.
+    """
+
+    url: str
+    name: str
+    sent: int = 0
+    padding: str = ""
+    closed_at: float | None = None  # on the loop's clock
+    client: websockets.ClientConnection = field(init=False)
+
+    async def connect(self) -> Self:
+        self.client = await websockets.connect(
+            self.url, compression=None, ping_interval=None, open_timeout=60
+        )
+        return self
+
+    async def say(self, count: int = 1) -> None:
+        """Send that many numbers."""
+        for _ in range(count):
+            await self.client.send(f"{self.name} {self.sent}{self.padding}")
+            self.sent += 1
+
+    async def talk(self, pause: float, enough: asyncio.Event) -> None:
+        """Send a number every `pause` seconds until `enough`, or closed."""
+        while not enough.is_set():
+            try:
+                await self.say()
+            except websockets.ConnectionClosed:
+                break
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(enough.wait(), pause)
+
+    async def until_closed(self) -> int:
+        """The close code, once the relay has closed."""
+        with contextlib.suppress(websockets.ConnectionClosed):
+            while True:
+                await self.client.recv()
+        self.closed_at = asyncio.get_running_loop().time()
+        return self.close_code
+
+    @property
+    def is_open(self) -> bool:
+        return self.client.state == websockets.State.OPEN
+
+    @property
+    def close_code(self) -> int:
+        """1006 where no close frame came."""
+        return self.client.close_code or 1006
+
+
+async def talkers(url: str, number: int, prefix: str = "client") -> list[Talker]:
+    """That many clients, connected a hundred at a time."""
+    room = asyncio.Semaphore(100)
+
+    async def connect(index: int) -> Talker:
+        async with room:
+            return await Talker(url, f"{prefix}-{index}").connect()
+
+    return await asyncio.gather(*map(connect, range(number)))
+
+
+async def leave(clients: Iterable[Talker]) -> None:
+    """Close them all, by the book."""
+    await asyncio.gather(*(talker.client.close() for talker in clients))
+
+
+class RawClient:
+    """A WebSocket on a bare socket, which reads only when it is asked to."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+
+    @classmethod
+    async def connect(cls, url: str, receive_buffer: int = 64 * 1024) -> Self:
+        """Shake hands. The kernel takes about `receive_buffer` bytes unread."""
+        parts = urlsplit(url)
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        sock.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(sock, (parts.hostname, parts.port))
+        request = (
+            f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+            "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+            "Sec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
+        )
+        await loop.sock_sendall(sock, request.encode())
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            answer += (chunk := await loop.sock_recv(sock, 1))
+            assert chunk, "refused"
+        assert b" 101 " in answer, answer
+        return cls(sock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    async def send(self, text: str) -> None:
+        """Send one text message, masked with zeros."""
+        await self.send_frames(masked(text))
+
+    async def send_frames(self, frames: bytes) -> None:
+        """Send bytes as they are; waits while the relay takes none."""
+        await asyncio.get_running_loop().sock_sendall(self._socket, frames)
+
+    def close(self) -> None:
+        """Close the socket without a close frame."""
+        self._socket.close()
+
+
+def masked(text: str) -> bytes:
+    """A text frame of a client whose masking key is zero."""
+    payload = text.encode()
+    size = len(payload)
+    if size < 126:
+        head = struct.pack("!BB", 0x81, 0x80 | size)
+    elif size < 2**16:
+        head = struct.pack("!BBH", 0x81, 0x80 | 126, size)
+    else:
+        head = struct.pack("!BBQ", 0x81, 0x80 | 127, size)
+    return head + bytes(4) + payload
+
+
+class SilentProxy:
+    """A TCP proxy that can fall silent: both ends stay open, nothing passes.
+
+    To the relay, a client behind it has then vanished without FIN.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._to, self._path = (parts.hostname, parts.port), parts.path
+        self._passing = asyncio.Event()
+        self._passing.set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._on_client, "127.0.0.1", 0)
+        port = self._server.sockets[0].getsockname()[1]
+        self.url = f"ws://127.0.0.1:{port}{self._path}"
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for writer in self._writers:
+            writer.transport.abort()
+
+    def fall_silent(self) -> None:
+        """Pass nothing on from now on, on any connection."""
+        self._passing.clear()
+
+    async def _on_client(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        there, to = await asyncio.open_connection(*self._to)
+        self._writers += [writer, to]
+        for ends in ((reader, to), (there, writer)):
+            task = asyncio.create_task(self._pass_on(*ends))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pass_on(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                await self._passing.wait()
+                writer.write(data)
+                await writer.drain()
+        await self._passing.wait()
+        writer.close()
+
+
+# Processes.
+
+
+def memory(pid: int, field: Literal["VmRSS", "VmHWM"] = "VmRSS") -> int:
+    """Bytes that a process holds in memory, or held at most (proc(5))."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
+
+
+async def main() -> None:
+    """Serve until standard input ends."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--hold", action="store_true", help="leave messages open")
+    arguments = parser.parse_args()
+
+    def decide(attempt: Attempt) -> Reply:
+        holds = arguments.hold and attempt.kind == "message"
+        return Reply(fault="hold") if holds else OK
+
+    backend = _WritingBackend(decide)
+    await backend.listen(arguments.host, arguments.port)
+    print(json.dumps([backend.host, backend.port]), flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,718 @@
+"""Whatever fails, each message is delivered or somebody is told.
+
+Backends, clients, the network and the relay itself fail here; `faults` makes
+them.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import websockets
+from faults import (
+    BackendProcess,
+    Book,
+    FaultyBackend,
+    RawClient,
+    Reply,
+    SilentProxy,
+    Talker,
+    leave,
+    masked,
+    memory,
+    talkers,
+)
+from service import DEADLINE, PROJECT, RecordingBackend, Service, eventually
+
+pytestmark = pytest.mark.gen_test(timeout=180)
+
+MIB = 2**20
+# What a process may grow by for reasons of its own: the allocator's arenas,
+# requests being read, what is kept of a thousand connections.
+CONSTANT = 48 * MIB
+
+
+def assert_complete(
+    book: Book, clients: list[Talker], *, in_order: bool = True
+) -> None:
+    """Every number of every client came, each under one webhook-id."""
+    heard = book.numbers()
+    for client in clients:
+        numbers = heard[client.name]
+        assert sorted(numbers) == list(range(client.sent)), client.name
+        if in_order:
+            assert numbers == sorted(numbers), client.name
+
+
+# Away for a while.
+
+CLIENTS, PAUSE = 200, 0.2  # numbers of clients; seconds between two messages
+
+
+async def load_with_an_absence(
+    service: Service, book: Book, absence, *, in_order: bool
+) -> None:
+    """8 s of load, and what `absence` does in its middle."""
+    clients = await talkers(service.ws_url, CLIENTS)
+    enough = asyncio.Event()
+    talks = [asyncio.create_task(client.talk(PAUSE, enough)) for client in clients]
+    await asyncio.sleep(3)
+    await absence()
+    await asyncio.sleep(3)
+    enough.set()
+    await asyncio.gather(*talks)
+    sent = sum(client.sent for client in clients)
+    assert sent > 5 * CLIENTS
+    await book.wait_for("message", sent)
+    assert all(client.is_open for client in clients)
+    assert_complete(book, clients, in_order=in_order)
+    await leave(clients)
+    await book.wait_for("disconnect", CLIENTS)
+    assert {meta["undelivered"] for meta in book.disconnects().values()} == {0}
+
+
+@pytest.mark.parametrize("how", ["refused", "reset", "503"])
+async def test_backend_away_for_two_seconds_costs_nothing(io_loop, how):
+    """Every number arrives, in order, and no client is closed."""
+    async with FaultyBackend() as backend:
+
+        async def absence() -> None:
+            backend.go_away(how)
+            await asyncio.sleep(2)
+            await backend.come_back()
+
+        async with Service(*backend.flags()) as service:
+            await load_with_an_absence(service, backend, absence, in_order=True)
+
+
+@pytest.mark.parametrize("flags", [[], ["--order_wait=inf", "--backend_timeout=30"]])
+async def test_stopped_backend_costs_nothing(io_loop, flags):
+    """Frozen for 2 s, its kernel taking connections: complete, and in order
+    where one message goes at a time."""
+    async with BackendProcess() as backend:
+
+        async def absence() -> None:
+            backend.stop()
+            await asyncio.sleep(2)
+            backend.go_on()
+
+        async with Service(*backend.flags(), *flags) as service:
+            await load_with_an_absence(
+                service, backend, absence, in_order=bool(flags)
+            )
+
+
+# Away for longer.
+
+
+@pytest.mark.parametrize("how", ["refused", "503"])
+async def test_each_client_of_a_lost_backend_is_told_and_accounted_for(io_loop, how):
+    """1013 after --delivery_timeout; later, each disconnect event counts what
+    was lost."""
+    async with FaultyBackend() as backend:
+        flags = [*backend.flags(), "--delivery_timeout=3"]
+        async with Service(*flags) as service:
+            clients = await talkers(service.ws_url, 100)
+            await asyncio.gather(*(client.say(5) for client in clients))
+            await backend.wait_for("message", 500)
+            backend.go_away(how)
+            await asyncio.gather(*(client.say(20) for client in clients))
+            ends = [client.until_closed() for client in clients]
+            assert set(await asyncio.gather(*ends)) == {1013}
+            await backend.come_back()
+            await backend.wait_for("disconnect", 100)
+            names = backend.names()
+            assert len(backend.disconnects()) == 100
+            for connection_id, meta in backend.disconnects().items():
+                assert (meta["code"], meta["initiator"]) == (1013, "relay")
+                delivered = backend.numbers()[names[connection_id]]
+                assert delivered == list(range(len(delivered)))
+                assert len(delivered) + meta["undelivered"] == 25
+                assert meta["undelivered"] == 20
+
+
+async def test_client_that_left_before_the_deadline_is_accounted_for(io_loop):
+    """It can't be told any more: the disconnect event counts its messages."""
+    async with FaultyBackend() as backend:
+        flags = [*backend.flags(), "--delivery_timeout=2"]
+        async with Service(*flags) as service:
+            clients = await talkers(service.ws_url, 20)
+            await asyncio.gather(*(client.say() for client in clients))
+            await backend.wait_for("message", 20)
+            backend.go_away("refused")
+            await asyncio.gather(*(client.say(3) for client in clients))
+            await leave(clients)
+            await asyncio.sleep(3)  # beyond the deadline
+            await backend.come_back()
+            await backend.wait_for("disconnect", 20)
+        for meta in backend.disconnects().values():
+            assert (meta["code"], meta["initiator"]) == (1000, "client")
+            assert meta["undelivered"] == 3
+
+
+async def test_sick_backend_is_not_stampeded(io_loop):
+    """While it answers 503, about one attempt at a time; a 500 stops nobody."""
+    async with FaultyBackend() as backend:
+        async with Service(*backend.flags()) as service:
+            clients = await talkers(service.ws_url, 100)
+            poisoned = clients[0].name
+            backend.go_away("503")
+            await asyncio.gather(*(client.say(3) for client in clients))
+            # Each has had its first attempt, and some a second one.
+            await eventually(lambda: len(backend.attempts) >= 20)
+            await asyncio.sleep(1)
+            before = len(backend.attempts)
+            await asyncio.sleep(6)
+            assert 1 <= len(backend.attempts) - before <= 12
+            probes = backend.attempts[before:]
+            assert len({probe.connection_id for probe in probes}) == len(probes)
+            await backend.come_back()
+            backend.decide = lambda attempt: Reply(
+                500
+                if attempt.kind == "message"
+                and attempt.event["message"].startswith(f"{poisoned} ")
+                else 200
+            )
+            await backend.wait_for("message", 99 * 3)
+            assert poisoned not in backend.numbers()
+            backend.decide = lambda attempt: Reply()
+            await backend.wait_for("message", 100 * 3)
+            assert_complete(backend, clients)
+            await leave(clients)
+
+
+async def test_visits_to_a_dead_backend_are_bounded_and_accounted_for(io_loop):
+    """Connect, send, close, at full speed: no more waits than --max_pending."""
+    accepted, refused = Counter(), Counter()
+    padding = " " + "x" * 5000
+
+    async def visit_until(name: str, over: asyncio.Event) -> None:
+        number = 0
+        while not over.is_set():
+            visitor = Talker(service.ws_url, f"{name}-{number}", padding=padding)
+            number += 1
+            try:
+                await visitor.connect()
+            except websockets.InvalidStatus as error:
+                assert error.response.status_code == 503
+                assert int(error.response.headers["Retry-After"]) >= 1
+                refused[visitor.name] += 1
+                await asyncio.sleep(0.05)
+                continue
+            await visitor.say()
+            accepted[visitor.name] += 1
+            # Where reading has stopped, nobody answers the close frame.
+            visitor.client.close_timeout = 0.5
+            await visitor.client.close()
+
+    async with FaultyBackend() as backend:
+        flags = [*backend.flags(), "--max_pending=2000", "--delivery_timeout=90"]
+        async with Service(*flags) as service:
+            before = memory(service.process.pid)
+            backend.go_away("refused")
+            over = asyncio.Event()
+            visitors = [
+                asyncio.create_task(visit_until(f"visitor-{index}", over))
+                for index in range(50)
+            ]
+            await eventually(lambda: len(refused) >= 200, 60)
+            await asyncio.sleep(2)
+            over.set()
+            await asyncio.gather(*visitors)
+            growth = memory(service.process.pid, "VmHWM") - before
+            assert growth < 2000 * 10_000 + CONSTANT
+            assert len(accepted) >= 1000
+            await backend.come_back()
+            await backend.wait_for("disconnect", len(accepted), 90)
+            # One more is relayed at once, so nothing is in its way.
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say()
+            await eventually(lambda: talker.name in backend.numbers())
+            await leave([talker])
+        # It has stopped, and waited for every farewell.
+        lost = sum(meta["undelivered"] for meta in backend.disconnects().values())
+        assert lost == 0
+        assert set(backend.numbers()) == {*accepted, talker.name}
+        assert len(backend.disconnects()) == len(accepted) + 1
+
+
+# The stop.
+
+
+async def test_sigterm_under_load_loses_nothing(io_loop):
+    """Each message read arrives, each client sees 1001, spread, and exit 0."""
+    async with FaultyBackend(lambda attempt: Reply(delay=0.02)) as backend:
+        flags = [*backend.flags(), "--drain_spread=4"]
+        async with Service(*flags) as service:
+            clients = await talkers(service.ws_url, CLIENTS)
+            enough = asyncio.Event()
+            talks = [asyncio.create_task(c.talk(PAUSE, enough)) for c in clients]
+            ends = [asyncio.create_task(client.until_closed()) for client in clients]
+            await asyncio.sleep(2)
+            service.process.send_signal(signal.SIGTERM)
+            assert set(await asyncio.gather(*ends)) == {1001}
+            await asyncio.gather(*talks)
+            assert await asyncio.wait_for(service.process.wait(), 60) == 0
+        # What a client's socket took before the close frame came, was read: the
+        # relay reads up to the answering close frame.
+        assert_complete(backend, clients)
+        assert len(backend.disconnects()) == CLIENTS
+        for meta in backend.disconnects().values():
+            assert (meta["code"], meta["undelivered"]) == (1001, 0)
+        closed_at = sorted(client.closed_at for client in clients)
+        assert closed_at[-1] - closed_at[0] > 2.5
+        # No two fifths of them at once.
+        for first, last in zip(closed_at, closed_at[2 * CLIENTS // 5 :], strict=False):
+            assert last - first > 0.4
+
+
+async def test_handshakes_are_accepted_during_drain_delay(io_loop):
+    """/readyz turns to 503 at once, handshakes only --drain_delay later."""
+    async with RecordingBackend() as backend:
+        flags = [*backend.flags("message", "disconnect"), "--drain_delay=3"]
+        async with Service(*flags) as service:
+            ready = f"{service.callback_url}/readyz"
+            assert (await backend.call(ready, "GET")).code == 200
+            service.process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(DEADLINE):
+                while (await backend.call(ready, "GET")).code != 503:
+                    await asyncio.sleep(0.01)
+            (late,) = await talkers(service.ws_url, 1)
+            await late.say()
+            assert await late.until_closed() == 1001
+            assert await asyncio.wait_for(service.process.wait(), 30) == 0
+        assert len(backend.of("message")) == len(backend.of("disconnect")) == 1
+
+
+# A crash.
+
+
+async def crash(service: Service) -> None:
+    """End it as a bug in C, or the kernel for want of memory, would."""
+    service.process.kill()
+    await service.process.wait()
+
+
+async def test_killed_relay_tells_of_each_connection_once(io_loop, tmp_path):
+    """After the restart: one disconnect event each, of the run that is dead."""
+    state = f"--state_dir={tmp_path}"
+    async with FaultyBackend() as backend:
+        flags = [*backend.flags("connect", "message", "disconnect"), state]
+        async with Service(*flags) as service:
+            clients = await talkers(service.ws_url, 500)
+            early = await talkers(service.ws_url, 50, "early")
+            await asyncio.gather(*(client.say() for client in clients[:250]))
+            await backend.wait_for("message", 250)
+            await leave(early)
+            await backend.wait_for("disconnect", 50)
+            told = set(backend.disconnects())
+            opened = {a.connection_id: a.event["meta"] for a in backend.of("connect")}
+            await crash(service)
+        ends = await asyncio.gather(*(client.until_closed() for client in clients))
+        assert set(ends) == {1006}
+
+        async with Service(*flags) as service:
+            (talker,) = await talkers(service.ws_url, 1)  # accepted at once
+            await talker.say()
+            await backend.wait_for("disconnect", 550)
+            await leave([talker])
+        async with Service(*flags) as service:  # it has nothing to tell
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say()
+            await backend.wait_for("message", 252)
+            await leave([talker])
+
+        attempts = Counter(
+            a.connection_id for a in backend.attempts if a.kind == "disconnect"
+        )
+        assert set(attempts.values()) == {1}
+        assert len(attempts) == 552
+        for connection_id in opened.keys() - told:
+            meta = backend.disconnects()[connection_id]
+            assert (meta["code"], meta["reason"]) == (1006, "instance lost")
+            assert meta["initiator"] == "relay"
+            assert meta["instance"] == opened[connection_id]["instance"]
+
+
+async def test_farewells_of_a_dead_run_outlive_a_backend_that_is_away(
+    io_loop, tmp_path
+):
+    """The backend is down at the restart, and so is the relay once more."""
+    flags = [f"--state_dir={tmp_path}"]
+    async with FaultyBackend() as backend:
+        flags += backend.flags()
+        async with Service(*flags) as service:
+            clients = await talkers(service.ws_url, 50)
+            await asyncio.gather(*(client.say() for client in clients))
+            await backend.wait_for("message", 50)
+            await crash(service)
+        backend.go_away("refused")
+        async with Service(*flags) as service:
+            (late,) = await talkers(service.ws_url, 1)
+            await crash(service)
+        async with Service(*flags) as service:
+            await backend.come_back()
+            await backend.wait_for("disconnect", 50)
+        assert {meta["reason"] for meta in backend.disconnects().values()} == {
+            "instance lost"
+        }
+        assert set(backend.names()) <= set(backend.disconnects())
+        await late.until_closed()
+        await asyncio.gather(*(client.until_closed() for client in clients))
+
+
+def tear(file: Path) -> None:
+    """As a full disk would leave it."""
+    file.write_bytes(file.read_bytes()[: -(file.stat().st_size // 2) - 1])
+
+
+def scribble(file: Path) -> None:
+    """As a bad disk would leave it."""
+    file.write_bytes(bytes(range(255, -1, -1)) * (file.stat().st_size // 256 + 1))
+
+
+def empty(file: Path) -> None:
+    """As a power loss might leave it."""
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("spoil", [tear, scribble, empty])
+async def test_spoilt_journal_is_reported_and_never_fatal(io_loop, tmp_path, spoil):
+    """It starts, says so, relays; and says so once only."""
+    async with FaultyBackend() as backend:
+        flags = [*backend.flags(), f"--state_dir={tmp_path}"]
+        async with Service(*flags) as service:
+            clients = await talkers(service.ws_url, 20)
+            await asyncio.gather(*(client.say() for client in clients))
+            await backend.wait_for("message", 20)
+            await crash(service)
+        for client in clients:
+            await client.until_closed()
+        spoilt = [file for file in tmp_path.iterdir() if file.stat().st_size]
+        assert spoilt
+        for file in spoilt:
+            spoil(file)
+        async with Service(*flags) as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say()
+            await backend.wait_for("message", 21)
+            await leave([talker])
+            said = [line for line in service.log if str(tmp_path) in line]
+            assert said and "journal" in said[0]
+        known = set(backend.names())
+        assert set(backend.disconnects()) <= known  # no id that never was
+        async with Service(*flags) as service:
+            assert not [line for line in service.log if str(tmp_path) in line]
+
+
+async def test_state_directory_is_for_one_process(io_loop, tmp_path):
+    """A second one is refused with a sentence; the first is not disturbed."""
+    async with FaultyBackend() as backend:
+        flags = [*backend.flags(), f"--state_dir={tmp_path}"]
+        async with Service(*flags) as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            second = await asyncio.create_subprocess_exec(
+                *service.command,
+                *service.flags,
+                cwd=PROJECT,
+                stderr=asyncio.subprocess.PIPE,
+            )
+            _, said = await asyncio.wait_for(second.communicate(), DEADLINE)
+            assert second.returncode == 2
+            assert said.count(b"\n") == 1 and str(tmp_path).encode() in said
+            await talker.say()
+            await backend.wait_for("message", 1)
+            await leave([talker])
+        async with Service(*flags):  # the clean stop freed it
+            pass
+
+
+# Clients that fail.
+
+
+async def test_client_that_stops_reading_costs_its_cap(io_loop):
+    """256 MiB pushed at it: 429, then 410; the others' exchanges complete."""
+    push, total = bytes(256 * 1024), 256 * MIB
+    answers: Counter[int] = Counter()
+
+    async with RecordingBackend() as backend:
+        sends: dict[str, str] = {}
+
+        async def answer(handler, event) -> None:
+            sends[event["message"]] = event["meta"]["send"]
+            if event["message"].startswith("ping"):
+                reply = await backend.call(event["meta"]["send"], body=b"pong")
+                assert reply.code == 200
+
+        backend.answers["message"] = answer
+        flags = [*backend.flags("message", "disconnect"), "--send_timeout=4"]
+        async with Service(*flags) as service, contextlib.AsyncExitStack() as stack:
+            slow = stack.enter_context(await RawClient.connect(service.ws_url))
+            await slow.send("slow")
+            others = await talkers(service.ws_url, 20, "ping")
+            await backend.wait_for("message", 1)
+            exchanges, over = 0, asyncio.Event()
+
+            async def exchange(talker: Talker) -> None:
+                nonlocal exchanges
+                while not over.is_set():
+                    await talker.say()
+                    assert await asyncio.wait_for(talker.client.recv(), DEADLINE)
+                    exchanges += 1
+                    await asyncio.sleep(0.1)
+
+            async def pump() -> None:
+                while not answers[410] or pushed() < total:
+                    reply = await backend.call(sends["slow"], body=push)
+                    answers[reply.code] += 1
+                    if reply.code == 429:
+                        assert int(reply.headers["Retry-After"]) >= 1
+
+            def pushed() -> int:
+                return sum(answers.values()) * len(push)
+
+            before = memory(service.process.pid)
+            talks = [asyncio.create_task(exchange(talker)) for talker in others]
+            await asyncio.gather(*(pump() for _ in range(8)))
+            over.set()
+            await asyncio.gather(*talks)
+            growth = memory(service.process.pid, "VmHWM") - before
+            assert growth < 1 * MIB + CONSTANT
+            assert set(answers) == {200, 429, 410}
+            assert exchanges >= 20
+            (event,) = await backend.wait_for("disconnect", 1)
+            assert (event["meta"]["code"], event["meta"]["initiator"]) == (
+                1008,
+                "relay",
+            )
+            await leave(others)
+
+
+async def test_client_that_vanishes_is_reported(io_loop):
+    """No FIN, no pong: 1006 after the ping's interval and timeout."""
+    async with FaultyBackend() as backend:
+        flags = [*backend.flags(), "--ping_interval=1", "--ping_timeout=1"]
+        async with Service(*flags) as service, SilentProxy(service.ws_url) as proxy:
+            vanishing = await talkers(proxy.url, 20, "vanishing")
+            staying = await talkers(service.ws_url, 20, "staying")
+            for client in (*vanishing, *staying):
+                await client.say(3)
+            await backend.wait_for("message", 120)
+            proxy.fall_silent()
+            await backend.wait_for("disconnect", 20)
+            names = backend.names()
+            for connection_id, meta in backend.disconnects().items():
+                assert names[connection_id].startswith("vanishing")
+                assert (meta["code"], meta["initiator"]) == (1006, "relay")
+            assert all(client.is_open for client in staying)
+            await leave(staying)
+            for client in vanishing:
+                client.client.transport.abort()
+
+
+@pytest.mark.parametrize("size", [400, 60_000])
+async def test_flood_into_a_stopped_backend_is_bounded(io_loop, size):
+    """A client that sends as fast as it can costs its queue, and stays."""
+    async with BackendProcess() as backend:
+        async with (
+            Service(*backend.flags()) as service,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            client = stack.enter_context(await RawClient.connect(service.ws_url))
+            await client.send("flood 0")
+            await backend.wait_for("message", 1)
+            backend.stop()
+            before = memory(service.process.pid)
+            sent = 1
+
+            async def flood() -> None:
+                nonlocal sent
+                while True:
+                    count = 600_000 // size
+                    await client.send_frames(
+                        b"".join(
+                            masked(f"flood {number}".ljust(size))
+                            for number in range(sent, sent + count)
+                        )
+                    )
+                    sent += count
+
+            # It comes to a halt, since the relay reads no more.
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(flood(), 6)
+            growth = memory(service.process.pid, "VmHWM") - before
+            assert growth < 4 * MIB + CONSTANT
+            backend.go_on()
+            await eventually(lambda: backend.counts["message"] >= sent, 60)
+            assert not backend.counts["disconnect"]
+            client.close()
+            await backend.wait_for("disconnect", 1)
+        numbers = backend.numbers()["flood"]
+        assert sorted(numbers) == list(range(len(numbers)))
+
+
+# A backend that is slow, or fails as it answers.
+
+
+@pytest.mark.parametrize("flags", [[], ["--order_wait=inf", "--backend_timeout=30"]])
+async def test_slow_backend_closes_no_client(io_loop, flags):
+    """5 s for each answer, pings every 2 s, and a client whose queue is full."""
+    slow = True
+
+    def decide(attempt) -> Reply:
+        return Reply(delay=5 if slow and attempt.kind == "message" else 0)
+
+    async with FaultyBackend(decide) as backend:
+        flags = [*backend.flags(), "--ping_interval=2", "--ping_timeout=2", *flags,
+                 "--connection_queue_messages=2"]
+        async with Service(*flags) as service:
+            clients = await talkers(service.ws_url, 50)
+            for client in clients[:10]:
+                await client.say(25)
+            for client in clients[10:]:
+                await client.say(2)
+            await asyncio.sleep(12)
+            assert all(client.is_open for client in clients)
+            assert not backend.counts["disconnect"]
+            slow = False
+            backend.release()
+            await backend.wait_for("message", 10 * 25 + 40 * 2)
+            assert all(client.is_open for client in clients)
+            assert_complete(backend, clients, in_order="--order_wait=inf" in flags)
+            await leave(clients)
+
+
+async def test_every_kind_of_failure_in_turn(io_loop):
+    """A backend that fails half of its requests, each in another way, takes all."""
+    faults = [
+        Reply(500), Reply(503, headers=("Retry-After: 1",)), Reply(429),
+        Reply(delay=0.3), Reply(fault="reset"), Reply(fault="reset", delay=0.1),
+        Reply(fault="cut"), Reply(fault="garbage"), Reply(fault="endless"),
+        Reply(503, fault="cut"), Reply(503, fault="endless"),
+    ]
+    seen: Counter[str] = Counter()
+
+    def decide(attempt) -> Reply:
+        seen[attempt.webhook_id] += 1
+        if seen[attempt.webhook_id] > 1:
+            return Reply()
+        return faults[sum(seen.values()) % len(faults)]
+
+    async with FaultyBackend(decide) as backend:
+        async with Service(*backend.flags()) as service:
+            clients = await talkers(service.ws_url, 20)
+            await asyncio.gather(*(client.say(10) for client in clients))
+            await backend.wait_for("message", 200)
+            assert all(client.is_open for client in clients)
+            assert_complete(backend, clients)
+            await leave(clients)
+            await backend.wait_for("disconnect", 20)
+        assert backend.largest_body < 32 * MIB
+
+
+# A host that vanishes.
+
+NEAR, FAR = "198.18.0.1", "198.18.0.2"  # of the block for benchmarks (RFC 2544)
+INSIDE = "SOCKETDOCK_TEST_NAMESPACE"
+
+
+def test_vanished_backend_is_noticed():
+    """The tests below, in a network namespace of their own."""
+    command = ["unshare", "--net", *(["--map-root-user"] if os.getuid() else [])]
+    probe = [*command, "ip", "link", "add", "near", "type", "veth", "peer", "far"]
+    try:
+        subprocess.run(probe, check=True, capture_output=True, timeout=DEADLINE)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = f"no network namespace can be made here: {error}"
+        if os.environ.get("SOCKETDOCK_TEST_ALL"):
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    inner = subprocess.run(
+        [*command, sys.executable, "-m", "pytest", "-q", *inherited_warnings(),
+         f"{__file__}::test_vanished_host_is_noticed_and_its_successor_told"],
+        check=False, cwd=PROJECT, env={**os.environ, INSIDE: "1"},
+        capture_output=True, text=True,
+    )
+    assert inner.returncode == 0, inner.stdout + inner.stderr
+    assert "1 passed" in inner.stdout
+
+
+def inherited_warnings() -> list[str]:
+    """Our own -W flags."""
+    return [
+        part
+        for pair in itertools.pairwise(sys.argv[1:])
+        if pair[0] == "-W"
+        for part in pair
+    ]
+
+
+@contextlib.asynccontextmanager
+async def far_host() -> AsyncIterator[list[str]]:
+    """A host at `FAR`: a namespace at the end of a cable; how to run things there."""
+    host = await asyncio.create_subprocess_exec("unshare", "--net", "sleep", "infinity")
+    there = ["nsenter", f"--target={host.pid}", "--net"]
+    ours = os.readlink("/proc/self/ns/net")
+    try:
+        await eventually(lambda: os.readlink(f"/proc/{host.pid}/ns/net") != ours)
+        await run("ip", "link", "add", "near", "type", "veth",
+                  "peer", "name", "far", "netns", str(host.pid))
+        await run("ip", "address", "add", f"{NEAR}/24", "dev", "near")
+        await run("ip", "link", "set", "near", "up")
+        await run(*there, "ip", "address", "add", f"{FAR}/24", "dev", "far")
+        await run(*there, "ip", "link", "set", "far", "up")
+        yield there
+    finally:
+        await run("ip", "link", "delete", "near")
+        host.kill()
+        await host.wait()
+
+
+async def run(*command: str) -> None:
+    process = await asyncio.create_subprocess_exec(*command)
+    assert await process.wait() == 0, command
+
+
+@pytest.mark.skipif(INSIDE not in os.environ, reason="run by the test above")
+async def test_vanished_host_is_noticed_and_its_successor_told(io_loop):
+    """Held requests fail within --backend_dead_after, and go to who comes next."""
+    await run("ip", "link", "set", "lo", "up")
+    loop = asyncio.get_running_loop()
+    async with contextlib.AsyncExitStack() as stack:
+        there = await stack.enter_async_context(far_host())
+        at_far = (f"--host={FAR}", "--port=8000")
+        holder = await stack.enter_async_context(
+            BackendProcess("--hold", *at_far, command=there)
+        )
+        flags = [*holder.flags(), "--backend_dead_after=6"]
+        async with Service(*flags) as service:
+            clients = await talkers(service.ws_url, 20)
+            await asyncio.gather(*(client.say(3) for client in clients))
+            await eventually(lambda: len(holder.attempts) == 60)
+            await run(*there, "ip", "link", "set", "far", "down")
+            began = loop.time()
+
+            def noticed() -> int:
+                return sum("goes again" in line for line in service.log)
+
+            await eventually(lambda: noticed() == 60, 30)
+            # Two seconds for the kernel's timers and for a busy machine.
+            assert loop.time() - began < 8
+            await asyncio.gather(*(client.say() for client in clients))
+            await stack.aclose()
+            async with far_host() as there:
+                async with BackendProcess(*at_far, command=there) as successor:
+                    await successor.wait_for("message", 80)
+                    # Held requests fail one by one here, as their timers go.
+                    assert_complete(successor, clients, in_order=False)
+                    assert all(client.is_open for client in clients)
+                    await leave(clients)
+                    await successor.wait_for("disconnect", 20)
