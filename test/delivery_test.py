@@ -9,6 +9,9 @@ import websockets
 from service import DEADLINE, RecordingBackend, Service, eventually, tcp_server
 from tornado.web import RequestHandler
 
+from backends.http.client import Answer
+from backends.http.delivery import retry_after
+
 pytestmark = pytest.mark.gen_test(timeout=90)
 
 
@@ -490,3 +493,43 @@ async def test_ipv6_backend(io_loop):
             async with websockets.connect(service.ws_url) as client:
                 await client.send("x")
                 await eventually(lambda: hosts == [f"[::1]:{port}"])
+
+
+async def test_handshakes_probe_too(io_loop):
+    """With nobody else left to probe, a backend that is back is noticed."""
+    away = True
+
+    async def answer(handler: RequestHandler, event: dict) -> None:
+        if away:
+            handler.set_status(503)
+
+    async with RecordingBackend() as backend:
+        backend.answers["connect"] = answer
+        async with Service(*backend.flags("message", "connect")) as service:
+
+            async def status() -> int:
+                try:
+                    await (await websockets.connect(service.ws_url)).close()
+                except websockets.InvalidStatus as error:
+                    return error.response.status_code
+                return 101
+
+            for _ in range(30):
+                assert await status() == 503
+            asked = len(backend.of("connect"))
+            assert asked < 30  # it is not stampeded
+            away = False
+            async with asyncio.timeout(DEADLINE):
+                while await status() != 101:
+                    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("3", 3.0), ("²", None), ("", None), ("soon", None), ("-1", None)],
+)
+async def test_retry_after_is_seconds_or_a_date(io_loop, value, seconds):
+    """What is neither is as if it were not there."""
+    assert retry_after(Answer(503, {"retry-after": value}, b"")) == seconds
+    past = Answer(503, {"retry-after": "Fri, 01 Jan 2021 00:00:00 GMT"}, b"")
+    assert retry_after(past) == 0.0

@@ -88,6 +88,7 @@ define("breaker_last_probe", default=5.0, metavar="SECONDS",
 
 DISCONNECT_TIMEOUT = 30.0  # seconds for the answer to a disconnect event
 MAX_FAREWELLS_OF_DEAD_RUNS = 64  # under way at once
+FAREWELLS_TIMEOUT = 2.0  # seconds for those to end at the stop
 RETRY_AFTER = "1"  # seconds; the backend may be back by then
 LOST = Closure(1006, "instance lost", "relay", 0.0)
 MAX_REFUSAL_BODY = 4096  # bytes of a refusal's body that the client gets
@@ -130,8 +131,10 @@ class HTTPBackend(Backend):
         # Held requests of closed connections, and the farewells of dead runs;
         # cancelled by close().
         self._ending: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._telling: asyncio.Task[None] | None = None
         if state is not None:
-            self._keep(self._tell_of_dead_runs(state))
+            self._telling = self._keep(self._tell_of_dead_runs(state))
 
     async def connect(
         self, connection: Connection, handshake: Handshake
@@ -141,15 +144,20 @@ class HTTPBackend(Backend):
         if target is None:
             self._remember(connection.id)
             return None
-        if self._breaker.open:  # it was never asked, so nothing else is told
+        if not self._breaker.take():  # it was never asked, so nothing else is told
             raise ConnectionRefused(503, {"retry-after": RETRY_AFTER})
         self._remember(connection.id)
-        answer = await self._post(
-            target,
-            self._events.connect(connection.id, handshake),
-            self._handshake_timeout,
-            keep=True,
-        )
+        try:
+            answer = await self._post(
+                target,
+                self._events.connect(connection.id, handshake),
+                self._handshake_timeout,
+                keep=True,
+            )
+        except BackendError as error:
+            self._breaker.record(connection.id, is_away(error))
+            raise
+        self._breaker.record(connection.id, is_away(answer))
         if answer.status in REFUSALS:
             self._forget(connection.id)
             raise ConnectionRefused(
@@ -245,10 +253,11 @@ class HTTPBackend(Backend):
                 raise error
             await asyncio.sleep(min(left, max(backoff(attempt), wait)))
 
-    def _keep(self, work: Coroutine[None, None, None]) -> None:
+    def _keep(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
+        return task
 
     async def _turn(self, deadline: float) -> bool:
         """Wait for the breaker to let an attempt go; False at the deadline."""
@@ -288,6 +297,8 @@ class HTTPBackend(Backend):
             )
             try:
                 async with room:
+                    if self._stopping:
+                        return  # the next start tells
                     await self._deliver_disconnect(connection_id, event)
             except BackendError as error:
                 if self._deliveries.closing:
@@ -334,7 +345,14 @@ class HTTPBackend(Backend):
             delivery.called_back()
 
     async def close(self) -> None:
-        """Close every connection to the backend."""
+        """Close every connection to the backend.
+
+        Farewells of dead runs that are under way may end first, so that the
+        next start does not repeat them.
+        """
+        self._stopping = True
+        if self._telling is not None:
+            await asyncio.wait({self._telling}, timeout=FAREWELLS_TIMEOUT)
         self._deliveries.closing = True
         for ending in list(self._ending):
             ending.cancel()

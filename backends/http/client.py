@@ -518,6 +518,9 @@ class _Connection(asyncio.Protocol):
         if status >= 200:
             self._status = status
             self._has_headers = True
+            if self._exchange is not None and self._exchange.timer is not None:
+                self._exchange.timer.cancel()  # the body has a limit of its own
+                self._exchange.timer = None
         elif status == 101:
             raise ValueError("switching protocols was not asked for")
         else:  # an interim response (RFC 9110, section 15.2): the answer follows

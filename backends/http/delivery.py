@@ -425,7 +425,7 @@ def backoff(attempts: int) -> float:
 def retry_after(answer: Answer) -> float | None:
     """Seconds that Retry-After asks for (RFC 9110, section 10.2.3), or None."""
     value = answer.headers.get("retry-after", "")
-    if value.isdigit():
+    if value.isascii() and value.isdigit():
         return float(value)
     try:
         date = parsedate_to_datetime(value)

@@ -100,14 +100,13 @@ class Journal:
 
     def _append(self, sign: bytes, connection_id: str) -> None:
         line = b"%b%b\n" % (sign, connection_id.encode())
+        self._size += len(line)
         try:
             os.write(self._file, line)
+            if self._size > max(COMPACT_ABOVE, 4 * len(line) * len(self._ids)):
+                self._write_anew()
         except OSError as error:  # a full disk must not stop the relay
             logger.error("journal %s: %s", self._path, error.strerror)
-        self._size += len(line)
-        if self._size > COMPACT_ABOVE and self._size > 4 * len(line) * len(self._ids):
-            os.close(self._file)
-            self._write_anew()
 
     def _write_anew(self) -> None:
         lines = [f"socketdock journal 1 {self.instance}"]
@@ -115,9 +114,11 @@ class Journal:
         data = "".join(f"{line}\n" for line in lines).encode()
         fresh = self._path.with_suffix(".fresh")
         fresh.write_bytes(data)
+        file = os.open(fresh, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         fresh.rename(self._path)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        self._size = len(data)
+        if self._file >= 0:
+            os.close(self._file)
+        self._file, self._size = file, len(data)
 
 
 class StateDirectory:
