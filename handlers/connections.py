@@ -32,6 +32,8 @@ define("drain_timeout", default=25.0, metavar="SECONDS",
        help="longest wait at the stop for clients to close and the backend to be "
             "told, from the end of --drain_spread")
 
+WARNING_INTERVAL = 60.0  # seconds between two warnings that reading stops
+
 
 class ConnectionMap:
     """Connections from before their handshake is decided until they close.
@@ -52,6 +54,7 @@ class ConnectionMap:
         self._messages = 0
         self._bytes = 0
         self._room: asyncio.Future[None] | None = None
+        self._warned_at = float("-inf")  # on the loop's clock
         self.stopping = False  # a balancer should look away
         self.draining = False  # handshakes are refused
 
@@ -104,8 +107,11 @@ class ConnectionMap:
         if not self.full:
             return None
         if self._room is None:
-            logger.warning("reading stops: %d events wait", self.pending)
-            self._room = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            self._room = loop.create_future()
+            if loop.time() >= self._warned_at + WARNING_INTERVAL:
+                self._warned_at = loop.time()
+                logger.warning("reading stops: %d events wait", self.pending)
         return self._room
 
     def _tell_of_room(self) -> None:
