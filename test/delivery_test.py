@@ -379,24 +379,27 @@ async def test_message_of_a_client_that_has_left_is_given_up_in_peace(io_loop):
 
 
 async def test_held_requests_that_fail_go_again_in_their_order(io_loop):
-    """What a backend held when it died reaches its successor, in order."""
-    die, dead = asyncio.Event(), False
+    """However they fail, what a backend held reaches its successor in order."""
+    fail: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
+    failing = True
 
     async def hold(handler: RequestHandler, event: dict) -> None:
-        if not dead:
-            await die.wait()
-            handler.request.connection.stream.close()
+        if failing:
+            await fail[event["message"]].wait()
+            handler.set_status(503)
+            handler.set_header("Retry-After", "1")  # the others fail before
 
     async with RecordingBackend() as backend:
         backend.answers["message"] = hold
         flags = ("--order_wait=0.1",)
         async with Service(*backend.flags("message"), *flags) as service:
             async with websockets.connect(service.ws_url) as client:
-                for number in range(5):
-                    await client.send(str(number))
+                for number in "01234":
+                    await client.send(number)
                 await backend.wait_for("message", 5)
-                dead = True
-                die.set()
+                for number in "31420":
+                    fail[number].set()
+                failing = False
                 events = await backend.wait_for("message", 10)
                 assert [event["message"] for event in events] == [*"01234"] * 2
                 await client.send("5")
