@@ -22,7 +22,7 @@ define("max_pending", default=100_000, metavar="COUNT",
             "reading stops everywhere and handshakes get 503")
 define("max_queued_bytes", default=256 * 1024 * 1024, metavar="BYTES",
        help="most bytes of messages that wait for the backend in the whole "
-            "process; then likewise")
+            "process; then likewise; and of those whose answer is overdue")
 define("drain_delay", default=0.0, metavar="SECONDS",
        help="at the stop, handshakes are still accepted for that long, until "
             "balancers have looked away")

@@ -536,3 +536,25 @@ async def test_retry_after_is_seconds_or_a_date(io_loop, value, seconds):
     assert retry_after(Answer(503, {"retry-after": value}, b"")) == seconds
     past = Answer(503, {"retry-after": "Fri, 01 Jan 2021 00:00:00 GMT"}, b"")
     assert retry_after(past) == 0.0
+
+
+async def test_held_messages_are_bounded_in_bytes(io_loop):
+    """Above --max_queued_bytes of overdue messages, a client has one at a time."""
+    forever = asyncio.Event()
+
+    async def hold(handler: RequestHandler, event: dict) -> None:
+        await forever.wait()
+
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = hold
+        flags = ("--order_wait=0.1", "--max_queued_bytes=250000")
+        flags += ("--delivery_timeout=2",)
+        async with Service(*backend.flags("message"), *flags) as service:
+            async with websockets.connect(service.ws_url, compression=None) as client:
+                for number in range(5):
+                    await client.send(str(number) * 100_000)
+                with pytest.raises(websockets.ConnectionClosed):
+                    await asyncio.wait_for(client.recv(), DEADLINE)
+                assert client.close_code == 1013
+            assert len(backend.of("message")) == 3  # the third reached the bound
+            forever.set()

@@ -438,6 +438,7 @@ def make_backend(relay: Relay) -> HTTPBackend:
             options.max_unanswered,
             options.backend_timeout or None,
             options.delivery_timeout,
+            options.max_queued_bytes,
         ),
         options.handshake_timeout,
         options.disconnect_timeout,

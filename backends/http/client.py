@@ -138,6 +138,10 @@ class Exchange:
         if self.connection is not None:
             self.connection.close()
 
+    def hold(self) -> None:
+        """Keep its bytes no longer: nobody closes a connection as idle that late."""
+        self.data = b""
+
     def sent(self) -> None:
         """The kernel has taken the last byte."""
         if self.on_sent is not None:
@@ -486,7 +490,7 @@ class _Connection(asyncio.Protocol):
         if exchange is None:
             pass
         elif self._used and not self._started and not exchange.resent and (
-            exchange.on_done is not None
+            exchange.on_done is not None and exchange.data
         ):
             # The server closed an idle connection while the request was on
             # its way (RFC 9112, section 9.3.1): nobody has seen it.

@@ -70,13 +70,16 @@ class Patience:
     """How long a delivery waits, in seconds, and how many answers it awaits.
 
     `order_wait` is infinite for strictly one at a time. `backend_timeout` None
-    waits for an answer as long as the connection to the backend lives.
+    waits for an answer as long as the connection to the backend lives. Above
+    `max_held_bytes` of overdue messages, over all connections, one that has
+    some itself waits as if it had `max_unanswered`.
     """
 
     order_wait: float = 1.0
     max_unanswered: int = 16
     backend_timeout: float | None = None
     delivery_timeout: float = 60.0
+    max_held_bytes: int = 256 * 1024 * 1024
 
 
 class Deliveries:
@@ -96,6 +99,7 @@ class Deliveries:
         self.target = target
         self.patience = patience
         self.closing = False
+        self.held_bytes = 0  # of overdue messages, kept in case that they fail
         self._numbers = count()
         # Two limits only, so that each line of waiting requests keeps its order.
         self._lines = {
@@ -234,7 +238,7 @@ class Delivery:
             if now < self._not_before:
                 self._wake_at(self._not_before)
                 return
-            if len(self._open) >= self._deliveries.patience.max_unanswered:
+            if self._has_too_many_open():
                 if not self._let_oldest_go():
                     self._wait_for_room(now)
                 return  # letting one go has pumped
@@ -243,6 +247,12 @@ class Delivery:
                 break
             self._send(self._backlog.pop(0))
         self._tell_if_quiet()
+
+    def _has_too_many_open(self) -> bool:
+        deliveries, patience = self._deliveries, self._deliveries.patience
+        return len(self._open) >= patience.max_unanswered or (
+            bool(self._open) and deliveries.held_bytes >= patience.max_held_bytes
+        )
 
     def _send(self, request: "_Request") -> None:
         deliveries = self._deliveries
@@ -272,6 +282,9 @@ class Delivery:
     def on_overdue(self, request: "_Request") -> None:
         """No answer in time: the next message may go."""
         request.overdue = True
+        self._deliveries.held_bytes += len(request.event.body)
+        if request.exchange is not None:
+            request.exchange.hold()
         # Whoever took it whole and has not reset it is there.
         self._deliveries.breaker.record(self._connection.id, away=False)
         if self._called_back_at >= request.sent_at:
@@ -350,6 +363,8 @@ class Delivery:
             self._connection.give_up(error, messages)
 
     def _forget(self, request: "_Request") -> None:
+        if request.is_open and request.overdue:
+            self._deliveries.held_bytes -= len(request.event.body)
         request.is_open = False
         self._open.pop(request, None)
         self._open_gate(request)
