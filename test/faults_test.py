@@ -632,7 +632,7 @@ def test_vanished_backend_is_noticed():
         subprocess.run(probe, check=True, capture_output=True, timeout=DEADLINE)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = f"no network namespace can be made here: {error}"
-        if os.environ.get("SOCKETDOCK_TEST_ALL"):
+        if os.environ.get("TEST_ALL"):
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
     inner = subprocess.run(

@@ -2,7 +2,7 @@
 
 What runs outside this process is in `interop/`: two clients in JavaScript, and
 three backends. What a machine lacks is left out with a word on how to get it;
-with SOCKETDOCK_TEST_ALL in the environment its test fails instead.
+with TEST_ALL in the environment its test fails instead.
 """
 
 import asyncio
@@ -95,8 +95,8 @@ def whole(message: Message) -> str | bytes:
 
 def leave_out(reason: str) -> NoReturn:
     """Skip this test; fail where everything has to be there."""
-    if os.environ.get("SOCKETDOCK_TEST_ALL"):
-        pytest.fail(f"{reason} (SOCKETDOCK_TEST_ALL is set)", pytrace=False)
+    if os.environ.get("TEST_ALL"):
+        pytest.fail(f"{reason} (TEST_ALL is set)", pytrace=False)
     pytest.skip(reason)
 
 
