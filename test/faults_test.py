@@ -564,11 +564,11 @@ async def test_flood_into_a_stopped_backend_is_bounded(io_loop, size):
 
 @pytest.mark.parametrize("flags", [[], ["--order_wait=inf", "--backend_timeout=30"]])
 async def test_slow_backend_closes_no_client(io_loop, flags):
-    """5 s for each answer, pings every 2 s, and a client whose queue is full."""
+    """8 s for each answer, pings every 2 s, and a client whose queue is full."""
     slow = True
 
     def decide(attempt) -> Reply:
-        return Reply(delay=5 if slow and attempt.kind == "message" else 0)
+        return Reply(delay=8 if slow and attempt.kind == "message" else 0)
 
     async with FaultyBackend(decide) as backend:
         flags = [*backend.flags(), "--ping_interval=2", "--ping_timeout=2", *flags,
