@@ -3,17 +3,24 @@
 # make demo   one exchange between a client and an HTTP backend, to watch
 # make soak   random faults for five minutes, each message accounted for:
 #             ARGS="--seconds=60 --seed=1"
+# make bench  the price of a message beside other relays, into docs/performance.md:
+#             ARGS="--modes=up,echo --rounds=3 --results=/tmp/results.json"
+# make fuzz   forty times as many random frames, requests and answers as the tests:
+#             ARGS="-k answers" FUZZ=400
+# make conformance  all of Autobahn's cases, into docs/conformance.md, in ten
+#             minutes: ARGS="'9.*' 12.1.1" (without --write)
 # make lint   ruff and mypy
 # make clean  removes what the others made
 
 PYTHON ?= python3
 ARGS ?=
+FUZZ ?= 40
 
 BIN = .venv/bin
 # npm writes it; the interop tests with Node need what stands beside it.
 NODE_MODULES = test/interop/node_modules/.package-lock.json
 
-.PHONY: run test demo soak lint clean
+.PHONY: run test demo soak bench fuzz conformance lint clean
 
 run: .venv/run.stamp
 	@exec $(BIN)/python socketdock.py $(ARGS)
@@ -38,13 +45,25 @@ demo: .venv/run.stamp
 soak: .venv/test.stamp
 	@exec $(BIN)/python test/soak.py $(ARGS)
 
+bench: .venv/bench.stamp
+	@if command -v npm >/dev/null; then \
+	    $(MAKE) --no-print-directory bench/peers/node_modules/.package-lock.json; \
+	fi
+	@exec $(BIN)/python -m bench $(ARGS)
+
+fuzz: .venv/test.stamp
+	FUZZ=$(FUZZ) $(BIN)/python -m pytest test/fuzz_*_test.py $(ARGS)
+
+conformance: .venv/test.stamp
+	@exec $(BIN)/python test/conformance.py $(or $(ARGS),--write)
+
 lint: .venv/test.stamp
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	rm -rf test/interop/node_modules supervisord.pid
+	rm -rf test/interop/node_modules bench/peers/node_modules supervisord.pid
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -58,6 +77,10 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch .venv/run.stamp $@
 
-$(NODE_MODULES): test/interop/package.json test/interop/package-lock.json
-	npm ci --prefix test/interop --no-audit --no-fund --loglevel=error
+.venv/bench.stamp: setup.py pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@touch .venv/run.stamp $@
+
+%/node_modules/.package-lock.json: %/package.json %/package-lock.json
+	npm ci --prefix $* --no-audit --no-fund --loglevel=error
 	@touch $@

@@ -1,0 +1,223 @@
+"""Clients and backend, both in this process: bare protocols that do the least.
+
+What they say is made beforehand (`bench.wire`); who says what when is in
+`bench.modes`, which hears of everything through the callbacks given here.
+"""
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+from bench import wire
+
+SEND_URL = re.compile(rb'"send": ?"http://([^/"]+)(/[^"]+)"')
+META_SIZE = 1500  # bytes of an event's start that hold its head and `meta.send`
+MAX_CALLBACKS = 64  # keep-alive connections to one callback listener
+
+Callback = tuple[bytes, bytes]  # a request's head and body
+
+
+class BenchError(Exception):
+    """Something went wrong that leaves no figure to be had."""
+
+
+class Peer(asyncio.Protocol):
+    """One of our ends of a TCP connection."""
+
+    transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+
+class Client(Peer):
+    """A WebSocket client; `on_message` is called for every message it is sent."""
+
+    on_message: Callable[["Client"], None]
+
+    def __init__(self, number: int, path: str, on_broken: Callable[[str], None]):
+        self.number = number
+        self.opened = False
+        self.frame = b""  # the message that it sends
+        self.callback: Callback = b"", b""  # the request that sends it one
+        self.callbacks: Callbacks
+        self._path = path
+        self._on_broken = on_broken
+        self._cut = b""  # a head whose rest is still to come
+        self._left = 0  # bytes of the message at hand that are still to come
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.transport.write(wire.handshake(self._path))
+
+    def send(self) -> None:
+        """Send its message."""
+        self.transport.write(self.frame)
+
+    def data_received(self, data: bytes) -> None:
+        if self._cut:
+            data, self._cut = self._cut + data, b""
+        if not self.opened:
+            data = self._read_answer(data)
+        if self._left > len(data):
+            self._left -= len(data)
+            return
+        at = self._left
+        if at:
+            self._left = 0
+            self.on_message(self)
+        while at < len(data):
+            first = data[at]
+            end = wire.frame_end(data, at)
+            if end is None or (first != wire.TEXT and end > len(data)):
+                self._cut = data[at:]
+                return
+            if first == wire.TEXT:
+                if end > len(data):
+                    self._left = end - len(data)
+                    return
+                self.on_message(self)
+            elif first == wire.PING:
+                self.transport.write(wire.EMPTY_PONG)
+            at = end
+
+    def _read_answer(self, data: bytes) -> bytes:
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
+            self._cut = data
+            return b""
+        self.opened = data[9:12] == b"101"
+        if not self.opened:
+            self._on_broken(f"a handshake got {data[:80]!r}")
+        return data[end + 4 :]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._on_broken("a client's connection was lost")
+
+
+class Visitor(Peer):
+    """A client that says `words` once it is in, then leaves: `on_gone`.
+
+    `words` end with a close frame.
+    """
+
+    def __init__(
+        self,
+        handshake: bytes,
+        words: bytes,
+        on_gone: Callable[[], None],
+        on_broken: Callable[[str], None],
+    ) -> None:
+        self._handshake = handshake
+        self._words = words
+        self._on_gone = on_gone
+        self._on_broken = on_broken
+        self._answer = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.transport.write(self._handshake)
+
+    def data_received(self, data: bytes) -> None:
+        if self._words:
+            self._answer += data
+            if b"\r\n\r\n" not in self._answer:
+                return
+            self.transport.write(self._words)
+            self._words = b""
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self._answer.startswith(b"HTTP/1.1 101"):
+            self._on_broken(f"a handshake got {self._answer[:80]!r}")
+        self._on_gone()
+
+
+class Events(Peer):
+    """The backend's end: takes requests and answers 204, then calls `on_event`.
+
+    It is given the request's start, with path and `meta`, and the last bytes.
+    """
+
+    def __init__(self, on_event: Callable[[bytes, bytes], None]) -> None:
+        self._on_event = on_event
+        self._start = b""
+        self._tail = b""
+        self._left = 0  # bytes of the request at hand that are still to come
+
+    def data_received(self, data: bytes) -> None:
+        if not self._left:
+            data = self._start + data
+            sizes = wire.http_size(data)
+            if sizes is None or len(data) < min(sum(sizes), META_SIZE):
+                self._start = data
+                return
+            self._left = sum(sizes)
+            self._start = data
+        self._left -= len(data)
+        self._tail = data[-16:] if len(data) >= 16 else (self._tail + data)[-16:]
+        if not self._left:
+            start, self._start = self._start, b""
+            self.transport.write(wire.NO_CONTENT)
+            self._on_event(start, self._tail)
+
+
+class Callbacks:
+    """Keep-alive connections to one callback listener, made when needed."""
+
+    def __init__(self, host: bytes, on_broken: Callable[[str], None]) -> None:
+        self.host = host
+        self.on_broken = on_broken
+        self.idle: list[CallbackConnection] = []
+        self.waiting: deque[Callback] = deque()
+        self._made: list[asyncio.Task[object]] = []
+
+    def post(self, callback: Callback) -> None:
+        """Send a request; at once where a connection is free."""
+        if self.idle:
+            self.idle.pop().send(callback)
+            return
+        self.waiting.append(callback)
+        if len(self._made) < MAX_CALLBACKS:
+            address, _, port = self.host.decode().partition(":")
+            connecting = asyncio.get_running_loop().create_connection(
+                lambda: CallbackConnection(self), address, int(port)
+            )
+            self._made.append(asyncio.create_task(connecting))
+
+
+class CallbackConnection(Peer):
+    """One of them: sends a request, waits for its answer, is free again."""
+
+    def __init__(self, pool: Callbacks) -> None:
+        self._pool = pool
+        self._answer = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._next()
+
+    def send(self, callback: Callback) -> None:
+        """Send one request."""
+        self.transport.writelines(callback)
+
+    def data_received(self, data: bytes) -> None:
+        answer = self._answer + data
+        sizes = wire.http_size(answer)
+        if sizes is None or len(answer) < sum(sizes):
+            self._answer = answer
+            return
+        self._answer = b""
+        if answer[9:10] != b"2":
+            self._pool.on_broken(f"a callback got {answer[:80]!r}")
+        self._next()
+
+    def _next(self) -> None:
+        if self._pool.waiting:
+            self.send(self._pool.waiting.popleft())
+        else:
+            self._pool.idle.append(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._pool.on_broken("a callback connection was lost")

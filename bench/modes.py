@@ -1,0 +1,348 @@
+"""What clients and backend do in each mode, and the figures taken meanwhile."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import wire
+from bench.load import SEND_URL, BenchError, Callbacks, Client, Events, Peer, Visitor
+from bench.relays import Relay, running, stolen_seconds
+
+HOST = "127.0.0.1"
+BACKLOG = 4096
+PATIENCE = 20.0  # seconds for anything but the figures themselves
+
+AT_ONCE = 64  # clients that come in, visits, messages in flight (times the window)
+# Messages of one client that are on their way at once. In other modes it is one, as
+# it is for messages of more bytes than WINDOW_SIZE.
+WINDOW = {"up": 4}
+WINDOW_SIZE = 256 * 1024
+PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
+
+Figures = dict[str, float]
+
+
+class Cell(NamedTuple):
+    """One thing to measure."""
+
+    relay: str
+    mode: str
+    size: int  # bytes of a message; 0 where there is none
+    clients: int
+    seconds: float
+    warm_up: float  # seconds before
+    profile: str = ""  # where a flame graph goes
+
+
+async def measure(cell: Cell) -> Figures:
+    """The figures of one cell. Raises `BenchError`."""
+    run = MODES[cell.mode](cell)
+    server = await asyncio.get_running_loop().create_server(
+        lambda: Events(run.on_event), HOST, 0, backlog=BACKLOG
+    )
+    backend = f"http://{HOST}:{server.sockets[0].getsockname()[1]}"
+    try:
+        with running(cell.relay, backend, events=cell.mode == "visit") as run.relay:
+            try:
+                return await run.figures()
+            finally:
+                run.close()
+    finally:
+        server.close()
+
+
+class Run:
+    """What all modes share: clients, what was done, and whether something broke."""
+
+    relay: Relay
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+        self.clients: list[Client] = []
+        self.done = 0
+        self.closing = False
+        self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def figures(self) -> Figures:
+        """Prepare, and measure."""
+        raise NotImplementedError
+
+    def on_event(self, start: bytes, tail: bytes) -> None:
+        """The backend was told something (`Events`)."""
+
+    def fail(self, why: str) -> None:
+        """There will be no figures."""
+        if not self.closing and not self._broken.done():
+            self._broken.set_result(why)
+
+    async def wait(self, seconds: float) -> None:
+        """Wait. Raises `BenchError` as soon as something breaks."""
+        await asyncio.wait([self._broken], timeout=seconds)
+        if self._broken.done():
+            raise BenchError(self._broken.result())
+
+    async def until(self, claim: Callable[[], bool], what: str) -> None:
+        """Wait until `claim()` holds. Raises `BenchError`."""
+        deadline = time.monotonic() + PATIENCE
+        while not claim():
+            if time.monotonic() > deadline:
+                raise BenchError(f"{what} did not come in {PATIENCE:g} s")
+            await self.wait(0.002)
+
+    async def rate(self) -> Figures:
+        """The price of what is done meanwhile, once all is warm."""
+        await self.wait(self.cell.warm_up)
+        profiler = None
+        if self.cell.profile:
+            profiler = self.relay.profile(Path(self.cell.profile), self.cell.seconds)
+        done, begin = self.done, time.perf_counter()
+        cpu, own = self.relay.cpu_seconds(), time.process_time()
+        stolen = stolen_seconds()
+        await self.wait(self.cell.seconds)
+        await self.until(lambda: self.done > done, "a message")
+        cpu, own = self.relay.cpu_seconds() - cpu, time.process_time() - own
+        seconds, count = time.perf_counter() - begin, self.done - done
+        if profiler is not None:
+            await asyncio.to_thread(profiler.wait)
+        return {
+            "cpu_us": cpu / count * 1e6,
+            "load_us": own / count * 1e6,
+            "per_second": count / seconds,
+            "busy": cpu / seconds,
+            "stolen": (stolen_seconds() - stolen) / seconds,
+        }
+
+    async def join(self, protocol: Peer) -> None:
+        """Connect to the relay. Raises `BenchError`."""
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.create_connection(lambda: protocol, HOST, self.relay.port)
+        except OSError as error:
+            raise BenchError(f"a client can't connect: {error}") from error
+
+    async def enter(self) -> None:
+        """Open all clients."""
+        for number in range(self.cell.clients):
+            client = Client(number, self.relay.path(number), self.fail)
+            await self.join(client)
+            self.clients.append(client)
+            if len(self.clients) % AT_ONCE == 0:
+                await self.until(lambda: self.clients[-1].opened, "a handshake")
+        await self.until(lambda: all(c.opened for c in self.clients), "a handshake")
+
+    def close(self) -> None:
+        """From now on connections may go."""
+        self.closing = True
+        for client in self.clients:
+            client.transport.abort()
+
+
+class Traffic(Run):
+    """Messages on their way: each that arrives has the next one sent."""
+
+    async def figures(self) -> Figures:
+        await self.begin()
+        return await self.rate()
+
+    async def begin(self) -> None:
+        """Have all clients known to the backend, then set messages off."""
+        self.pools: dict[bytes, Callbacks] = {}
+        self.send: Callable[[Client], None] = Client.send
+        self.on_arrival: Callable[[Client], None] = lambda client: None
+        await self.enter()
+        await self.introduce()
+        match self.cell.mode:
+            case "up":
+                self.on_arrival = self.on_done
+            case "push":
+                self.send = self.call
+            case _:
+                self.on_arrival = self.call
+        window = WINDOW.get(self.cell.mode, 1) if self.cell.size <= WINDOW_SIZE else 1
+        self.in_flight = min(len(self.clients), AT_ONCE) * window
+        # Those whose turn comes next; a client stands in line once for each message.
+        self.ready = deque(self.clients * window)
+        for _ in range(self.in_flight):
+            self.send(self.ready.popleft())
+
+    async def introduce(self) -> None:
+        """Have each client send its message once, so that it can be called back."""
+        self.known = 0
+        for sent, client in enumerate(self.clients, 1):
+            message = wire.message(self.cell.size, client.number)
+            client.frame = wire.client_frame(wire.TEXT, message)
+            client.on_message = self.on_done
+            client.send()
+            if sent % AT_ONCE == 0 or sent == len(self.clients):
+                await self.until(lambda: self.known == sent, "an event")  # noqa: B023
+
+    def on_event(self, start: bytes, tail: bytes) -> None:
+        # In JSON, two bytes end the event after the message.
+        number = tail[-6:] if self.relay.peer.channels else tail[-8:-2]
+        client = self.clients[int(number)]
+        if not client.callback[0]:
+            self.learn(client, start)
+        self.on_arrival(client)
+
+    def learn(self, client: Client, start: bytes) -> None:
+        """Keep how a client is called back."""
+        host = b"%b:%d" % (HOST.encode(), self.relay.port)
+        path = b"/socket/%06d/send" % client.number
+        if not self.relay.peer.channels:
+            found = SEND_URL.search(start)
+            if found is None:
+                self.fail("an event has no meta.send")
+                return
+            host, path = found[1], found[2]
+        if host not in self.pools:
+            self.pools[host] = Callbacks(host, self.fail)
+        message = wire.message(self.cell.size, client.number)
+        client.callback = wire.callback(host, path, message)
+        client.callbacks = self.pools[host]
+        self.known += 1
+
+    def call(self, client: Client) -> None:
+        """Have the relay send a client its message."""
+        client.callbacks.post(client.callback)
+
+    def on_done(self, client: Client) -> None:
+        """A message has gone all its way."""
+        self.done += 1
+        self.ready.append(client)
+        self.send(self.ready.popleft())
+
+
+class Latency(Traffic):
+    """Echoes at half the rate that is the most, whether or not they come back.
+
+    Each counts from when it was due, not from when it left (open loop, corrected
+    for coordinated omission).
+    """
+
+    async def figures(self) -> Figures:
+        await self.begin()
+        self.per_second = (await self.rate())["per_second"] / 2
+        resting = 0
+
+        def rest(client: Client) -> None:
+            nonlocal resting
+            resting += 1
+
+        self.have_echoes(rest)
+        await self.until(lambda: resting == self.in_flight, "the last echo")
+
+        self.total = max(1, int(self.per_second * self.cell.seconds))
+        self.sent = 0
+        self.due: list[deque[float]] = [deque() for _ in self.clients]
+        self.latencies: list[float] = []
+        self.have_echoes(self.on_echo)
+        self.start, stolen = time.perf_counter(), stolen_seconds()
+        self.pace()
+        await self.wait(self.cell.seconds)
+        await self.until(lambda: len(self.latencies) == self.total, "the last echo")
+        self.latencies.sort()
+        return {
+            "per_second": self.per_second,
+            "stolen": (stolen_seconds() - stolen) / self.cell.seconds,
+            **{
+                name: self.latencies[int((self.total - 1) * share)] * 1e3
+                for name, share in PERCENTILES.items()
+            },
+        }
+
+    def have_echoes(self, to: Callable[[Client], None]) -> None:
+        """Hand what clients get to another function."""
+        for client in self.clients:
+            client.on_message = to
+
+    def pace(self) -> None:
+        """Send what is due. Spins, since the loop's timers count milliseconds."""
+        now = time.perf_counter()
+        while self.sent < self.total:
+            due = self.start + self.sent / self.per_second
+            if due > now:
+                break
+            client = self.clients[self.sent % len(self.clients)]
+            self.due[client.number].append(due)
+            self.sent += 1
+            client.send()
+        if self.sent < self.total and not self.closing:
+            asyncio.get_running_loop().call_soon(self.pace)
+
+    def on_echo(self, client: Client) -> None:
+        self.latencies.append(time.perf_counter() - self.due[client.number].popleft())
+
+
+class Visits(Run):
+    """Clients that come and go: each that has gone has the next one come.
+
+    In mode connect one has gone when its socket is closed, in mode visit when the
+    backend was told of it.
+    """
+
+    async def figures(self) -> Figures:
+        self.joining: set[asyncio.Task[None]] = set()
+        self.on_gone = self.on_done if self.cell.mode == "connect" else lambda: None
+        self.words = wire.CLOSE_NORMALLY
+        if self.cell.mode == "visit":
+            message = wire.message(self.cell.size, 0)
+            self.words = wire.client_frame(wire.TEXT, message) + self.words
+        for number in range(min(self.cell.clients, AT_ONCE)):
+            self.visit(number)
+        return await self.rate()
+
+    def visit(self, number: int) -> None:
+        """Begin another."""
+        asks = wire.handshake(self.relay.path(number))
+        visitor = Visitor(asks, self.words, self.on_gone, self.fail)
+        joining = asyncio.create_task(self.join(visitor))
+        self.joining.add(joining)
+        joining.add_done_callback(self.on_joined)
+
+    def on_joined(self, joining: asyncio.Task[None]) -> None:
+        self.joining.discard(joining)
+        if not joining.cancelled() and (error := joining.exception()) is not None:
+            self.fail(str(error))
+
+    def on_done(self) -> None:
+        self.done += 1
+        if not self.closing:
+            self.visit(self.done % AT_ONCE)
+
+    def on_event(self, start: bytes, tail: bytes) -> None:
+        if start.startswith(b"POST /disconnect"):
+            self.on_done()
+
+
+class Idle(Run):
+    """Clients that say nothing: what one of them takes in memory."""
+
+    async def figures(self) -> Figures:
+        empty = await self.least_memory()
+        await self.enter()
+        full = await self.least_memory()
+        return {"bytes": (full - empty) / len(self.clients), "empty": empty}
+
+    async def least_memory(self) -> int:
+        """Bytes, when garbage has had time to go."""
+        found = []
+        for _ in range(4):
+            await self.wait(self.cell.seconds / 4)
+            found.append(self.relay.memory())
+        return min(found)
+
+
+MODES: dict[str, type[Run]] = {
+    "up": Traffic,
+    "push": Traffic,
+    "echo": Traffic,
+    "connect": Visits,
+    "visit": Visits,
+    "idle": Idle,
+    "latency": Latency,
+}
+ALL_SIZES = ("up", "push", "echo")
+ONE_SIZE = {"visit": 1024, "latency": 1024}  # bytes; clients of the rest say nothing

@@ -1,0 +1,258 @@
+"""The relays that are measured, as processes: how each starts, and what it costs.
+
+A relay is the tree of all its processes, on one processor of its own.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.load import BenchError
+
+PROJECT = Path(__file__).resolve().parent.parent
+PEERS = PROJECT / "bench" / "peers"
+NCHAN_MODULE = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
+
+START_TIMEOUT = 20.0  # seconds
+
+# The first and the last that we may use; one and the same where there is one only.
+RELAY_PROCESSOR, LOAD_PROCESSOR = (sorted(os.sched_getaffinity(0)) * 2)[:2]
+
+
+class Setting(NamedTuple):
+    """What a relay must know to start."""
+
+    port: int  # where clients connect, and callbacks go unless it has others
+    backend: str  # URL, without a path
+    events: bool  # the backend wants connect and disconnect, too
+    folder: Path  # for files, gone afterwards
+    tree: Path  # the checkout that holds socketdock.py
+
+
+class Start(NamedTuple):
+    """One process of a relay: it has started when it takes connections at `port`."""
+
+    command: list[str]
+    port: int
+
+
+class Peer(NamedTuple):
+    """A relay that can be measured."""
+
+    title: str
+    starts: Callable[[Setting], list[Start]]
+    # Of another kind: a client's channel is in its path, messages come without JSON.
+    channels: bool = False
+    cannot: tuple[str, ...] = ()  # modes
+
+
+class Relay:
+    """A relay that runs."""
+
+    def __init__(self, peer: Peer, port: int, processes: list[int]) -> None:
+        self.peer = peer
+        self.port = port
+        self.processes = processes
+
+    def path(self, number: int) -> str:
+        """Where client `number` connects."""
+        return f"/ws/{number:06d}" if self.peer.channels else "/ws"
+
+    def cpu_seconds(self) -> float:
+        """Processor time of all its threads so far."""
+        nanoseconds = 0
+        for pid in self.tree():
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                nanoseconds += int((thread / "schedstat").read_text().split()[0])
+        return nanoseconds / 1e9
+
+    def memory(self) -> int:
+        """Bytes of all its processes; pages that are shared count once (PSS)."""
+        kilobytes = 0
+        for pid in self.tree():
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    kilobytes += int(line.split()[1])
+        return kilobytes * 1024
+
+    def profile(self, picture: Path, seconds: float) -> subprocess.Popen[bytes]:
+        """Have py-spy draw a flame graph; the relay is slower meanwhile."""
+        program = str(Path(sys.executable).with_name("py-spy"))
+        what = f"--rate=500 --duration={seconds:.0f} --pid={self.processes[0]}".split()
+        return subprocess.Popen([program, "record", *what, "--output", str(picture)])
+
+    def tree(self) -> list[int]:
+        """All its processes; children stand behind their parents."""
+        found = list(self.processes)
+        for pid in found:
+            with contextlib.suppress(FileNotFoundError):  # it has ended
+                for thread in Path(f"/proc/{pid}/task").iterdir():
+                    found += map(int, (thread / "children").read_text().split())
+        return found
+
+
+def socketdock(setting: Setting, *flags: str, callback_port: int = 0) -> Start:
+    """One process of ours; the options not given here are at their defaults."""
+    kinds = ("message", "connect", "disconnect") if setting.events else ("message",)
+    command = [
+        *(sys.executable, str(setting.tree / "socketdock.py"), "--backend=http"),
+        *(f"--{kind}uri={setting.backend}/{kind}" for kind in kinds),
+        f"--bindport={setting.port}",
+        *([f"--callbackport={callback_port}"] if callback_port else []),
+        *flags,
+    ]
+    return Start(command, callback_port or setting.port)
+
+
+def two_processes(setting: Setting) -> list[Start]:
+    """Two of ours that share the clients' port."""
+    return [
+        socketdock(setting, "--reuse_port", callback_port=free_port()) for _ in range(2)
+    ]
+
+
+def node(setting: Setting) -> list[Start]:
+    """ws and undici."""
+    program = find_program("node", "nodejs npm")
+    if not (PEERS / "node_modules").exists():
+        raise BenchError("bench/peers/node_modules is missing: make bench installs it")
+    arguments = [str(setting.port), setting.backend, *["events"] * setting.events]
+    return [Start([program, str(PEERS / "relay.mjs"), *arguments], setting.port)]
+
+
+def plain_tornado(setting: Setting) -> list[Start]:
+    """WebSocketHandler, RequestHandler and aiohttp."""
+    arguments = [str(setting.port), setting.backend, *["events"] * setting.events]
+    command = [sys.executable, str(PEERS / "plain_tornado.py"), *arguments]
+    return [Start(command, setting.port)]
+
+
+def nchan(setting: Setting) -> list[Start]:
+    """nginx, with nchan where clients connect."""
+    program = find_program("nginx", "nginx")
+    if not NCHAN_MODULE.exists():
+        raise BenchError("no nchan here (Debian: apt-get install libnginx-mod-nchan)")
+    conf = (PEERS / "nchan.conf").read_text("utf-8")
+    for word, value in (
+        ("MODULE", str(NCHAN_MODULE)),
+        ("PORT", str(setting.port)),
+        ("BACKEND", setting.backend.removeprefix("http://")),
+    ):
+        conf = conf.replace(f"@{word}@", value)
+    (setting.folder / "nginx.conf").write_text(conf)
+    folder = str(setting.folder)
+    command = [program, "-p", folder, "-c", f"{folder}/nginx.conf", "-e", "stderr"]
+    return [Start(command, setting.port)]
+
+
+KNOWN = {
+    "socketdock": Peer("SocketDock", lambda setting: [socketdock(setting)]),
+    "socketdock-listeners": Peer(
+        "SocketDock, two listeners",
+        lambda setting: [socketdock(setting, callback_port=free_port())],
+    ),
+    "socketdock-processes": Peer("SocketDock, two processes", two_processes),
+    "node": Peer("Node.js", node),
+    "tornado": Peer("plain Tornado", plain_tornado),
+    "nchan": Peer("nginx, nchan", nchan, channels=True, cannot=("visit",)),
+}
+
+
+@contextlib.contextmanager
+def running(name: str, backend: str, events: bool) -> Iterator[Relay]:
+    """The relay of that name, from its start until it is killed.
+
+    A name may end with @PATH: SocketDock as it is in another checkout.
+    """
+    name, _, tree = name.partition("@")
+    peer = KNOWN[name]
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(port, backend, events, Path(folder), Path(tree or PROJECT))
+        log = Path(folder) / "log"
+        processes: list[subprocess.Popen[bytes]] = []
+        relay = Relay(peer, port, [])
+        try:
+            for start in peer.starts(setting):
+                processes.append(spawn(start, log))
+                relay.processes.append(processes[-1].pid)
+                wait_for_start(start, processes[-1], log)
+            yield relay
+        except BenchError as error:
+            said = log.read_text(errors="replace").strip() if log.exists() else ""
+            last = f" (its log ends: {said.splitlines()[-1]})" if said else ""
+            raise BenchError(f"{name}: {error}{last}") from error
+        finally:
+            for pid in relay.tree():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for process in processes:
+                process.wait()
+
+
+def spawn(start: Start, log: Path) -> subprocess.Popen[bytes]:
+    """Start a process on the relay's processor."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("SOCKETDOCK_")
+    }
+    # It is inherited, so no thread begins elsewhere.
+    os.sched_setaffinity(0, {RELAY_PROCESSOR})
+    try:
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                start.command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+    finally:
+        os.sched_setaffinity(0, {LOAD_PROCESSOR})
+
+
+def wait_for_start(start: Start, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until it takes connections. Raises `BenchError`."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", start.port)).close()
+            return
+        if process.poll() is not None:
+            raise BenchError(f"it ended with status {process.returncode}")
+        time.sleep(0.02)
+    raise BenchError(f"it takes no connections after {START_TIMEOUT:g} s")
+
+
+def stolen_seconds() -> float:
+    """How long the host kept the relay's processor for others so far."""
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *ticks = line.split()
+        if name == f"cpu{RELAY_PROCESSOR}":
+            return int(ticks[7]) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def free_port() -> int:
+    """A port that nobody listens at just now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def find_program(name: str, packages: str) -> str:
+    """Its path. Raises `BenchError` that names Debian's packages."""
+    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if path is None:
+        raise BenchError(f"{name} is missing (Debian: apt-get install {packages})")
+    return path

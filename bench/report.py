@@ -1,0 +1,180 @@
+"""From rounds to medians: tables and a plot for docs/performance.md.
+
+    python -m bench.report     again, from bench/results.json
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.relays import KNOWN, PROJECT
+
+RESULTS = PROJECT / "bench" / "results.json"
+PAGE = PROJECT / "docs" / "performance.md"
+PLOT = PROJECT / "docs" / "performance.png"
+BEGIN, END = "<!-- figures: by make bench -->\n", "<!-- end of figures -->\n"
+
+# Heading, and the figures in its table: each has rows of its own.
+TABLES = {
+    "Processor time of the relay, µs per message": ["cpu_us"],
+    "Messages, handshakes or visits per second": ["per_second"],
+    "Latency at half of what each relay can do, ms": ["p50", "p99", "p99.9"],
+    "Memory per idle connection, bytes": ["bytes"],
+    "Processor time of the load, µs per message": ["load_us"],
+}
+BASELINE = "node"  # what ratios are to
+PLOTTED = {  # a place on the plot, and its row
+    **{mode: f"{mode}, 1 KiB" for mode in ("up", "push", "echo")},
+    "connect": "connect",
+    "visit": "visit, 1 KiB",
+}
+COLOURS = {
+    "socketdock": "#1f5fa8",
+    "socketdock-listeners": "#6ea3d8",
+    "socketdock-processes": "#b3cfea",
+    "tornado": "#c9822b",
+    "nchan": "#7f8a93",
+}
+
+Results = Mapping[str, Any]
+
+
+class Table:
+    """Figures of all relays: a row for each mode and size, with all its rounds."""
+
+    def __init__(self, results: Results, figures: Sequence[str]) -> None:
+        self.rows: dict[str, dict[str, list[float]]] = {}
+        self.relays: list[str] = []
+        for run in results["runs"]:
+            for figure in figures:
+                if figure not in run:
+                    continue
+                name = label(run["mode"], run["size"])
+                if len(figures) > 1:
+                    name = f"{name}, {figure}"
+                row = self.rows.setdefault(name, {})
+                row.setdefault(run["relay"], []).append(run[figure])
+                if run["relay"] not in self.relays:
+                    self.relays.append(run["relay"])
+
+    def ratio(self, name: str, relay: str) -> float | None:
+        """Of the medians, to the baseline; None where one is missing."""
+        row = self.rows.get(name, {})
+        if relay not in row or BASELINE not in row:
+            return None
+        return median(row[relay]) / median(row[BASELINE])
+
+    def markdown(self) -> str:
+        """With a column for each relay."""
+        lines = [["", *map(title, self.relays)], ["---"] * (len(self.relays) + 1)]
+        for name in self.rows:
+            lines.append([name, *(self.cell(name, relay) for relay in self.relays)])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def cell(self, name: str, relay: str) -> str:
+        """Median, ratio, and half the way from the least round to the greatest."""
+        values = self.rows[name].get(relay)
+        if values is None:
+            return ""
+        middle = median(values)
+        cell = f"{middle:,.0f}" if middle >= 100 else f"{middle:.3g}"
+        ratio = self.ratio(name, relay)
+        if ratio is not None and relay != BASELINE:
+            cell += f" (**{ratio:.2f}**)"
+        return f"{cell} ±{(max(values) - min(values)) / 2 / middle:.0%}"
+
+
+def tables(results: Results) -> str:
+    """All figures, in Markdown."""
+    machine, runs = results["machine"], results["runs"]
+    clients = sorted({run["clients"] for run in runs if run["mode"] != "idle"})
+    stolen = [run["stolen"] for run in runs if "stolen" in run] or [0.0]
+    parts = [
+        f"{machine['date']}; {machine['processor']}, {machine['processors']}"
+        f" processors; {machine['system']}; Python {machine['python']};"
+        f" {runs[-1]['round']} rounds of {runs[-1]['seconds']:g} s for each figure;"
+        f" {' and '.join(map(str, clients)) or 'no'} clients. The host kept the"
+        f" relay's processor for itself {median(stolen):.0%} of the time"
+        f" ({max(stolen):.0%} at worst)."
+    ]
+    for heading, figures in TABLES.items():
+        table = Table(results, figures)
+        if table.rows:
+            parts += [f"### {heading}", table.markdown()]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(results: Results, file: Path) -> None:
+    """Keep the results, a line for each run, so that git can tell them apart."""
+    runs = ",\n".join(map(json.dumps, results["runs"]))
+    machine = json.dumps(results["machine"])
+    file.write_text(f'{{"machine": {machine},\n"runs": [\n{runs}\n]}}\n', "utf-8")
+
+
+def publish(results: Results) -> None:
+    """Put tables and plot into docs/."""
+    page = PAGE.read_text("utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    picture = f"![Processor time beside Node.js's]({PLOT.name})"
+    figures = f"{BEGIN}\n{picture}\n\n{tables(results)}\n{END}"
+    PAGE.write_text(f"{before}{figures}{after}", "utf-8")
+    plot(Table(results, ["cpu_us"]))
+
+
+def plot(table: Table) -> None:
+    """Processor time per message of each relay, by mode, as a multiple of Node's."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 (measuring does without)
+
+    modes = [mode for mode in PLOTTED if BASELINE in table.rows.get(PLOTTED[mode], {})]
+    relays = [relay for relay in table.relays if relay != BASELINE]
+    if not modes or not relays:
+        return
+    picture = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = picture.subplots()
+    width = 0.8 / len(relays)
+    for index, relay in enumerate(relays):
+        for place, mode in enumerate(modes):
+            ratio = table.ratio(PLOTTED[mode], relay)
+            if ratio is None:
+                continue
+            at = place + (index - (len(relays) - 1) / 2) * width
+            name = title(relay) if mode == modes[0] else None
+            colour = COLOURS.get(relay, "#444444")
+            # From 1, so that what is cheaper than Node hangs below the line.
+            axes.bar(at, ratio - 1, width * 0.92, bottom=1, color=colour, label=name)
+            up = 1 if ratio >= 1 else -1
+            axes.annotate(
+                f"{ratio:.2f}", (at, ratio), (0, 3 * up), textcoords="offset points",
+                ha="center", va="bottom" if up > 0 else "top", fontsize=8,
+            )  # fmt: skip
+    axes.axhline(1, color="#2f7d4f", linewidth=1.5, label=f"{title(BASELINE)} = 1")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.margins(y=0.12)
+    axes.set_xticks(range(len(modes)), modes)
+    axes.set_ylabel("multiple of Node.js (less is better)")
+    axes.set_title("Processor time per handshake, visit, or message of 1 KiB")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    picture.savefig(PLOT, dpi=120)
+
+
+def label(mode: str, size: int) -> str:
+    """A row's name; the size, if any, in bytes, KiB or MiB."""
+    for unit, bytes in (("MiB", 2**20), ("KiB", 2**10), ("B", 1)):
+        if size >= bytes:
+            return f"{mode}, {size / bytes:g} {unit}"
+    return mode
+
+
+def title(relay: str) -> str:
+    """A relay's name for people."""
+    name, _, tree = relay.partition("@")
+    return f"{KNOWN[name].title} at {tree}" if tree else KNOWN[name].title
+
+
+if __name__ == "__main__":
+    publish(json.loads(RESULTS.read_text("utf-8")))

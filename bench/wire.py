@@ -1,0 +1,86 @@
+"""The bytes that clients and backend put on the wire, made before anything is timed.
+
+Parsing is the least that our peers need: each sends one request or one answer at a
+time on a connection, with a Content-Length, and whole frames.
+"""
+
+import random
+import string
+import struct
+
+# The example of RFC 6455, section 5.7. Not zero: some skip the unmasking then.
+MASK = b"\x37\xfa\x21\x3d"
+
+TEXT, CLOSE, PING, PONG = 0x81, 0x88, 0x89, 0x8A  # final frames (section 5.2)
+NUMBER_SIZE = 6  # digits at a message's end that tell whose it is
+
+NO_CONTENT = b"HTTP/1.1 204 No Content\r\n\r\n"
+
+
+def message(size: int, number: int) -> bytes:
+    """A message of client `number`, of `size` bytes, like an encrypted one in JSON."""
+    start, end = b'{"protected":"', b'"}%06d' % number
+    letters = string.ascii_letters + string.digits
+    filling = random.Random(size).choices(letters, k=size - len(start) - len(end))
+    return start + "".join(filling).encode() + end
+
+
+def client_frame(first: int, payload: bytes) -> bytes:
+    """A masked frame; `first` is its first byte."""
+    size = len(payload)
+    if size < 126:
+        head = struct.pack("!BB", first, 0x80 | size)
+    elif size < 2**16:
+        head = struct.pack("!BBH", first, 0x80 | 126, size)
+    else:
+        head = struct.pack("!BBQ", first, 0x80 | 127, size)
+    mask = (MASK * (size // 4 + 1))[:size]
+    masked = int.from_bytes(payload, "big") ^ int.from_bytes(mask, "big")
+    return head + MASK + masked.to_bytes(size, "big")
+
+
+CLOSE_NORMALLY = client_frame(CLOSE, struct.pack("!H", 1000))
+EMPTY_PONG = client_frame(PONG, b"")
+
+
+def frame_end(data: bytes, at: int) -> int | None:
+    """Where the frame that starts `at` ends; None where its head is cut."""
+    if len(data) < at + 2:
+        return None
+    size = data[at + 1]
+    if size < 126:
+        return at + 2 + size
+    wide = 2 if size == 126 else 8
+    if len(data) < at + 2 + wide:
+        return None
+    return at + 2 + wide + int.from_bytes(data[at + 2 : at + 2 + wide], "big")
+
+
+def handshake(path: str) -> bytes:
+    """What a client asks for."""
+    return (
+        f"GET {path} HTTP/1.1\r\nHost: relay.example\r\n"
+        "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+        "Sec-WebSocket-Version: 13\r\n\r\n"
+    ).encode()
+
+
+def callback(host: bytes, path: bytes, body: bytes) -> tuple[bytes, bytes]:
+    """A request that sends a client `body`: head and body."""
+    head = (
+        b"POST %b HTTP/1.1\r\nHost: %b\r\nContent-Type: text/plain; charset=utf-8\r\n"
+        b"Content-Length: %d\r\n\r\n" % (path, host, len(body))
+    )
+    return head, body
+
+
+def http_size(data: bytes) -> tuple[int, int] | None:
+    """Sizes of an HTTP message's head and body; None where the head is cut."""
+    end = data.find(b"\r\n\r\n")
+    if end < 0:
+        return None
+    # "Content-Length" in any case; no other header of our peers ends like it.
+    at = data.find(b"ength: ", 0, end)
+    size = 0 if at < 0 else int(data[at + 7 : data.index(b"\r", at)])
+    return end + 4, size
