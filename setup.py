@@ -58,10 +58,20 @@ setup(
             "aiohttp>=3.10,<4",
             "flask>=3,<4",
             "cryptography",
+            "hypothesis>=6.100,<7",
+            "kosoku>=0.1,<0.2",  # Autobahn's cases
+            "standardwebhooks>=1.1,<2",
             "supervisor>=4.3,<5",
             "ruff",
             "mypy",
             "types-setuptools",
+            "uvloop>=0.19",  # bench, in bench_test.py
+        ],
+        "bench": [
+            "aiohttp>=3.10,<4",
+            "matplotlib>=3.8,<4",
+            "py-spy",
+            "uvloop>=0.19",
         ],
     },
 )

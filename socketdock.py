@@ -12,6 +12,7 @@ import difflib
 import logging
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -20,24 +21,36 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from tornado.httpserver import HTTPServer
-from tornado.netutil import bind_sockets
 from tornado.options import Error as OptionError
 from tornado.options import define, options
+from tornado.routing import Matcher
 from tornado.web import Application, RequestHandler
 
 import backends
 from backends import Backend, Relay
+from handlers.admission import Admission
+from handlers.authorization import (
+    CallbackTokens,
+    OperatorGuard,
+    Unauthorized,
+    UnauthorizedHandler,
+)
+from handlers.body import NotFoundHandler
 from handlers.callback import ConnectionHandler, DisconnectHandler, SendHandler
 from handlers.connections import ConnectionMap
-from handlers.health import LiveHandler, ReadyHandler
+from handlers.handshake import withheld_names
+from handlers.health import LiveHandler, ReadyHandler, Status, StatusHandler
 from handlers.heartbeat import Heartbeat
-from handlers.problem import ProblemHandler
+from handlers.lifetimes import Lifetimes
+from handlers.listener import Listener, RequestBounds, TLSFiles
+from handlers.origins import split_origin
 from handlers.protocol import Compression
-from handlers.websocket import ClientPolicy, ClientSocketHandler, split_origin
+from handlers.proxies import TrustedProxies
+from handlers.rates import Rates
+from handlers.websocket import ClientPolicy, ClientSocketHandler
 
 __version__ = "0.1.0"
 
@@ -79,14 +92,20 @@ INJECTED = re.compile(
     r"(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=.*|PORT=\w+://.*"
 )
 
+# Of options whose values are never shown, and of those that bound something.
+SECRET_METAVARS = ("TOKENS", "SECRETS")
+LIMIT_METAVARS = ("BYTES", "BYTES0", "COUNT", "COUNT0", "RATE", "SECONDS")
+
+# The surrogates stand for bytes of the environment that are not UTF-8.
+NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+MAX_NUMBER = 2**48  # of whatever is counted; the system's calls take more
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "none")
 TRUTHS = {"true": True, "1": True, "yes": True, "on": True, "t": True,
           "false": False, "0": False, "no": False, "off": False, "f": False}
 
-BACKLOG = 4096  # connections that the kernel holds until they are accepted
-MAX_HEADER_SIZE = 64 * 1024  # bytes of a request's line and headers
-IDLE_CONNECTION_TIMEOUT = 120.0  # seconds between two requests of one connection
-BODY_TIMEOUT = 60.0  # seconds for a request's body
+CALLBACK_TLS = ("callback_tls_cert", "callback_tls_key", "callback_client_ca")
+DESCRIPTORS = 256  # for callbacks under way, the log, and the process itself
 USAGE_ERROR = 2  # exit status
 
 
@@ -153,9 +172,15 @@ def load_backends(argv: Sequence[str], environ: Mapping[str, str]) -> list[Setti
 def read_flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield name and value of each flag: `--name=value`, `--name value`."""
     words = list(reversed(argv))
+    option = None
     while words:
         word = words.pop()
         if not word.startswith("--") or word == "--":
+            if _is_secret(option):  # it may be one more secret
+                raise OptionError(
+                    "what stands after a secret is not an option: options start"
+                    " with --, and several secrets are separated by commas"
+                )
             raise OptionError(f"{word!r} is not an option: options start with --")
         name, equals, value = word[2:].partition("=")
         option = _option_of(name)
@@ -188,9 +213,10 @@ def read_config(path: Path) -> Iterator[Setting]:
     )
     try:
         statements = ast.parse(text).body
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         line = getattr(error, "lineno", None)
-        raise OptionError(f"{path}, line {line}: not name = value") from None
+        where = f"{path}, line {line}" if line else str(path)
+        raise OptionError(f"{where}: not name = value") from None
     for statement in statements:
         where = f"{path}, line {statement.lineno}"
         match statement:
@@ -200,7 +226,7 @@ def read_config(path: Path) -> Iterator[Setting]:
                 raise OptionError(f"{where}: not name = value")
         try:
             yield Setting(where, name, ast.literal_eval(value))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, MemoryError, RecursionError):
             raise OptionError(
                 f"{where}: {name} is not a plain value,"
                 " such as 'text', 8765, 2.5, True or ['a', 'b']"
@@ -230,6 +256,10 @@ def _option_of(name: str) -> Any:
     return options._options.get(OTHER_SPELLINGS.get(name, name))
 
 
+def _is_secret(option: Any) -> bool:
+    return option is not None and option.metavar in SECRET_METAVARS
+
+
 def _nearest(name: str, dashes: str = "--") -> str:
     known = [option.replace("-", "_") for option in options._options]
     known += OTHER_SPELLINGS
@@ -248,12 +278,18 @@ def _set(name: str, value: Any, where: str) -> None:
                 value = value.split(",")
             if not isinstance(value, list | tuple):
                 raise ValueError("a list")
-            value = [_converted(option, part) for part in value if part != ""]
+            # An empty secret is an error, not none: its module says so.
+            value = [
+                _converted(option, part)
+                for part in value
+                if part != "" or _is_secret(option)
+            ]
         else:
             value = _converted(option, value)
             _check(option.name, option.metavar or "", value)
     except ValueError as error:
-        raise OptionError(f"{where} must be {error}, not {value!r}") from None
+        given = "" if _is_secret(option) else f", not {value!r}"
+        raise OptionError(f"{where} must be {error}{given}") from None
     option.set(value)
 
 
@@ -273,9 +309,14 @@ def _converted(option: Any, value: Any) -> Any:
                 raise ValueError(
                     "a whole number" if kind is int else "a number"
                 ) from None
+        if NO_TEXT.search(value):
+            raise ValueError("text in UTF-8, without control characters")
         return value
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError("a number that is not that large") from None
     if type(value) is not kind:
         raise ValueError({str: "text", int: "a whole number", float: "a number",
                           bool: "True or False"}.get(kind, f"a {kind.__name__}"))
@@ -287,10 +328,17 @@ def _check(name: str, metavar: str, value: Any) -> None:
 
     Raises `ValueError` with what it must be.
     """
+    if type(value) is int and value > MAX_NUMBER:
+        raise ValueError(f"at most {MAX_NUMBER}")
     if metavar == "PORT" and not 0 <= value <= 65535:
         raise ValueError("a port, 0 to 65535")
     if metavar in ("BYTES", "COUNT") and value < 1:
         raise ValueError("at least 1")
+    if metavar in ("BYTES0", "COUNT0") and value < 0:
+        raise ValueError("0 or more")
+    # A slower one would leave a client unread for minutes.
+    if metavar == "RATE" and value != 0 and not 0.01 <= value < float("inf"):
+        raise ValueError("0, or 0.01 or more in a second")
     if metavar == "SHARE" and not 0 <= value <= 1:
         raise ValueError("0 to 1")
     if metavar == "LEVEL" and not 1 <= value <= 9:
@@ -310,6 +358,17 @@ def set_up_logging() -> None:
         options.run_parse_callbacks()
     except (OSError, ValueError) as error:
         raise OptionError(f"can't log as --log_* say: {error}") from None
+    logging.getLogger("tornado.general").addFilter(quote_nothing)
+
+
+def quote_nothing(record: logging.LogRecord) -> bool:
+    """A filter: Tornado quotes of a malformed request, header values too."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            type(value).__name__ if isinstance(value, Exception) else value
+            for value in record.args
+        )
+    return True
 
 
 def print_help() -> None:
@@ -350,11 +409,12 @@ def client_routes(**shared: Any) -> list[tuple[str, type[RequestHandler], Any]]:
 
 
 def callback_routes(
-    prefix: str, **shared: Any
-) -> list[tuple[str, type[RequestHandler], Any]]:
+    prefix: str, tokens: CallbackTokens, **shared: Any
+) -> list[tuple[str | Matcher, type[RequestHandler], Any]]:
     """What the backend may ask for, with and without its path prefix."""
     start = f"(?:{re.escape(prefix)})?/socket/([0-9a-f]{{32}})"
     return [
+        (Unauthorized(prefix, tokens), UnauthorizedHandler, {}),
         (rf"{start}/send", SendHandler, shared),
         (rf"{start}/disconnect", DisconnectHandler, shared),
         (start, ConnectionHandler, shared),
@@ -363,35 +423,33 @@ def callback_routes(
     ]
 
 
-def make_server(
-    routes: Sequence[Any], sockets: Sequence[socket.socket], max_body_size: int
-) -> HTTPServer:
-    """Serve `routes` on `sockets`; a body is held in memory, so it is bounded."""
-    application = Application(
-        list(routes),
-        default_handler_class=ProblemHandler,
-        log_function=log_request,
+def operator_routes(
+    guard: OperatorGuard, status: Status
+) -> list[tuple[str | Matcher, type[RequestHandler], Any]]:
+    """What operators may ask for, where the guard lets them."""
+    return [(r"/status", StatusHandler, {"guard": guard, "status": status})]
+
+
+def application(routes: Sequence[Any]) -> Application:
+    """What serves `routes`, and answers 404 to everything else."""
+    return Application(
+        list(routes), default_handler_class=NotFoundHandler, log_function=log_request
     )
-    server = HTTPServer(
-        application,
-        max_header_size=MAX_HEADER_SIZE,
-        idle_connection_timeout=IDLE_CONNECTION_TIMEOUT,
-        body_timeout=BODY_TIMEOUT,
-        max_body_size=max_body_size,
-        max_buffer_size=2 * MAX_HEADER_SIZE,
-    )
-    server.add_sockets(sockets)
-    return server
 
 
 def log_request(handler: RequestHandler) -> None:
-    """One line for each request, without its query."""
+    """One line for each request, without its query.
+
+    Nor what is no path: the target of a proxy's request may name a user.
+    """
     status = handler.get_status()
+    path = handler.request.path
     logger.log(
-        logging.WARNING if status >= 500 else logging.DEBUG,
+        # Who answers 503 has told why, and how often it does is up to the clients.
+        logging.WARNING if status >= 500 and status != 503 else logging.DEBUG,
         "%s %s: %d",
         handler.request.method,
-        handler.request.path,
+        ascii(path)[1:-1] if path.startswith("/") else "(no path)",
         status,
     )
 
@@ -404,10 +462,20 @@ def make_policy() -> ClientPolicy:
                 f"--allowed_origins: {origin} is no origin, such as"
                 " https://app.example.com or https://*.example.com, nor *"
             )
+    try:
+        trusted_proxies = TrustedProxies(options.trusted_proxies)
+    except ValueError as error:
+        raise OptionError(f"--trusted_proxies: {error}") from None
+    try:
+        withheld_headers = withheld_names(options.withhold_headers)
+    except ValueError as error:
+        raise OptionError(f"--withhold_headers: {error}") from None
     return ClientPolicy(
         max_message_size=options.max_message_size,
         allowed_origins=tuple(options.allowed_origins),
         require_origin=options.require_origin,
+        trusted_proxies=trusted_proxies,
+        withheld_headers=withheld_headers,
         subprotocols=tuple(options.subprotocols),
         compression=(
             Compression(options.compression_level) if options.compression else None
@@ -416,36 +484,56 @@ def make_policy() -> ClientPolicy:
         send_timeout=options.send_timeout,
         queue_messages=options.connection_queue_messages,
         queue_bytes=options.connection_queue_bytes,
+        rates=Rates(
+            options.messages_per_second,
+            options.bytes_per_second,
+            options.rate_patience,
+        ),
     )
 
 
-def listen(address: str, port: int) -> list[socket.socket]:
-    """Bind and listen. Raises `OptionError` where that can't be."""
-    try:
-        return bind_sockets(port, address, backlog=BACKLOG)
-    except (OSError, ValueError) as error:  # no address, or not even a host's name
-        reason = getattr(error, "strerror", None) or error
+def bind_listeners() -> tuple[Listener, Listener]:
+    """Those of the clients and of the callbacks, which may be one and the same.
+
+    Raises `OptionError` where an address or a certificate can't be used.
+    """
+    clients = Listener(
+        options.bindip, options.bindport, tls_files("tls"), options.reuse_port
+    )
+    if options.callbackport is None:
+        for name in ("callbackip", *CALLBACK_TLS):
+            if options[name] is not None:
+                raise OptionError(f"--{name} needs --callbackport")
+        return clients, clients
+    return clients, Listener(
+        options.callbackip or options.bindip,
+        options.callbackport,
+        tls_files("callback_tls", options.callback_client_ca),
+    )
+
+
+def tls_files(prefix: str, client_ca: str | None = None) -> TLSFiles | None:
+    """A listener's files, or None for plain TCP."""
+    certificate, key = options[f"{prefix}_cert"], options[f"{prefix}_key"]
+    if certificate:
+        return TLSFiles(certificate, key, client_ca)
+    if key or client_ca:
         raise OptionError(
-            f"can't listen at port {port} of {address or '*'}: {reason}"
-        ) from None
+            f"--{f'{prefix}_key' if key else 'callback_client_ca'}"
+            f" needs --{prefix}_cert"
+        )
+    return None
 
 
-def url_of(scheme: str, address: str, port: int) -> str:
-    """A listener's URL, without a path."""
-    host = f"[{address}]" if ":" in address else address
-    return f"{scheme}://{host}:{port}"
-
-
-def callback_url(external: str | None, address: str, port: int) -> str | None:
+def callback_url(external: str | None, listener: Listener) -> str | None:
     """How the backend reaches the callbacks, without a trailing slash.
 
     None where nothing was given and the address is a wildcard.
     """
     if not external:
-        if address in ("", "0.0.0.0", "::"):
-            return None
-        return url_of("http", address, port)
-    url = external if "://" in external else f"http://{external}"
+        return None if listener.is_wildcard else listener.url("http")
+    scheme = "https" if listener.has_tls else "http"
+    url = external if "://" in external else f"{scheme}://{external}"
     try:
         parts = urlsplit(url)
         wrong = (
@@ -461,8 +549,9 @@ def callback_url(external: str | None, address: str, port: int) -> str | None:
     except ValueError:
         wrong = True
     if wrong:
+        shown = "" if "@" in external else f"={external}"  # there may be a password
         raise OptionError(
-            f"--externalhostandport={external} is neither host:port nor an http(s) URL"
+            f"--externalhostandport{shown} is neither host:port nor an http(s) URL"
         )
     return url.rstrip("/")
 
@@ -474,63 +563,105 @@ async def serve() -> int:
     """
     stop = stop_signal()  # before anybody can know that this has started
     policy = make_policy()
-    client_sockets = listen(options.bindip, options.bindport)
-    address, port = options.bindip, client_sockets[0].getsockname()[1]
-    clients = url_of("ws", address, port)
-    callback_sockets = []
-    if options.callbackport is not None:
-        address = options.callbackip or options.bindip
-        callback_sockets = listen(address, options.callbackport)
-        port = callback_sockets[0].getsockname()[1]
-    elif options.callbackip is not None:
-        raise OptionError("--callbackip needs --callbackport")
-
-    external = callback_url(options.externalhostandport, address, port)
+    tokens = CallbackTokens(options.callback_token, options.callback_token_file)
+    to_clients, to_backend = bind_listeners()
+    external = callback_url(options.externalhostandport, to_backend)
     name = options.instance_name or socket.gethostname()
     instance = f"{name}/{secrets.token_hex(8)}"
     backend: Backend = backends.load(options.backend).make_backend(
         Relay(external, instance, __version__)
     )
 
-    connections = ConnectionMap(options.max_pending, options.max_queued_bytes)
+    admission = Admission(
+        options.max_connections,
+        options.max_connections_per_ip,
+        options.handshakes_per_second,
+    )
+    connections = ConnectionMap(
+        options.max_pending, options.max_queued_bytes, admission
+    )
     heartbeat = Heartbeat(options.ping_interval, options.ping_timeout)
+    lifetimes = Lifetimes(options.idle_timeout, options.max_lifetime)
     shared = {"connections": connections, "backend": backend}
-    to_clients = client_routes(heartbeat=heartbeat, policy=policy, **shared)
-    to_backend = callback_routes(
+    for_clients = client_routes(
+        heartbeat=heartbeat, lifetimes=lifetimes, policy=policy, **shared
+    )
+    for_backend = callback_routes(
         urlsplit(external or "").path,
+        tokens,
         max_message_size=policy.max_message_size,
         **shared,
+    ) + operator_routes(
+        OperatorGuard(tokens, to_backend.is_loopback),
+        Status(connections, __version__, instance, options.backend, limits()),
     )
-    if callback_sockets:
-        servers = [
-            make_server(to_clients, client_sockets, MAX_HEADER_SIZE),
-            make_server(to_backend, callback_sockets, policy.max_message_size),
-        ]
+    listeners = {to_clients, to_backend}
+    if to_clients is to_backend:
+        to_clients.serve(application(for_clients + for_backend), bounds(policy))
     else:
-        servers = [
-            make_server(
-                [*to_clients, *to_backend], client_sockets, policy.max_message_size
-            )
-        ]
+        to_clients.serve(application(for_clients), bounds())
+        to_backend.serve(application(for_backend), bounds(policy))
+    reload_on_signal(*listeners, tokens, backend)
+    if not (tokens.required or to_backend.is_loopback):
+        logger.warning("callbacks need no token: set --callback_token, or keep"
+                       " everybody but the backend from %s", to_backend.url("http"))
     logger.info(
         "SocketDock %s: clients at %s/ws, callbacks at %s, backend %s",
         __version__,
-        clients,
-        url_of("http", address, port),
+        to_clients.url("ws"),
+        to_backend.url("http"),
         options.backend,
     )
+    claim_descriptors(options.max_connections + backend.descriptors + DESCRIPTORS)
 
     await stop.wait()
     drained = await connections.drain(
         options.drain_delay, options.drain_spread, options.drain_timeout
     )
     heartbeat.close()
+    lifetimes.close()
+    connections.refusals.sum_up()
     await backend.close()
-    for server in servers:
-        server.stop()
-        await server.close_all_connections()
+    for listener in listeners:
+        await listener.close()
     logger.info("stopped")
     return 0 if drained else 1
+
+
+def claim_descriptors(wanted: int) -> None:
+    """Raise this process's limit of open files; warn where that can't be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        logger.warning(
+            "at most %d files may be open here (ulimit -n), and --max_connections=%d"
+            " with what the backend needs takes %d",
+            hard,
+            options.max_connections,
+            wanted,
+        )
+        wanted = hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def limits() -> dict[str, float | str]:
+    """The options that bound something, by name; none of them is a secret."""
+    found = {
+        option.name.replace("-", "_"): option.value()
+        for option in options._options.values()
+        if option.metavar in LIMIT_METAVARS
+    }
+    # JSON knows no infinity.
+    return {name: "inf" if v == float("inf") else v for name, v in found.items()}
+
+
+def bounds(policy: ClientPolicy | None = None) -> RequestBounds:
+    """Of a listener's requests; bodies may be messages where a policy is given."""
+    return RequestBounds(
+        options.header_timeout,
+        options.max_header_size,
+        policy.max_message_size if policy is not None else options.max_header_size,
+    )
 
 
 def stop_signal() -> asyncio.Event:
@@ -546,7 +677,35 @@ def stop_signal() -> asyncio.Event:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    # Until there is something to read again: by default it would end the process.
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)
     return stop
+
+
+class Reloadable(Protocol):
+    """What reads files that may change: certificates, tokens, secrets."""
+
+    def reload(self) -> None:
+        """Read them again. Raises `OptionError`, and what it had stays."""
+
+
+def reload_on_signal(*reloadables: Reloadable) -> None:
+    """Have SIGHUP read every file again that is named by an option."""
+
+    def on_signal() -> None:
+        failed = False
+        for reloadable in reloadables:
+            try:
+                reloadable.reload()
+            except OptionError as error:
+                failed = True
+                logger.error("not read again, what was read before stays: %s", error)
+        logger.info(
+            "read again: %s",
+            "what was not wrong" if failed else "certificates, tokens and secrets",
+        )
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_signal)
 
 
 def main() -> None:

@@ -154,7 +154,11 @@ class Backend(abc.ABC):
     One connect, the messages in the order received, one disconnect; each is
     called when the one before it has completed. Connections run in parallel,
     on one thread: a method must never block.
+
+    `descriptors` is how many files and sockets it may have open at once.
     """
+
+    descriptors = 0
 
     async def connect(
         self, connection: Connection, handshake: Handshake
@@ -191,6 +195,14 @@ class Backend(abc.ABC):
 
     def called_back(self, connection: Connection) -> None:
         """Learn that a callback request for `connection` came in."""
+        return None
+
+    def reload(self) -> None:
+        """Read again what is in files that options name: the relay got SIGHUP.
+
+        Raises `OptionError` with one sentence where that can't be; then all
+        must be as it was before.
+        """
         return None
 
     async def close(self) -> None:

@@ -5,140 +5,164 @@ The other direction starts in `handlers.websocket`.
 
 import asyncio
 import json
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from http import HTTPStatus
 from typing import Any
 
-from tornado.web import stream_request_body
-
 from backends import Backend, ConnectionClosed, SendBufferFull
+from handlers.body import BodyHandler
 from handlers.connections import ConnectionMap
 from handlers.frames import MAX_CLOSE_REASON, CloseCode
-from handlers.problem import ProblemHandler
+from handlers.problem import PROBLEM_TYPE, problem_document
 from handlers.websocket import ClientSocketHandler
 
-# A body that is too large is read to its end and dropped, so that the peer sees
-# the answer and no reset; beyond these bounds the connection ends instead.
-MAX_DISCARDED_BODY = 64 * 1024 * 1024  # bytes
-DISCARD_TIMEOUT = 5.0  # seconds
-
-RETRY_AFTER = "1"  # seconds; a slow client may have read on by then
+# The rules, on plain values: whatever reads the request, they decide.
 
 
-class CallbackHandler(ProblemHandler):
-    """What the callback routes share: finding the connection."""
+@dataclass(frozen=True)
+class Answer:
+    """What a callback is answered; `detail` is its sentence, for 2xx the body."""
+
+    status: HTTPStatus
+    detail: str
+    more_headers: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def body(self) -> bytes:
+        """Text, or a problem document."""
+        if self.status < HTTPStatus.BAD_REQUEST:
+            return self.detail.encode()
+        return problem_document(self.status, self.detail)
+
+    @cached_property
+    def headers(self) -> Mapping[str, str]:
+        """All but those of the exchange itself."""
+        good = self.status < HTTPStatus.BAD_REQUEST
+        media_type = "text/plain; charset=utf-8" if good else PROBLEM_TYPE
+        return {"Content-Type": media_type, **self.more_headers}
+
+
+OK = Answer(HTTPStatus.OK, "OK")
+ACCEPTED = Answer(HTTPStatus.ACCEPTED, "Accepted")  # to be done after the handshake
+GONE = Answer(HTTPStatus.GONE, "This connection is not open here.")
+FULL = Answer(
+    HTTPStatus.TOO_MANY_REQUESTS,
+    "Too much waits for this client already.",
+    {"Retry-After": "1"},  # seconds; a slow client may have read on by then
+)
+
+
+def find(
+    connection_id: str, connections: ConnectionMap, backend: Backend
+) -> ClientSocketHandler | None:
+    """The connection if it is connecting or open. Its backend has called back."""
+    connection = connections.get(connection_id)
+    if connection is None:
+        return None
+    backend.called_back(connection)
+    return connection if connection.state in ("connecting", "open") else None
+
+
+def done(connection: ClientSocketHandler) -> Answer:
+    """To what is done at once, or after the handshake. Ask before it is done."""
+    return ACCEPTED if connection.state == "connecting" else OK
+
+
+def message_of(body: bytes, content_type: str, types: Sequence[str]) -> str | bytes:
+    """The message that a send's body makes; `types` are the values of `?type=`.
+
+    Raises `ValueError` with the sentence for a 400.
+    """
+    text = is_text(content_type, types)
+    if text is None:
+        raise ValueError("type is either text or binary.")
+    if not text:
+        return body
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        raise ValueError("A text frame must be UTF-8.") from None
+
+
+def send(
+    connection: ClientSocketHandler, message: str | bytes
+) -> Answer | Awaitable[Answer]:
+    """Send one frame: the answer, or what to await it from while it waits."""
+    answer = done(connection)
+    try:
+        sent = connection.send(message)
+    except SendBufferFull:
+        return FULL
+    except ConnectionClosed:
+        return GONE
+    if sent is None:
+        return answer
+    return _when_sent(sent, connection.policy.send_timeout, answer)
+
+
+async def _when_sent(
+    sent: "asyncio.Future[None]", send_timeout: float, answer: Answer
+) -> Answer:
+    try:
+        await asyncio.wait_for(sent, send_timeout)
+    except (ConnectionClosed, TimeoutError):
+        return GONE
+    return answer
+
+
+# The routes.
+
+
+class CallbackHandler(BodyHandler):
+    """What the callback routes share: finding the connection, and answering."""
 
     def initialize(
         self, connections: ConnectionMap, backend: Backend, max_message_size: int
     ) -> None:
         self.connections = connections
         self.backend = backend
-        self.max_message_size = max_message_size
+        self.max_body_size = max_message_size
 
     def find(self, connection_id: str) -> ClientSocketHandler | None:
         """The connection if it is connecting or open; else answers 410."""
-        connection = self.connections.get(connection_id)
-        if connection is not None:
-            self.backend.called_back(connection)
-            if connection.state in ("connecting", "open"):
-                return connection
-        self.gone()
-        return None
+        connection = find(connection_id, self.connections, self.backend)
+        if connection is None:
+            self.answer(GONE)
+        return connection
 
-    def gone(self) -> None:
-        """Answer 410."""
-        self.problem(HTTPStatus.GONE, "This connection is not open here.")
-
-    def ok(self, connecting: bool) -> None:
-        """Answer 200, or 202 where it will be done after the handshake."""
-        self.set_status(HTTPStatus.ACCEPTED if connecting else HTTPStatus.OK)
-        self.set_header("Content-Type", "text/plain; charset=utf-8")
-        self.finish("Accepted" if connecting else "OK")
+    def answer(self, answer: Answer) -> None:
+        """Finish with `answer`."""
+        self.set_status(answer.status)
+        for name, value in answer.headers.items():
+            self.set_header(name, value)
+        self.finish(answer.body)
 
 
-@stream_request_body
-class BodyHandler(CallbackHandler):
-    """A callback with a body, which is bounded here and not by Tornado.
-
-    Tornado would answer an oversized body with a bare 400.
-    """
-
-    async def prepare(self) -> None:
-        self._chunks: list[bytes] = []
-        self._length = 0
-        if self.request.method != "POST":
-            return
-        connection = self.request.connection
-        connection.set_max_body_size(MAX_DISCARDED_BODY)  # type: ignore[union-attr]
-        headers = self.request.headers
-        length = headers.get("Content-Length", "0")
-        if length.isdigit() and int(length) > self.max_message_size:
-            if int(length) > MAX_DISCARDED_BODY or "Expect" in headers:
-                self._refuse_body()
-            connection.set_body_timeout(DISCARD_TIMEOUT)  # type: ignore[union-attr]
-
-    def data_received(self, chunk: bytes) -> None:
-        self._length += len(chunk)
-        if self._length <= self.max_message_size:
-            self._chunks.append(chunk)
-        else:
-            self._chunks.clear()
-            if self._length > MAX_DISCARDED_BODY - len(chunk) and not self._finished:
-                self._refuse_body()
-
-    def _refuse_body(self) -> None:
-        self.problem(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"A body may have {self.max_message_size} bytes.",
-        )
-
-    def take_body(self) -> bytes | None:
-        """The whole body; None where it was too large, which has been answered."""
-        if self._length > self.max_message_size:
-            self._refuse_body()
-            return None
-        chunks, self._chunks = self._chunks, []
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
-class SendHandler(BodyHandler):
+class SendHandler(CallbackHandler):
     """`POST /socket/<id>/send`: the body becomes one frame."""
 
     async def post(self, connection_id: str) -> None:
         body = self.take_body()
         if body is None:
             return
-        message: str | bytes = body
-        text = is_text(
-            self.request.headers.get("Content-Type", ""),
-            self.get_query_arguments("type"),
-        )
-        if text is None:
-            self.problem(HTTPStatus.BAD_REQUEST, "type is either text or binary.")
+        try:
+            message = message_of(
+                body,
+                self.request.headers.get("Content-Type", ""),
+                self.get_query_arguments("type", strip=False),
+            )
+        except ValueError as error:
+            self.problem(HTTPStatus.BAD_REQUEST, str(error))
             return
-        if text:
-            try:
-                message = body.decode()
-            except UnicodeDecodeError:
-                self.problem(HTTPStatus.BAD_REQUEST, "A text frame must be UTF-8.")
-                return
         if (connection := self.find(connection_id)) is None:
             return
-        connecting = connection.state == "connecting"
-        try:
-            if (sent := connection.send(message)) is not None:
-                await asyncio.wait_for(sent, connection.policy.send_timeout)
-        except SendBufferFull:
-            self.set_header("Retry-After", RETRY_AFTER)
-            self.problem(
-                HTTPStatus.TOO_MANY_REQUESTS, "Too much waits for this client already."
-            )
-        except (ConnectionClosed, TimeoutError):
-            self.gone()
-        else:
-            self.ok(connecting)
+        answer = send(connection, message)
+        self.answer(answer if isinstance(answer, Answer) else await answer)
 
 
-class DisconnectHandler(BodyHandler):
+class DisconnectHandler(CallbackHandler):
     """`POST /socket/<id>/disconnect`: closes, with a code and a reason."""
 
     async def post(self, connection_id: str) -> None:
@@ -152,9 +176,9 @@ class DisconnectHandler(BodyHandler):
             return
         if (connection := self.find(connection_id)) is None:
             return
-        connecting = connection.state == "connecting"
+        answer = done(connection)
         connection.close(code, reason, "backend")
-        self.ok(connecting)
+        self.answer(answer)
 
 
 class ConnectionHandler(CallbackHandler):
@@ -193,7 +217,7 @@ def describe(connection: ClientSocketHandler) -> dict[str, Any]:
     }
 
 
-def is_text(content_type: str, overrides: list[str]) -> bool | None:
+def is_text(content_type: str, overrides: Sequence[str]) -> bool | None:
     """Whether a body makes a text frame; None where `?type=` is neither."""
     if overrides:
         return {"text": True, "binary": False}.get(overrides[-1])

@@ -8,9 +8,12 @@ waits in the whole process, and when nothing more may be read.
 import asyncio
 import logging
 from collections.abc import Coroutine, Iterator
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from tornado.options import define
+
+from handlers.admission import RETRY_AFTER, Admission, Refusal, RefusalLog
 
 if TYPE_CHECKING:
     from handlers.websocket import ClientSocketHandler
@@ -39,11 +42,14 @@ class ConnectionMap:
     """Connections from before their handshake is decided until they close.
 
     `max_pending` bounds the messages and farewells that wait for the backend,
-    `max_queued_bytes` the messages' bytes.
+    `max_queued_bytes` the messages' bytes, `admission` the connections.
     """
 
     def __init__(
-        self, max_pending: int = 100_000, max_queued_bytes: int = 256 * 1024 * 1024
+        self,
+        max_pending: int = 100_000,
+        max_queued_bytes: int = 256 * 1024 * 1024,
+        admission: Admission | None = None,
     ) -> None:
         self._connections: dict[str, ClientSocketHandler] = {}
         # Kept here so that they aren't collected while they run; awaited by drain().
@@ -53,8 +59,11 @@ class ConnectionMap:
         self._max_queued_bytes = max_queued_bytes
         self._messages = 0
         self._bytes = 0
+        self.total = 0  # connections listed since the start
         self._room: asyncio.Future[None] | None = None
         self._warned_at = float("-inf")  # on the loop's clock
+        self._admission = admission or Admission()
+        self.refusals = RefusalLog()
         self.stopping = False  # a balancer should look away
         self.draining = False  # handshakes are refused
 
@@ -71,11 +80,26 @@ class ConnectionMap:
     def add(self, connection: "ClientSocketHandler") -> None:
         """List a connection."""
         self._connections[connection.id] = connection
+        self._admission.enter(connection.remote_ip)
+        self.total += 1
 
     def remove(self, connection: "ClientSocketHandler") -> None:
         """Forget a connection; nothing where it is not listed."""
-        self._connections.pop(connection.id, None)
+        if self._connections.pop(connection.id, None) is not None:
+            self._admission.leave(connection.remote_ip)
         self._changed.set()
+
+    def refusal(self, remote_ip: str) -> Refusal | None:
+        """None where a handshake may be decided on, else why it may not."""
+        if self.draining or self.full:
+            return Refusal(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "This instance is stopping."
+                if self.draining
+                else "Too much waits for the backend.",
+                RETRY_AFTER,
+            )
+        return self._admission.refusal(remote_ip)
 
     # What waits for the backend.
 
@@ -83,6 +107,11 @@ class ConnectionMap:
     def pending(self) -> int:
         """Events that wait: messages that were read, and farewells."""
         return self._messages + len(self._farewells)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of the messages that wait."""
+        return self._bytes
 
     @property
     def full(self) -> bool:

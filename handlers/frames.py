@@ -4,6 +4,7 @@
 """
 
 import codecs
+import io
 import struct
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,16 @@ MAX_CLOSE_REASON = MAX_CONTROL_PAYLOAD - 2  # bytes, after the code
 
 # Stripped from, and restored to, each compressed message (RFC 7692, 7.2.1).
 DEFLATE_TAIL = b"\x00\x00\xff\xff"
+# An empty last block: a stream that was whole ends with it, one that was cut short
+# takes it for data.
+DEFLATE_END = b"\x03\x00"
+# What may stand behind the last block: nothing, since it was DEFLATE_END; or that,
+# where the message's own last block was its last one (RFC 7692, section 7.2.3.4).
+BEHIND_LAST_BLOCK = (
+    b"",
+    DEFLATE_TAIL + DEFLATE_END,
+    b"\x00" + DEFLATE_TAIL + DEFLATE_END,
+)
 
 
 class Opcode(IntEnum):
@@ -98,24 +109,37 @@ class FrameParser:
         "_buffer",
         "_compressed",
         "_decompress",
+        "_first",
         "_fragments",
+        "_mask",
         "_max_message_size",
         "_needed",
         "_opcode",
+        "_remaining",
+        "_size",
+        "_text",
         "_utf8",
     )
 
     def __init__(self, max_message_size: int, compressed: bool = False) -> None:
         self._max_message_size = max_message_size
         self._compressed = compressed
+        # A header, or a whole control frame, of which a part has come.
         self._buffer = bytearray()
-        self._needed = 2  # bytes until the frame at the head can be taken
+        self._needed = 2  # bytes until it can be taken
+        # The data frame of which a part has come: its first byte, the bytes of it
+        # that are to come, and its mask, turned to the next of them.
+        self._first = 0
+        self._remaining = 0
+        self._mask = b""
         # The message whose fragments are being collected; None between messages.
         self._opcode: int | None = None
+        self._size = 0  # bytes of it that have come
         self._fragments = bytearray()
         self._decompress = False
-        # Text is checked as it comes, so that bad UTF-8 fails fast.
+        # Text is decoded as it comes instead, so that bad UTF-8 fails fast.
         self._utf8: codecs.IncrementalDecoder | None = None
+        self._text: io.StringIO | None = None
 
     def feed(self, data: bytes) -> Iterator[Received]:
         """Yield what `data` completes, and keep the rest.
@@ -128,12 +152,15 @@ class FrameParser:
             buffer += data
             if len(buffer) < self._needed:
                 return
-            # A large frame arrives in many chunks: it was joined in place, and
-            # becomes bytes once.
             data = bytes(buffer)
             buffer.clear()
         position, end = 0, len(data)
-        while True:
+        if self._remaining:
+            position = min(self._remaining, end)
+            received = self._take_part(data[:position])
+            if received is not None:
+                yield received
+        while position < end:
             start = position
             if end - position < 2:
                 self._needed = 2
@@ -149,17 +176,24 @@ class FrameParser:
                     position = start
                     break
                 length = int.from_bytes(data[position : position + extended])
+                _check_length(length, extended)
                 position += extended
-            if first & 0x08 == 0 and (
-                length + len(self._fragments) > self._max_message_size
-            ):
-                raise FrameError(CloseCode.TOO_BIG, "message too big")
-            if end - position < 4 + length:
-                self._needed = position - start + 4 + length
+            is_control = first & 0x08
+            size = length + self._size
+            if size > self._max_message_size and not is_control:
+                self._check_size(first, size)
+            wanted = 4 + length if is_control else 4
+            if end - position < wanted:
+                self._needed = position - start + wanted
                 position = start
                 break
             mask = data[position : position + 4]
             position += 4
+            if end - position < length:
+                self._first, self._remaining, self._mask = first, length, mask
+                if position < end:
+                    self._take_part(data[position:])
+                return
             payload = unmask(mask, data[position : position + length])
             position += length
             received = self._take(first, payload)
@@ -167,6 +201,29 @@ class FrameParser:
                 yield received
         if position < end:
             buffer += data[position:] if position else data
+
+    def _take_part(self, part: bytes) -> Received | None:
+        """Take what has come of a data frame, as if it were a fragment.
+
+        So it is held once, and bad UTF-8 in it fails at once.
+        """
+        first, mask = self._first, self._mask
+        self._remaining -= len(part)
+        if self._remaining:
+            turn = len(part) % 4
+            self._first = Opcode.CONTINUATION | first & FIN
+            self._mask = mask[turn:] + mask[:turn]
+            first &= ~FIN
+        return self._take(first, unmask(mask, part))
+
+    def _check_size(self, first: int, size: int) -> None:
+        """Check the `size` of a message so far, which exceeds the maximum.
+
+        Compression may add to what can't be compressed.
+        """
+        compressed = first & RSV1 if self._opcode is None else self._decompress
+        if not compressed or size > deflate_bound(self._max_message_size):
+            raise FrameError(CloseCode.TOO_BIG, "message too big")
 
     def _check_header(self, first: int, second: int, length: int) -> None:
         opcode = first & 0x0F
@@ -203,17 +260,26 @@ class FrameParser:
             self._decompress = compressed
             if opcode == Opcode.TEXT and not compressed:
                 self._utf8 = codecs.getincrementaldecoder("utf-8")()
-        self._fragments += payload
-        if self._utf8 is not None:
+                self._text = io.StringIO()
+        self._size += len(payload)
+        if self._utf8 is None or self._text is None:
+            self._fragments += payload
+        else:
             try:
-                self._utf8.decode(payload)
+                self._text.write(self._utf8.decode(payload, final=bool(first & FIN)))
             except UnicodeDecodeError:
                 raise FrameError(CloseCode.INVALID_DATA, "text is not UTF-8") from None
-        if not first & FIN:
-            return None
-        opcode, whole = self._opcode, bytes(self._fragments)
-        self._opcode, self._fragments, self._utf8 = None, bytearray(), None
-        return self._message(opcode, whole, self._decompress)
+        return self._collected() if first & FIN else None
+
+    def _collected(self) -> str | bytes:
+        opcode, self._opcode, self._size = self._opcode, None, 0
+        if self._text is not None:
+            text = self._text.getvalue()
+            self._utf8 = self._text = None
+            return text
+        assert opcode is not None
+        payload, self._fragments = bytes(self._fragments), bytearray()
+        return self._message(opcode, payload, self._decompress)
 
     def _message(self, opcode: int, payload: bytes, compressed: bool) -> str | bytes:
         if compressed:
@@ -230,7 +296,7 @@ class FrameParser:
         inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
         try:
             message = inflater.decompress(
-                payload + DEFLATE_TAIL, self._max_message_size + 1
+                payload + DEFLATE_TAIL + DEFLATE_END, self._max_message_size + 1
             )
         except zlib.error:
             raise FrameError(
@@ -238,7 +304,21 @@ class FrameParser:
             ) from None
         if len(message) > self._max_message_size:
             raise FrameError(CloseCode.TOO_BIG, "message too big")
+        if not inflater.eof or inflater.unused_data not in BEHIND_LAST_BLOCK:
+            raise FrameError(CloseCode.INVALID_DATA, "bad compressed data")
         return message
+
+
+def _check_length(length: int, extended: int) -> None:
+    """Check an extended payload length (RFC 6455, section 5.2).
+
+    "the minimal number of bytes MUST be used to encode the length", and of eight
+    bytes "the most significant bit MUST be 0".
+    """
+    if length <= (MAX_CONTROL_PAYLOAD if extended == 2 else 0xFFFF):
+        raise FrameError(CloseCode.PROTOCOL_ERROR, "length is not minimal")
+    if length >> 63:
+        raise FrameError(CloseCode.PROTOCOL_ERROR, "length has its top bit set")
 
 
 def _control(opcode: int, payload: bytes) -> Close | Ping | Pong:
@@ -261,11 +341,18 @@ def _control(opcode: int, payload: bytes) -> Close | Ping | Pong:
         ) from None
 
 
-def deflate(message: bytes, level: int, mem_level: int) -> bytes:
+def deflate(
+    message: bytes, level: int, mem_level: int, window_bits: int = zlib.MAX_WBITS
+) -> bytes:
     """Compress one message on its own (RFC 7692, section 7.2.1)."""
-    deflater = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, mem_level)
+    deflater = zlib.compressobj(level, zlib.DEFLATED, -window_bits, mem_level)
     data = deflater.compress(message) + deflater.flush(zlib.Z_SYNC_FLUSH)
     return data[: -len(DEFLATE_TAIL)]
+
+
+def deflate_bound(size: int) -> int:
+    """Bytes that deflate may make of `size` at worst, as zlib's deflateBound has it."""
+    return size + (size + 7 >> 3) + (size + 63 >> 6) + 5
 
 
 def frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes:

@@ -10,27 +10,34 @@ from tornado.web import HTTPError, RequestHandler
 
 logger = logging.getLogger(__name__)
 
+PROBLEM_TYPE = "application/problem+json"
+
+
+def problem_document(status: int, detail: str) -> bytes:
+    """The body of an error, of the type `PROBLEM_TYPE`."""
+    title = HTTPStatus(status).phrase
+    document = {"title": title, "status": status, "detail": detail}
+    return json.dumps(document).encode()
+
 
 class ProblemHandler(RequestHandler):
-    """A handler whose errors are `application/problem+json`.
-
-    As the default handler it answers 404 for every path that is no route's.
-    """
+    """A handler whose errors are `application/problem+json`."""
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
 
-    async def prepare(self) -> None:
-        if type(self) is ProblemHandler:
-            self.problem(HTTPStatus.NOT_FOUND, "There is nothing at this path.")
-
     def problem(self, status: int, detail: str) -> None:
         """Finish with `status` and a document with `title`, `status`, `detail`."""
-        status = HTTPStatus(status)
         self.set_status(status)
-        self.set_header("Content-Type", "application/problem+json")
-        self.finish(
-            json.dumps({"title": status.phrase, "status": status, "detail": detail})
+        self.set_header("Content-Type", PROBLEM_TYPE)
+        self.finish(problem_document(status, detail))
+
+    def unauthorized(self, challenge: str) -> None:
+        """Answer 401 with its `WWW-Authenticate` (RFC 9110, section 15.5.2)."""
+        self.set_header("WWW-Authenticate", challenge)
+        self.problem(
+            HTTPStatus.UNAUTHORIZED,
+            "This needs Authorization: Bearer and a token of --callback_token.",
         )
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:

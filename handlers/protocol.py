@@ -7,10 +7,10 @@ subclass owns the whole of it; `handlers.frames` knows the frames, and
 """
 
 import asyncio
-import re
 import socket
+import zlib
 from collections.abc import Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tornado.iostream import StreamClosedError
@@ -29,6 +29,7 @@ from handlers.frames import (
     deflate,
     frame,
 )
+from handlers.offers import agree_on_deflate, extensions
 
 READ_CHUNK = 64 * 1024  # bytes taken from the stream at a time
 CLOSE_TIMEOUT = 2.0  # seconds for the peer to answer a close frame
@@ -37,10 +38,14 @@ FAIR_SHARE = 4  # chunks of one busy client before the others have their turn
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """permessage-deflate's settings (zlib): level 1 to 9, memory level 1 to 9."""
+    """permessage-deflate's settings (zlib): level 1 to 9, memory level 1 to 9.
+
+    `window_bits`, 9 to 15, is what a client may ask for (RFC 7692, 7.1.2.1).
+    """
 
     level: int = 6
     mem_level: int = 8
+    window_bits: int = zlib.MAX_WBITS
 
 
 class Client(Protocol):
@@ -48,7 +53,7 @@ class Client(Protocol):
 
     def on_open(self) -> None: ...
 
-    def on_heard(self) -> None: ...
+    def on_heard(self, size: int, at_once: bool) -> None: ...
 
     def on_message(self, message: str | bytes) -> None: ...
 
@@ -75,24 +80,21 @@ class ClientProtocol(WebSocketProtocol13):
         self._compression = compression
         self._parser: FrameParser | None = None
         self._close_timer: asyncio.TimerHandle | None = None
+        self._read_chunk = READ_CHUNK
         self._discarding = False
         self._peer_close: Close | None = None
+
+    def read_in_chunks_of(self, size: int) -> None:
+        """Take no more than `size` bytes from the stream at a time; 0: as usual."""
+        self._read_chunk = min(size or READ_CHUNK, READ_CHUNK)
 
     async def accept(self, handler: RequestHandler, subprotocol: str | None) -> None:
         """Answer the handshake with 101, and read until the connection ends."""
         if subprotocol is not None:
             handler.set_header("Sec-WebSocket-Protocol", subprotocol)
-        extension = None
-        if self._compression is not None:
-            extension = _agree_on_deflate(
-                handler.request.headers.get_list("Sec-WebSocket-Extensions")
-            )
-        if extension is None:
-            self._compression = None
-        else:
-            handler.set_header("Sec-WebSocket-Extensions", extension)
+        self._agree_on_compression(handler)
         self._parser = FrameParser(
-            self._max_message_size, compressed=extension is not None
+            self._max_message_size, compressed=self._compression is not None
         )
         key = handler.request.headers["Sec-WebSocket-Key"]
         handler.clear_header("Content-Type")
@@ -112,22 +114,35 @@ class ClientProtocol(WebSocketProtocol13):
             self.abort()
             self._client.on_closed(self._peer_close)
 
+    def _agree_on_compression(self, handler: RequestHandler) -> None:
+        compression, self._compression = self._compression, None
+        if compression is None:
+            return
+        offered = handler.request.headers.get_list("Sec-WebSocket-Extensions")
+        agreed = agree_on_deflate(extensions(offered))
+        if agreed is not None:
+            handler.set_header("Sec-WebSocket-Extensions", agreed.answer)
+            if agreed.window_bits != compression.window_bits:
+                compression = replace(compression, window_bits=agreed.window_bits)
+            self._compression = compression
+
     async def _read(self) -> None:
         chunks = 0
         while not self.client_terminated:
-            reading = self.stream.read_bytes(READ_CHUNK, partial=True)
+            reading = self.stream.read_bytes(self._read_chunk, partial=True)
             # What is there already comes without a turn of the loop.
-            chunks = chunks + 1 if reading.done() else 0  # type: ignore[attr-defined]
+            at_once: bool = reading.done()  # type: ignore[attr-defined]
+            chunks = chunks + 1 if at_once else 0
             data = await reading
             if chunks >= FAIR_SHARE:
                 chunks = 0
                 await asyncio.sleep(0)
-            self._client.on_heard()
+            self._client.on_heard(len(data), at_once)
             if self._discarding:
                 continue
-            while (room := self._client.room()) is not None:
-                await room
             try:
+                while (room := self._client.room()) is not None:
+                    await room
                 await self._take(data)
             except FrameError as error:
                 self._discarding = True
@@ -177,7 +192,12 @@ class ClientProtocol(WebSocketProtocol13):
             opcode, payload = Opcode.BINARY, message
         compression = self._compression
         if compression is not None:
-            payload = deflate(payload, compression.level, compression.mem_level)
+            payload = deflate(
+                payload,
+                compression.level,
+                compression.mem_level,
+                compression.window_bits,
+            )
         try:
             written = self.stream.write(
                 frame(opcode, payload, compressed=compression is not None)
@@ -262,43 +282,3 @@ def _settle(sent: "asyncio.Future[None]", written: "asyncio.Future[None]") -> No
         sent.exception()  # whoever does not await it need not hear of it
     else:
         sent.set_result(None)
-
-
-_WINDOW_BITS = re.compile(r"8|9|1[0-5]")
-
-
-def _agree_on_deflate(offers: list[str]) -> str | None:
-    """The answer to the first acceptable offer of permessage-deflate, or None.
-
-    Both directions go without context takeover (RFC 7692, section 7.1.1), so
-    that an idle connection holds no window of 32 KiB and more.
-    """
-    for offer in ",".join(offers).split(","):
-        name, *parameters = (part.strip() for part in offer.split(";"))
-        if name != "permessage-deflate":
-            continue
-        seen: dict[str, str | None] = {}
-        acceptable = True
-        for parameter in parameters:
-            key, equals, value = parameter.partition("=")
-            if key in seen:
-                acceptable = False
-            seen[key.strip()] = value.strip().strip('"') if equals else None
-        for key, given in seen.items():
-            if key in ("server_no_context_takeover", "client_no_context_takeover"):
-                acceptable &= given is None
-            elif key == "client_max_window_bits":
-                acceptable &= given is None or bool(_WINDOW_BITS.fullmatch(given))
-            else:
-                # server_max_window_bits below 15 would need a compressor of
-                # its own for each client: declined, like what is unknown.
-                acceptable &= key == "server_max_window_bits" and given == "15"
-        if acceptable:
-            answer = (
-                "permessage-deflate; server_no_context_takeover;"
-                " client_no_context_takeover"
-            )
-            if "server_max_window_bits" in seen:
-                answer += "; server_max_window_bits=15"
-            return answer
-    return None

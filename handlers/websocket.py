@@ -5,18 +5,15 @@ sends comes back through `handlers.callback` and `ClientSocketHandler.send`.
 """
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import logging
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from tornado.options import define
 from tornado.websocket import WebSocketHandler
@@ -33,9 +30,15 @@ from backends import (
 )
 from handlers.connections import ConnectionMap
 from handlers.frames import Close, CloseCode, FrameError
+from handlers.handshake import NOT_TOLD, flaw, is_key, members, told_headers
 from handlers.heartbeat import Heartbeat
+from handlers.lifetimes import Lifetimes
+from handlers.offers import subprotocols
+from handlers.origins import is_origin_allowed
 from handlers.problem import ProblemHandler
 from handlers.protocol import ClientProtocol, Compression
+from handlers.proxies import TrustedProxies
+from handlers.rates import Rates, Throttle
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +48,6 @@ define("ping_interval", default=20.0, metavar="SECONDS",
        help="time between pings to each client; 0 turns them off")
 define("ping_timeout", default=20.0, metavar="SECONDS",
        help="longest wait for any sign of life after a ping; 0 waits forever")
-define("allowed_origins", multiple=True, metavar="ORIGINS",
-       help="origins whose pages may connect, as https://app.example.com or "
-            "https://*.example.com, or * for all; none: the same origin only")
-define("require_origin", default=False,
-       help="refuse clients that send no Origin, as all but browsers do")
 define("subprotocols", multiple=True, metavar="NAMES",
        help="subprotocols to choose from where the backend chose none: the "
             "client's first one that is named here")
@@ -68,24 +66,25 @@ define("connection_queue_bytes", default=1024 * 1024, metavar="BYTES",
        help="bytes of one client's messages that wait for the backend; one "
             "message may always wait")
 
-RETRY_AFTER = "1"  # seconds; what keeps a handshake out may be over by then
-
 State = Literal["connecting", "open", "closing", "closed"]
 
 
 @dataclass(frozen=True, slots=True)
 class ClientPolicy:
-    """What every client is held to; the options above, as typed values."""
+    """What every client is held to; the options, as typed values."""
 
     max_message_size: int = 4 * 1024 * 1024
     allowed_origins: Sequence[str] = ()
     require_origin: bool = False
+    trusted_proxies: TrustedProxies = field(default_factory=TrustedProxies)
+    withheld_headers: frozenset[str] = NOT_TOLD
     subprotocols: Sequence[str] = ()
     compression: Compression | None = None
     max_send_buffer: int = 1024 * 1024
     send_timeout: float = 10.0
     queue_messages: int = 64
     queue_bytes: int = 1024 * 1024
+    rates: Rates = field(default_factory=Rates)
 
 
 class ClientSocketHandler(ProblemHandler, WebSocketHandler):
@@ -98,19 +97,25 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         connections: ConnectionMap,
         backend: Backend,
         heartbeat: Heartbeat,
+        lifetimes: Lifetimes,
         policy: ClientPolicy,
     ) -> None:
         self.connections = connections
         self.backend = backend
         self.heartbeat = heartbeat
+        self.lifetimes = lifetimes
         self.policy = policy
 
         self.id = secrets.token_hex(16)
         self.state: State = "connecting"
         self.connected_at = datetime.now(UTC)
         self._began = self.last_heard = self._last_sent = self._now()
+        self._last_received = self._began  # a whole message
         self.messages_in = self.messages_out = self.bytes_in = self.bytes_out = 0
-        self.remote_ip = self.request.remote_ip or ""
+        self.remote_ip = policy.trusted_proxies.remote_ip(
+            self.request.remote_ip or "",
+            self.request.headers.get_list("X-Forwarded-For"),
+        )
         self.user_agent = self.request.headers.get("User-Agent", "")
         self.subprotocol: str | None = None
 
@@ -127,9 +132,11 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self._delivered_size = 0  # bytes of the message being delivered
         self._given_up = False
         self._undelivered = 0
-        # What reading waits for: the queue's own room (`_full`), or the process's.
+        # What reading waits for: the queue's own room (`_full`), the process's, or
+        # the throttle's, of which there is one where rates are limited.
         self._room: asyncio.Future[None] | None = None
         self._full = False
+        self._throttle: Throttle | None = None
         self._idle: asyncio.Future[None] | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._taken_before = 0
@@ -179,62 +186,85 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self.ws_connection = ClientProtocol(
             self, self, self.policy.max_message_size, self.policy.compression
         )
+        if self.policy.rates:
+            self._throttle = Throttle(self.policy.rates)
+            self.ws_connection.read_in_chunks_of(self.policy.rates.bytes)
         await self.ws_connection.accept(self, subprotocol)
 
     def _is_acceptable(self) -> bool:
-        """Check method, headers and Origin (RFC 6455, section 4.2.1)."""
+        """Check headers and Origin (RFC 6455, section 4.2.1), then the limits."""
         headers = self.request.headers
-        if self.connections.draining or self.connections.full:
-            self.set_header("Retry-After", RETRY_AFTER)
-            self.problem(
-                HTTPStatus.SERVICE_UNAVAILABLE,
-                "This instance is stopping."
-                if self.connections.draining
-                else "Too much waits for the backend.",
-            )
-        elif headers.get("Upgrade", "").lower() != "websocket" or "upgrade" not in (
-            token.strip().lower() for token in headers.get("Connection", "").split(",")
+        if headers.get("Upgrade", "").lower() != "websocket" or (
+            "upgrade" not in members(headers, "Connection")
         ):
-            self.set_header("Upgrade", "websocket")
-            self.set_header("Connection", "Upgrade")
-            self.problem(HTTPStatus.UPGRADE_REQUIRED, "Only WebSockets are here.")
+            self._turn_away(
+                HTTPStatus.UPGRADE_REQUIRED,
+                "Only WebSockets are here.",
+                {"Upgrade": "websocket", "Connection": "Upgrade"},
+            )
         elif headers.get("Sec-WebSocket-Version") != "13":
-            self.set_header("Sec-WebSocket-Version", "13")
-            self.problem(HTTPStatus.UPGRADE_REQUIRED, "Only version 13 is served here.")
+            self._turn_away(
+                HTTPStatus.UPGRADE_REQUIRED,
+                "Only version 13 is served here.",
+                {"Sec-WebSocket-Version": "13"},
+            )
         elif self.request.version != "HTTP/1.1":
-            self.problem(HTTPStatus.BAD_REQUEST, "A WebSocket needs HTTP/1.1.")
-        elif not _is_key(headers.get("Sec-WebSocket-Key", "")):
-            self.problem(HTTPStatus.BAD_REQUEST, "Sec-WebSocket-Key is not 16 bytes.")
+            self._turn_away(HTTPStatus.BAD_REQUEST, "A WebSocket needs HTTP/1.1.")
+        elif not is_key(headers.get("Sec-WebSocket-Key", "")):
+            self._turn_away(
+                HTTPStatus.BAD_REQUEST, "Sec-WebSocket-Key is not 16 bytes."
+            )
+        elif (malformed := flaw(self.request)) is not None:
+            self._turn_away(HTTPStatus.BAD_REQUEST, malformed)
         elif not self._is_origin_allowed(headers.get_list("Origin")):
-            self.problem(HTTPStatus.FORBIDDEN, "This origin may not connect.")
+            self._turn_away(HTTPStatus.FORBIDDEN, "This origin may not connect.")
+        elif (refusal := self.connections.refusal(self.remote_ip)) is not None:
+            self._turn_away(
+                refusal.status,
+                refusal.detail,
+                {"Retry-After": str(refusal.retry_after)},
+            )
         else:
             return True
         return False
+
+    def _turn_away(
+        self, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self.connections.refusals.add(self.remote_ip, status, detail)
+        for name, value in (headers or {}).items():
+            self.set_header(name, value)
+        self.problem(status, detail)
 
     def _is_origin_allowed(self, origins: list[str]) -> bool:
         if not origins:
             return not self.policy.require_origin
         if len(origins) > 1:
             return False
+        scheme = self.policy.trusted_proxies.scheme(
+            self.request.remote_ip or "",
+            self.request.headers.get_list("X-Forwarded-Proto"),
+            self.request.protocol == "https",
+        )
         return is_origin_allowed(
-            origins[0], self.policy.allowed_origins, self.request.host
+            origins[0], self.policy.allowed_origins, self.request.host, scheme
         )
 
     def _handshake(self) -> Handshake:
         headers = self.request.headers
-        offered = ",".join(headers.get_list("Sec-WebSocket-Protocol"))
         return Handshake(
-            headers={
-                name.lower(): ", ".join(headers.get_list(name)) for name in headers
-            },
+            headers=told_headers(headers, self.policy.withheld_headers),
             path=self.request.path,
             query=self.request.query,
             remote_ip=self.remote_ip,
-            subprotocols=[p for p in map(str.strip, offered.split(",")) if p],
+            subprotocols=subprotocols(headers.get_list("Sec-WebSocket-Protocol")),
         )
 
     def _refuse(self, refused: ConnectionRefused) -> None:
-        logger.info("connection %s refused with %d", self.id, refused.status)
+        logger.debug("connection %s refused with %d", self.id, refused.status)
+        self.connections.refusals.add(
+            self.remote_ip, refused.status, "That is the backend's verdict."
+        )
         if self._peer_gone:
             return
         self.set_status(refused.status)
@@ -255,7 +285,9 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
     def on_open(self) -> None:
         """The 101 is on its way: send what callbacks sent meanwhile."""
         self.state = "open"
+        self._last_received = self._now()
         self.heartbeat.add(self)
+        self.lifetimes.add(self)
         logger.debug("connection %s opened", self.id)
         early, self._early = self._early, []
         for message in early:
@@ -266,15 +298,20 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         elif self.connections.draining:
             self.drain()
 
-    def on_heard(self) -> None:
-        """Bytes came."""
+    def on_heard(self, size: int, at_once: bool) -> None:
+        """`size` bytes came, `at_once` where they did not have to be waited for."""
         self.last_heard = self._now()
+        if self._throttle is not None:
+            self._throttle.on_bytes(size, at_once, self.last_heard)
 
     def on_message(self, message: str | bytes) -> None:
         """Deliver a message now, or behind those that wait."""
         size = size_of(message)
         self.messages_in += 1
         self.bytes_in += size
+        self._last_received = self.last_heard
+        if self._throttle is not None:
+            self._throttle.on_message(self._now())
         if self._given_up:
             self._undelivered += 1
             return
@@ -288,7 +325,15 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             self._deliver(message, size)
 
     def room(self) -> Awaitable[None] | None:
-        """None where another message may be read, else what to wait for."""
+        """None where another message may be read, else what to wait for.
+
+        Raises `FrameError` where the client has sent too much for too long.
+        """
+        if self._throttle is not None:
+            held = self._throttle.room(self._now())
+            if held is not None:
+                self._room = held
+                return held
         queue = self._queue
         if not queue or (
             len(queue) < self.policy.queue_messages
@@ -308,11 +353,24 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
 
     @property
     def reading_paused(self) -> bool:
-        """Whether nothing is read, since too much waits for the backend."""
+        """Whether nothing is read: too much waits for the backend, or came at once."""
         return self._room is not None and not self._room.done()
 
+    @property
+    def last_message_at(self) -> float:
+        """When a message went either way, on the loop's clock."""
+        return max(self._last_received, self._last_sent)
+
+    @property
+    def busy(self) -> bool:
+        """Whether messages wait, for the backend, for the client, or to be read."""
+        protocol = self.ws_connection
+        return self._delivering or self.reading_paused or (
+            protocol is not None and protocol.bytes_waiting > 0
+        )
+
     def on_failed(self, error: FrameError) -> None:
-        """The client broke the protocol."""
+        """The client broke the protocol, or a rule."""
         logger.info("connection %s: %s (%d)", self.id, error.reason, error.code)
         self._begin_closing(error.code, error.reason, "relay")
         assert self.ws_connection is not None
@@ -461,6 +519,10 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         if self.state == "open":
             self.close(CloseCode.GOING_AWAY, "going away", "relay")
 
+    def expire(self, reason: str) -> None:
+        """Close because it has been silent, or open, for as long as it may."""
+        self.close(CloseCode.GOING_AWAY, reason, "relay")
+
     def abort(self) -> None:
         """Cut the connection off at once."""
         if self.ws_connection is not None:
@@ -505,11 +567,14 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self.state = "closing"
         if self._closing is None:
             self._closing = (code, reason, initiator)
+        if self._throttle is not None:
+            self._throttle.release()
 
     def _end(self) -> None:
         self.state = "closed"
         self.connections.remove(self)
         self.heartbeat.discard(self)
+        self.lifetimes.discard(self)
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
@@ -549,50 +614,3 @@ def size_of(message: str | bytes) -> int:
     if isinstance(message, str) and not message.isascii():
         return len(message.encode())
     return len(message)
-
-
-def _is_key(key: str) -> bool:
-    try:
-        return len(base64.b64decode(key, validate=True)) == 16
-    except (ValueError, binascii.Error):
-        return False
-
-
-_DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
-
-
-def is_origin_allowed(origin: str, allowed: Sequence[str], host: str) -> bool:
-    """Whether a page of `origin` may connect (RFC 6454, section 4).
-
-    Without `allowed`, its host and port must be those of the request's `host`;
-    the scheme is not compared, since TLS may end before the relay.
-    """
-    if "*" in allowed:
-        return True
-    given = split_origin(origin)
-    if given is None:
-        return False
-    if not allowed:
-        scheme, name, port = given
-        return split_origin(f"{scheme}://{host}") == given
-    for pattern in allowed:
-        scheme, name, port = split_origin(pattern) or ("", "", 0)
-        if (scheme, port) != (given[0], given[2]):
-            continue
-        if name == given[1] or (name.startswith("*.") and given[1].endswith(name[1:])):
-            return True
-    return False
-
-
-def split_origin(origin: str) -> tuple[str, str, int] | None:
-    """Scheme, host and port of an origin; None for anything else."""
-    try:
-        parts = urlsplit(origin.lower())
-        port = parts.port
-    except ValueError:
-        return None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return None
-    if parts.path or parts.query or parts.fragment or "@" in parts.netloc:
-        return None
-    return parts.scheme, parts.hostname, port or _DEFAULT_PORTS[parts.scheme]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import websockets
 from project import copy_project
-from service import DEADLINE, PROJECT, Service
+from service import DEADLINE, PROJECT, Service, refusal
 
 SHOUT = """
     from tornado.options import define, options
@@ -50,22 +50,6 @@ async def answer(service: Service, message: str) -> str | bytes:
     async with websockets.connect(service.ws_url) as client:
         await client.send(message)
         return await asyncio.wait_for(client.recv(), DEADLINE)
-
-
-def refusal(*flags: str, cwd: Path = PROJECT, **environment: str) -> str:
-    """The one line of a start that ends with status 2."""
-    ended = subprocess.run(
-        [sys.executable, "socketdock.py", "--bindport=0", *flags],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
-    assert ended.returncode == 2, ended.stderr
-    (line,) = ended.stderr.splitlines()
-    return line
 
 
 @pytest.mark.gen_test

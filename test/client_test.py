@@ -2,19 +2,16 @@
 
 import asyncio
 import contextlib
-import datetime
 import functools
 import socket
 import ssl
 from collections.abc import AsyncIterator
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from certificates import Authority
 from service import eventually, tcp_server
 
-from backends import BackendError
+from backends import BackendAway, BackendError
 from backends.http.client import Answer, Client, Target
 
 pytestmark = pytest.mark.gen_test(timeout=30)
@@ -24,10 +21,13 @@ REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
 
 
 @contextlib.asynccontextmanager
-async def using(**changes) -> AsyncIterator[Client]:
+async def using(
+    tls: ssl.SSLContext | None = None, **changes
+) -> AsyncIterator[Client]:
     """A client, whose connections have all ended when the block has."""
     settings = {"max_connections": 10, "connect_timeout": 2.0, "dead_after": 5.0}
     client = Client(**(settings | changes))
+    client.trust(tls)
     try:
         yield client
     finally:
@@ -155,51 +155,95 @@ async def test_request_is_sent_when_the_kernel_has_all_of_it(io_loop):
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """Paths of a self-signed certificate for localhost, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    built = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False)
-        .sign(key, hashes.SHA256())
-    )
-    folder = tmp_path_factory.mktemp("tls")
-    (folder / "cert.pem").write_bytes(
-        built.public_bytes(serialization.Encoding.PEM)
-    )
-    (folder / "key.pem").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return folder / "cert.pem", folder / "key.pem"
+def authority(tmp_path_factory):
+    """Vouches for the servers of these tests."""
+    return Authority(tmp_path_factory.mktemp("tls"))
 
 
-async def test_https_backend_is_verified(io_loop, certificate):
+async def test_https_backend_is_verified(io_loop, authority):
     """A certificate that is trusted answers; one that is not is refused."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(*certificate)
-    trust = ssl.create_default_context(cafile=certificate[0])
+    context = authority.server("localhost").server_context()
+    trust = ssl.create_default_context(cafile=authority.path)
     async with serving(ssl=context) as port, using(tls=trust) as client:
         for _ in range(2):
             answer = await post(client, f"https://localhost:{port}/")
             assert answer.status == 200
         assert client.open == 1
-        with pytest.raises(BackendError, match="TLS"):
-            await post(client, f"https://127.0.0.1:{port}/")  # not its name
-        async with using() as wary:
-            with pytest.raises(BackendError, match="TLS"):
+        with pytest.raises(BackendAway, match="TLS: IP address mismatch"):
+            await post(client, f"https://127.0.0.1:{port}/")
+        async with using(tls=ssl.create_default_context()) as wary:
+            with pytest.raises(BackendAway, match="TLS: unable to get local issuer"):
                 await post(wary, f"https://localhost:{port}/")
+
+
+async def test_plain_http_server_is_no_https_backend(io_loop):
+    """Its answer to the handshake is told in words that help."""
+    answer = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
+
+    async def on_client(reader, writer) -> None:
+        await reader.read(1)
+        writer.write(answer)
+
+    async with (
+        serving(on_client) as port,
+        using(tls=ssl.create_default_context()) as client,
+    ):
+        with pytest.raises(BackendAway, match="TLS: the backend speaks another"):
+            await post(client, f"https://localhost:{port}/")
+
+
+async def test_request_that_is_let_go_gives_its_place_back(io_loop, authority):
+    """Also over TLS, to a server that does not say goodbye."""
+    context = authority.server("localhost").server_context()
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def on_client(reader, writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.transport.pause_reading()
+        asked.set()
+        await go_on.wait()
+        writer.transport.abort()
+
+    trust = ssl.create_default_context(cafile=authority.path)
+    async with serving(on_client, ssl=context) as port, using(tls=trust) as client:
+        target = Target.parse(f"https://localhost:{port}/")
+        exchange = client.post(target, REQUEST, lambda outcome: None)
+        await asyncio.wait_for(asked.wait(), 10)
+        exchange.let_go()
+        await eventually(lambda: client.open == 0, 10)
+        go_on.set()
+
+
+async def test_connections_of_before_are_used_no_more(io_loop, authority):
+    """Where TLS is made anew: an answer under way comes, idle ones are closed."""
+    context = authority.server("localhost").server_context()
+    held, asked, go_on = 0, asyncio.Event(), asyncio.Event()
+
+    async def on_client(reader, writer) -> None:
+        nonlocal held
+        while await reader.readuntil(b"\r\n\r\n"):
+            held += 1
+            if held == 2:
+                asked.set()
+                await go_on.wait()
+            writer.write(OK)
+
+    def trust() -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=authority.path)
+
+    async with serving(on_client, ssl=context) as port, using(tls=trust()) as client:
+        url = f"https://localhost:{port}/"
+        await post(client, url)
+        client.trust(trust())
+        await eventually(lambda: client.open == 0)  # it was idle
+        under_way = asyncio.create_task(post(client, url))
+        await asyncio.wait_for(asked.wait(), 10)
+        client.trust(trust())
+        go_on.set()
+        assert (await under_way).status == 200
+        await eventually(lambda: client.open == 0)
+        assert (await post(client, url)).status == 200
+        assert client.open == 1
 
 
 @pytest.mark.parametrize(

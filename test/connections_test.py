@@ -10,8 +10,11 @@ from tornado.web import Application
 
 import socketdock
 from backends import Backend
+from handlers.admission import Admission
+from handlers.authorization import CallbackTokens
 from handlers.connections import ConnectionMap
 from handlers.heartbeat import Heartbeat
+from handlers.lifetimes import Lifetimes
 from handlers.websocket import ClientPolicy
 
 pytestmark = pytest.mark.gen_test(timeout=30)
@@ -33,16 +36,29 @@ class HoldingBackend(Backend):
 
 async def make_application(**bounds: int) -> Application:
     """What `socketdock.serve` makes, with a map that the test can look into."""
-    connections = ConnectionMap(**bounds)
+    admission = Admission(max_connections_per_ip=100)
+    connections = ConnectionMap(admission=admission, **bounds)
+    lifetimes = Lifetimes(idle_timeout=3600, max_lifetime=3600)
     backend = HoldingBackend()
     shared = {"connections": connections, "backend": backend}
     routes = [
         *socketdock.client_routes(
-            heartbeat=Heartbeat(0, 0), policy=ClientPolicy(), **shared
+            heartbeat=Heartbeat(0, 0),
+            lifetimes=lifetimes,
+            policy=ClientPolicy(),
+            **shared,
         ),
-        *socketdock.callback_routes("", max_message_size=1000, **shared),
+        *socketdock.callback_routes(
+            "", CallbackTokens(), max_message_size=1000, **shared
+        ),
     ]
-    return Application(routes, connections=connections, backend=backend)
+    return Application(
+        routes,
+        connections=connections,
+        backend=backend,
+        admission=admission,
+        lifetimes=lifetimes,
+    )
 
 
 @pytest.fixture
@@ -87,6 +103,22 @@ async def test_both_ends_share_one_map(
     assert await close_code(client) == 1000
     await eventually(lambda: app.settings["backend"].told == [1000])
     assert len(connections) == connections.pending == 0
+
+
+async def test_nothing_is_kept_of_clients_that_have_left(
+    io_loop, app, http_server, http_port
+):
+    """Neither their addresses nor their times."""
+    admission, lifetimes = app.settings["admission"], app.settings["lifetimes"]
+    clients = [await connect(http_port) for _ in range(3)]
+    assert admission._present_from == {"127.0.0.1": 3}
+    assert len(lifetimes._turn_of) == sum(map(len, lifetimes._turns.values())) == 3
+    for client in clients:
+        await client.close()
+    await eventually(lambda: len(app.settings["backend"].told) == 3)
+    assert admission._present == 0
+    assert not (admission._present_from or lifetimes._turn_of or lifetimes._turns)
+    lifetimes.close()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,11 @@ from service import DEADLINE, eventually
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, for 0 s (socket(7))
 BACKLOG = 4096  # connections that the kernel holds until they are accepted
+# As strict as can be: nothing that was split or smuggled passes for an answer.
+STATUS_LINE = re.compile(rb"HTTP/1\.1 (\d{3}) [ -~]+")
+FIELD_LINE = re.compile(rb"([!-9;-~]+): ([^\0-\x1f\x7f]*)")
+INTERIM = (100, 102, 103)
+BODILESS = (204, 304)
 ENDLESS_CHUNK = b"10000\r\n" + bytes(0x10000) + b"\r\n"
 
 # What becomes of a request: answered as the status says, or one of these.
@@ -421,6 +426,69 @@ class _WritingBackend(FaultyBackend):
         print(json.dumps(words), flush=True)
 
 
+class ScriptedBackend:
+    """A TCP server that reads requests as HTTP, and answers with given bytes.
+
+    `script` is asked for each request, by its kind: connect, message or
+    disconnect. What it returns is written as it stands; where it ends with
+    `CUT`, or is empty, the connection is closed then.
+    """
+
+    CUT = b"\0cut"
+
+    def __init__(self, script: Callable[[str], bytes]) -> None:
+        self.script = script
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.largest_answer = 0  # bytes written as one, at most
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._on_relay, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        await eventually(lambda: not self._writers)
+
+    def url(self, kind: str) -> str:
+        return f"http://127.0.0.1:{self.port}/{kind}"
+
+    def flags(self, *kinds: str) -> list[str]:
+        """The relay's flags for this backend; all three events by default."""
+        return flags_for(self.url, kinds or ("connect", "message", "disconnect"))
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The events of a kind, each attempt of it, in the order they came."""
+        return [event for name, event in self.events if name == kind]
+
+    async def wait_for(self, kind: str, number: int) -> list[dict[str, Any]]:
+        """The events of a kind, once there are `number` of them."""
+        await eventually(lambda: len(self.of(kind)) >= number)
+        return self.of(kind)
+
+    async def _on_relay(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._writers.add(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(re.search(rb"(?i)\r\ncontent-length: (\d+)", head)[1])
+                kind = urlsplit(head.split(b" ", 2)[1].decode()).path.strip("/")
+                event = json.loads(await reader.readexactly(length))
+                self.events.append((kind, event))
+                answer = self.script(kind)
+                writer.write(answer.removesuffix(self.CUT))
+                await writer.drain()
+                if not answer or answer.endswith(self.CUT):
+                    break
+        self._writers.discard(writer)
+        writer.close()
+
+
 # Clients.
 
 
@@ -554,6 +622,92 @@ def masked(text: str) -> bytes:
     else:
         head = struct.pack("!BBQ", 0x81, 0x80 | 127, size)
     return head + bytes(4) + payload
+
+
+@dataclass(slots=True)
+class Heard:
+    """What a peer on a bare socket was answered, and whether it was hung up on."""
+
+    data: bytes = b""
+    ended: bool = False
+
+    def answers(self) -> list[tuple[int, dict[str, str], bytes]]:
+        """Status, headers and body of each final answer.
+
+        Raises `ValueError` where the bytes are not answers one after the other.
+        """
+        found = []
+        rest = self.data
+        while rest:
+            head, end, rest = rest.partition(b"\r\n\r\n")
+            start, *lines = head.split(b"\r\n")
+            match = STATUS_LINE.fullmatch(start)
+            fields = [FIELD_LINE.fullmatch(line) for line in lines]
+            if not end or match is None or None in fields:
+                raise ValueError(f"no answer: {head[:200]!r}")
+            status = int(match[1])
+            if status in INTERIM:
+                continue
+            headers = {f[1].decode().lower(): f[2].decode("latin-1") for f in fields}
+            until_the_end = 0 if status in BODILESS else len(rest)
+            length = int(headers.get("content-length", until_the_end))
+            if len(rest) < length:
+                raise ValueError("an answer that was cut")
+            found.append((status, headers, rest[:length]))
+            rest = rest[length:]
+        return found
+
+    @property
+    def statuses(self) -> list[int]:
+        return [status for status, *_ in self.answers()]
+
+
+async def tell(
+    url: str,
+    *pieces: bytes,
+    answers: int | None = None,
+    half_close: bool = False,
+    deadline: float = 3.0,
+) -> Heard:
+    """Send bytes on a bare connection, and hear what comes back.
+
+    Until the peer hangs up, or has given that many final answers; at most for
+    `deadline` seconds.
+    """
+    parts = urlsplit(url)
+    heard = Heard()
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+
+    def enough() -> bool:
+        with contextlib.suppress(ValueError):
+            return answers is not None and len(heard.statuses) >= answers
+        return False
+
+    async def say() -> None:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+        if half_close:
+            writer.write_eof()
+
+    saying = asyncio.create_task(say())
+    try:
+        async with asyncio.timeout(deadline):
+            while not enough():
+                data = await reader.read(65536)
+                if not data:
+                    heard.ended = True
+                    break
+                heard.data += data
+    except TimeoutError:
+        pass
+    except ConnectionError:
+        heard.ended = True
+    finally:
+        saying.cancel()
+        await asyncio.gather(saying, return_exceptions=True)
+        writer.transport.abort()
+    return heard
 
 
 class SilentProxy:

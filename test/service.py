@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from tornado.web import Application, RequestHandler
 PROJECT = Path(__file__).resolve().parent.parent
 DEADLINE = 15.0  # seconds for anything that should be quick
 
-STARTED = re.compile(r"clients at (ws://\S+), callbacks at (http://\S+), backend")
+STARTED = re.compile(r"clients at (wss?://\S+), callbacks at (https?://\S+), backend")
 
 
 class Service:
@@ -98,6 +99,34 @@ class Service:
                 self.ws_url, self.callback_url = match[1], match[2]
                 self._started.set()
         self._started.set()
+
+
+def ended(
+    *flags: str,
+    command: tuple[str, ...] = (sys.executable, "socketdock.py"),
+    cwd: Path = PROJECT,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """A service that ends by itself, in time."""
+    return subprocess.run(
+        [*command, *flags],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+
+
+def refusal(*flags: str, cwd: Path = PROJECT, **environment: str) -> str:
+    """The one sentence of a start that ends with status 2, without a traceback."""
+    service = ended("--bindport=0", *flags, cwd=cwd, **environment)
+    assert service.returncode == 2, service.stderr
+    (line,) = service.stderr.splitlines()
+    assert line.startswith("socketdock: ")
+    return line
 
 
 class RecordingBackend:

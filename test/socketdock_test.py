@@ -5,14 +5,21 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import websockets
 from project import installation, library
-from service import DEADLINE, PROJECT, RecordingBackend, Service, eventually
+from service import (
+    DEADLINE,
+    PROJECT,
+    RecordingBackend,
+    Service,
+    ended,
+    eventually,
+    refusal,
+)
 from tornado.httpclient import AsyncHTTPClient
 
 SOCKETDOCK = (sys.executable, "socketdock.py")
@@ -23,30 +30,6 @@ HTTP = ("--backend=http", "--messageuri=http://127.0.0.1:1/message")
 def no_options_of_whoever_runs_the_tests(monkeypatch):
     for name in [name for name in os.environ if name.startswith("SOCKETDOCK_")]:
         monkeypatch.delenv(name)
-
-
-def ended(
-    *flags: str, command: tuple[str, ...] = SOCKETDOCK, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """A service that ends by itself, in time."""
-    return subprocess.run(
-        [*command, *flags],
-        cwd=PROJECT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
-
-
-def refusal(*flags: str, **environment: str) -> str:
-    """The one sentence of a start that ends with status 2, without a traceback."""
-    service = ended("--bindport=0", *flags, **environment)
-    assert service.returncode == 2, service.stderr
-    (line,) = service.stderr.splitlines()
-    assert line.startswith("socketdock: ")
-    return line
 
 
 def written(path: Path, text: str) -> str:

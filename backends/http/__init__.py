@@ -7,6 +7,7 @@ A message's way: `HTTPBackend.message` → `event` writes the request →
 import asyncio
 import itertools
 import logging
+import re
 from collections.abc import Awaitable, Coroutine
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from backends import (
 )
 from backends.http.breaker import Breaker, Tripping
 from backends.http.client import Answer, Client, Target
+from backends.http.credentials import Credentials, CredentialSources
 from backends.http.delivery import (
     HELD_AFTER_DISCONNECT,
     Deliveries,
@@ -108,6 +110,8 @@ class HTTPBackend(Backend):
         disconnect_target: Target | None,
         connect_target: Target | None,
         client: Client,
+        sources: CredentialSources,
+        credentials: Credentials,
         patience: Patience,
         handshake_timeout: float,
         disconnect_timeout: float,
@@ -121,6 +125,9 @@ class HTTPBackend(Backend):
         self._disconnect_target = disconnect_target
         self._connect_target = connect_target
         self._client = client
+        self.descriptors = client.max_connections
+        self._sources = sources
+        self._present(credentials)
         self._handshake_timeout = handshake_timeout
         self._disconnect_timeout = disconnect_timeout
         self._deliveries = Deliveries(
@@ -344,6 +351,14 @@ class HTTPBackend(Backend):
         if (delivery := self._by_id.get(connection.id)) is not None:
             delivery.called_back()
 
+    def reload(self) -> None:
+        """Read secrets, headers and certificates: all of them count, or none."""
+        self._present(self._sources.read())
+
+    def _present(self, credentials: Credentials) -> None:
+        self._events.present(credentials.headers, credentials.signer)
+        self._client.trust(credentials.tls)
+
     async def close(self) -> None:
         """Close every connection to the backend.
 
@@ -408,7 +423,9 @@ def target_of(option: str) -> Target | None:
     try:
         return Target.parse(options[option])
     except ValueError as error:
-        raise OptionError(f"--{option}={options[option]}: {error}") from None
+        # Without a password or a key that stands in it.
+        shown = re.sub(r"(?s)//.*@", "//", options[option]).partition("?")[0]
+        raise OptionError(f"--{option}={shown}: {error}") from None
 
 
 def make_backend(relay: Relay) -> HTTPBackend:
@@ -423,16 +440,30 @@ def make_backend(relay: Relay) -> HTTPBackend:
         )
     if options.order_wait == float("inf") and not options.backend_timeout:
         raise OptionError("--order_wait=inf needs --backend_timeout")
+    disconnect_target = target_of("disconnecturi")
+    connect_target = target_of("connecturi")
+    targets = (message_target, disconnect_target, connect_target)
+    sources = CredentialSources(
+        https=any(target and target.scheme == "https" for target in targets),
+        webhook_secrets=options.webhook_secret,
+        webhook_secret_file=options.webhook_secret_file,
+        headers_file=options.backend_headers_file,
+        ca=options.backend_ca,
+        cert=options.backend_cert,
+        key=options.backend_key,
+    )
     return HTTPBackend(
         relay,
         message_target,
-        target_of("disconnecturi"),
-        target_of("connecturi"),
+        disconnect_target,
+        connect_target,
         Client(
             options.max_backend_connections,
             options.backend_connect_timeout,
             options.backend_dead_after,
         ),
+        sources,
+        sources.read(),
         Patience(
             options.order_wait,
             options.max_unanswered,

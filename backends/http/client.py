@@ -11,7 +11,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import aiohappyeyeballs
@@ -28,6 +28,10 @@ MAX_KEPT_BODY = 64 * 1024  # bytes of a body that is used; the rest is dropped
 MAX_DROPPED_BODY = 1024 * 1024  # bytes; beyond, the connection is closed
 BODY_TIMEOUT = 5.0  # seconds from an answer's headers to its end; then likewise
 KEEPALIVE_PROBES = 3
+MAX_KEEPALIVE = 32767  # seconds; tcp(7)
+# Seconds after a TLS handshake in which its end is taken for the backend's verdict.
+VERDICT_TIME = 2.0
+TLS_SHUTDOWN_TIMEOUT = 1.0  # seconds for the peer's close_notify; its place waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +166,13 @@ class Client:
         max_connections: int,
         connect_timeout: float,
         dead_after: float,
-        tls: ssl.SSLContext | None = None,
         on_starved: Callable[[], None] = lambda: None,
     ) -> None:
         self.max_connections = max_connections
         self.connect_timeout = connect_timeout
         self.dead_after = dead_after
         self.on_starved = on_starved
-        self.tls = tls
+        self.tls: ssl.SSLContext | None = None
         self.open = 0
         self._origins: dict[tuple[str, str, int], _Origin] = {}
         self._closed = False
@@ -199,6 +202,16 @@ class Client:
             origin = self._origins[target.origin] = _Origin(self, target)
         origin.dispatch(exchange)
         return exchange
+
+    def trust(self, tls: ssl.SSLContext | None) -> None:
+        """Make https connections with `tls`; needed before the first of them.
+
+        What is under way on one that was made with another context ends there,
+        and nothing more is sent on it.
+        """
+        self.tls = tls
+        for origin in self._origins.values():
+            origin.close_stale()
 
     @property
     def starved(self) -> bool:
@@ -253,6 +266,11 @@ class _Origin:
         self._resolved_at = float("-inf")
         self._resolving: asyncio.Future[None] | None = None
 
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """What its connections are made with from now on; None: plain TCP."""
+        return self.client.tls if self.target.scheme == "https" else None
+
     def dispatch(self, exchange: Exchange) -> None:
         """Send on an idle connection, or wait for one."""
         while self.idle:
@@ -286,23 +304,23 @@ class _Origin:
                 raise BackendAway(
                     f"no connection in {self.client.connect_timeout:g} s"
                 ) from None
-            except ssl.SSLCertVerificationError as error:
-                raise BackendAway(f"TLS: {error.verify_message}") from error
             except ssl.SSLError as error:
-                raise BackendAway(f"TLS: {error.reason}") from error
-            except (OSError, UnicodeError) as error:  # the latter: no name for DNS
+                raise BackendAway(tls_failure(error)) from error
+            except (OSError, ValueError) as error:  # the latter: no name for DNS
                 why = getattr(error, "strerror", None) or error
                 raise BackendAway(f"cannot connect: {why}") from error
             if not connection.adopt():
-                raise BackendAway("connection lost at once")
-        except BackendAway as error:
+                raise BackendAway(connection.why_lost())
+        except BaseException as error:
             self._slot_free()
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            # A fault of ours, too: who waits would have us try it for ever.
             if (exchange := self._next_waiting()) is not None:
                 exchange.finish(BackendAway(f"POST {exchange.target}: {error}"))
+            if not isinstance(error, BackendAway):
+                raise
             return
-        except BaseException:
-            self._slot_free()
-            raise
         self._hand_on(connection)
 
     def _slot_free(self) -> None:
@@ -319,15 +337,14 @@ class _Origin:
         )
         try:
             watch(sock, self.client.dead_after)
-            tls = None
-            if self.target.scheme == "https":
-                tls = self.client.tls or ssl.create_default_context()
-                self.client.tls = tls
+            tls = self.tls
+            assert tls is not None or self.target.scheme == "http"
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: _Connection(self),
+                lambda: _Connection(self, tls),
                 sock=sock,
                 ssl=tls,
                 server_hostname=self.target.host if tls else None,
+                ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT if tls else None,
             )
         except BaseException:
             sock.close()
@@ -357,8 +374,16 @@ class _Origin:
         self.busy.discard(connection)
         self._hand_on(connection)
 
+    def close_stale(self) -> None:
+        """Close the idle connections that are not usable any more."""
+        fresh = [connection for connection in self.idle if connection.is_usable()]
+        for connection in set(self.idle).difference(fresh):
+            connection.close()
+        self.idle = fresh
+
     def _hand_on(self, connection: "_Connection") -> None:
         if not connection.is_usable():
+            connection.close()
             return
         if (exchange := self._next_waiting()) is not None:
             connection.send(exchange)
@@ -407,9 +432,12 @@ class _Origin:
 class _Connection(asyncio.Protocol):
     """One TCP connection: one exchange at a time, then back to its origin."""
 
-    def __init__(self, origin: _Origin) -> None:
+    def __init__(self, origin: _Origin, tls: ssl.SSLContext | None) -> None:
         self._origin = origin
+        self._tls = tls
+        self._why_lost = ""  # where TLS told
         self._transport: asyncio.Transport | None = None
+        self._made_at = 0.0  # on the loop's clock
         self._parser: Any = None
         self._exchange: Exchange | None = None
         self._adopted = False  # the origin counts it, and hears of its end
@@ -433,13 +461,12 @@ class _Connection(asyncio.Protocol):
     # The transport's callbacks.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none
+        self._made_at = asyncio.get_running_loop().time()
         # So that writing pauses exactly while the kernel has not taken all. A
         # TLS transport pauses at its limit, a plain one above it; what TLS has
         # handed to its own transport (64 KiB at most) counts as sent.
-        tls = transport.get_extra_info("sslcontext") is not None
-        transport.set_write_buffer_limits(high=1 if tls else 0, low=0)
+        self._transport.set_write_buffer_limits(high=1 if self._tls else 0, low=0)
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -483,6 +510,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
+        if isinstance(error, ssl.SSLError):
+            self._why_lost = tls_failure(error)
         for timer in (self._send_timer, self._idle_timer, self._body_timer):
             if timer is not None:
                 timer.cancel()
@@ -502,14 +531,15 @@ class _Connection(asyncio.Protocol):
             # Its body ended with the connection, or was cut: the status stands.
             self._answer()
         else:
-            what = "in the answer's middle" if self._started else "before an answer"
-            self._fail(BackendAway, f"connection lost {what}")
+            self._fail(BackendAway, self.why_lost())
         if self._adopted:
             self._origin.on_lost(self)
 
     # The parser's callbacks.
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._has_headers:
+            return  # a trailer: nothing there is of use
         key, text = name.decode("latin-1").lower(), value.decode("latin-1")
         if key in self._headers:  # as one list (RFC 9110, section 5.3)
             text = f"{self._headers[key]}, {text}"
@@ -519,6 +549,8 @@ class _Connection(asyncio.Protocol):
         status = self._parser.get_status_code()
         if self._complete:
             raise ValueError("a second answer, which nobody asked for")
+        if status < 100:
+            raise ValueError("no status (RFC 9110, section 15)")
         if status >= 200:
             self._status = status
             self._has_headers = True
@@ -549,9 +581,26 @@ class _Connection(asyncio.Protocol):
         self._adopted = self._transport is not None
         return self._adopted
 
+    def why_lost(self) -> str:
+        """What to say of a connection that has ended before its answer had."""
+        if self._why_lost:
+            return self._why_lost
+        if self._started:
+            return "connection lost in the answer's middle"
+        age = asyncio.get_running_loop().time() - self._made_at
+        if self._tls is not None and age < VERDICT_TIME and not self._used:
+            # By TLS 1.3 a client learns only when it reads that its certificate is
+            # not taken, and not even then where the connection was reset.
+            return "TLS: connection lost at once: it may want a client certificate"
+        return "connection lost before an answer"
+
     def is_usable(self) -> bool:
         """Whether another request may go."""
-        return self._transport is not None and not self._transport.is_closing()
+        return (
+            self._transport is not None
+            and not self._transport.is_closing()
+            and self._tls is self._origin.tls
+        )
 
     def send(self, exchange: Exchange) -> None:
         """Write one request."""
@@ -618,16 +667,26 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
 
+def tls_failure(error: ssl.SSLError) -> str:
+    """What a failed handshake, or an alert, has told."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"TLS: {error.verify_message.rstrip('.')}"
+    if error.reason == "WRONG_VERSION_NUMBER":
+        return "TLS: the backend speaks another protocol"
+    # OpenSSL's name for it, such as TLSV13_ALERT_CERTIFICATE_REQUIRED.
+    return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}"
+
+
 def watch(sock: socket.socket, dead_after: float) -> None:
     """Have the kernel notice a dead peer within `dead_after` seconds."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    step = max(1, int(dead_after / (KEEPALIVE_PROBES + 1)))
+    step = int(min(max(1, dead_after / (KEEPALIVE_PROBES + 1)), MAX_KEEPALIVE))
     for option, value in (
         ("TCP_KEEPIDLE", step),
         ("TCP_KEEPINTVL", step),
         ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-        ("TCP_USER_TIMEOUT", int(dead_after * 1000)),  # milliseconds
+        ("TCP_USER_TIMEOUT", int(min(dead_after * 1000, 2**31 - 1))),  # milliseconds
     ):
         if hasattr(socket, option):  # Linux has them all
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

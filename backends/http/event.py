@@ -11,6 +11,7 @@ import orjson
 
 from backends import Closure, Handshake, Relay
 from backends.http.client import Target
+from backends.http.signature import Signer
 
 
 class Event(NamedTuple):
@@ -27,7 +28,14 @@ class EventWriter:
         self._callback_url = relay.callback_url
         self._instance = relay.instance
         self._user_agent = f"SocketDock/{relay.version}"
+        self._headers = b""
+        self._signer: Signer | None = None
         self._heads: dict[Target, bytes] = {}
+
+    def present(self, headers: bytes, signer: Signer | None) -> None:
+        """From now on, requests carry these lines, and signatures of that signer."""
+        self._headers, self._signer = headers, signer
+        self._heads.clear()
 
     def meta(self, connection_id: str) -> dict[str, Any]:
         """The members of `meta` that every event to a live connection has."""
@@ -90,13 +98,19 @@ class EventWriter:
 
     def request(self, target: Target, event: Event) -> bytes:
         """One attempt to deliver `event`, of now."""
+        event_id, timestamp, signature = event.id.encode(), int(time.time()), b""
+        if self._signer is not None:
+            signature = b"webhook-signature: %b\r\n" % self._signer.signatures(
+                event_id, timestamp, event.body
+            )
         return (
-            b"%bwebhook-id: %b\r\nwebhook-timestamp: %d\r\n"
+            b"%bwebhook-id: %b\r\nwebhook-timestamp: %d\r\n%b"
             b"Content-Length: %d\r\n\r\n%b"
         ) % (
             self._head(target),
-            event.id.encode(),
-            time.time(),
+            event_id,
+            timestamp,
+            signature,
             len(event.body),
             event.body,
         )
@@ -110,5 +124,5 @@ class EventWriter:
                 f"User-Agent: {self._user_agent}\r\n"
                 "Accept: */*\r\n"
                 "Content-Type: application/json; charset=utf-8\r\n"
-            ).encode()
+            ).encode() + self._headers
         return head

@@ -1,0 +1,207 @@
+"""How relay and backend know each other: signatures, headers and certificates.
+
+All of it may be in files, which are read at the start and again on SIGHUP.
+`event` puts the first two into each request, `client` makes connections with
+the last.
+"""
+
+import os
+import re
+import ssl
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
+
+from tornado.options import Error as OptionError
+from tornado.options import define
+
+from backends.http.signature import Signer, key_of
+
+define("webhook_secret", multiple=True, metavar="SECRETS",
+       help="secrets that sign each event (Standard Webhooks: whsec_ and base64); "
+            "several at once, to change them; none: not signed")
+define("webhook_secret_file", type=str, metavar="PATH",
+       help="file of more of them, one a line; re-read on SIGHUP")
+define("backend_headers_file", type=str, metavar="PATH",
+       help="file of headers that each event gets, such as a gateway's "
+            "credentials: Name: value, one a line; re-read on SIGHUP")
+define("backend_ca", type=str, metavar="PATH",
+       help="authorities (PEM) that vouch for an https backend; re-read on "
+            "SIGHUP; none: the system's")
+define("backend_cert", type=str, metavar="PATH",
+       help="certificate chain (PEM) that is shown to an https backend that asks; "
+            "re-read on SIGHUP; none: none")
+define("backend_key", type=str, metavar="PATH",
+       help="its private key (PEM); none: it is in the file of --backend_cert")
+
+MAX_FILE_SIZE = 16 * 1024  # bytes of headers, as most servers take, or of secrets
+MAX_SECRETS = 16  # each costs time and 48 bytes per event
+
+# RFC 9110, sections 5.1 and 5.5, without what is not ASCII.
+HEADER_NAME = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*")
+VALUE = re.compile(r"[ -~\t]*")
+
+# Set by the relay, or telling where a message ends and what its answer may be.
+OWN_HEADERS = frozenset(
+    {
+        "accept",
+        "accept-encoding",
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "expect",
+        "host",
+        "http2-settings",
+        "keep-alive",
+        "proxy-connection",
+        "range",
+        "te",
+        "traceparent",
+        "tracestate",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "user-agent",
+    }
+)
+OWN_PREFIX = "webhook-"
+
+
+class Credentials(NamedTuple):
+    """What was read: `headers` are lines as they are sent, None is none."""
+
+    signer: Signer | None
+    headers: bytes
+    tls: ssl.SSLContext | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CredentialSources:
+    """The secrets themselves, and paths of files; None is none.
+
+    Where there is no `https`, the system's authorities are not read.
+    """
+
+    https: bool
+    webhook_secrets: Sequence[str] = ()
+    webhook_secret_file: str | None = None
+    headers_file: str | None = None
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+
+    def read(self) -> Credentials:
+        """Read the files. Raises `OptionError` with one sentence."""
+        keys = list(self._keys())
+        if len(keys) > MAX_SECRETS:
+            raise OptionError(f"at most {MAX_SECRETS} secrets can sign each event")
+        headers = _header_lines(self.headers_file) if self.headers_file else ()
+        tls = None
+        if self.https or self.ca or self.cert or self.key:
+            tls = _client_context(self.ca, self.cert, self.key)
+        return Credentials(Signer(keys) if keys else None, b"".join(headers), tls)
+
+    def _keys(self) -> Iterator[bytes]:
+        for number, secret in enumerate(self.webhook_secrets, start=1):
+            yield _key_of(secret, f"--webhook_secret, number {number}")
+        if path := self.webhook_secret_file:
+            for number, line in _lines("webhook_secret_file", path):
+                yield _key_of(line, f"{path}, line {number}")
+
+
+def _key_of(secret: str, where: str) -> bytes:
+    try:
+        return key_of(secret)
+    except ValueError as error:
+        raise OptionError(f"{where}: a secret that is {error}") from None
+
+
+def _header_lines(path: str) -> Iterator[bytes]:
+    names: set[str] = set()
+    for number, line in _lines("backend_headers_file", path):
+        where = f"{path}, line {number}"
+        named = HEADER_NAME.match(line)
+        if named is None:  # the line is not shown: it may be a value on its own
+            raise OptionError(f"{where}: not Name: value")
+        name = named[1]
+        if name.lower() in OWN_HEADERS or name.lower().startswith(OWN_PREFIX):
+            raise OptionError(f"{where}: {name} is for the relay to set")
+        if name.lower() in names:
+            raise OptionError(f"{where}: {name} was there before")
+        names.add(name.lower())
+        value = line[named.end() :]
+        if VALUE.fullmatch(value) is None:
+            raise OptionError(
+                f"{where}: {name} has control characters, or others than ASCII"
+            )
+        yield f"{name}: {value}\r\n".encode("ascii")
+
+
+def _lines(option: str, path: str) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is neither blank nor a # comment.
+
+    None at all is an error: it is half a file, more likely than a wish.
+    """
+    try:
+        text = _read(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise OptionError(f"--{option}={path}: it is not UTF-8") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OptionError(f"--{option}={path}: {why}") from None
+    found = False
+    # Not splitlines(): to it a form feed ends a line, too.
+    for number, line in enumerate(re.split("\r\n|\n", text), start=1):
+        stripped = line.strip(" \t")
+        if stripped and not stripped.startswith("#"):
+            found = True
+            yield number, stripped
+    if not found:
+        raise OptionError(f"--{option}={path}: it is empty")
+
+
+def _read(path: str) -> bytes:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would block
+        raise ValueError("it is not a file")
+    with open(path, "rb") as file:
+        content = file.read(MAX_FILE_SIZE + 1)
+    if len(content) > MAX_FILE_SIZE:
+        raise ValueError(f"it is larger than {MAX_FILE_SIZE} bytes")
+    return content
+
+
+def _client_context(
+    ca: str | None, cert: str | None, key: str | None
+) -> ssl.SSLContext:
+    """What a backend's certificate is checked with, and ours shown."""
+    if key and not cert:
+        raise OptionError("--backend_key needs --backend_cert")
+    try:
+        context = ssl.create_default_context(cafile=ca or None)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise OptionError(f"--backend_ca={ca}: {_why_not(error)}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if cert:
+        try:
+            context.load_cert_chain(cert, key or None, _no_password)
+        except (OSError, ValueError) as error:
+            files = f"--backend_cert={cert}" + (f", --backend_key={key}" if key else "")
+            raise OptionError(f"{files}: {_why_not(error)}") from None
+    return context
+
+
+def _no_password() -> NoReturn:
+    """Instead of OpenSSL's question at the terminal."""
+    raise ValueError("the key has a password")
+
+
+def _why_not(error: Exception) -> str:
+    """Why a file is of no use, where OpenSSL's own words don't tell."""
+    if isinstance(error, ssl.SSLError):
+        return {
+            "KEY_VALUES_MISMATCH": "the key is not the certificate's",
+            "NO_CERTIFICATE_OR_CRL_FOUND": "there is no PEM certificate in it",
+        }.get(error.reason or "", "not PEM, or the certificate or key is missing")
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,93 @@
+"""A request's body, bounded here and not by Tornado, which would answer a bare 400."""
+
+from http import HTTPStatus
+from typing import Any
+
+from tornado.httputil import HTTPHeaders
+from tornado.web import stream_request_body
+
+from handlers.problem import ProblemHandler
+
+# A body that is not wanted is read to its end and dropped, so that the peer sees
+# the answer and no reset; beyond these bounds the connection ends instead.
+MAX_DISCARDED_BODY = 64 * 1024 * 1024  # bytes
+DISCARD_TIMEOUT = 5.0  # seconds
+
+
+@stream_request_body
+class BodyHandler(ProblemHandler):
+    """A handler that keeps a body of up to `max_body_size` bytes."""
+
+    max_body_size = 0
+
+    async def prepare(self) -> None:
+        self._chunks: list[bytes] = []
+        self._length = 0
+        connection: Any = self.request.connection
+        connection.set_max_body_size(MAX_DISCARDED_BODY)
+        headers = self.request.headers
+        length = _declared_length(headers)
+        if length > self.max_body_size:
+            if length > MAX_DISCARDED_BODY or "Expect" in headers:
+                self._refuse_early()
+            connection.set_body_timeout(DISCARD_TIMEOUT)
+
+    def data_received(self, chunk: bytes) -> None:
+        self._length += len(chunk)
+        if self._length <= self.max_body_size:
+            self._chunks.append(chunk)
+        else:
+            self._chunks.clear()
+            if self._length > MAX_DISCARDED_BODY - len(chunk) and not self._finished:
+                self._refuse_early()
+
+    def _refuse_early(self) -> None:
+        """Answer without the rest of the body, after which the connection ends."""
+        self.set_header("Connection", "close")
+        if self._has(str(self.request.method).lower()):
+            self._refuse_body()
+        else:
+            self.write_error(HTTPStatus.METHOD_NOT_ALLOWED)
+
+    def _refuse_body(self) -> None:
+        self.problem(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            f"A body may have {self.max_body_size} bytes.",
+        )
+
+    def take_body(self) -> bytes | None:
+        """The whole body; None where it was too large, which has been answered."""
+        if self._length > self.max_body_size:
+            self._refuse_body()
+            return None
+        chunks, self._chunks = self._chunks, []
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+class RefusingHandler(BodyHandler):
+    """Refuses all methods alike, and keeps no byte of a body.
+
+    It has no method itself, so that Tornado thinks 405 of each; `write_error`
+    says what it is instead.
+    """
+
+    async def prepare(self) -> None:
+        connection: Any = self.request.connection
+        connection.set_body_timeout(DISCARD_TIMEOUT)
+        await super().prepare()
+
+
+class NotFoundHandler(RefusingHandler):
+    """404, for every path that is no route's."""
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        self.problem(HTTPStatus.NOT_FOUND, "There is nothing at this path.")
+
+
+def _declared_length(headers: HTTPHeaders) -> float:
+    """What `Content-Length` says; 0 where Tornado will refuse it, or it is absent."""
+    digits = headers.get("Content-Length", "0")
+    if not (digits.isascii() and digits.isdigit()):
+        return 0
+    digits = digits.lstrip("0") or "0"
+    return int(digits) if len(digits) < 20 else float("inf")

@@ -1,0 +1,116 @@
+"""Ends connections that say nothing, or have lasted long enough.
+
+One timer serves them all. It turns once a second, or more often for short
+limits, and looks only at those whose time may have come.
+"""
+
+import asyncio
+import random
+from typing import Protocol
+
+from tornado.options import define
+
+define("idle_timeout", default=0.0, metavar="SECONDS",
+       help="longest that a client may go without a message either way; then it is "
+            "closed with 1001; 0: forever")
+define("max_lifetime", default=0.0, metavar="SECONDS",
+       help="longest that a connection may last; then it is closed with 1001, "
+            "some a little sooner; 0: forever")
+
+# Seconds between two turns, which is how late a close may be.
+MIN_TURN, MAX_TURN = 0.01, 1.0
+TURNS = 20  # in the shorter one of the two limits
+JITTER = 0.1  # of a lifetime: those who came together don't all go together
+
+
+class Mortal(Protocol):
+    """What ends: a `ClientSocketHandler`."""
+
+    @property
+    def last_message_at(self) -> float:
+        """When a message went either way, on the loop's clock."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether messages are waiting, so that silence means nothing."""
+
+    def expire(self, reason: str) -> None: ...
+
+
+class Lifetimes:
+    """Calls `expire()` after `idle_timeout` or `max_lifetime`, both in seconds.
+
+    0 turns one off.
+    """
+
+    def __init__(self, idle_timeout: float = 0.0, max_lifetime: float = 0.0) -> None:
+        self._idle_timeout = idle_timeout or float("inf")
+        self._max_lifetime = max_lifetime or float("inf")
+        shortest = min(self._idle_timeout, self._max_lifetime)
+        self._on = shortest < float("inf")
+        self._turn_time = max(MIN_TURN, min(MAX_TURN, shortest / TURNS))
+        # Whom to look at in which turn, and when their lives end at the latest,
+        # on the loop's clock.
+        self._turns: dict[int, dict[Mortal, float]] = {}
+        self._turn_of: dict[Mortal, int] = {}
+        self._last_turn = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, connection: Mortal) -> None:
+        """Watch `connection` from now on."""
+        if not self._on:
+            return
+        now = asyncio.get_running_loop().time()
+        ends_at = now + self._max_lifetime * (1 - JITTER * random.random())
+        if self._timer is None:
+            self._last_turn = self._turn_at(now)
+            self._arm()
+        self._look_at(connection, min(now + self._idle_timeout, ends_at), ends_at)
+
+    def discard(self, connection: Mortal) -> None:
+        """Watch it no more."""
+        turn = self._turn_of.pop(connection, None)
+        if turn is not None:
+            self._turns[turn].pop(connection)
+            if not self._turns[turn]:
+                del self._turns[turn]
+
+    def close(self) -> None:
+        """Stop the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look_at(self, connection: Mortal, at: float, ends_at: float) -> None:
+        turn = max(self._turn_at(at), self._last_turn) + 1  # the one after that time
+        self._turns.setdefault(turn, {})[connection] = ends_at
+        self._turn_of[connection] = turn
+
+    def _turn_at(self, at: float) -> int:
+        return int(at / self._turn_time)
+
+    def _arm(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(
+            self._turn_time, self._on_turn
+        )
+
+    def _on_turn(self) -> None:
+        self._timer = None
+        now = asyncio.get_running_loop().time()
+        last, self._last_turn = self._last_turn, self._turn_at(now)
+        for turn in range(last + 1, self._last_turn + 1):
+            for connection, ends_at in self._turns.pop(turn, {}).items():
+                del self._turn_of[connection]
+                self._judge(connection, ends_at, now)
+        if self._turns:
+            self._arm()
+
+    def _judge(self, connection: Mortal, ends_at: float, now: float) -> None:
+        heard = now if connection.busy else connection.last_message_at
+        if now >= ends_at:
+            connection.expire("lifetime")
+        elif now >= heard + self._idle_timeout:
+            connection.expire("idle")
+        else:
+            self._look_at(
+                connection, min(heard + self._idle_timeout, ends_at), ends_at
+            )

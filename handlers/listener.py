@@ -1,0 +1,275 @@
+"""Where the relay is reached: one address, its TLS, and accepting connections.
+
+What is asked there is decided by the routes that `socketdock.py` hands over;
+Tornado's server reads the requests.
+"""
+
+import asyncio
+import copy
+import ipaddress
+import logging
+import socket
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from tornado.http1connection import HTTP1Connection
+from tornado.httpserver import HTTPServer
+from tornado.httputil import HTTPConnection, HTTPMessageDelegate
+from tornado.iostream import IOStream, SSLIOStream
+from tornado.netutil import bind_sockets
+from tornado.options import Error as OptionError
+from tornado.options import define
+from tornado.web import Application
+
+logger = logging.getLogger(__name__)
+
+define("tls_cert", type=str, metavar="PATH",
+       help="certificate chain (PEM) of the clients' listener, which serves wss "
+            "then; re-read on SIGHUP; none: no TLS")
+define("tls_key", type=str, metavar="PATH",
+       help="its private key (PEM); none: it is in the file of --tls_cert")
+define("callback_tls_cert", type=str, metavar="PATH",
+       help="likewise for the listener of --callbackport")
+define("callback_tls_key", type=str, metavar="PATH",
+       help="likewise for the listener of --callbackport")
+define("callback_client_ca", type=str, metavar="PATH",
+       help="authorities (PEM) of which callers on the listener of --callbackport "
+            "need a certificate (mutual TLS); none: they need none")
+define("header_timeout", default=10.0, metavar="SECONDS",
+       help="longest wait for a connection's first request, TLS included")
+define("max_header_size", default=64 * 1024, metavar="BYTES",
+       help="largest request line and headers")
+define("reuse_port", default=False,
+       help="let several processes of one host share the clients' port (SO_REUSEPORT)")
+
+BACKLOG = 4096  # connections that the kernel holds until they are accepted
+ACCEPT_BATCH = 128  # connections accepted before others have their turn
+ACCEPT_PAUSE = 0.2  # seconds, where the process or the machine has run out
+WARNING_INTERVAL = 60.0  # seconds between two warnings of that
+IDLE_CONNECTION_TIMEOUT = 120.0  # seconds between two requests of one connection
+BODY_TIMEOUT = 60.0  # seconds for a request's body
+
+
+@dataclass(frozen=True, slots=True)
+class TLSFiles:
+    """PEM files of a listener; `client_ca` makes it demand a certificate, too."""
+
+    certificate: str
+    key: str | None = None
+    client_ca: str | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """Read them. Raises `OptionError` with one sentence."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        files = " and ".join(filter(None, (self.certificate, self.key)))
+        try:
+            context.load_cert_chain(self.certificate, self.key, _no_password)
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            raise OptionError(f"can't use {files} for TLS: {_why(error)}") from None
+        if self.client_ca is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
+            try:
+                context.load_verify_locations(self.client_ca)
+            except (OSError, ValueError) as error:
+                raise OptionError(
+                    f"can't use {self.client_ca} for TLS: {_why(error)}"
+                ) from None
+        return context
+
+
+def _no_password() -> NoReturn:
+    """Instead of OpenSSL's question at the terminal."""
+    raise ValueError("the key has a password")
+
+
+def _why(error: Exception) -> str:
+    """Why a file is of no use; OpenSSL's own words rarely tell."""
+    if isinstance(error, ssl.SSLError):
+        if error.reason == "KEY_VALUES_MISMATCH":
+            return "the key is not the certificate's"
+        return "not PEM, or the certificate or key is missing"
+    return getattr(error, "strerror", None) or str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBounds:
+    """What every request is held to: seconds, and bytes."""
+
+    header_timeout: float
+    max_header_size: int
+    max_body_size: int
+
+
+class Listener:
+    """One address and port, served by one application.
+
+    Binds at once. Raises `OptionError` where that can't be.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        tls: TLSFiles | None = None,
+        reuse_port: bool = False,
+    ) -> None:
+        self.address = address
+        self._tls = tls
+        self._context = tls.context() if tls is not None else None
+        self._sockets = _bind(address, port, reuse_port)
+        self.port: int = self._sockets[0].getsockname()[1]
+        self._server: _Server | None = None
+        self._resumptions: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._warned_at = float("-inf")  # on the loop's clock
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether it serves https and wss, not http and ws."""
+        return self._tls is not None
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it can be reached from this machine only."""
+        return all(
+            ipaddress.ip_address(sock.getsockname()[0]).is_loopback
+            for sock in self._sockets
+        )
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether it is bound to every address, so to none that can be told."""
+        return self.address in ("", "0.0.0.0", "::")
+
+    def url(self, scheme: str) -> str:
+        """Its URL, without a path; `scheme` is http or ws, and gets its s for TLS."""
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{scheme}{'s' * self.has_tls}://{host}:{self.port}"
+
+    def serve(self, application: Application, bounds: RequestBounds) -> None:
+        """Accept connections from now on."""
+        self._server = _Server(application, bounds)
+        for sock in self._sockets:
+            asyncio.get_running_loop().add_reader(sock, self._accept, sock)
+
+    def reload(self) -> None:
+        """Read the certificate again, for connections that come from now on.
+
+        Raises `OptionError` where that can't be; the old one stays.
+        """
+        if self._tls is not None:
+            self._context = self._tls.context()
+
+    async def close(self) -> None:
+        """Accept no more, and close what is open."""
+        for sock in self._sockets:
+            if (resumption := self._resumptions.pop(sock, None)) is not None:
+                resumption.cancel()
+            asyncio.get_running_loop().remove_reader(sock)
+            sock.close()
+        if self._server is not None:
+            await self._server.close_all_connections()
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(ACCEPT_BATCH):
+            try:
+                accepted, address = listening.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:
+                self._pause(listening, error)
+                return
+            self._begin(accepted, address)
+
+    def _pause(self, listening: socket.socket, error: OSError) -> None:
+        """Look away for a moment: the loop would spin on what can't be accepted."""
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._warned_at + WARNING_INTERVAL:
+            self._warned_at = loop.time()
+            logger.warning("accepting pauses: %s", error.strerror)
+        loop.remove_reader(listening)
+        self._resumptions[listening] = loop.call_later(
+            ACCEPT_PAUSE, self._resume, listening
+        )
+
+    def _resume(self, listening: socket.socket) -> None:
+        del self._resumptions[listening]
+        asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+    def _begin(self, accepted: socket.socket, address: Any) -> None:
+        assert self._server is not None
+        accepted.setblocking(False)
+        if self._context is None:
+            stream = IOStream(accepted, max_buffer_size=self._server.max_buffer_size)
+        else:
+            try:
+                wrapped = self._context.wrap_socket(
+                    accepted, server_side=True, do_handshake_on_connect=False
+                )
+            except OSError:  # it has gone already
+                accepted.close()
+                return
+            stream = SSLIOStream(wrapped, max_buffer_size=self._server.max_buffer_size)
+        self._server.handle_stream(stream, address)
+
+
+class _Server(HTTPServer):
+    """Tornado's server, with one limit for the first request and one for idling."""
+
+    def initialize(  # type: ignore[override] # of what HTTPServer offers, this
+        self, application: Application, bounds: RequestBounds
+    ) -> None:
+        super().initialize(
+            application,
+            max_header_size=bounds.max_header_size,
+            idle_connection_timeout=IDLE_CONNECTION_TIMEOUT,
+            body_timeout=BODY_TIMEOUT,
+            max_body_size=bounds.max_body_size,
+            max_buffer_size=2 * bounds.max_header_size,
+        )
+        self._served: set[object] = set()
+        self._first = copy.copy(self.conn_params)
+        self._first.header_timeout = bounds.header_timeout
+
+    def start_request(
+        self, server_conn: object, request_conn: HTTPConnection
+    ) -> HTTPMessageDelegate:
+        assert isinstance(request_conn, HTTP1Connection)
+        if request_conn.stream.closed():
+            return _Nobody(request_conn)
+        if server_conn not in self._served:
+            self._served.add(server_conn)
+            request_conn.params = self._first
+        return super().start_request(server_conn, request_conn)
+
+    def on_close(self, server_conn: object) -> None:
+        self._served.discard(server_conn)
+        super().on_close(server_conn)
+
+
+class _Nobody(HTTPMessageDelegate):
+    """Whom a request reaches that was read before its connection was closed.
+
+    Tornado would serve it, unanswered. "The server [...] MUST NOT process any
+    further requests received on that connection" (RFC 9112, section 9.6).
+    """
+
+    def __init__(self, connection: HTTP1Connection) -> None:
+        self._connection = connection
+
+    def headers_received(self, start_line: object, headers: object) -> None:
+        self._connection.detach()  # so that nothing more is read
+
+
+def _bind(address: str, port: int, reuse_port: bool) -> Sequence[socket.socket]:
+    try:
+        return bind_sockets(port, address, backlog=BACKLOG, reuse_port=reuse_port)
+    except (OSError, ValueError) as error:  # no address, or not even a host's name
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(
+            f"can't listen at port {port} of {address or '*'}: {reason}"
+        ) from None

@@ -1,0 +1,223 @@
+"""Secrets, headers and certificates towards the backend: files, good and bad."""
+
+import base64
+import signal
+from pathlib import Path
+
+import pytest
+import websockets
+from certificates import Authority, encrypted_key
+from service import RecordingBackend, Service, eventually, refusal
+from tornado.options import Error as OptionError
+
+from backends.http.credentials import CredentialSources
+
+SECRET = f"whsec_{base64.b64encode(b'32 bytes that nobody must read..').decode()}"
+
+
+@pytest.mark.gen_test
+async def test_headers_of_a_file_are_on_every_event(io_loop, tmp_path):
+    """As they stand there, and none of their values is logged."""
+    path = tmp_path / "headers"
+    path.write_bytes(
+        b"\xef\xbb\xbf# for the gateway\r\n\r\n  Authorization:Bearer s3cr3t=\t \r\n"
+        b"X-Colons: a:b: #c\td\r\nX-Empty:\r\n"
+    )
+    async with RecordingBackend() as backend:
+        flags = (f"--backend_headers_file={path}", "--logging=debug")
+        async with Service(*backend.flags(), *flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("hello")
+            await backend.wait_for("disconnect", 1)
+    assert [kind for kind, _, _ in backend.events] == [
+        "connect", "message", "disconnect"
+    ]
+    for _, _, headers in backend.events:
+        assert headers["Authorization"] == "Bearer s3cr3t="
+        assert headers["X-Colons"] == "a:b: #c\td"
+        assert headers["X-Empty"] == ""
+        assert headers["User-Agent"].startswith("SocketDock/")
+    assert "s3cr3t" not in "\n".join(service.log)
+
+
+@pytest.mark.gen_test
+async def test_all_files_are_read_again_or_none(io_loop, tmp_path):
+    """On SIGHUP; where one is wrong the log says which, and all stay as they were."""
+    headers, secrets = tmp_path / "headers", tmp_path / "secrets"
+    headers.write_text("X-Key: first")
+    secrets.write_text(SECRET)
+    async with RecordingBackend() as backend:
+        async with Service(
+            *backend.flags("message"),
+            f"--backend_headers_file={headers}",
+            f"--webhook_secret_file={secrets}",
+        ) as service:
+            async with websockets.connect(service.ws_url) as client:
+
+                async def seen_after(new_headers: str, new_secrets: str):
+                    """What the next event has: its key, and how many signatures."""
+                    headers.write_text(new_headers)
+                    secrets.write_text(new_secrets)
+                    service.process.send_signal(signal.SIGHUP)
+                    number = len(backend.events) + 1
+                    await eventually(
+                        lambda: len(reads(service)) == number
+                    )
+                    await client.send("hello")
+                    await backend.wait_for("message", number)
+                    seen = backend.events[-1][2]
+                    return seen["X-Key"], len(seen["Webhook-Signature"].split(" "))
+
+                two = f"{SECRET}\n{SECRET}"
+                assert await seen_after("X-Key: first", SECRET) == ("first", 1)
+                assert await seen_after("X-Key: second", two) == ("second", 2)
+                assert await seen_after("Host: third", SECRET) == ("second", 2)
+                assert await seen_after("X-Key: fourth", "short") == ("second", 2)
+                assert await seen_after("X-Key: fifth", SECRET) == ("fifth", 1)
+        errors = [line for line in service.log if "stays" in line]
+    assert len(errors) == 2
+    assert f"{headers}, line 1: Host" in errors[0]
+    assert f"{secrets}, line 1: a secret" in errors[1]
+
+
+def reads(service: Service) -> list[str]:
+    """The lines of the log that tell of SIGHUP."""
+    return [line for line in service.log if "read again: " in line]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "empty"),
+        (b"# only this\n\n", "empty"),
+        (b"X-Key: s3cr3t\nBearer s3cr3t\n", "line 2: not Name: value"),
+        (b"s3cr3t", "line 1: not Name: value"),
+        (b"X Key: s3cr3t", "line 1: not Name: value"),
+        (b"X-Key : s3cr3t", "line 1: not Name: value"),
+        (b": s3cr3t", "line 1: not Name: value"),
+        ("Schlüssel: s3cr3t".encode(), "line 1: not Name: value"),
+        (b"X-Key: s3cr3t\0", "line 1: X-Key has control characters"),
+        (b"X-Key: s3cr3t\rHost: evil", "line 1: X-Key has control characters"),
+        (b"X-Key: s3cr3t\x0bHost: evil", "line 1: X-Key has control characters"),
+        (b"X-Key: s3cr3t\x7f", "line 1: X-Key has control characters"),
+        ("X-Key: s3cr3t é".encode(), "others than ASCII"),
+        ("X-Key: s3cr3t\u2028Host: evil".encode(), "others than ASCII"),
+        (b"X-Key: s3cr3t \xff", "not UTF-8"),
+        (b"X-Key: 1\nx-key: s3cr3t", "line 2: x-key was there before"),
+        (b"X-Key: " + b"s3cr3t" * 2731, "larger than 16384 bytes"),
+        *(
+            (f"{name}: s3cr3t".encode(), f"line 1: {name} is for the relay to set")
+            for name in (
+                "host", "Content-Length", "Transfer-Encoding", "CONNECTION", "Expect",
+                "Content-Type", "Content-Encoding", "Upgrade", "TE", "Trailer",
+                "Keep-Alive", "Accept", "Accept-Encoding", "User-Agent", "Range",
+                "traceparent", "webhook-id", "Webhook-Signature", "webhook-",
+            )
+        ),
+    ],
+)
+def test_headers_file_that_is_wrong_says_why(tmp_path, content, why):
+    """With line and name, never with a value."""
+    path = tmp_path / "headers"
+    path.write_bytes(content)
+    check_refused(why, headers_file=str(path))
+
+
+@pytest.mark.parametrize(
+    ("secret", "why"),
+    [
+        ("s3cr3t", "not base64"),
+        ("whsec_", "0 bytes long, not 24 to 64"),
+        (base64.b64encode(b"s" * 23).decode(), "23 bytes long"),
+        (f"whsec_{base64.b64encode(b's' * 65).decode()}", "65 bytes long"),
+        (SECRET.rstrip("="), "not base64"),
+        (SECRET.replace("_", "-"), "not base64"),
+        (SECRET.replace("whsec", "whsk"), "not base64"),
+        (f"{SECRET}{SECRET}", "not base64"),
+        (SECRET[:12] + " " + SECRET[12:], "not base64"),
+        (base64.urlsafe_b64encode(b"\xff" * 32).decode(), "not base64"),
+        (SECRET.replace("b", "ß"), "not base64"),
+    ],
+)
+def test_secret_that_is_wrong_says_why(tmp_path, secret, why):
+    """Wherever it comes from, and never with the secret."""
+    path = tmp_path / "secrets"
+    path.write_text(f"{SECRET}\n\n{secret}\n")
+    for message in (
+        check_refused(f"number 2: a secret that is {why}", [SECRET, secret]),
+        check_refused(f"line 3: a secret that is {why}", webhook_secret_file=str(path)),
+    ):
+        assert secret.removeprefix("whsec_") == "" or secret not in message
+
+
+def test_secrets_are_bounded():
+    """Each one makes every event longer."""
+    check_refused("at most 16 secrets", [SECRET] * 17)
+
+
+@pytest.mark.parametrize("option", ["webhook_secret_file", "backend_headers_file"])
+def test_file_that_cannot_be_read_says_why(tmp_path, option):
+    """Where there is none, or no file, the sentence names the option."""
+    name = option.removeprefix("backend_")
+    for path, why in (
+        (tmp_path / "none", "No such file"),
+        (tmp_path, "not a file"),
+        (Path("/dev/zero"), "not a file"),
+    ):
+        message = check_refused(f"{path}: .*{why}", **{name: str(path)})
+        assert message.startswith(f"--{option}=")
+
+
+def test_certificate_that_cannot_be_used_says_why(tmp_path):
+    """A wrong key, a key with a password, and files that are no PEM."""
+    authority = Authority(tmp_path)
+    one, another = authority.client(), authority.client()
+    encrypted = encrypted_key(one)
+    junk = tmp_path / "junk"
+    junk.write_bytes(b"-----BEGIN nonsense\xff")
+    none = tmp_path / "none"
+    for files, why in (
+        ({"cert": one.cert, "key": another.key}, "the key is not the certificate's"),
+        ({"cert": one.cert, "key": encrypted}, "the key has a password"),
+        ({"cert": one.cert}, "the certificate or key is missing"),
+        ({"cert": one.key}, "the certificate or key is missing"),
+        ({"cert": junk}, "not PEM"),
+        ({"cert": one.cert, "key": junk}, "not PEM"),
+        ({"cert": one.cert, "key": none}, "No such file"),
+        ({"cert": none}, "No such file"),
+        ({"cert": tmp_path}, "Is a directory"),
+        ({"key": one.key}, "--backend_key needs --backend_cert"),
+        ({"ca": junk}, "no PEM certificate"),
+        ({"ca": one.key}, "no PEM certificate"),
+        ({"ca": none}, "No such file"),
+        ({"ca": tmp_path}, "Is a directory"),
+    ):
+        paths = {name: str(path) for name, path in files.items()}
+        message = check_refused(why, **paths)
+        assert all(f"--backend_{name}" in message for name in files)
+        assert encrypted.read_text() not in message
+
+
+def test_wrong_files_stop_the_start(tmp_path):
+    """With one sentence each, in which no secret is."""
+    headers = tmp_path / "headers"
+    headers.write_text("Host: s3cr3t")
+    for flag, why in (
+        (f"--backend_headers_file={headers}", "Host is for the relay to set"),
+        ("--webhook_secret=whsec_s3cr3t", "--webhook_secret, number 1"),
+        (f"--backend_ca={headers}", "no PEM certificate"),
+    ):
+        message = refusal("--backend=http", "--messageuri=http://127.0.0.1:9/", flag)
+        assert why in message
+        assert "s3cr3t" not in message
+
+
+def check_refused(why: str, secrets: list[str] | None = None, **files: str) -> str:
+    """The sentence that says `why` these are refused."""
+    sources = CredentialSources(https=False, webhook_secrets=secrets or [], **files)
+    with pytest.raises(OptionError, match=why) as caught:
+        sources.read()
+    message = str(caught.value)
+    assert "s3cr3t" not in message
+    assert "\n" not in message
+    return message

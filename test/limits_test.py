@@ -1,0 +1,457 @@
+"""Limits: how many come in, how fast they send, how long they stay."""
+
+import asyncio
+import contextlib
+import time
+
+import pytest
+import websockets
+from service import DEADLINE, RecordingBackend, Service, eventually, refusal
+from tornado.web import RequestHandler
+
+from handlers import admission
+from handlers.admission import Admission, RefusalLog
+from handlers.lifetimes import Lifetimes
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+TRUSTED = "--trusted_proxies=127.0.0.1"
+
+
+def connect(
+    url: str, address: str | None = None, **options: object
+) -> websockets.connect:
+    """A client of that address, as its proxy tells."""
+    headers = {} if address is None else {"X-Forwarded-For": address}
+    return websockets.connect(
+        url, additional_headers=headers, compression=None, **options
+    )
+
+
+async def refused(url: str, address: str | None = None) -> websockets.Response:
+    """What a handshake that is refused is answered."""
+    with pytest.raises(websockets.InvalidStatus) as error:
+        await connect(url, address)
+    return error.value.response
+
+
+async def closed(client: websockets.ClientConnection) -> tuple[int | None, str | None]:
+    """Code and reason with which the relay closes `client`, once it does."""
+    with contextlib.suppress(websockets.ConnectionClosed):
+        async with asyncio.timeout(DEADLINE):
+            while True:
+                await client.recv()
+    return client.close_code, client.close_reason
+
+
+async def pushed(url: str, message: bytes) -> bytes:
+    """What a client is sent that sends one message after another until its end."""
+    host, port = url[5:-3].split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(
+        f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
+        f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        f"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+    )
+    await reader.readuntil(b"\r\n\r\n")
+    frame = b"\x82\xfe" + len(message).to_bytes(2) + bytes(4) + message
+
+    async def push() -> None:
+        while True:
+            writer.write(frame)
+            await writer.drain()
+            await asyncio.sleep(0)  # drain() alone may never let the reader have a turn
+
+    pushing = asyncio.create_task(push())
+    answer = await asyncio.wait_for(reader.read(), DEADLINE)
+    pushing.cancel()
+    with contextlib.suppress(asyncio.CancelledError, ConnectionError):
+        await pushing
+    writer.close()
+    return answer
+
+
+# Who comes in.
+
+
+async def test_connections_in_all_are_limited(io_loop):
+    """Beyond --max_connections: 503, also while the others are being decided."""
+    decide = asyncio.Event()
+
+    async def hold(handler: RequestHandler, event: dict) -> None:
+        await decide.wait()
+
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), "--max_connections=2") as service:
+            async with connect(service.ws_url):
+                backend.answers["connect"] = hold
+                second = asyncio.ensure_future(connect(service.ws_url).__aenter__())
+                await backend.wait_for("connect", 2)
+                response = await refused(service.ws_url)
+                assert response.status_code == 503
+                assert int(response.headers["Retry-After"]) >= 1
+                assert len(backend.of("connect")) == 2
+                decide.set()
+                await (await second).close()
+                await backend.wait_for("disconnect", 1)
+                async with connect(service.ws_url):
+                    assert (await refused(service.ws_url)).status_code == 503
+        assert not any("GET /ws: 503" in line for line in service.log)
+
+
+async def test_connections_of_one_address_are_limited(io_loop):
+    """Beyond --max_connections_per_ip: 429; others are let in, and it is later."""
+    async with RecordingBackend() as backend:
+        flags = (TRUSTED, "--max_connections_per_ip=2")
+        async with Service(*backend.flags(), *flags) as service:
+            one, other = "203.0.113.1", "203.0.113.2"
+            async with connect(service.ws_url, one) as first:
+                async with connect(service.ws_url, one):
+                    response = await refused(service.ws_url, one)
+                    assert response.status_code == 429
+                    assert int(response.headers["Retry-After"]) >= 1
+                    async with connect(service.ws_url, other):
+                        pass
+                    await first.close()
+                    await backend.wait_for("disconnect", 2)
+                    async with connect(service.ws_url, one):
+                        pass
+            assert len(backend.of("connect")) == 4
+
+
+async def test_refused_by_the_backend_counts_no_more(io_loop):
+    """A connection that was not accepted leaves room for another one."""
+
+    async def refuse(handler: RequestHandler, event: dict) -> None:
+        handler.set_status(403)
+
+    async with RecordingBackend() as backend:
+        flags = ("--max_connections=1", "--max_connections_per_ip=1")
+        async with Service(*backend.flags(), *flags) as service:
+            backend.answers["connect"] = refuse
+            for _ in range(3):
+                assert (await refused(service.ws_url)).status_code == 403
+            backend.answers.clear()
+            async with connect(service.ws_url):
+                pass
+
+
+async def test_ipv6_clients_count_with_their_network(io_loop):
+    """Who has one address of a /64 has all of them."""
+    async with Service(TRUSTED, "--max_connections_per_ip=1") as service:
+        async with connect(service.ws_url, "2001:db8::1"):
+            response = await refused(service.ws_url, "2001:db8::ffff:2")
+            assert response.status_code == 429
+            async with connect(service.ws_url, "2001:db8:0:1::1"):
+                pass
+
+
+async def test_handshakes_of_one_address_are_limited(io_loop):
+    """Above --handshakes_per_second: 429, until Retry-After; others are let in."""
+    async with Service(TRUSTED, "--handshakes_per_second=0.4") as service:
+        async with connect(service.ws_url, "203.0.113.1"):
+            response = await refused(service.ws_url, "203.0.113.1")
+            assert response.status_code == 429
+            assert 1 <= int(response.headers["Retry-After"]) <= 2
+            async with connect(service.ws_url, "203.0.113.2"):
+                pass
+            await asyncio.sleep(int(response.headers["Retry-After"]))
+            async with connect(service.ws_url, "203.0.113.1"):
+                pass
+
+
+async def test_a_second_s_worth_of_handshakes_may_come_at_once(io_loop):
+    """Refused ones cost nothing: the next comes in when its time has come."""
+    doors = Admission(handshakes_per_second=5)
+    admitted = [doors.refusal("203.0.113.1") is None for _ in range(100)]
+    assert 5 <= sum(admitted) < 10 and all(admitted[:5])
+    await eventually(lambda: doors.refusal("203.0.113.1") is None, 2)
+
+
+async def test_table_of_addresses_is_bounded(io_loop, monkeypatch):
+    """Addresses with a full bucket are forgotten, and the oldest beyond a bound."""
+    monkeypatch.setattr(admission, "MAX_ADDRESSES", 50)
+    doors = Admission(handshakes_per_second=100)
+    for number in range(1000):
+        assert doors.refusal(f"10.0.{number // 256}.{number % 256}") is None
+        assert len(doors._paid_until) <= 50
+    assert len(doors._paid_until) > 10
+
+    def forgotten() -> bool:
+        doors.refusal("192.0.2.1")
+        return len(doors._paid_until) == 1
+
+    await eventually(forgotten, 5)
+
+
+async def test_flood_of_refusals_does_not_flood_the_log(io_loop):
+    """Twenty lines a minute, and one that counts the others."""
+    async with Service("--max_connections_per_ip=1") as service:
+        async with connect(service.ws_url):
+            for _ in range(50):
+                await refused(service.ws_url)
+    told = [line for line in service.log if "refused with 429" in line]
+    assert len(told) == 20
+    assert "127.0.0.1" in told[0] and "as many connections as it may" in told[0]
+    (counted,) = [line for line in service.log if "more handshakes" in line]
+    assert "30 more handshakes were refused: 30 with 429" in counted
+
+
+async def test_refusals_are_counted_anew_in_each_interval(io_loop, caplog):
+    """The warning comes by itself, and then lines do again."""
+    book = RefusalLog(lines=1, interval=0.05)
+    with caplog.at_level("INFO", "handlers.admission"):
+        for status in (429, 429, 503):
+            book.add("203.0.113.1", status, "why")
+        await eventually(lambda: len(caplog.messages) == 2)
+        assert caplog.messages[1] == (
+            "2 more handshakes were refused: 1 with 429, 1 with 503"
+        )
+        book.add("203.0.113.1", 429, "why")
+        assert len(caplog.messages) == 3
+        book.sum_up()
+        assert len(caplog.messages) == 3
+
+
+# How fast they send.
+
+
+async def test_messages_above_the_rate_are_read_later(io_loop):
+    """Reading slows to --messages_per_second; nothing is lost or out of order."""
+    async with Service("--messages_per_second=20", "--rate_patience=30") as service:
+        async with connect(service.ws_url) as client:
+            began = time.monotonic()
+            for number in range(40):
+                await client.send(str(number))
+            for number in range(40):
+                assert await asyncio.wait_for(client.recv(), DEADLINE) == str(number)
+            assert time.monotonic() - began > 0.8  # 20 at once, 20 in a second
+            await client.close()
+            assert client.close_code == 1000
+
+
+async def test_bytes_above_the_rate_are_read_later(io_loop):
+    """Reading slows to --bytes_per_second, within a message too."""
+    async with Service("--bytes_per_second=100000", "--rate_patience=30") as service:
+        async with connect(service.ws_url) as client:
+            began = time.monotonic()
+            await client.send(bytes(300_000))
+            assert len(await asyncio.wait_for(client.recv(), DEADLINE)) == 300_000
+            assert time.monotonic() - began > 1.5  # 100 KB at once, 200 KB in 2 s
+
+
+async def test_rates_are_each_connection_s_own(io_loop):
+    """A client that is held back holds nobody else back."""
+    async with Service("--messages_per_second=2", "--rate_patience=30") as service:
+        async with connect(service.ws_url) as busy, connect(service.ws_url) as quiet:
+            for number in range(6):
+                await busy.send(str(number))
+            await busy.recv()
+            await quiet.send("y")
+            assert await asyncio.wait_for(quiet.recv(), DEADLINE) == "y"
+            while await busy.recv() != "5":  # which comes, two seconds after
+                pass
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--messages_per_second=10", bytes(200)),
+        ("--bytes_per_second=10000", bytes(5000)),
+    ],
+)
+async def test_client_that_does_not_slow_down_is_closed_with_1008(
+    io_loop, flag, message
+):
+    """More than its rate for --rate_patience, without a break."""
+    async with RecordingBackend() as backend:
+        flags = backend.flags("message", "disconnect")
+        async with Service(*flags, flag, "--rate_patience=1") as service:
+            answer = await pushed(service.ws_url, message)
+            assert answer == b"\x88\x0f\x03\xf0rate exceeded"
+            (event,) = await backend.wait_for("disconnect", 1)
+        meta = event["meta"]
+        assert (meta["code"], meta["initiator"]) == (1008, "relay")
+        assert 1 <= meta["duration"] < 5
+        # At most those of its first second, and of the time that it was given.
+        assert len(backend.of("message")) < 10 * (meta["duration"] + 1) + 2
+
+
+async def test_client_that_pauses_is_not_closed(io_loop):
+    """Bursts above the rate, for longer than --rate_patience, with breaks."""
+    async with Service("--messages_per_second=50", "--rate_patience=2") as service:
+        async with connect(service.ws_url) as client:
+            began = time.monotonic()
+            while time.monotonic() - began < 3.5:
+                for _ in range(40):
+                    await client.send("x")
+                for _ in range(40):
+                    await asyncio.wait_for(client.recv(), DEADLINE)
+                await asyncio.sleep(0.2)  # its break
+            await client.close()
+            assert client.close_code == 1000
+
+
+async def test_client_that_is_held_back_lives(io_loop):
+    """A pong can't be read while reading waits, so none is missed."""
+    flags = ("--messages_per_second=2", "--ping_interval=0.2", "--ping_timeout=0.2")
+    async with Service(*flags) as service:
+        async with connect(service.ws_url) as client:
+            for number in range(6):
+                await client.send(str(number))
+            for number in range(6):
+                assert await asyncio.wait_for(client.recv(), DEADLINE) == str(number)
+
+
+async def test_client_that_is_held_back_can_be_closed(io_loop):
+    """A close by the backend does not wait for the client's credit."""
+    async with RecordingBackend() as backend:
+        flags = backend.flags("message", "disconnect")
+        async with Service(*flags, "--messages_per_second=0.01") as service:
+            async with connect(service.ws_url) as client:
+                await client.send("x")
+                (event,) = await backend.wait_for("message", 1)
+                answer = await backend.call(event["meta"]["disconnect"])
+                assert answer.code == 200
+                assert await closed(client) == (1000, "")
+                (event,) = await backend.wait_for("disconnect", 1)
+                assert event["meta"]["code"] == 1000
+
+
+# How long they stay.
+
+
+async def test_idle_client_is_closed_with_1001(io_loop):
+    """No message either way for --idle_timeout; pings of both sides don't count."""
+    async with RecordingBackend() as backend:
+        flags = ("--idle_timeout=1", "--ping_interval=0.2")
+        async with Service(
+            *backend.flags("message", "disconnect"), *flags
+        ) as service:
+            async with connect(service.ws_url, ping_interval=0.2) as client:
+                assert await closed(client) == (1001, "idle")
+            (event,) = await backend.wait_for("disconnect", 1)
+        meta = event["meta"]
+        assert (meta["code"], meta["reason"], meta["initiator"]) == (
+            1001, "idle", "relay",
+        )
+        assert 1 <= meta["duration"] < 3
+
+
+@pytest.mark.parametrize("way", ["to the backend", "from the backend"])
+async def test_client_with_messages_is_not_idle(io_loop, way):
+    """One way is enough."""
+    async with RecordingBackend() as backend:
+        flags = (*backend.flags("message", "disconnect"), "--idle_timeout=1.5")
+        async with Service(*flags) as service:
+            async with connect(service.ws_url) as client:
+                await client.send("hello")
+                (event,) = await backend.wait_for("message", 1)
+                began = time.monotonic()
+                while time.monotonic() - began < 2.5:
+                    if way == "to the backend":
+                        await client.send("x")
+                    else:
+                        answer = await backend.call(event["meta"]["send"], body=b"x")
+                        assert answer.code == 200
+                    await asyncio.sleep(0.3)  # between two messages
+                await client.close()
+                assert client.close_code == 1000
+
+
+async def test_client_that_waits_for_the_backend_is_not_idle(io_loop):
+    """Its silence is the backend's."""
+    answer = asyncio.Event()
+
+    async def hold(handler: RequestHandler, event: dict) -> None:
+        await answer.wait()
+
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = hold
+        flags = ("--idle_timeout=0.5", "--order_wait=inf", "--backend_timeout=30")
+        async with Service(
+            *backend.flags("message", "disconnect"), *flags
+        ) as service:
+            async with connect(service.ws_url) as client:
+                await client.send("x")
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(client.recv(), 1.5)
+                answer.set()
+                assert await closed(client) == (1001, "idle")
+
+
+async def test_lifetime_ends_however_busy_a_client_is(io_loop):
+    """1001 after --max_lifetime, or a tenth sooner."""
+    async with RecordingBackend() as backend:
+        flags = (*backend.flags("disconnect", "message"), "--max_lifetime=2")
+        async with Service(*flags) as service:
+            async with contextlib.AsyncExitStack() as clients:
+                connected = [
+                    await clients.enter_async_context(connect(service.ws_url))
+                    for _ in range(20)
+                ]
+
+                async def chat(client: websockets.ClientConnection) -> None:
+                    with contextlib.suppress(websockets.ConnectionClosed):
+                        while True:
+                            await client.send("x")
+                            await asyncio.sleep(0.2)  # between two messages
+
+                chats = [asyncio.create_task(chat(client)) for client in connected]
+                for client in connected:
+                    assert await closed(client) == (1001, "lifetime")
+                await asyncio.gather(*chats)
+            events = await backend.wait_for("disconnect", 20)
+        lasted = sorted(event["meta"]["duration"] for event in events)
+        assert 1.8 <= lasted[0] < lasted[-1] < 4
+        assert {event["meta"]["initiator"] for event in events} == {"relay"}
+
+
+async def test_clients_that_came_together_do_not_all_go_together(io_loop):
+    """Their lives end in many turns, none of them too late."""
+
+    class Client:
+        busy, last_message_at = False, 0.0
+
+        def expire(self, reason: str) -> None: ...
+
+    lifetimes = Lifetimes(max_lifetime=3600)
+    began = int(asyncio.get_running_loop().time())
+    for _ in range(100):
+        lifetimes.add(Client())
+    turns = set(lifetimes._turn_of.values())
+    assert len(turns) > 50
+    assert began + 3240 <= min(turns) and max(turns) <= began + 3603
+    lifetimes.close()
+
+
+async def test_everything_is_off_by_default(io_loop):
+    """A thousand messages at once, and three connections of one address."""
+    async with Service() as service:
+        async with contextlib.AsyncExitStack() as clients:
+            for _ in range(3):
+                client = await clients.enter_async_context(connect(service.ws_url))
+                for number in range(1000):
+                    await client.send(str(number))
+                for number in range(1000):
+                    assert await client.recv() == str(number)
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("--max_connections=0", "at least 1"),
+        ("--max_connections_per_ip=-1", "0 or more"),
+        ("--bytes_per_second=-1", "0 or more"),
+        ("--messages_per_second=-1", "0, or 0.01 or more"),
+        ("--messages_per_second=0.001", "0, or 0.01 or more"),
+        ("--handshakes_per_second=nan", "0, or 0.01 or more"),
+        ("--handshakes_per_second=inf", "0, or 0.01 or more"),
+        ("--idle_timeout=-1", "0 or more seconds"),
+        ("--max_lifetime=inf", "a finite number"),
+    ],
+)
+def test_limit_out_of_range_stops_the_start(flag, why):
+    """One sentence names the option and what it must be."""
+    line = refusal(flag)
+    assert flag.partition("=")[0] in line and why in line

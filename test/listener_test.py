@@ -1,0 +1,106 @@
+"""Accepting connections: descriptors, and several processes on one port."""
+
+import asyncio
+import contextlib
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import websockets
+from service import DEADLINE, Service, eventually
+
+HARD = "ulimit -n {0}; exec " + sys.executable + ' socketdock.py "$@"'
+
+
+def limited(files, *flags):
+    """A service that may have so many files open."""
+    return Service(*flags, command=["bash", "-c", HARD.format(files), "-"])
+
+
+def processor_time(service):
+    """Ticks that its process has used."""
+    stat = Path(f"/proc/{service.process.pid}/stat").read_text()
+    return sum(map(int, stat.rpartition(")")[2].split()[11:13]))
+
+
+def open_files(service):
+    return len(list(Path(f"/proc/{service.process.pid}/fd").iterdir()))
+
+
+async def echo(service):
+    async with websockets.connect(service.ws_url) as client:
+        await client.send("hello")
+        assert await asyncio.wait_for(client.recv(), DEADLINE) == "hello"
+
+
+@pytest.mark.gen_test
+async def test_running_out_of_descriptors_pauses_accepting(io_loop):
+    """The process neither ends nor spins, and goes on when there are some again."""
+    async with limited(64, "--max_connections=50") as service:
+        host, _, port = service.ws_url.split("/")[2].rpartition(":")
+        with contextlib.ExitStack() as many:
+            for _ in range(100):
+                many.enter_context(socket.create_connection((host, int(port))))
+            await eventually(lambda: any("accepting pauses" in x for x in service.log))
+            assert open_files(service) == 64
+            before = processor_time(service)
+            await asyncio.sleep(1)  # a span to be measured, not a thing to settle
+            assert processor_time(service) - before < 50  # of 100
+        await echo(service)
+        assert sum("accepting pauses" in line for line in service.log) == 1
+
+
+@pytest.mark.gen_test
+async def test_limit_on_files_below_the_connections_is_told_at_the_start(io_loop):
+    """With both numbers."""
+    async with limited(400, "--max_connections=1000") as service:
+        await echo(service)
+    (told,) = [line for line in service.log if "ulimit" in line]
+    assert "400" in told and "--max_connections=1000" in told
+
+
+@pytest.mark.gen_test
+async def test_soft_limit_on_files_is_raised(io_loop):
+    """Up to the hard one, as far as it is needed."""
+    soft = "ulimit -Sn 64; exec " + sys.executable + ' socketdock.py "$@"'
+    async with Service(
+        "--max_connections=300", command=["bash", "-c", soft, "-"]
+    ) as service:
+        limits = Path(f"/proc/{service.process.pid}/limits")
+        await eventually(lambda: soft_limit(limits.read_text()) >= 300)
+        assert not any("ulimit" in line for line in service.log)
+
+
+def soft_limit(limits):
+    (line,) = [x for x in limits.splitlines() if x.startswith("Max open files")]
+    return int(line.split()[3])
+
+
+@pytest.mark.gen_test
+async def test_processes_share_a_port(io_loop):
+    """With --reuse_port; without it the second one does not start."""
+    async with Service("--reuse_port", "--callbackport=0") as first:
+        port = first.ws_url.split("/")[2].rpartition(":")[2]
+        same = f"--bindport={port}"
+        async with Service("--reuse_port", same, "--callbackport=0") as second:
+            reached = set()
+            async with asyncio.timeout(DEADLINE):
+                while len(reached) < 2:
+                    await echo(first)
+                    reached = {
+                        service.callback_url
+                        for service in (first, second)
+                        if await total(service)
+                    }
+
+
+async def total(service):
+    """How many connections its process has had."""
+    host, _, port = service.callback_url.split("/")[2].rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /status HTTP/1.1\r\nHost: localhost\r\n")
+    writer.write(b"Connection: close\r\n\r\n")
+    answer = await asyncio.wait_for(reader.read(), DEADLINE)
+    writer.close()
+    return b'"total": 0' not in answer

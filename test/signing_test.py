@@ -1,0 +1,223 @@
+"""Signed events, verified by the public libraries of Standard Webhooks."""
+
+import asyncio
+import base64
+import json
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+import pytest
+import websockets
+from interop_test import INTEROP, kill, leave_out, program
+from service import DEADLINE, RecordingBackend, Service, eventually
+from standardwebhooks import Webhook, WebhookVerificationError
+from tornado.web import RequestHandler
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+FIRST = f"whsec_{base64.b64encode(b'the first secret, 32 bytes long!').decode()}"
+SECOND = base64.b64encode(bytes(range(0xC0, 0x100))).decode()  # 64 bytes, no prefix
+OTHER = f"whsec_{base64.b64encode(b'nobody has given me away').decode()}"  # 24 bytes
+
+MESSAGES = (
+    "hello",
+    "",
+    'grüße 🦆 "quoted" \\ \0 \u2028',
+    b"binary that is UTF-8: \xf0\x9f\xa6\x86",
+    b"\x00\x01\xfe\xff, which is not UTF-8",
+    "🦆" * 2**18,
+)
+
+
+class Signed(NamedTuple):
+    """An attempt as the backend got it, and the secret to verify it with."""
+
+    headers: dict[str, str]
+    body: bytes
+    secret: str = FIRST
+
+    @property
+    def event_id(self) -> str:
+        """The same on every attempt of an event."""
+        return self.headers["webhook-id"]
+
+
+class Ears:
+    """Keeps each attempt of a backend's events with the bytes of its body."""
+
+    def __init__(self, backend: RecordingBackend) -> None:
+        self.attempts: list[Signed] = []
+        self.to_be_told: list[int] = []  # statuses for the next messages
+        for kind in backend.KINDS:
+            backend.answers[kind] = self.hear
+
+    async def hear(self, handler: RequestHandler, event: dict) -> None:
+        fields = handler.request.headers.items()
+        headers = {name.lower(): value for name, value in fields}
+        self.attempts.append(Signed(headers, handler.request.body))
+        if "message" in event and self.to_be_told:
+            handler.set_status(self.to_be_told.pop(0))
+            handler.set_header("Retry-After", "1")
+
+
+async def by_python(attempts: Sequence[Signed]) -> list[bool]:
+    """PyPI's `standardwebhooks`: which of them are verified."""
+    verified = []
+    for attempt in attempts:
+        try:
+            Webhook(attempt.secret).verify(attempt.body, attempt.headers)
+            verified.append(True)
+        except WebhookVerificationError:
+            verified.append(False)
+    return verified
+
+
+async def by_npm(attempts: Sequence[Signed]) -> list[bool]:
+    """npm's `standardwebhooks`."""
+    node = program("nodejs npm", "node")
+    if not (INTEROP / "node_modules" / "standardwebhooks").is_dir():
+        leave_out("npm's standardwebhooks is missing: npm ci --prefix test/interop")
+    process = await asyncio.create_subprocess_exec(
+        node,
+        INTEROP / "verify.mjs",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    events = [
+        attempt._asdict() | {"body": base64.b64encode(attempt.body).decode()}
+        for attempt in attempts
+    ]
+    try:
+        async with asyncio.timeout(DEADLINE):
+            stdout, stderr = await process.communicate(json.dumps(events).encode())
+    finally:
+        await kill(process)
+    assert process.returncode == 0, stderr.decode()
+    return json.loads(stdout)
+
+
+def tampered(attempt: Signed) -> list[Signed]:
+    """What somebody in between might have made of it."""
+    later = int(attempt.headers["webhook-timestamp"]) + 1
+    return [
+        attempt._replace(body=attempt.body.replace(b'"meta"', b'"Meta"', 1)),
+        attempt._replace(body=attempt.body + b" "),
+        attempt._replace(headers=attempt.headers | {"webhook-id": "another"}),
+        attempt._replace(headers=attempt.headers | {"webhook-timestamp": str(later)}),
+        attempt._replace(secret=OTHER),
+    ]
+
+
+@pytest.mark.parametrize("verify", [by_python, by_npm])
+async def test_every_event_is_verified(
+    io_loop, verify: Callable[[Sequence[Signed]], Awaitable[list[bool]]]
+):
+    """Of every kind, whatever is in a message; what was tampered with is not."""
+    async with RecordingBackend() as backend:
+        ears = Ears(backend)
+        async with Service(*backend.flags(), f"--webhook_secret={FIRST}") as service:
+            async with websockets.connect(service.ws_url, compression=None) as client:
+                for message in MESSAGES:
+                    await client.send(message)
+            await backend.wait_for("disconnect", 1)
+    kinds = [kind for kind, _, _ in backend.events]
+    assert kinds == ["connect", *["message"] * len(MESSAGES), "disconnect"]
+    assert await verify(ears.attempts) == [True] * len(kinds)
+    for attempt in (ears.attempts[0], ears.attempts[1], ears.attempts[-1]):
+        assert await verify(tampered(attempt)) == [False] * 5
+
+
+async def test_several_secrets_sign_each_event(io_loop):
+    """Who knows any one of them can verify, with `whsec_` before it or not."""
+    async with RecordingBackend() as backend:
+        ears = Ears(backend)
+        secrets = f"--webhook_secret={FIRST},{SECOND}"
+        async with Service(*backend.flags(), secrets) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("hello")
+            await backend.wait_for("disconnect", 1)
+    assert len(ears.attempts) == 3
+    for attempt in ears.attempts:
+        assert len(attempt.headers["webhook-signature"].split(" ")) == 2
+        known = [attempt._replace(secret=secret) for secret in (FIRST, SECOND, OTHER)]
+        assert await by_python(known) == [True, True, False]
+
+
+async def test_each_attempt_is_signed_anew(io_loop):
+    """A retry has the same id, the time of now, and a signature of both."""
+    async with RecordingBackend() as backend:
+        ears = Ears(backend)
+        ears.to_be_told = [503]
+        flags = (*backend.flags("message"), f"--webhook_secret={FIRST}")
+        async with Service(*flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("hello")
+                first, again = await attempts_of(ears, 2)
+    assert first.event_id == again.event_id
+    assert first.body == again.body
+    times = [int(attempt.headers["webhook-timestamp"]) for attempt in (first, again)]
+    assert times[0] < times[1]
+    assert await by_python([first, again]) == [True, True]
+    assert first.headers["webhook-signature"] != again.headers["webhook-signature"]
+
+
+async def test_secrets_are_read_again_on_sighup(io_loop, tmp_path):
+    """The next event has the new one; a file that is wrong changes nothing."""
+    path = tmp_path / "secrets"
+    path.write_text(f"# the old one\n\n  {FIRST}\n")
+    async with RecordingBackend() as backend:
+        ears = Ears(backend)
+        flags = (*backend.flags("message"), f"--webhook_secret_file={path}")
+        async with Service(*flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                for text, signed_by in (
+                    (FIRST, FIRST),
+                    (SECOND, SECOND),
+                    (OTHER[:-1], SECOND),
+                    ("# nothing", SECOND),
+                    (f"{OTHER}\r\n{FIRST}", FIRST),
+                ):
+                    path.write_text(text)
+                    ears.attempts.clear()
+                    await reload(service)
+                    await client.send("hello")
+                    (attempt,) = await attempts_of(ears, 1)
+                    known = [attempt._replace(secret=s) for s in (FIRST, SECOND)]
+                    assert await by_python(known) == [
+                        secret == signed_by for secret in (FIRST, SECOND)
+                    ]
+        wrong = [line for line in service.log if " stays: " in line]
+        assert len(wrong) == 2
+        assert f"{path}, line 1" in wrong[0]
+        assert "empty" in wrong[1]
+        assert not any(secret[8:] in "".join(service.log) for secret in (FIRST, OTHER))
+
+
+async def test_without_a_secret_nothing_is_signed(io_loop):
+    """There is no header that would look like a signature."""
+    async with RecordingBackend() as backend:
+        ears = Ears(backend)
+        async with Service(*backend.flags("message")) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("hello")
+                (attempt,) = await attempts_of(ears, 1)
+    assert "webhook-signature" not in attempt.headers
+
+
+async def attempts_of(ears: Ears, number: int) -> list[Signed]:
+    """All, once there are so many of them."""
+    await eventually(lambda: len(ears.attempts) >= number)
+    return ears.attempts
+
+
+async def reload(service: Service) -> None:
+    """Have the relay read its files again, and wait until it has."""
+
+    def times() -> int:
+        return sum("read again: " in line for line in service.log)
+
+    before = times()
+    service.process.send_signal(signal.SIGHUP)
+    await eventually(lambda: times() > before)

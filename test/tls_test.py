@@ -1,0 +1,244 @@
+"""TLS of both listeners, callers' certificates, and reading them again."""
+
+import asyncio
+import shutil
+import signal
+import ssl
+
+import pytest
+import websockets
+from certificates import Authority, encrypted_key
+from service import DEADLINE, RecordingBackend, Service, eventually, refusal
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module")
+def server(authority):
+    return authority.server()
+
+
+def trusting(authority):
+    return ssl.create_default_context(cafile=str(authority.path))
+
+
+async def serial_number(url, context):
+    """That of the certificate which a listener shows."""
+    host, _, port = url.split("/")[2].rpartition(":")
+    _, writer = await asyncio.open_connection(host, int(port), ssl=context)
+    shown = writer.get_extra_info("ssl_object").getpeercert()["serialNumber"]
+    writer.close()
+    return shown
+
+
+@pytest.mark.gen_test
+async def test_one_listener_serves_wss_and_https(io_loop, authority, server):
+    """The callback URL says https, and works."""
+    context = trusting(authority)
+    async with (
+        RecordingBackend() as backend,
+        Service(
+            *backend.flags(), f"--tls_cert={server.cert}", f"--tls_key={server.key}"
+        ) as service,
+        websockets.connect(service.ws_url, ssl=context) as client,
+    ):
+        assert service.ws_url.startswith("wss://")
+        await client.send("hello")
+        meta = (await backend.wait_for("message", 1))[0]["meta"]
+        assert meta["send"].startswith("https://127.0.0.1:")
+        answer = await backend.call(
+            meta["send"] + "?type=text", body=b"back", ssl_options=context
+        )
+        assert answer.code == 200
+        assert await asyncio.wait_for(client.recv(), DEADLINE) == "back"
+
+
+@pytest.mark.gen_test
+async def test_messages_of_every_size_pass_through_tls(io_loop, authority, server):
+    """Up to the largest, both ways."""
+    async with (
+        Service(f"--tls_cert={server.both}", "--max_send_buffer=8388608") as service,
+        websockets.connect(
+            service.ws_url, ssl=trusting(authority), max_size=None
+        ) as client,
+    ):
+        for size in (0, 1, 16_384, 65_536, 4 * 2**20):
+            message = bytes(size)
+            await client.send(message)
+            assert await asyncio.wait_for(client.recv(), DEADLINE) == message
+
+
+@pytest.mark.gen_test
+async def test_each_listener_has_tls_of_its_own(io_loop, authority, server):
+    """The clients' has none here, that of the callbacks has."""
+    context = trusting(authority)
+    async with (
+        RecordingBackend() as backend,
+        Service(
+            *backend.flags("message"),
+            "--callbackport=0",
+            "--externalhostandport=localhost:1",
+            f"--callback_tls_cert={server.both}",
+        ) as service,
+        websockets.connect(service.ws_url) as client,
+    ):
+        await client.send("hello")
+        meta = (await backend.wait_for("message", 1))[0]["meta"]
+        assert meta["send"].startswith("https://localhost:1/")
+        path = meta["send"].split(":1/")[1]
+        answer = await backend.call(
+            f"{service.callback_url}/{path}", body=b"back", ssl_options=context
+        )
+        assert answer.code == 200
+        assert await asyncio.wait_for(client.recv(), DEADLINE) == b"back"
+
+
+@pytest.mark.gen_test
+async def test_callers_need_a_certificate_of_the_authority(
+    io_loop, authority, server, tmp_path
+):
+    """Mutual TLS: nobody else gets as far as a request."""
+    ours = authority.client().client_context(authority.path)
+    theirs = Authority(tmp_path).client().client_context(authority.path)
+    async with (
+        RecordingBackend() as backend,
+        Service(
+            "--callbackport=0",
+            f"--callback_tls_cert={server.both}",
+            f"--callback_client_ca={authority.path}",
+        ) as service,
+    ):
+        url = f"{service.callback_url}/livez"
+        assert (await backend.call(url, "GET", ssl_options=ours)).code == 200
+        for context in (trusting(authority), theirs):
+            with pytest.raises((OSError, asyncio.IncompleteReadError)):
+                await answer_of(service.callback_url, context)
+
+
+async def answer_of(url, context):
+    host, _, port = url.split("/")[2].rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
+    try:
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(DEADLINE):
+            return await reader.readexactly(1)
+    finally:
+        writer.close()
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("version", ["TLSv1", "TLSv1_1"])
+async def test_old_versions_of_tls_are_refused(io_loop, authority, server, version):
+    """TLS 1.2 is the least; 1.2 and 1.3 are served."""
+    async with Service(f"--tls_cert={server.both}") as service:
+        for allowed in ("TLSv1_2", "TLSv1_3"):
+            context = trusting(authority)
+            context.minimum_version = ssl.TLSVersion[allowed]
+            context.maximum_version = ssl.TLSVersion[allowed]
+            assert await serial_number(service.ws_url, context)
+        old = trusting(authority)
+        old.set_ciphers("ALL:@SECLEVEL=0")  # or OpenSSL itself would not try
+        with pytest.warns(DeprecationWarning):
+            old.minimum_version = ssl.TLSVersion[version]
+            old.maximum_version = ssl.TLSVersion[version]
+        with pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
+            await serial_number(service.ws_url, old)
+
+
+@pytest.mark.gen_test
+async def test_hangup_changes_the_certificate_and_drops_no_connection(
+    io_loop, authority, tmp_path
+):
+    """Of both listeners; a bad file changes nothing."""
+    paths = tmp_path / "clients.pem", tmp_path / "callbacks.pem"
+    for path in paths:
+        shutil.copy(authority.server().both, path)
+    context = trusting(authority)
+    async with (
+        Service(
+            f"--tls_cert={paths[0]}",
+            "--callbackport=0",
+            f"--callback_tls_cert={paths[1]}",
+        ) as service,
+        websockets.connect(service.ws_url, ssl=context) as client,
+    ):
+        urls = service.ws_url, service.callback_url
+        before = [await serial_number(url, context) for url in urls]
+        for path in paths:
+            shutil.copy(authority.server().both, path)
+        service.process.send_signal(signal.SIGHUP)
+        await eventually(lambda: any("read again" in line for line in service.log))
+        after = [await serial_number(url, context) for url in urls]
+        assert not set(before) & set(after)
+
+        paths[0].write_text("nonsense")
+        service.process.send_signal(signal.SIGHUP)
+        await eventually(lambda: any("not PEM" in line for line in service.log))
+        assert await serial_number(service.ws_url, context) == after[0]
+        await client.send("still here")
+        assert await asyncio.wait_for(client.recv(), DEADLINE) == "still here"
+
+
+@pytest.mark.gen_test
+async def test_what_is_not_tls_ends_and_harms_nobody(io_loop, authority, server):
+    """Plain HTTP, garbage and silence, at a listener that has TLS."""
+    async with Service(f"--tls_cert={server.both}", "--header_timeout=1") as service:
+        host, _, port = service.ws_url.split("/")[2].rpartition(":")
+        plain = b"GET /ws HTTP/1.1\r\nHost: x\r\n\r\n"
+        for garbage in (plain, b"\x16\x03\x01\xff", b""):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(garbage)
+            async with asyncio.timeout(DEADLINE):
+                try:
+                    await reader.read()
+                except ConnectionResetError:
+                    pass
+            writer.close()
+        async with websockets.connect(
+            service.ws_url, ssl=trusting(authority)
+        ) as client:
+            await client.send("hello")
+            assert await asyncio.wait_for(client.recv(), DEADLINE) == "hello"
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("--tls_cert={folder}/none.pem", "No such file"),
+        ("--tls_cert={folder}", "Is a directory"),
+        ("--tls_cert={nonsense}", "not PEM"),
+        ("--tls_cert={cert}", "or the certificate or key is missing"),
+        ("--tls_cert={cert} --tls_key={other}", "the key is not the certificate's"),
+        ("--tls_cert={cert} --tls_key={encrypted}", "the key has a password"),
+        (
+            "--callbackport=0 --callback_tls_cert={both}"
+            " --callback_client_ca={nonsense}",
+            "can't use {nonsense}",
+        ),
+        ("--tls_key={key}", "--tls_key needs --tls_cert"),
+        (
+            "--callbackport=0 --callback_client_ca={ca}",
+            "--callback_client_ca needs --callback_tls_cert",
+        ),
+        ("--callback_tls_cert={both}", "--callback_tls_cert needs --callbackport"),
+    ],
+)
+def test_bad_file_stops_the_start(authority, server, tmp_path, flags, sentence):
+    """With one sentence and exit status 2; nobody is asked for a password."""
+    nonsense = tmp_path / "nonsense.pem"
+    nonsense.write_text("nonsense")
+    paths = {
+        "folder": tmp_path,
+        "nonsense": nonsense,
+        "cert": server.cert,
+        "key": server.key,
+        "both": server.both,
+        "ca": authority.path,
+        "other": authority.server().key,
+        "encrypted": encrypted_key(server),
+    }
+    said = refusal(*(flag.format(**paths) for flag in flags.split()))
+    assert sentence.format(**paths) in said
