@@ -1,0 +1,317 @@
+"""What is malformed in a handshake, row by row; docs/bad-input.md is its table."""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from faults import tell
+from service import RecordingBackend, Service
+from tornado.ioloop import IOLoop
+from wire import KEY, TEXT, frame, handshake
+
+pytestmark = pytest.mark.gen_test(timeout=30)
+
+END = 0  # no answer, but the end of the connection
+
+
+@pytest.fixture(scope="module")
+def io_loop() -> Iterator[IOLoop]:
+    """One loop for all rows: they share a process, which must survive each row."""
+    with asyncio.Runner() as runner:
+        asyncio.set_event_loop(runner.get_loop())
+
+        async def current() -> IOLoop:
+            return IOLoop.current()
+
+        yield runner.run(current())
+        asyncio.set_event_loop(None)
+
+
+@dataclass
+class Relay:
+    """A relay that accepts compression, and the backend that it asks."""
+
+    service: Service
+    backend: RecordingBackend
+
+    async def status(self, request: bytes) -> int:
+        """What a request is answered, or END, within 3 s."""
+        heard = await tell(self.service.ws_url, request, answers=1)
+        if heard.data:
+            return heard.statuses[0]
+        assert heard.ended, "neither an answer nor the end"
+        return END
+
+
+@pytest.fixture(scope="module")
+def relay(io_loop) -> Iterator[Relay]:
+    """One process for all rows."""
+    entered = []
+
+    async def begin() -> Relay:
+        backend = await RecordingBackend().__aenter__()
+        service = await Service(
+            *backend.flags(), "--compression", "--header_timeout=1"
+        ).__aenter__()
+        entered.extend([service, backend])
+        return Relay(service, backend)
+
+    async def end() -> None:
+        for context in entered:
+            await context.__aexit__(None, None, None)
+
+    yield io_loop.run_sync(begin)
+    io_loop.run_sync(end)
+
+
+def instead(header: str, *more: str) -> bytes:
+    """A handshake with this header in place of its own of that name."""
+    return handshake(header, *more, without=header.partition(":")[0])
+
+
+def asking(target: str) -> bytes:
+    return handshake(line=f"GET {target} HTTP/1.1")
+
+
+def by(method: str) -> bytes:
+    return handshake(line=f"{method} /ws HTTP/1.1")
+
+
+def in_version(version: str) -> bytes:
+    return handshake(line=f"GET /ws {version}")
+
+
+def offering(protocols: str) -> bytes:
+    return handshake(f"Sec-WebSocket-Protocol: {protocols}")
+
+
+def extended_by(extensions: str) -> bytes:
+    return handshake(f"Sec-WebSocket-Extensions: {extensions}")
+
+
+ROWS = {
+    # The WebSocket's own headers (RFC 6455, section 4.2.1).
+    "no-upgrade": (handshake(without="Upgrade"), 426),
+    "upgrade-to-h2c": (instead("Upgrade: h2c"), 426),
+    "upgrade-to-a-list": (instead("Upgrade: h2c, websocket"), 426),
+    "no-connection": (handshake(without="Connection"), 426),
+    "connection-close": (instead("Connection: close"), 426),
+    "no-version": (handshake(without="Sec-WebSocket-Version"), 426),
+    "version-8": (instead("Sec-WebSocket-Version: 8"), 426),
+    "version-not-a-number": (instead("Sec-WebSocket-Version: x"), 426),
+    "two-versions": (handshake("Sec-WebSocket-Version: 13"), 426),
+    "no-key": (handshake(without="Sec-WebSocket-Key"), 400),
+    "empty-key": (instead("Sec-WebSocket-Key:"), 400),
+    "short-key": (instead("Sec-WebSocket-Key: c2hvcnQ="), 400),
+    "long-key": (instead(f"Sec-WebSocket-Key: {KEY[:-2]}{KEY}"), 400),
+    "key-not-base64": (instead("Sec-WebSocket-Key: !!!!!!!!!!!!!!!!!!!!!!=="), 400),
+    "two-keys": (handshake(f"Sec-WebSocket-Key: {KEY}"), 400),
+    # Origin.
+    "two-origins": (handshake(*["Origin: http://relay.example"] * 2), 403),
+    "list-of-origins": (
+        handshake("Origin: http://relay.example, http://relay.example"), 403,
+    ),
+    "empty-origin": (handshake("Origin:"), 403),
+    "origin-with-path": (handshake("Origin: http://relay.example/"), 403),
+    "origin-with-user": (handshake("Origin: http://relay.example@x"), 403),
+    "origin-of-no-host": (handshake("Origin: http://["), 403),
+    "origin-null": (handshake("Origin: null"), 403),
+    # Offers.
+    "subprotocol-with-space": (offering("a b"), 400),
+    "subprotocol-with-semicolon": (offering("chat;v=1"), 400),
+    "subprotocol-in-quotes": (offering('"chat"'), 400),
+    "subprotocol-with-tab": (offering("a\tb"), 400),
+    "subprotocol-not-ascii": (offering("caf\xe9"), 400),
+    "good-and-bad-subprotocol": (offering("chat, b@d"), 400),
+    "extension-without-name": (extended_by("; x"), 400),
+    "extension-with-space": (extended_by("permessage deflate"), 400),
+    "parameter-without-name": (extended_by("permessage-deflate; =1"), 400),
+    "parameter-without-value": (extended_by("x; y="), 400),
+    "parameter-in-open-quotes": (extended_by('x; y="1'), 400),
+    "parameter-with-quoted-space": (extended_by('x; y="1 2"'), 400),
+    "parameter-twice": (
+        extended_by("permessage-deflate" + "; client_max_window_bits" * 2), 400,
+    ),
+    "same-parameter-twice": (extended_by("x; y; y=1"), 400),
+    "parameter-not-ascii": (extended_by("x; y=\xb2"), 400),
+    "semicolons": (extended_by(";" * 50_000), 400),
+    # The request.
+    "method-post": (by("POST"), 405),
+    "method-put": (by("PUT"), 405),
+    "method-unknown": (by("BREW"), 405),
+    "method-in-lower-case": (by("get"), 405),
+    "method-connect": (by("CONNECT"), 405),
+    "http-0.9": (b"GET /ws\r\n\r\n", 400),
+    "http-1.0": (in_version("HTTP/1.0"), 400),
+    "http-1.2": (in_version("HTTP/1.2"), 400),
+    "http-2.0": (in_version("HTTP/2.0"), 400),
+    "http-in-lower-case": (in_version("http/1.1"), 400),
+    "no-version-number": (in_version("HTTP/"), 400),
+    "http-2-preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    "two-spaces": (handshake(line="GET  /ws HTTP/1.1"), 400),
+    "tabs": (handshake(line="GET\t/ws\tHTTP/1.1"), 400),
+    "space-before-the-method": (b" " + handshake(), 400),
+    "garbage": (b"\xff" * 500 + b"\r\n\r\n", 400),
+    # Bodies.
+    "body-with-length": (handshake("Content-Length: 5") + b"hello", 400),
+    "body-of-a-frame": (
+        handshake("Content-Length: 11") + frame(TEXT, b"hello"), 400,
+    ),
+    "chunked-body": (
+        handshake("Transfer-Encoding: chunked") + b"5\r\nhello\r\n0\r\n\r\n", 400,
+    ),
+    "empty-chunked-body": (
+        handshake("Transfer-Encoding: chunked") + b"0\r\n\r\n", 400,
+    ),
+    "unknown-transfer-coding": (handshake("Transfer-Encoding: gzip"), 400),
+    "length-and-transfer-coding": (
+        handshake("Content-Length: 5", "Transfer-Encoding: chunked") + b"0\r\n\r\n",
+        400,
+    ),
+    "different-lengths": (
+        handshake("Content-Length: 5", "Content-Length: 6") + b"hello!", 400,
+    ),
+    "negative-length": (handshake("Content-Length: -1"), 400),
+    "length-with-plus": (handshake("Content-Length: +5") + b"hello", 400),
+    "huge-length": (handshake(f"Content-Length: 1{'0' * 30}"), 400),
+    # Host.
+    "no-host": (handshake(without="Host"), 400),
+    "empty-host": (instead("Host:"), 400),
+    "two-hosts": (handshake("Host: other.example"), 400),
+    "the-same-host-twice": (handshake("Host: relay.example"), 400),
+    "host-with-space": (instead("Host: a b"), 400),
+    "host-with-path": (instead("Host: relay.example/x"), 400),
+    "host-with-user": (instead("Host: user@relay.example"), 400),
+    "host-with-open-bracket": (instead("Host: [::1"), 400),
+    "host-with-huge-port": (instead("Host: relay.example:99999999"), 400),
+    # Header lines.
+    "folded-header": (handshake("X: a\r\n b"), 400),
+    "header-without-colon": (handshake("oops"), 400),
+    "header-without-name": (handshake(": a"), 400),
+    "header-name-with-space": (handshake("X : a"), 400),
+    "header-name-with-nul": (handshake("X\0: a"), 400),
+    "nul-in-header": (handshake("X: a\0b"), 400),
+    "control-in-header": (handshake("X: a\x01b"), 400),
+    "carriage-return-in-header": (handshake("X: a\rY: b"), 400),
+    "carriage-returns-alone": (handshake(end=b"\r"), END),
+    "line-too-long": (asking("/ws?" + "a" * 70_000), END),
+    "header-too-long": (handshake("X: " + "a" * 70_000), END),
+    "ten-thousand-headers": (
+        handshake(*(f"X{number}: a" for number in range(10_000))), END,
+    ),
+    "endless-header": (b"GET /ws HTTP/1.1\r\nX: " + b"a" * 500_000, END),
+    # Paths, which are compared as they stand.
+    "slash-behind": (asking("/ws/"), 404),
+    "two-slashes": (asking("//ws"), 404),
+    "dot-segment": (asking("/./ws"), 404),
+    "dot-segments": (asking("/ws/../ws"), 404),
+    "encoded-dot-segments": (asking("/ws/%2e%2e/ws"), 404),
+    "encoded-letter": (asking("/%77s"), 404),
+    "encoded-nul": (asking("/ws%00"), 404),
+    "encoded-question-mark": (asking("/ws%3Fx=y"), 404),
+    "capitals": (asking("/WS"), 404),
+    "semicolon": (asking("/ws;x"), 404),
+    "fragment": (asking("/ws#x"), 404),
+    "backslashes": (asking("/x\\..\\ws"), 404),
+    "no-slash": (asking("ws"), 404),
+    "asterisk": (asking("*"), 404),
+    "absolute-target": (asking("http://relay.example/ws"), 404),
+    "absolute-target-elsewhere": (asking("http://evil.example/ws"), 404),
+    "websocket-url-as-target": (asking("ws://relay.example/ws"), 404),
+    "nul-in-target": (asking("/ws\0"), 400),
+    "not-ascii-in-path": (asking("/ws\xe9"), 404),
+    # What is no request at all.
+    "tls-hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500), END),
+    "frame-without-handshake": (frame(TEXT, b"hello"), END),
+    "half-a-request": (handshake()[:-2], END),
+    "silence": (b"", END),
+}
+
+
+@pytest.mark.parametrize(("request_", "status"), ROWS.values(), ids=ROWS.keys())
+async def test_bad_handshake_has_its_answer_or_its_end(
+    io_loop, relay, request_, status
+):
+    """The right status, or the end, within 3 s; the backend is not asked."""
+    asked = len(relay.backend.of("connect"))
+    assert await relay.status(request_) == status
+    assert len(relay.backend.of("connect")) == asked
+    assert await relay.status(handshake()) == 101
+    assert not relay.service.tracebacks, "\n".join(relay.service.log)
+
+
+GOOD = {
+    "by-the-book": handshake(),
+    "same-origin": handshake("Origin: http://relay.example"),
+    "several-connection-tokens": instead("Connection: keep-alive, UPGRADE"),
+    "other-case": instead("upgrade: WebSocket").replace(b"Upgrade: websocket\r\n", b""),
+    "empty-query": asking("/ws?"),
+    "very-long-query": asking("/ws?" + "a" * 60_000),
+    "not-ascii-in-query": asking("/ws?\xff"),
+    "four-thousand-headers": handshake(*(f"X{number}: a" for number in range(4000))),
+    "latin-1-in-header": handshake("X: \xe9\xff"),
+    "length-of-0": handshake("Content-Length: 0"),
+    "expect-continue": handshake("Expect: 100-continue"),
+    "empty-offers": handshake("Sec-WebSocket-Protocol:", "Sec-WebSocket-Extensions:"),
+    "commas": handshake("Sec-WebSocket-Protocol: ,,a,,", "Sec-WebSocket-Extensions: ,"),
+    "unknown-extension": extended_by('x-frames; y=1; z="2"'),
+    "ipv6-host": instead("Host: [::1]:8765"),
+    "empty-line-before": b"\r\n" + handshake(),
+    # "A recipient MAY recognize a single LF as a line terminator" (RFC 9112, 2.2).
+    "line-feeds-alone": handshake(end=b"\n"),
+}
+
+
+@pytest.mark.parametrize("request_", GOOD.values(), ids=GOOD.keys())
+async def test_odd_handshake_is_accepted(io_loop, relay, request_):
+    """What the standards allow is no flaw, however odd."""
+    assert await relay.status(request_) == 101
+
+
+async def test_repeated_subprotocol_is_offered_once(io_loop, relay):
+    """The backend sees each name once, in the client's order."""
+    lines = [f"Sec-WebSocket-Protocol: {names}" for names in ("b, a", "b,, c,a")]
+    assert await relay.status(handshake(*lines)) == 101
+    assert relay.backend.of("connect")[-1]["meta"]["subprotocols"] == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("offers", "answer"),
+    [
+        ("permessage-deflate", ""),
+        ("permessage-deflate; client_max_window_bits", ""),
+        ("permessage-deflate; client_max_window_bits=8", ""),
+        ("permessage-deflate ; server_max_window_bits = 10", "10"),
+        ('permessage-deflate; server_max_window_bits="9"', "9"),
+        ("permessage-deflate; server_max_window_bits=15", "15"),
+        ("permessage-deflate; unknown, permessage-deflate", ""),
+        ("permessage-deflate; server_max_window_bits=8", None),
+        ("permessage-deflate; server_max_window_bits=16", None),
+        ("permessage-deflate; server_max_window_bits=010", None),
+        ("permessage-deflate; server_max_window_bits", None),
+        ("permessage-deflate; client_max_window_bits=7", None),
+        ("permessage-deflate; server_no_context_takeover=1", None),
+        ("Permessage-Deflate", None),
+        ("x-webkit-deflate-frame", None),
+    ],
+)
+async def test_compression_is_agreed_on_where_the_offer_is_right(
+    io_loop, relay, offers, answer
+):
+    """The first offer that can be met is; where none can, it goes without."""
+    heard = await tell(relay.service.ws_url, extended_by(offers), answers=1)
+    ((status, headers, _),) = heard.answers()
+    assert status == 101
+    extension = headers.get("sec-websocket-extensions")
+    if answer is None:
+        assert extension is None
+        return
+    agreed = re.fullmatch(
+        r"permessage-deflate; server_no_context_takeover; client_no_context_takeover"
+        r"(?:; server_max_window_bits=(\d+))?",
+        extension or "",
+    )
+    assert agreed is not None, extension
+    assert (agreed[1] or "") == answer
