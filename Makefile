@@ -20,6 +20,11 @@ BIN = .venv/bin
 # npm writes it; the interop tests with Node need what stands beside it.
 NODE_MODULES = test/interop/node_modules/.package-lock.json
 
+# What the defaults leave unused, and the tests that run over it once more.
+OTHERWISE = --event_loop=asyncio --http_server=tornado
+OTHERWISE_TESTS = $(patsubst %,test/%_test.py,websocket callback handshake \
+    authorization bad_input delivery signing backend_tls tls)
+
 .PHONY: run test demo soak bench fuzz conformance lint clean
 
 run: .venv/run.stamp
@@ -30,6 +35,8 @@ test: .venv/test.stamp
 	    $(MAKE) --no-print-directory $(NODE_MODULES); \
 	fi
 	@status=0; $(BIN)/python -m pytest $(ARGS) || status=$$?; \
+	[ -n "$(ARGS)" ] || TEST_FLAGS="$(OTHERWISE)" $(BIN)/python -m pytest -q \
+	    $(OTHERWISE_TESTS) || status=$$?; \
 	command -v node >/dev/null && command -v npm >/dev/null || \
 	    echo "Left out: tests with Node.js, since node or npm is missing" \
 	        "(Debian: apt-get install nodejs npm)."; \

@@ -39,7 +39,17 @@ setup(
     py_modules=["socketdock"],
     packages=["backends", "backends.http", "handlers"],
     data_files=[
-        ("share/socketdock/conf", ["conf/socketdock.conf", "conf/supervisord.conf"])
+        (
+            "share/socketdock/conf",
+            [
+                "conf/compose.yaml",
+                "conf/haproxy.cfg",
+                "conf/nginx.conf",
+                "conf/socketdock.conf",
+                "conf/socketdock.service",
+                "conf/supervisord.conf",
+            ],
+        )
     ],
     entry_points={"console_scripts": ["socketdock=socketdock:main"]},
     install_requires=[
@@ -47,6 +57,8 @@ setup(
         "httptools>=0.6.1,<1",
         "orjson>=3.9,<4",
         "aiohappyeyeballs>=2.4,<3",
+        "uvloop>=0.19,<1; sys_platform != 'win32'"
+        " and platform_python_implementation == 'CPython'",
     ],
     extras_require={
         "test": [
@@ -60,18 +72,17 @@ setup(
             "cryptography",
             "hypothesis>=6.100,<7",
             "kosoku>=0.1,<0.2",  # Autobahn's cases
+            "pyyaml>=6,<7",  # conf/compose.yaml
             "standardwebhooks>=1.1,<2",
             "supervisor>=4.3,<5",
             "ruff",
             "mypy",
             "types-setuptools",
-            "uvloop>=0.19",  # bench, in bench_test.py
         ],
         "bench": [
             "aiohttp>=3.10,<4",
             "matplotlib>=3.8,<4",
             "py-spy",
-            "uvloop>=0.19",
         ],
     },
 )

@@ -8,7 +8,9 @@ of the relay are in `handlers`, what stands behind it is in `backends`.
 
 import ast
 import asyncio
+import contextlib
 import difflib
+import importlib
 import logging
 import os
 import re
@@ -18,7 +20,7 @@ import signal
 import socket
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +32,7 @@ from tornado.routing import Matcher
 from tornado.web import Application, RequestHandler
 
 import backends
-from backends import Backend, Relay
+from backends import Backend, Check, Finding, Relay
 from handlers.admission import Admission
 from handlers.authorization import (
     CallbackTokens,
@@ -39,17 +41,27 @@ from handlers.authorization import (
     UnauthorizedHandler,
 )
 from handlers.body import NotFoundHandler
-from handlers.callback import ConnectionHandler, DisconnectHandler, SendHandler
+from handlers.callback import (
+    ConnectionHandler,
+    DisconnectHandler,
+    QuickSend,
+    SendHandler,
+)
+from handlers.check import certificate_finding, descriptors_finding, port_finding
 from handlers.connections import ConnectionMap
 from handlers.handshake import withheld_names
 from handlers.health import LiveHandler, ReadyHandler, Status, StatusHandler
 from handlers.heartbeat import Heartbeat
 from handlers.lifetimes import Lifetimes
-from handlers.listener import Listener, RequestBounds, TLSFiles
+from handlers.listener import Listener, Server, TLSFiles
+from handlers.notify import SystemdNotifier
+from handlers.openapi import OpenAPIHandler
 from handlers.origins import split_origin
 from handlers.protocol import Compression
 from handlers.proxies import TrustedProxies
 from handlers.rates import Rates
+from handlers.server import Quick, Request, RequestBounds, RequestServer
+from handlers.tornado_server import TornadoServer
 from handlers.websocket import ClientPolicy, ClientSocketHandler
 
 __version__ = "0.1.0"
@@ -74,6 +86,9 @@ define("instance_name", type=str, metavar="NAME",
 define("config", type=str, metavar="PATH",
        help="options file; none: conf/socketdock.conf beside socketdock.py, "
             "where it exists")
+
+define("event_loop", default="auto", metavar="LOOP",
+       help="auto, uvloop or asyncio; auto: uvloop where it is installed")
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "conf" / "socketdock.conf"
 
@@ -242,7 +257,7 @@ def _config_path(argv: Sequence[str], environ: Mapping[str, str]) -> Path | None
 
 def _last_of(name: str, argv: Sequence[str]) -> str | None:
     found = None
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         if word == f"--{name}":
             found = following
         elif word.startswith(f"--{name}="):
@@ -348,6 +363,8 @@ def _check(name: str, metavar: str, value: Any) -> None:
             raise ValueError("0 or more seconds")
         if value == float("inf") and name != "order_wait":
             raise ValueError("a finite number of seconds")
+    if name == "http_server" and value not in ("fast", "tornado"):
+        raise ValueError("fast or tornado")
     if name == "logging" and value.lower() not in LOG_LEVELS:
         raise ValueError(f"one of {', '.join(LOG_LEVELS)}")
 
@@ -358,22 +375,25 @@ def set_up_logging() -> None:
         options.run_parse_callbacks()
     except (OSError, ValueError) as error:
         raise OptionError(f"can't log as --log_* say: {error}") from None
-    logging.getLogger("tornado.general").addFilter(quote_nothing)
+    logging.getLogger("tornado.general").addFilter(hush_peers)
 
 
-def quote_nothing(record: logging.LogRecord) -> bool:
-    """A filter: Tornado quotes of a malformed request, header values too."""
+def hush_peers(record: logging.LogRecord) -> bool:
+    """A filter of Tornado's log: what peers do wrong is told at `debug` only.
+
+    Not in their words, either: Tornado quotes header values of malformed requests.
+    """
     if isinstance(record.args, tuple):
         record.args = tuple(
             type(value).__name__ if isinstance(value, Exception) else value
             for value in record.args
         )
-    return True
+    return record.levelno >= logging.ERROR or logger.isEnabledFor(logging.DEBUG)
 
 
 def print_help() -> None:
     """Print every option, grouped by the module that defines it."""
-    print("Usage: socketdock [--option=value ...]\n")
+    print("Usage: socketdock [check] [--option=value ...]\n")
     print("Relays WebSocket clients to a backend that speaks only HTTP. Every option")
     print(f"can be set in the environment as {ENVIRONMENT_PREFIX}<OPTION>, too, and in")
     print("the file that --config names; the flag beats both.")
@@ -420,6 +440,7 @@ def callback_routes(
         (start, ConnectionHandler, shared),
         (r"/livez", LiveHandler, {}),
         (r"/readyz", ReadyHandler, {"connections": shared["connections"]}),
+        (r"/openapi\.json", OpenAPIHandler, {"version": __version__}),
     ]
 
 
@@ -430,28 +451,43 @@ def operator_routes(
     return [(r"/status", StatusHandler, {"guard": guard, "status": status})]
 
 
-def application(routes: Sequence[Any]) -> Application:
-    """What serves `routes`, and answers 404 to everything else."""
-    return Application(
+def make_server(
+    routes: Sequence[Any],
+    bounds: RequestBounds,
+    websockets_by_tls: bool,
+    quick: Callable[[Request], Quick | None] = lambda request: None,
+) -> Server:
+    """What serves `routes`, and answers 404 to everything else.
+
+    `quick` may answer a request before its handler is made.
+    """
+    application = Application(
         list(routes), default_handler_class=NotFoundHandler, log_function=log_request
     )
+    if websockets_by_tls or options.http_server == "tornado":
+        return TornadoServer(application, bounds)
+    return RequestServer(application, bounds, quick, log_access)
 
 
 def log_request(handler: RequestHandler) -> None:
-    """One line for each request, without its query.
+    """One line for each request."""
+    log_access(
+        handler.request.method or "", handler.request.path, handler.get_status()
+    )
+
+
+def log_access(method: str, target: str, status: int) -> None:
+    """One line for a request, without its query.
 
     Nor what is no path: the target of a proxy's request may name a user.
     """
-    status = handler.get_status()
-    path = handler.request.path
-    logger.log(
-        # Who answers 503 has told why, and how often it does is up to the clients.
-        logging.WARNING if status >= 500 and status != 503 else logging.DEBUG,
-        "%s %s: %d",
-        handler.request.method,
-        ascii(path)[1:-1] if path.startswith("/") else "(no path)",
-        status,
-    )
+    # Who answers 503 has told why, and how often it does is up to the clients.
+    level = logging.WARNING if status >= 500 and status != 503 else logging.DEBUG
+    if not logger.isEnabledFor(level):
+        return
+    path = target.partition("?")[0]
+    shown = ascii(path)[1:-1] if path.startswith("/") else "(no path)"
+    logger.log(level, "%s %s: %d", method, shown, status)
 
 
 def make_policy() -> ClientPolicy:
@@ -492,13 +528,17 @@ def make_policy() -> ClientPolicy:
     )
 
 
-def bind_listeners() -> tuple[Listener, Listener]:
+def bind_listeners(elsewhere: bool = False) -> tuple[Listener, Listener]:
     """Those of the clients and of the callbacks, which may be one and the same.
 
-    Raises `OptionError` where an address or a certificate can't be used.
+    With `elsewhere` on free ports, not on their own. Raises `OptionError` where
+    an address or a certificate can't be used.
     """
     clients = Listener(
-        options.bindip, options.bindport, tls_files("tls"), options.reuse_port
+        options.bindip,
+        0 if elsewhere else options.bindport,
+        tls_files("tls"),
+        options.reuse_port,
     )
     if options.callbackport is None:
         for name in ("callbackip", *CALLBACK_TLS):
@@ -507,7 +547,7 @@ def bind_listeners() -> tuple[Listener, Listener]:
         return clients, clients
     return clients, Listener(
         options.callbackip or options.bindip,
-        options.callbackport,
+        0 if elsewhere else options.callbackport,
         tls_files("callback_tls", options.callback_client_ca),
     )
 
@@ -562,6 +602,7 @@ async def serve() -> int:
     Raises `OptionError` where an option keeps it from starting.
     """
     stop = stop_signal()  # before anybody can know that this has started
+    systemd = SystemdNotifier(os.environ)
     policy = make_policy()
     tokens = CallbackTokens(options.callback_token, options.callback_token_file)
     to_clients, to_backend = bind_listeners()
@@ -586,8 +627,9 @@ async def serve() -> int:
     for_clients = client_routes(
         heartbeat=heartbeat, lifetimes=lifetimes, policy=policy, **shared
     )
+    prefix = urlsplit(external or "").path
     for_backend = callback_routes(
-        urlsplit(external or "").path,
+        prefix,
         tokens,
         max_message_size=policy.max_message_size,
         **shared,
@@ -596,12 +638,19 @@ async def serve() -> int:
         Status(connections, __version__, instance, options.backend, limits()),
     )
     listeners = {to_clients, to_backend}
+    quick = QuickSend(
+        prefix, tokens, connections, backend, policy.max_message_size
+    )
     if to_clients is to_backend:
-        to_clients.serve(application(for_clients + for_backend), bounds(policy))
+        to_clients.serve(
+            make_server(
+                [*for_clients, *for_backend], bounds(policy), to_clients.has_tls, quick
+            )
+        )
     else:
-        to_clients.serve(application(for_clients), bounds())
-        to_backend.serve(application(for_backend), bounds(policy))
-    reload_on_signal(*listeners, tokens, backend)
+        to_clients.serve(make_server(for_clients, bounds(), to_clients.has_tls))
+        to_backend.serve(make_server(for_backend, bounds(policy), False, quick))
+    reload_on_signal(systemd, *listeners, tokens, backend)
     if not (tokens.required or to_backend.is_loopback):
         logger.warning("callbacks need no token: set --callback_token, or keep"
                        " everybody but the backend from %s", to_backend.url("http"))
@@ -613,8 +662,10 @@ async def serve() -> int:
         options.backend,
     )
     claim_descriptors(options.max_connections + backend.descriptors + DESCRIPTORS)
+    systemd.ready()
 
     await stop.wait()
+    systemd.stopping()
     drained = await connections.drain(
         options.drain_delay, options.drain_spread, options.drain_timeout
     )
@@ -624,6 +675,7 @@ async def serve() -> int:
     await backend.close()
     for listener in listeners:
         await listener.close()
+    systemd.close()
     logger.info("stopped")
     return 0 if drained else 1
 
@@ -689,10 +741,11 @@ class Reloadable(Protocol):
         """Read them again. Raises `OptionError`, and what it had stays."""
 
 
-def reload_on_signal(*reloadables: Reloadable) -> None:
+def reload_on_signal(systemd: SystemdNotifier, *reloadables: Reloadable) -> None:
     """Have SIGHUP read every file again that is named by an option."""
 
     def on_signal() -> None:
+        systemd.reloading()
         failed = False
         for reloadable in reloadables:
             try:
@@ -704,25 +757,121 @@ def reload_on_signal(*reloadables: Reloadable) -> None:
             "read again: %s",
             "what was not wrong" if failed else "certificates, tokens and secrets",
         )
+        systemd.ready()
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_signal)
 
 
+def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """What makes the event loop of that name; None: asyncio's own.
+
+    Raises `OptionError` where there is none of that name, or it is not installed.
+    """
+    if name not in ("auto", "uvloop", "asyncio"):
+        raise OptionError(
+            f"--event_loop must be auto, uvloop or asyncio, not {name!r}"
+        )
+    if name == "asyncio":
+        return None
+    try:
+        uvloop = importlib.import_module("uvloop")  # not on every platform
+    except ImportError:
+        if name == "uvloop":
+            raise OptionError("--event_loop=uvloop: uvloop is not installed") from None
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+async def check(warnings: Sequence[str]) -> int:
+    """Print what would keep the relay from its work, and how to mend it.
+
+    `warnings` are those of the options. Returns the exit status, 1 where
+    anything is wrong.
+    """
+    found = [Finding("warning", warning) for warning in warnings]
+    with _found_wrong(found):
+        make_policy()
+    found += [port_finding("--bindport", options.bindip, options.bindport,
+                           options.reuse_port)]
+    if options.callbackport is not None:
+        address = options.callbackip or options.bindip
+        found += [port_finding("--callbackport", address, options.callbackport)]
+        if (address, options.callbackport) == (options.bindip, options.bindport):
+            found += [Finding("error", "--callbackport is --bindport; choose another,"
+                                       " or leave it out for one listener")]
+    with _found_wrong(found):
+        await _check_ends(found)
+    for finding in found:
+        print(f"{finding.level + ':':<9}{finding.text}")
+    return int(any(finding.level == "error" for finding in found))
+
+
+async def _check_ends(found: list[Finding]) -> None:
+    # To listen at their own ports would take clients from a relay that runs.
+    to_clients, to_backend = bind_listeners(elsewhere=True)
+    on_loopback = to_backend.is_loopback
+    external = callback_url(options.externalhostandport, to_backend)
+    for listener in {to_clients, to_backend}:
+        await listener.close()
+    for path in filter(None, (options.tls_cert, options.callback_tls_cert)):
+        found.append(certificate_finding(path))
+    with _found_wrong(found):
+        tokens = CallbackTokens(options.callback_token, options.callback_token_file)
+        if not (tokens.required or on_loopback):
+            found.append(
+                Finding(
+                    "error",
+                    f"callbacks need no token, and {to_backend.address or '*'} can be"
+                    " reached from elsewhere; set --callback_token_file",
+                )
+            )
+    backend = Check()
+    with _found_wrong(found):
+        module = backends.load(options.backend)
+        if hasattr(module, "make_check"):
+            backend = module.make_check(Relay(external, "check", __version__))
+        for path in backend.certificates:
+            found.append(certificate_finding(path))
+        found += [finding async for finding in backend.findings()]
+    found.append(
+        descriptors_finding(
+            options.max_connections + backend.descriptors + DESCRIPTORS,
+            options.max_connections,
+        )
+    )
+
+
+@contextlib.contextmanager
+def _found_wrong(found: list[Finding]) -> Iterator[None]:
+    try:
+        yield
+    except OptionError as error:
+        found.append(Finding("error", str(error)))
+
+
 def main() -> None:
     """The console script `socketdock`."""
-    if "--version" in sys.argv[1:]:
+    words = sys.argv[1:]
+    checking = words[:1] == ["check"]
+    if checking:
+        del words[0]
+    if "--version" in words:
         print(f"SocketDock {__version__}")
         return
     try:
-        if {"--help", "-h"} & set(sys.argv[1:]):
-            load_backends(sys.argv[1:], os.environ)
+        if {"--help", "-h"} & set(words):
+            load_backends(words, os.environ)
             print_help()
             return
-        warnings = parse_options(sys.argv[1:], os.environ)
+        warnings = parse_options(words, os.environ)
+        if checking:
+            sys.exit(asyncio.run(check(warnings)))
         set_up_logging()
         for warning in warnings:
             logger.warning(warning)
-        status = asyncio.run(serve())
+        with asyncio.Runner(loop_factory=loop_factory(options.event_loop)) as runner:
+            status = runner.run(serve())
     except OptionError as error:
         print(f"socketdock: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)

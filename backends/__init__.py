@@ -3,7 +3,9 @@
 A backend is a module of this package (`--backend=http` is `backends.http`), or
 any importable module with a dot in its name (`--backend=mycompany.queue`). It
 has one function, `make_backend(relay)`, which returns a `Backend`, and may
-`tornado.options.define` options of its own at import. To write one:
+`tornado.options.define` options of its own at import. With a second function,
+`make_check(relay)`, which returns a `Check`, `socketdock check` looks at what it
+needs, too. To write one:
 
     from backends import Backend
 
@@ -23,12 +25,15 @@ import asyncio
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Awaitable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Literal, Protocol
 
 from tornado.options import Error as OptionError
+
+EXPIRES_SOON = 14 * 24 * 3600  # seconds
 
 Initiator = Literal["client", "backend", "relay"]
 
@@ -208,6 +213,47 @@ class Backend(abc.ABC):
     async def close(self) -> None:
         """Let go of what is open. Called once, after the last disconnect."""
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of `socketdock check`.
+
+    An error keeps the relay from its work; a warning will, or may. Both say how
+    to mend it.
+    """
+
+    level: Literal["ok", "warning", "error"]
+    text: str
+
+
+def expiry_finding(what: str, not_after: float) -> Finding:
+    """Of a certificate that is good until `not_after`, in seconds since 1970."""
+    left = not_after - time.time()
+    day = time.strftime("%Y-%m-%d", time.gmtime(not_after))
+    if left < 0:
+        return Finding("error", f"{what} has expired on {day}; renew it")
+    if left < EXPIRES_SOON:
+        return Finding("warning", f"{what} expires on {day}; renew it")
+    return Finding("ok", f"{what} is good until {day}")
+
+
+class Check:
+    """Looks at what a backend needs, before there is one.
+
+    `make_check(relay)` raises `OptionError` as `make_backend(relay)` would, but
+    nothing starts: a relay with the same options may be running. `descriptors`
+    is that of the `Backend`; of `certificates`, PEM files, the relay tells when
+    they expire.
+    """
+
+    descriptors = 0
+    certificates: Sequence[str] = ()
+
+    async def findings(self) -> AsyncIterator[Finding]:
+        """Yield what was found. No event is sent, and nothing is changed."""
+        return
+        yield
 
 
 def names() -> list[str]:

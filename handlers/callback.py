@@ -5,18 +5,23 @@ The other direction starts in `handlers.websocket`.
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from http import HTTPStatus
 from typing import Any
 
 from backends import Backend, ConnectionClosed, SendBufferFull
+from handlers.authorization import CallbackTokens
 from handlers.body import BodyHandler
 from handlers.connections import ConnectionMap
 from handlers.frames import MAX_CLOSE_REASON, CloseCode
 from handlers.problem import PROBLEM_TYPE, problem_document
+from handlers.server import Quick, Request
 from handlers.websocket import ClientSocketHandler
+
+PLAIN_HOST = re.compile(rb"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
 
 # The rules, on plain values: whatever reads the request, they decide.
 
@@ -35,6 +40,18 @@ class Answer:
         if self.status < HTTPStatus.BAD_REQUEST:
             return self.detail.encode()
         return problem_document(self.status, self.detail)
+
+    @cached_property
+    def start(self) -> bytes:
+        """Its status line."""
+        return f"HTTP/1.1 {self.status} {self.status.phrase}\r\n".encode()
+
+    @cached_property
+    def rest(self) -> bytes:
+        """The rest of an HTTP answer, but for its `Date`."""
+        lines = [f"{name}: {value}" for name, value in self.headers.items()]
+        lines.append(f"Content-Length: {len(self.body)}")
+        return "\r\n".join((*lines, "", "")).encode() + self.body
 
     @cached_property
     def headers(self) -> Mapping[str, str]:
@@ -160,6 +177,74 @@ class SendHandler(CallbackHandler):
             return
         answer = send(connection, message)
         self.answer(answer if isinstance(answer, Answer) else await answer)
+
+
+class QuickSend:
+    """Answers a plain send as `SendHandler` would, by the same rules, without it.
+
+    Making a handler costs more than all the rest of a callback. Whatever is not
+    plain, or is not to be answered with 2xx, 410 or 429, is left to the handler.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        tokens: CallbackTokens,
+        connections: ConnectionMap,
+        backend: Backend,
+        max_message_size: int,
+    ) -> None:
+        self._max_message_size = max_message_size
+        self._target = re.compile(
+            rb"(?:%b)?/socket/([0-9a-f]{32})/send(?:\?type=(text|binary))?"
+            % re.escape(prefix.encode())
+        )
+        self._tokens = tokens
+        self._connections = connections
+        self._backend = backend
+
+    def __call__(self, request: Request) -> Quick | None:
+        """What takes the body; None for what is not plain."""
+        if request.method != "POST" or request.version != "1.1":
+            return None
+        if request.upgrade or not request.keep_alive:
+            return None
+        target = self._target.fullmatch(request.target)
+        if target is None:
+            return None
+        content_type = host = None
+        credentials = []
+        for spelt, value in request.headers:
+            name = spelt.lower()
+            if name == b"content-type":
+                if content_type is not None:
+                    return None
+                content_type = value.decode("latin-1")
+            elif name == b"host":
+                if host is not None or not PLAIN_HOST.fullmatch(value):
+                    return None
+                host = value
+            elif name == b"authorization":
+                credentials.append(value.decode("latin-1"))
+            elif name == b"content-length":
+                if int(value) > self._max_message_size:
+                    return None
+            elif name == b"expect":
+                return None
+        if host is None or self._tokens.challenge(credentials) is not None:
+            return None
+        types = (target[2].decode(),) if target[2] else ()
+        return partial(self._send, target[1].decode(), content_type or "", types)
+
+    def _send(
+        self, connection_id: str, content_type: str, types: Sequence[str], body: bytes
+    ) -> Answer | Awaitable[Answer] | None:
+        try:
+            message = message_of(body, content_type, types)
+        except ValueError:
+            return None
+        connection = find(connection_id, self._connections, self._backend)
+        return GONE if connection is None else send(connection, message)
 
 
 class DisconnectHandler(CallbackHandler):

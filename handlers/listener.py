@@ -1,27 +1,21 @@
 """Where the relay is reached: one address, its TLS, and accepting connections.
 
-What is asked there is decided by the routes that `socketdock.py` hands over;
-Tornado's server reads the requests.
+A server reads the requests: that of `handlers.server`, or Tornado's
+(`handlers.tornado_server`). What may be asked, `socketdock.py` decides.
 """
 
 import asyncio
-import copy
 import ipaddress
 import logging
 import socket
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
-from tornado.http1connection import HTTP1Connection
-from tornado.httpserver import HTTPServer
-from tornado.httputil import HTTPConnection, HTTPMessageDelegate
-from tornado.iostream import IOStream, SSLIOStream
 from tornado.netutil import bind_sockets
 from tornado.options import Error as OptionError
 from tornado.options import define
-from tornado.web import Application
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +35,9 @@ define("header_timeout", default=10.0, metavar="SECONDS",
        help="longest wait for a connection's first request, TLS included")
 define("max_header_size", default=64 * 1024, metavar="BYTES",
        help="largest request line and headers")
+define("http_server", default="fast", metavar="NAME",
+       help="who reads requests: fast, by a parser in C, with sends answered before "
+            "a handler is made; or tornado, as WebSockets by TLS are always served")
 define("reuse_port", default=False,
        help="let several processes of one host share the clients' port (SO_REUSEPORT)")
 
@@ -48,8 +45,6 @@ BACKLOG = 4096  # connections that the kernel holds until they are accepted
 ACCEPT_BATCH = 128  # connections accepted before others have their turn
 ACCEPT_PAUSE = 0.2  # seconds, where the process or the machine has run out
 WARNING_INTERVAL = 60.0  # seconds between two warnings of that
-IDLE_CONNECTION_TIMEOUT = 120.0  # seconds between two requests of one connection
-BODY_TIMEOUT = 60.0  # seconds for a request's body
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +89,16 @@ def _why(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestBounds:
-    """What every request is held to: seconds, and bytes."""
+class Server(Protocol):
+    """What reads the requests of connections that were accepted."""
 
-    header_timeout: float
-    max_header_size: int
-    max_body_size: int
+    def begin(
+        self, accepted: socket.socket, address: Any, tls: ssl.SSLContext | None
+    ) -> None:
+        """Serve one from now on; by TLS where there is a context."""
+
+    async def close_all_connections(self) -> None:
+        """Close them at once."""
 
 
 class Listener:
@@ -121,7 +119,7 @@ class Listener:
         self._context = tls.context() if tls is not None else None
         self._sockets = _bind(address, port, reuse_port)
         self.port: int = self._sockets[0].getsockname()[1]
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self._resumptions: dict[socket.socket, asyncio.TimerHandle] = {}
         self._warned_at = float("-inf")  # on the loop's clock
 
@@ -148,9 +146,9 @@ class Listener:
         host = f"[{self.address}]" if ":" in self.address else self.address
         return f"{scheme}{'s' * self.has_tls}://{host}:{self.port}"
 
-    def serve(self, application: Application, bounds: RequestBounds) -> None:
-        """Accept connections from now on."""
-        self._server = _Server(application, bounds)
+    def serve(self, server: Server) -> None:
+        """Accept connections from now on, for `server` to serve."""
+        self._server = server
         for sock in self._sockets:
             asyncio.get_running_loop().add_reader(sock, self._accept, sock)
 
@@ -173,6 +171,7 @@ class Listener:
             await self._server.close_all_connections()
 
     def _accept(self, listening: socket.socket) -> None:
+        assert self._server is not None
         for _ in range(ACCEPT_BATCH):
             try:
                 accepted, address = listening.accept()
@@ -183,7 +182,8 @@ class Listener:
             except OSError as error:
                 self._pause(listening, error)
                 return
-            self._begin(accepted, address)
+            accepted.setblocking(False)
+            self._server.begin(accepted, address, self._context)
 
     def _pause(self, listening: socket.socket, error: OSError) -> None:
         """Look away for a moment: the loop would spin on what can't be accepted."""
@@ -199,70 +199,6 @@ class Listener:
     def _resume(self, listening: socket.socket) -> None:
         del self._resumptions[listening]
         asyncio.get_running_loop().add_reader(listening, self._accept, listening)
-
-    def _begin(self, accepted: socket.socket, address: Any) -> None:
-        assert self._server is not None
-        accepted.setblocking(False)
-        if self._context is None:
-            stream = IOStream(accepted, max_buffer_size=self._server.max_buffer_size)
-        else:
-            try:
-                wrapped = self._context.wrap_socket(
-                    accepted, server_side=True, do_handshake_on_connect=False
-                )
-            except OSError:  # it has gone already
-                accepted.close()
-                return
-            stream = SSLIOStream(wrapped, max_buffer_size=self._server.max_buffer_size)
-        self._server.handle_stream(stream, address)
-
-
-class _Server(HTTPServer):
-    """Tornado's server, with one limit for the first request and one for idling."""
-
-    def initialize(  # type: ignore[override] # of what HTTPServer offers, this
-        self, application: Application, bounds: RequestBounds
-    ) -> None:
-        super().initialize(
-            application,
-            max_header_size=bounds.max_header_size,
-            idle_connection_timeout=IDLE_CONNECTION_TIMEOUT,
-            body_timeout=BODY_TIMEOUT,
-            max_body_size=bounds.max_body_size,
-            max_buffer_size=2 * bounds.max_header_size,
-        )
-        self._served: set[object] = set()
-        self._first = copy.copy(self.conn_params)
-        self._first.header_timeout = bounds.header_timeout
-
-    def start_request(
-        self, server_conn: object, request_conn: HTTPConnection
-    ) -> HTTPMessageDelegate:
-        assert isinstance(request_conn, HTTP1Connection)
-        if request_conn.stream.closed():
-            return _Nobody(request_conn)
-        if server_conn not in self._served:
-            self._served.add(server_conn)
-            request_conn.params = self._first
-        return super().start_request(server_conn, request_conn)
-
-    def on_close(self, server_conn: object) -> None:
-        self._served.discard(server_conn)
-        super().on_close(server_conn)
-
-
-class _Nobody(HTTPMessageDelegate):
-    """Whom a request reaches that was read before its connection was closed.
-
-    Tornado would serve it, unanswered. "The server [...] MUST NOT process any
-    further requests received on that connection" (RFC 9112, section 9.6).
-    """
-
-    def __init__(self, connection: HTTP1Connection) -> None:
-        self._connection = connection
-
-    def headers_received(self, start_line: object, headers: object) -> None:
-        self._connection.detach()  # so that nothing more is read
 
 
 def _bind(address: str, port: int, reuse_port: bool) -> Sequence[socket.socket]:

@@ -154,7 +154,7 @@ REFUSED = {
     "chunk-without-its-end": HOST + CHUNKED + b"5\r\nhelloX\r\n" + LAST,
     "chunk-longer-than-told": HOST + CHUNKED + b"4\r\nhello\r\n" + LAST,
     "chunk-with-endless-extension": (
-        HOST + CHUNKED + b"5;" + b"x" * 200_000 + b"\r\nhello\r\n" + LAST
+        HOST + CHUNKED + b"5;" + b"x" * 2_000_000 + b"\r\nhello\r\n" + LAST
     ),
     "endless-trailer": (
         HOST + CHUNKED + b"5\r\nhello\r\n0\r\nX: " + b"x" * 200_000 + b"\r\n\r\n"

@@ -20,6 +20,12 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
 REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
 
 
+@pytest.fixture(params=["asyncio", "uvloop"])
+def event_loop_name(request):
+    """Every test here runs on both."""
+    return request.param
+
+
 @contextlib.asynccontextmanager
 async def using(
     tls: ssl.SSLContext | None = None, **changes

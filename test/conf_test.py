@@ -1,4 +1,4 @@
-"""conf/socketdock.conf and README.md name every option."""
+"""conf/socketdock.conf and docs/options.md name every option, at its default."""
 
 import ast
 import asyncio
@@ -10,6 +10,7 @@ import pytest
 import websockets
 from service import DEADLINE, PROJECT, Service
 
+ROW = re.compile(r"^\| `--(\w+)` \| (.*?) \|", flags=re.MULTILINE)
 OPTION = re.compile(r"^# (\w+) = (.+)$", flags=re.MULTILINE)
 # Of the many that tornado brings, these are worth a line.
 TORNADO = ("log_file_prefix", "logging")
@@ -17,7 +18,7 @@ UNITS = {"SECONDS": "seconds", "BYTES": "bytes", "COUNT": "number"}
 
 
 def options_in_help():
-    """Name, metavar, default and help text of each option, in the order of --help."""
+    """Name, metavar and default of each option, in the order of --help."""
     text = subprocess.check_output(
         [sys.executable, "socketdock.py", "--help"], cwd=PROJECT, text=True, timeout=30
     )
@@ -26,14 +27,23 @@ def options_in_help():
         name, metavar, help_text = re.match(
             r"(\w+)(?:=(\S+))?\s+(.*)", words
         ).groups()
-        if name in TORNADO or not name.startswith(("log_", "help", "config")):
-            default = re.search(r" \[(\S+)\]$", help_text)
-            yield name, metavar, default and default[1]
+        default = re.search(r" \[(\S+)\]$", help_text)
+        yield name, metavar, default and default[1]
 
 
 @pytest.fixture(scope="module")
-def helped():
+def all_helped():
     return list(options_in_help())
+
+
+@pytest.fixture(scope="module")
+def helped(all_helped):
+    """Those that are worth a line in the file."""
+    return [
+        option
+        for option in all_helped
+        if option[0] in TORNADO or not option[0].startswith(("log_", "help", "config"))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +98,34 @@ async def test_every_line_of_conf_can_be_uncommented_as_it_stands(
         assert await asyncio.wait_for(client.recv(), DEADLINE) == "hello"
 
 
-def test_readme_names_every_option(helped):
-    """As `--name`."""
-    named = set(re.findall(r"--(\w+)", (PROJECT / "README.md").read_text("utf-8")))
-    assert {name for name, *_ in helped} - {*TORNADO} - named == set()
+def default_in(cell):
+    """A default as --help prints it, of a table's cell; None where it has none.
+
+    `20 s` and `0: forever` are numbers; words, such as `none: no TLS` and `the
+    host's name`, tell what is done without a value.
+    """
+    if (quoted := re.fullmatch("`([^-/]+)`", cell)) is not None:
+        return quoted[1]
+    first = re.match(r"[\w.]*", cell)[0]
+    return {"on": True, "off": False}.get(first, first if first[:1].isdigit() else None)
+
+
+def as_value(default):
+    """A number where it is one: 25.0 is 25."""
+    try:
+        return ast.literal_eval(default)
+    except (ValueError, SyntaxError):
+        return default
+
+
+@pytest.mark.parametrize("path", ["docs/options.md", "README.md"])
+def test_tables_have_options_at_their_defaults(all_helped, path):
+    """docs/options.md each one, once; README.md some of them."""
+    rows = ROW.findall((PROJECT / path).read_text("utf-8"))
+    written = {name: as_value(default_in(cell)) for name, cell in rows}
+    defaults = {name: as_value(default) for name, _, default in all_helped}
+    del defaults["help"]
+    assert len(written) == len(rows) >= 10
+    if path == "README.md":
+        defaults = {name: defaults[name] for name in written}
+    assert written == defaults

@@ -4,16 +4,24 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
+import uvloop
 from tornado.ioloop import IOLoop
 
 
 @pytest.fixture
-def io_loop() -> Iterator[IOLoop]:
-    """pytest-tornado's fixture, on a fresh asyncio loop.
+def event_loop_name() -> str:
+    """Which loop a test itself runs on; services choose theirs."""
+    return "asyncio"
+
+
+@pytest.fixture
+def io_loop(event_loop_name: str) -> Iterator[IOLoop]:
+    """pytest-tornado's fixture, on a fresh loop.
 
     Its own one leaves tasks behind, and warns on the Pythons we run.
     """
-    with asyncio.Runner() as runner:
+    factory = uvloop.new_event_loop if event_loop_name == "uvloop" else None
+    with asyncio.Runner(loop_factory=factory) as runner:
         loop = runner.get_loop()
         asyncio.set_event_loop(loop)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import websockets
+from certificates import Authority
 from faults import ScriptedBackend, tell
 from service import Service, ended, eventually, refusal
 
@@ -322,13 +323,29 @@ async def by_signal(service: Service, folder: Path, mark: Marks) -> None:
 
 async def test_path_can_not_forge_a_line_of_the_log(io_loop):
     """Whatever bytes it has, it stays one line, and nothing to a terminal."""
-    async with Service("--logging=debug") as service:
+    # The other server refuses such paths.
+    async with Service("--logging=debug", "--http_server=tornado") as service:
         for path in (b"/\x85[I]", b"/\x9b2J\xc2\x9b2J\xe2\x80\xa8", b"/%0a%1b[2J"):
             request = b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path
             await tell(service.callback_url, request, answers=1)
     told = [line for line in service.log if ": 404" in line]
     assert len(told) == 3
     assert all(line.isascii() and line.isprintable() for line in told)
+
+
+async def test_bad_peers_do_not_flood_the_log(io_loop, tmp_path):
+    """Malformed requests, and TLS that fails: hardly a line, however many."""
+    flags = (f"--tls_cert={Authority(tmp_path).server().both}", "--callbackport=0")
+    bad = b"GET / HTTP/9.9\r\nHost: x\r\n\r\n"
+    async with Service(*flags) as service:
+        before = len(service.log)
+        for url in (service.ws_url, service.callback_url):
+            for _ in range(10):
+                await asyncio.gather(*(tell(url, bad) for _ in range(10)))
+        # Its line comes behind all that was told of them.
+        service.process.send_signal(signal.SIGHUP)
+        await eventually(lambda: "read again" in service.log[-1])
+        assert len(service.log) - before <= 5
 
 
 # Before there is a log.

@@ -26,6 +26,7 @@ from backends import (
     Relay,
 )
 from backends.http.breaker import Breaker, Tripping
+from backends.http.check import HTTPCheck
 from backends.http.client import Answer, Client, Target
 from backends.http.credentials import Credentials, CredentialSources
 from backends.http.delivery import (
@@ -428,8 +429,11 @@ def target_of(option: str) -> Target | None:
         raise OptionError(f"--{option}={shown}: {error}") from None
 
 
-def make_backend(relay: Relay) -> HTTPBackend:
-    """The backend for `--backend=http`, from the options."""
+def targets_of(relay: Relay) -> tuple[Target, Target | None, Target | None]:
+    """Where messages, disconnect events and connect events go, from the options.
+
+    Raises `OptionError` where options don't go together, too.
+    """
     message_target = target_of("messageuri")
     if message_target is None:
         raise OptionError("--backend=http needs --messageuri")
@@ -440,10 +444,12 @@ def make_backend(relay: Relay) -> HTTPBackend:
         )
     if options.order_wait == float("inf") and not options.backend_timeout:
         raise OptionError("--order_wait=inf needs --backend_timeout")
-    disconnect_target = target_of("disconnecturi")
-    connect_target = target_of("connecturi")
-    targets = (message_target, disconnect_target, connect_target)
-    sources = CredentialSources(
+    return message_target, target_of("disconnecturi"), target_of("connecturi")
+
+
+def credential_sources(*targets: Target | None) -> CredentialSources:
+    """Secrets and files for events to `targets`, from the options."""
+    return CredentialSources(
         https=any(target and target.scheme == "https" for target in targets),
         webhook_secrets=options.webhook_secret,
         webhook_secret_file=options.webhook_secret_file,
@@ -452,6 +458,26 @@ def make_backend(relay: Relay) -> HTTPBackend:
         cert=options.backend_cert,
         key=options.backend_key,
     )
+
+
+def make_check(relay: Relay) -> HTTPCheck:
+    """What `socketdock check` looks at, from the options."""
+    targets = targets_of(relay)
+    names = ("--messageuri", "--disconnecturi", "--connecturi")
+    return HTTPCheck(
+        {name: t for name, t in zip(names, targets, strict=True) if t is not None},
+        credential_sources(*targets).read().tls,
+        connect_timeout=options.backend_connect_timeout,
+        certificates=[options.backend_cert] if options.backend_cert else [],
+        state_dir=Path(options.state_dir) if options.state_dir else None,
+        descriptors=options.max_backend_connections,
+    )
+
+
+def make_backend(relay: Relay) -> HTTPBackend:
+    """The backend for `--backend=http`, from the options."""
+    message_target, disconnect_target, connect_target = targets_of(relay)
+    sources = credential_sources(message_target, disconnect_target, connect_target)
     return HTTPBackend(
         relay,
         message_target,

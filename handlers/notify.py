@@ -1,0 +1,93 @@
+"""Tells systemd how this process is doing, where systemd has started it.
+
+The datagrams are those of sd_notify(3), the variables those of a unit with
+`Type=notify`: conf/socketdock.service.
+"""
+
+import asyncio
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
+
+SEND_TIMEOUT = 1.0  # seconds; systemd reads at once, or something is wrong with it
+
+
+class SystemdNotifier:
+    """Speaks to the socket that `NOTIFY_SOCKET` names; without it, to nobody.
+
+    From `ready()` to `close()` the loop itself feeds the watchdog, where
+    `WATCHDOG_USEC` asks for that: a loop that hangs is noticed.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._socket = _connect(environ.get("NOTIFY_SOCKET", ""))
+        self._interval = _watchdog_interval(environ) if self._socket else None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def ready(self) -> None:
+        """It relays: started, or done with reloading."""
+        self._tell("READY=1")
+        if self._timer is None:
+            self._feed_watchdog()
+
+    def reloading(self) -> None:
+        """Files are read again; `ready()` follows."""
+        # Without the time systemd can't tell an old reload's end from this one's.
+        self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def stopping(self) -> None:
+        """It drains."""
+        self._tell("STOPPING=1")
+
+    def close(self) -> None:
+        """Say nothing more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _feed_watchdog(self) -> None:
+        if self._interval is not None:
+            self._tell("WATCHDOG=1")
+            self._timer = asyncio.get_running_loop().call_later(
+                self._interval, self._feed_watchdog
+            )
+
+    def _tell(self, state: str) -> None:
+        if self._socket is None:
+            return
+        try:
+            self._socket.send(state.encode())
+        except OSError as error:
+            logger.warning("can't tell systemd %s: %s", state.partition("=")[0], error)
+
+
+def _connect(address: str) -> socket.socket | None:
+    """A socket to `address`, a path or an abstract name; None where there is none."""
+    if not address:
+        return None
+    to_systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        to_systemd.settimeout(SEND_TIMEOUT)
+        to_systemd.connect("\0" + address[1:] if address[0] == "@" else address)
+    except OSError as error:
+        to_systemd.close()
+        logger.warning("can't tell systemd anything: NOTIFY_SOCKET: %s", error)
+        return None
+    return to_systemd
+
+
+def _watchdog_interval(environ: Mapping[str, str]) -> float | None:
+    """Seconds between two signs of life; None where nobody waits for them."""
+    microseconds = environ.get("WATCHDOG_USEC", "")
+    meant = environ.get("WATCHDOG_PID") or str(os.getpid())
+    if not re.fullmatch("[0-9]{1,18}", microseconds) or meant != str(os.getpid()):
+        return None
+    # "every half of the time" (sd_watchdog_enabled(3))
+    return int(microseconds) / 1_000_000 / 2 or None

@@ -1,0 +1,158 @@
+"""The document of the callbacks, held against the relay by schemathesis."""
+
+import asyncio
+import json
+import os
+import sys
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+
+import pytest
+import websockets
+from service import RecordingBackend, Service
+
+from socketdock import __version__
+
+pytestmark = pytest.mark.gen_test(timeout=120)
+
+TOKEN = "0123456789abcdef"
+RUN_DEADLINE = 90.0  # seconds; it takes some 6
+EACH = 6  # connections for each operation, of which some are closed by it
+METHODS = ("get", "post", "delete", "head")
+
+# What is answered to a valid request for a connection that has just been closed.
+SETTINGS = """\
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", 401, 403, 410, 429]
+"""
+
+
+async def document(backend, service, *, headers=None):
+    """What is served at /openapi.json."""
+    answer = await backend.call(
+        f"{service.callback_url}/openapi.json", "GET", headers=headers or {}
+    )
+    assert answer.code == 200
+    assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
+    return json.loads(answer.body)
+
+
+async def drop_frames(client):
+    """Read all that comes, so that the relay need not call this a slow client."""
+    with suppress(websockets.ConnectionClosed):
+        async for _ in client:
+            pass
+
+
+async def test_relay_does_what_its_document_says(io_loop, tmp_path):
+    """schemathesis finds nothing, with valid and invalid requests, open and closed."""
+    async with AsyncExitStack() as stack:
+        backend = await stack.enter_async_context(RecordingBackend())
+        flags = (*backend.flags("message"), f"--callback_token={TOKEN}")
+        service = await stack.enter_async_context(Service(*flags))
+        spoken = await document(backend, service)
+        operations = [
+            operation
+            for path, item in spoken["paths"].items()
+            for method, operation in item.items()
+            if method in METHODS and path.startswith("/socket/")
+        ]
+        assert len(operations) == 4
+        clients = {}
+        for operation in operations:
+            for _ in range(EACH):
+                client = await stack.enter_async_context(
+                    websockets.connect(service.ws_url)
+                )
+                await client.send(operation["operationId"])
+                clients.setdefault(operation["operationId"], []).append(client)
+        ids = {}
+        for event in await backend.wait_for("message", EACH * len(operations)):
+            ids.setdefault(event["message"], []).append(event["meta"]["connection_id"])
+        for operation in operations:
+            own = ids[operation["operationId"]]
+            operation.setdefault("parameters", []).append(
+                {
+                    "name": "connection_id",
+                    "in": "path",
+                    "required": True,
+                    "schema": {"type": "string", "enum": own},
+                    "example": own[0],
+                }
+            )
+        (tmp_path / "openapi.json").write_text(json.dumps(spoken))
+        (tmp_path / "schemathesis.toml").write_text(SETTINGS)
+        readers = [
+            asyncio.create_task(drop_frames(client))
+            for of_operation in clients.values()
+            for client in of_operation
+        ]
+        said = await schemathesis(
+            "openapi.json",
+            f"--url={service.callback_url}",
+            f"--header=Authorization: Bearer {TOKEN}",
+            "--phases=examples,coverage,fuzzing",
+            "--max-examples=20",
+            "--seed=1",
+            cwd=tmp_path,
+        )
+        assert "12 selected / 12 total" in said and "Tested: 12" in said
+        closed = {
+            name: [c.close_code for c in of_operation if c.close_code is not None]
+            for name, of_operation in clients.items()
+        }
+        assert not closed["send"] and not closed["getConnection"]
+        assert set(closed["deleteConnection"]) == {1000}
+        assert closed["disconnect"]
+    await asyncio.wait_for(asyncio.gather(*readers), 10)
+
+
+async def schemathesis(*words, cwd):
+    """What a run of it has printed, that has found nothing."""
+    process = await asyncio.create_subprocess_exec(
+        Path(sys.executable).with_name("schemathesis"),
+        "run",
+        *words,
+        "--no-color",
+        cwd=cwd,
+        env={**os.environ, "NO_PROXY": "*"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        said, _ = await asyncio.wait_for(process.communicate(), RUN_DEADLINE)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise
+    assert process.returncode == 0, said.decode()
+    return said.decode()
+
+
+async def test_document_is_for_everybody_and_has_the_relays_version(io_loop):
+    """It holds no secret; a token is neither needed nor looked at."""
+    flags = (f"--callback_token={TOKEN}", "--callbackport=0")
+    async with RecordingBackend() as backend, Service(*flags) as service:
+        spoken = await document(backend, service)
+        wrong = {"Authorization": "Bearer fedcba9876543210"}
+        assert await document(backend, service, headers=wrong) == spoken
+        assert spoken["openapi"].startswith("3.1.")
+        assert spoken["info"]["version"] == __version__
+        url = service.ws_url.replace("ws:", "http:").replace("/ws", "/openapi.json")
+        assert (await backend.call(url, "GET")).code == 404  # not for clients
+
+
+async def test_document_has_every_callback_of_the_readme(io_loop):
+    """And no other below /socket/."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    rows = [line.split("`")[1] for line in readme.splitlines()
+            if line.startswith(("| `POST /", "| `GET /", "| `DELETE /"))]
+    async with RecordingBackend() as backend, Service() as service:
+        paths = (await document(backend, service))["paths"]
+    documented = {
+        f"{method.upper()} {path.replace('{connection_id}', '<id>')}"
+        for path, item in paths.items()
+        for method in METHODS
+        if method in item and path.startswith("/socket/")
+    }
+    assert {row for row in rows if "/socket/" in row} == documented
