@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -12,11 +13,12 @@ from pathlib import Path
 import pytest
 import websockets
 from project import copy_project, installation, library
-from service import DEADLINE
+from service import DEADLINE, RecordingBackend
 
-SPAWNED = re.compile(r"spawned: 'socketdock' with pid (\d+)")
-RUNNING = re.compile(r"socketdock entered RUNNING state")
+SPAWNED = re.compile(r"spawned: 'socketdock-\d+' with pid (\d+)")
+RUNNING = re.compile(r"socketdock-\d+ entered RUNNING state")
 STARTED = re.compile(r"clients at (ws://\S+), callbacks at")
+CALLBACKS = re.compile(r"callbacks at http://127.0.0.1:(\d+),")
 
 
 class Supervisor:
@@ -44,6 +46,28 @@ class Supervisor:
             return await self.process.wait()
 
 
+def free_ports(number: int) -> int:
+    """The first of so many in a row that nobody uses."""
+    while True:
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            first = held.enter_context(socket.create_server(("127.0.0.1", 0)))
+            port: int = first.getsockname()[1]
+            for other in range(port + 1, port + number):
+                held.enter_context(socket.create_server(("127.0.0.1", other)))
+            return port
+
+
+def with_processes(conf: Path, number: int) -> Path:
+    """The same file, with so many processes at ports that are free."""
+    text = conf.read_text()
+    for name, value in ("numprocs", number), ("numprocs_start", free_ports(number)):
+        text, times = re.subn(rf"^{name}=\d+$", f"{name}={value}", text, flags=re.M)
+        assert times == 1, name
+    path = conf.with_name("processes.conf")
+    path.write_text(text)
+    return path
+
+
 @contextlib.asynccontextmanager
 async def supervisord(
     conf: Path, environment: Mapping[str, str]
@@ -56,7 +80,7 @@ async def supervisord(
         "-c",
         conf,
         cwd=conf.parent,  # for its pid file
-        env={**os.environ, "SOCKETDOCK_BINDPORT": "0", **environment},
+        env={**os.environ, **environment},
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -106,9 +130,9 @@ async def test_starts_relays_restarts_and_stops(
     io_loop, place, tmp_path, tmp_path_factory
 ):
     """An echo, one more after `kill -9` of the relay, and a drain at SIGTERM."""
-    async with supervisord(
-        *place(tmp_path, tmp_path_factory.getbasetemp())
-    ) as supervisor:
+    conf, environment = place(tmp_path, tmp_path_factory.getbasetemp())
+    environment |= {"SOCKETDOCK_BINDPORT": "0"}
+    async with supervisord(with_processes(conf, 1), environment) as supervisor:
         (pid,) = await supervisor.hears(SPAWNED)
         (url,) = await supervisor.hears(STARTED)
         await assert_echoes(url)
@@ -125,10 +149,42 @@ async def test_starts_relays_restarts_and_stops(
         await asyncio.wait_for(client.wait_closed(), DEADLINE)
         assert client.close_code == 1001
         assert await supervisor.end() == 0
-        assert "stopped: socketdock (exit status 0)" in supervisor.said
+        assert re.search(
+            r"stopped: socketdock-\d+ \(exit status 0\)", supervisor.said
+        )
         assert "Traceback" not in supervisor.said
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid), 0)
+
+
+@pytest.mark.gen_test
+async def test_processes_share_the_clients_port(io_loop, tmp_path):
+    """Each gets some of them, and is called back at a port of its own."""
+    conf, _ = checkout(tmp_path, tmp_path)
+    async with RecordingBackend() as backend:
+        environment = {
+            "SOCKETDOCK_BINDPORT": str(free_ports(1)),
+            "SOCKETDOCK_BACKEND": "http",
+            "SOCKETDOCK_MESSAGEURI": backend.url("message"),
+        }
+        async with supervisord(with_processes(conf, 2), environment) as supervisor:
+            url, same = await supervisor.hears(STARTED, 2)
+            assert url == same
+            assert len(set(await supervisor.hears(CALLBACKS, 2))) == 2
+
+            clients = [await websockets.connect(url) for _ in range(60)]
+            for client in clients:
+                await client.send("hello")
+            events = await backend.wait_for("message", len(clients))
+            instances = {event["meta"]["instance"] for event in events}
+            names = {instance.partition("/")[0] for instance in instances}
+            assert len(instances) == len(names) == 2
+            for event in events:
+                answer = await backend.call(event["meta"]["send"], body=b"back")
+                assert answer.code == 200
+            for client in clients:
+                assert await asyncio.wait_for(client.recv(), DEADLINE) == b"back"
+                await client.close()
 
 
 def test_waits_longer_than_the_drain_before_it_kills(tmp_path):
