@@ -17,8 +17,9 @@ ARGS ?=
 FUZZ ?= 40
 
 BIN = .venv/bin
-# npm writes it; the interop tests with Node need what stands beside it.
-NODE_MODULES = test/interop/node_modules/.package-lock.json
+# npm writes them; the tests with Node need what stands beside them.
+NODE_MODULES = test/interop/node_modules/.package-lock.json \
+    examples/express_backend/node_modules/.package-lock.json
 
 # What the defaults leave unused, and the tests that run over it once more.
 OTHERWISE = --event_loop=asyncio --http_server=tornado
@@ -44,6 +45,13 @@ test: .venv/test.stamp
 	    command -v google-chrome >/dev/null || \
 	    echo "Left out: tests with Chromium, since it is missing" \
 	        "(Debian: apt-get install chromium)."; \
+	PATH=$$PATH:/usr/sbin; \
+	command -v haproxy >/dev/null && command -v nginx >/dev/null || \
+	    echo "Left out: tests behind HAProxy or nginx, since one is missing" \
+	        "(Debian: apt-get install haproxy nginx)."; \
+	command -v systemd-analyze >/dev/null || \
+	    echo "Left out: a test of the systemd unit, since systemd-analyze is" \
+	        "missing (Debian: apt-get install systemd)."; \
 	exit $$status
 
 demo: .venv/run.stamp
@@ -70,7 +78,8 @@ lint: .venv/test.stamp
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	rm -rf test/interop/node_modules bench/peers/node_modules supervisord.pid
+	rm -rf test/interop/node_modules examples/express_backend/node_modules
+	rm -rf bench/peers/node_modules supervisord.pid
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/bin/python:

@@ -72,6 +72,7 @@ setup(
             "cryptography",
             "hypothesis>=6.100,<7",
             "kosoku>=0.1,<0.2",  # Autobahn's cases
+            "schemathesis>=4,<5",  # the OpenAPI document against the relay
             "pyyaml>=6,<7",  # conf/compose.yaml
             "standardwebhooks>=1.1,<2",
             "supervisor>=4.3,<5",

@@ -13,7 +13,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 import yaml
-from interop_test import program
+from interop_test import kill, program
 from service import PROJECT, Service, eventually
 from tornado.httpclient import AsyncHTTPClient
 
@@ -79,7 +79,7 @@ def test_relays_believe_haproxy_alone(compose, services):
 
 def test_haproxy_is_told_where_the_relays_are(services):
     """By each variable that its file has; HAProxy accepts the result."""
-    haproxy = program("haproxy", "haproxy")
+    haproxy = program("haproxy", "haproxy", "/usr/sbin/haproxy")
     environment = services["haproxy"]["environment"]
     text = (CONF / "haproxy.cfg").read_text("utf-8")
     assert set(environment) == set(re.findall(r"\$\{(\w+)-", text))
@@ -143,8 +143,7 @@ async def test_backend_takes_events(io_loop, services):
                 answer = await AsyncHTTPClient().fetch(url, method="POST", body=event)
                 assert answer.code == 200
         finally:
-            process.kill()
-            await process.wait()
+            await kill(process)
 
 
 def answers(port: int) -> bool:

@@ -37,7 +37,7 @@ def test_wheel_has_the_conf_files(names):
     """Each file of conf/, to be found in share/socketdock/conf."""
     shipped = {name.partition(".data/")[2] for name in names if ".data/" in name}
     conf = {f"data/share/socketdock/conf/{f.name}" for f in PROJECT.glob("conf/*")}
-    assert len(conf) >= 2
+    assert len(conf) >= 6
     assert shipped == conf
 
 

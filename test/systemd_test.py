@@ -1,0 +1,220 @@
+"""What systemd is told, and conf/socketdock.service.
+
+`NOTIFY_SOCKET` is a real socket here, with the test at its other end.
+"""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+
+import pytest
+import websockets
+from interop_test import program
+from project import installation, library
+from service import DEADLINE, PROJECT, Service, eventually
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+UNIT = PROJECT / "conf" / "socketdock.service"
+EXPOSURE = 1.6  # of 10, as `systemd-analyze security` counts
+
+
+class Systemd:
+    """The other end of `NOTIFY_SOCKET`, which keeps all that it is told."""
+
+    def __init__(self, address: str) -> None:
+        self.told: list[str] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        self._socket.bind("\0" + address[1:] if address[0] == "@" else address)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self) -> None:
+        """Hear nothing more: from then on nobody is there."""
+        self._socket.close()
+
+    async def hears(self, state: str) -> None:
+        """Read until the next `state`, which must be a whole line."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(DEADLINE):
+            while True:
+                self.told.append((await loop.sock_recv(self._socket, 4096)).decode())
+                if state in self.told[-1].splitlines():
+                    return
+
+    def rest(self) -> list[str]:
+        """All that it was told, when nobody is there any more."""
+        while True:
+            try:
+                self.told.append(self._socket.recv(4096).decode())
+            except BlockingIOError:
+                return self.told
+
+
+@pytest.fixture(params=["path", "abstract"])
+def address(request, tmp_path):
+    if request.param == "path":
+        return str(tmp_path / "notify")
+    return f"@socketdock-test-{os.getpid()}-{tmp_path.name}"
+
+
+async def assert_echoes(url: str) -> None:
+    async with websockets.connect(url) as client:
+        await client.send("hello")
+        assert await asyncio.wait_for(client.recv(), DEADLINE) == "hello"
+
+
+async def test_systemd_is_told_of_start_reload_and_stop(io_loop, address):
+    """READY=1 once it relays, RELOADING=1 and READY=1 at SIGHUP, STOPPING=1."""
+    with Systemd(address) as systemd:
+        environment = {"NOTIFY_SOCKET": address}
+        async with Service("--drain_delay=60", environment=environment) as service:
+            await systemd.hears("READY=1")
+            await assert_echoes(service.ws_url)
+            service.process.send_signal(signal.SIGHUP)
+            await systemd.hears("READY=1")
+            service.process.send_signal(signal.SIGTERM)
+            await systemd.hears("STOPPING=1")  # long before the end
+            service.process.send_signal(signal.SIGTERM)
+            await service.process.wait()
+        started, reloading, ready, stopping = systemd.rest()
+    assert (started, ready, stopping) == ("READY=1", "READY=1", "STOPPING=1")
+    assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=\d+", reloading)
+
+
+async def test_watchdog_is_fed_by_the_loop_until_the_end(io_loop, tmp_path):
+    """More often than it has to be, and while draining, too."""
+    address = str(tmp_path / "notify")
+    environment = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "100000"}
+    with Systemd(address) as systemd:
+        async with Service("--drain_delay=60", environment=environment) as service:
+            for _ in range(5):
+                await systemd.hears("WATCHDOG=1")
+            service.process.send_signal(signal.SIGTERM)
+            await systemd.hears("STOPPING=1")
+            for _ in range(3):
+                await systemd.hears("WATCHDOG=1")
+            service.process.send_signal(signal.SIGTERM)
+            await service.process.wait()
+        told = systemd.rest()
+    assert told[:2] == ["READY=1", "WATCHDOG=1"]
+
+
+@pytest.mark.parametrize(
+    "watchdog",
+    [{}, {"WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": "soon"}],
+    ids=["off", "another process's", "nonsense"],
+)
+async def test_watchdog_that_is_not_meant_is_not_fed(io_loop, tmp_path, watchdog):
+    """Another process may have inherited the variables."""
+    address = str(tmp_path / "notify")
+    environment = {"NOTIFY_SOCKET": address, **watchdog}
+    with Systemd(address) as systemd:
+        async with Service("--drain_delay=0.3", environment=environment):
+            await systemd.hears("READY=1")
+        assert systemd.rest() == ["READY=1", "STOPPING=1"]
+
+
+@pytest.mark.parametrize("address", ["/nowhere/notify", "@nobody", "vsock:2:1"])
+async def test_relay_does_without_a_systemd_that_is_not_there(io_loop, address):
+    """One warning, and all else as ever."""
+    async with Service(environment={"NOTIFY_SOCKET": address}) as service:
+        await assert_echoes(service.ws_url)
+    assert sum("NOTIFY_SOCKET" in line for line in service.log) == 1
+
+
+async def test_systemd_that_goes_is_a_warning(io_loop, tmp_path):
+    """Nothing of it reaches the clients."""
+    address = str(tmp_path / "notify")
+    with Systemd(address) as systemd:
+        async with Service(environment={"NOTIFY_SOCKET": address}) as service:
+            await systemd.hears("READY=1")
+            systemd.close()
+            await assert_echoes(service.ws_url)
+    assert any("can't tell systemd STOPPING" in line for line in service.log)
+
+
+# The unit.
+
+
+def setting(name: str) -> str:
+    """A setting's value in the unit, which has it once."""
+    (value,) = re.findall(rf"^{name}=(.*)$", UNIT.read_text(), flags=re.MULTILINE)
+    return value
+
+
+async def test_unit_starts_what_is_installed(io_loop, tmp_path, tmp_path_factory):
+    """Its ExecStart and its environment, with systemd's folders elsewhere."""
+    prefix = installation(tmp_path_factory.getbasetemp())
+    conf = prefix / "share" / "socketdock" / "conf"
+    command = setting("ExecStart").replace("/opt/socketdock", str(prefix))
+    command = command.replace("/etc/socketdock", str(conf))
+    name, _, value = setting("Environment").partition("=")
+    (tmp_path / setting("StateDirectory")).mkdir(0o700)
+    address = str(tmp_path / "notify")
+    environment = {
+        name: value.replace("%S", str(tmp_path)),
+        "PYTHONPATH": library(prefix),
+        "NOTIFY_SOCKET": address,
+    }
+    http = ("--backend=http", "--messageuri=http://127.0.0.1:9/")
+    with Systemd(address) as systemd:
+        async with Service(
+            *http, command=command.split(), environment=environment
+        ) as service:
+            await systemd.hears("READY=1")
+            await eventually(lambda: any((tmp_path / "socketdock").iterdir()))
+    assert not [line for line in service.log if " is no option" in line]
+
+
+def test_unit_is_one_that_systemd_accepts_and_calls_hardened(tmp_path):
+    """`systemd-analyze` has nothing to say of it, and finds little to attack."""
+    analyze = program("systemd", "systemd-analyze")
+    unit = tmp_path / UNIT.name
+    # The program is not where it will be.
+    unit.write_text(UNIT.read_text().replace("/opt/socketdock/bin/socketdock", SH))
+    verified = analyzed(analyze, "verify", "--man=no", unit)
+    assert (verified.returncode, verified.stdout, verified.stderr) == (0, "", "")
+    exposed = analyzed(
+        analyze, "security", "--offline=yes", f"--threshold={EXPOSURE * 10:g}", unit
+    )
+    assert exposed.returncode == 0, exposed.stdout
+
+
+SH = shutil.which("sh") or "/bin/sh"
+
+
+def analyzed(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in words],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env={**os.environ, "SYSTEMD_COLORS": "0"},
+    )
+
+
+def test_unit_waits_longer_than_the_drain_before_it_kills():
+    """`TimeoutStopSec` is above the defaults of the drain, 0, 0 and 25 seconds."""
+    assert int(setting("TimeoutStopSec")) > 25
+
+
+def test_unit_allows_the_descriptors_that_the_defaults_take():
+    """15,000 clients, 4,096 connections to the backend and what else is needed."""
+    assert int(setting("LimitNOFILE")) > 15_000 + 4_096 + 256
+
+
+def test_unit_does_not_repeat_a_start_that_an_option_keeps_from_succeeding():
+    """Exit status 2; anything else starts again."""
+    assert setting("Restart") == "always"
+    assert setting("RestartPreventExitStatus") == "2"
