@@ -20,10 +20,11 @@ RUN_DEADLINE = 90.0  # seconds; it takes some 6
 EACH = 6  # connections for each operation, of which some are closed by it
 METHODS = ("get", "post", "delete", "head")
 
-# What is answered to a valid request for a connection that has just been closed.
+# To a valid request: 410 where the one before has closed the connection, 400 to
+# what no schema can tell, such as a body that is not UTF-8 where `type` is text.
 SETTINGS = """\
 [checks.positive_data_acceptance]
-expected-statuses = ["2xx", 401, 403, 410, 429]
+expected-statuses = ["2xx", 400, 401, 403, 410, 429]
 """
 
 
@@ -51,9 +52,10 @@ async def test_relay_does_what_its_document_says(io_loop, tmp_path):
         flags = (*backend.flags("message"), f"--callback_token={TOKEN}")
         service = await stack.enter_async_context(Service(*flags))
         spoken = await document(backend, service)
+        paths = spoken["paths"]
         operations = [
             operation
-            for path, item in spoken["paths"].items()
+            for path, item in paths.items()
             for method, operation in item.items()
             if method in METHODS and path.startswith("/socket/")
         ]
@@ -96,7 +98,10 @@ async def test_relay_does_what_its_document_says(io_loop, tmp_path):
             "--seed=1",
             cwd=tmp_path,
         )
-        assert "12 selected / 12 total" in said and "Tested: 12" in said
+        total = sum(method in path for path in paths.values() for method in METHODS)
+        assert total >= 12
+        assert f"{total} selected / {total} total" in said
+        assert f"Tested: {total}" in said
         closed = {
             name: [c.close_code for c in of_operation if c.close_code is not None]
             for name, of_operation in clients.items()

@@ -1,0 +1,241 @@
+"""`socketdock check` says what is wrong, how to mend it, and by its status whether."""
+
+import asyncio
+import datetime
+import resource
+import socket
+import sys
+from contextlib import asynccontextmanager
+
+import certificates
+import pytest
+import websockets
+from certificates import Authority, self_signed
+from service import DEADLINE, PROJECT, RecordingBackend, Service, tcp_server
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+
+async def check(*flags, status, **rest):
+    """The lines of a check that ends with `status`, in time and without a traceback."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "socketdock.py",
+        "check",
+        *flags,
+        cwd=PROJECT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        **rest,
+    )
+    out, err = await asyncio.wait_for(process.communicate(), DEADLINE)
+    assert err.decode() == "" or status == 2
+    assert process.returncode == status, out.decode() + err.decode()
+    return (out if status < 2 else err).decode().splitlines()
+
+
+def only(level, lines):
+    """The one line of that level, which is not empty of advice."""
+    (line,) = (line for line in lines if line.startswith(f"{level}:"))
+    return line
+
+
+def free_port():
+    """A port that was free just now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def to(url):
+    """The flags for a backend there, on a free port of ours."""
+    return ("--bindport=0", "--backend=http", f"--messageuri={url}")
+
+
+@asynccontextmanager
+async def https(certificate, **context):
+    """The URL of a server that shows a certificate, and says nothing."""
+
+    async def serve(reader, writer):
+        await reader.read()
+
+    async with tcp_server(serve, ssl=certificate.server_context(**context)) as port:
+        yield f"https://127.0.0.1:{port}/message"
+
+
+# All fine.
+
+
+async def test_nothing_wrong_is_status_0_and_the_backend_gets_no_event(io_loop):
+    """Options may follow the subcommand; the backend is connected to, and no more."""
+    async with RecordingBackend() as backend:
+        lines = await check(f"--bindport={free_port()}", *backend.flags(), status=0)
+        assert backend.events == []
+    assert all(line.startswith("ok: ") for line in lines)
+    reached = f"http://127.0.0.1:{backend.port} is reached"
+    # One line for one host.
+    assert [line for line in lines if reached in line] == [
+        f"ok:      --messageuri, --disconnecturi, --connecturi: {reached}"
+    ]
+
+
+async def test_loopback_has_nothing_more_to_look_at(io_loop):
+    """A backend that brings no check of its own is fine."""
+    assert len(await check("--bindport=0", status=0)) == 2
+
+
+async def test_no_option_is_needed(io_loop):
+    """Neither by the check nor, so, by the start."""
+    assert len(await check(status=0, env={"SOCKETDOCK_BINDPORT": "0"})) == 2
+
+
+async def test_backend_by_tls_is_told_with_its_certificates_end(io_loop, tmp_path):
+    """The test authority's are good for a day, which is soon."""
+    authority = Authority(tmp_path)
+    async with https(authority.server()) as url:
+        lines = await check(*to(url), f"--backend_ca={authority.path}", status=0)
+    line = only("warning", lines)
+    assert "is reached by TLS: its certificate expires on " in line
+    assert line.endswith("; renew it")
+
+
+async def test_unknown_variable_of_the_environment_is_a_warning(io_loop):
+    """As at the start."""
+    lines = await check("--bindport=0", status=0, env={"SOCKETDOCK_BIDPORT": "1"})
+    assert "SOCKETDOCK_BIDPORT is no option" in only("warning", lines)
+
+
+# What is wrong.
+
+
+async def test_bad_option_is_status_2(io_loop):
+    """As at the start, with the same sentence."""
+    (line,) = await check("--bidport=1", status=2)
+    assert line == "socketdock: there is no option --bidport; did you mean --bindport?"
+
+
+async def test_options_that_miss_another_are_told(io_loop):
+    """With everything else that was found."""
+    line = only("error", await check("--bindport=0", "--backend=http", status=1))
+    assert line == "error:   --backend=http needs --messageuri"
+
+
+async def test_backend_that_is_not_there_is_told(io_loop):
+    """Nothing listens at its port."""
+    url = f"http://127.0.0.1:{free_port()}/message"
+    line = only("error", await check(*to(url), status=1))
+    assert "Connection refused; start the backend there" in line
+
+
+async def test_backend_with_a_name_that_is_none_is_told(io_loop):
+    """No resolver has to be asked for that."""
+    line = only("error", await check(*to("http://no..name/"), status=1))
+    assert "http://no..name:80: the name is unknown here" in line
+    assert "mend it, or this machine's DNS" in line
+
+
+async def test_certificate_of_the_backend_that_has_expired_is_told(io_loop, tmp_path):
+    """It has to renew it."""
+    authority = Authority(tmp_path)
+    async with https(authority.server(expired=True)) as url:
+        lines = await check(*to(url), f"--backend_ca={authority.path}", status=1)
+    line = only("error", lines)
+    assert "TLS: certificate has expired; renew the backend's certificate" in line
+
+
+async def test_certificate_that_nobody_vouches_for_is_told(io_loop, tmp_path):
+    """With the option that would name who does."""
+    async with https(self_signed(tmp_path)) as url:
+        line = only("error", await check(*to(url), status=1))
+    assert "TLS: self-signed certificate; give the authority" in line
+    assert line.endswith("in --backend_ca")
+
+
+async def test_certificate_for_another_name_is_told(io_loop, tmp_path):
+    """The name in the URL has to be among its names."""
+    authority = Authority(tmp_path)
+    async with https(authority.server("elsewhere.example")) as url:
+        lines = await check(*to(url), f"--backend_ca={authority.path}", status=1)
+    assert only("error", lines).endswith("use a name that stands in the certificate")
+
+
+async def test_backend_that_wants_a_certificate_is_told(io_loop, tmp_path):
+    """By TLS 1.3 that shows only after the handshake."""
+    authority = Authority(tmp_path)
+    async with https(authority.server(), client_ca=authority.path) as url:
+        lines = await check(*to(url), f"--backend_ca={authority.path}", status=1)
+    assert "--backend_cert" in only("error", lines)
+
+
+async def test_backend_that_speaks_no_tls_is_told(io_loop):
+    """https:// to a port of http://."""
+    async with RecordingBackend() as backend:
+        url = backend.url("message").replace("http", "https")
+        lines = await check(*to(url), "--backend_connect_timeout=1", status=1)
+    line = only("error", lines)
+    assert "; make it http://, or give the port that speaks TLS" in line
+
+
+async def test_port_in_use_is_told_and_its_relay_keeps_its_clients(io_loop):
+    """A relay that runs with the very same options, for one."""
+    async with Service() as service:
+        port = service.ws_url.split(":")[2].split("/")[0]
+        async with websockets.connect(service.ws_url) as client:
+            line = only("error", await check(f"--bindport={port}", status=1))
+            await client.send("still here")
+            assert await client.recv() == "still here"
+    assert f"port {port} of 127.0.0.1: Address already in use; stop what" in line
+
+
+async def test_address_of_another_machine_is_told(io_loop):
+    """192.0.2.1 is nobody's (RFC 5737)."""
+    lines = await check("--bindip=192.0.2.1", "--bindport=0", status=1)
+    assert any("give an address that this machine has" in line for line in lines)
+
+
+async def test_certificate_of_ours_that_expires_is_told(io_loop, tmp_path, monkeypatch):
+    """As a warning within 14 days, as an error once it has."""
+    authority = Authority(tmp_path)
+    expired = authority.server(expired=True).both
+    flags = ("--bindport=0", f"--tls_cert={expired}")
+    line = only("error", await check(*flags, status=1))
+    assert line.startswith(f"error:   {expired} has expired on ")
+    flags = ("--bindport=0", f"--tls_cert={authority.server().both}")
+    assert "; renew it" in only("warning", await check(*flags, status=0))
+    # 24 of these are good for 720 days.
+    monkeypatch.setattr(certificates, "HOUR", datetime.timedelta(days=30))
+    flags = ("--bindport=0", f"--tls_cert={authority.server().both}")
+    assert any("is good until 20" in line for line in await check(*flags, status=0))
+
+
+async def test_file_that_is_no_certificate_is_told(io_loop):
+    """With the sentence of the start."""
+    flags = ("--bindport=0", "--tls_cert=README.md")
+    assert "can't use README.md for TLS" in only("error", await check(*flags, status=1))
+
+
+async def test_callbacks_without_a_token_on_a_public_address_are_told(io_loop):
+    """The start only warns of it."""
+    flags = ("--bindport=0", "--bindip=0.0.0.0")
+    line = only("error", await check(*flags, status=1))
+    assert "callbacks need no token" in line and "--callback_token_file" in line
+    await check(*flags, "--callback_token=0123456789abcdef", status=0)
+
+
+async def test_too_few_descriptors_are_told(io_loop):
+    """With where the limit is raised."""
+    lines = await check(
+        "--bindport=0",
+        status=1,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512)),
+    )
+    line = only("error", lines)
+    assert "at most 512 files may be open here" in line and "LimitNOFILE=" in line
+
+
+async def test_state_dir_that_is_no_folder_is_told(io_loop):
+    """Nothing is made, and a running relay's lock is left alone."""
+    async with RecordingBackend() as backend:
+        url = backend.url("message")
+        lines = await check(*to(url), "--state_dir=README.md/x", status=1)
+    assert "README.md is no folder" in only("error", lines)

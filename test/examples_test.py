@@ -1,0 +1,208 @@
+"""The examples for backend authors do what they show, behind the real relay."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+from datetime import UTC, datetime, timedelta
+from typing import NoReturn, Self
+
+import pytest
+import websockets
+from service import DEADLINE, PROJECT, Service, eventually
+from standardwebhooks import Webhook
+from tornado.httpclient import AsyncHTTPClient
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+TOKEN = "0123456789abcdef"
+EXPRESS = PROJECT / "examples" / "express_backend"
+
+
+def leave_out(reason: str) -> NoReturn:
+    """Skip this test; fail where everything has to be there."""
+    if os.environ.get("TEST_ALL"):
+        pytest.fail(f"{reason} (TEST_ALL is set)", pytrace=False)
+    pytest.skip(reason)
+
+
+def flask_command() -> list[str]:
+    """The chat in Flask."""
+    return [sys.executable, "examples/flask_backend.py"]
+
+
+def express_command() -> list[str]:
+    """The chat in Express, with what `npm ci` puts beside it."""
+    node = shutil.which("node")
+    if node is None:
+        leave_out("node is missing (Debian: apt-get install nodejs npm)")
+    if not (EXPRESS / "node_modules").exists():
+        leave_out(f"run: npm ci --prefix {EXPRESS.relative_to(PROJECT)}")
+    return [node, str(EXPRESS / "backend.mjs")]
+
+
+COMMANDS = {"flask": flask_command, "express": express_command}
+
+
+class Example:
+    """An example as a process, for as long as the block runs; `said` are its lines."""
+
+    def __init__(self, name: str) -> None:
+        self.command = COMMANDS[name]()
+        self.said: list[str] = []
+
+    async def __aenter__(self) -> Self:
+        self.process = await asyncio.create_subprocess_exec(
+            *self.command,
+            "--port=0",
+            cwd=PROJECT,
+            env={**os.environ, "WEBHOOK_SECRET": SECRET, "CALLBACK_TOKEN": TOKEN},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        self._reader = asyncio.create_task(self._read())
+        await eventually(lambda: bool(self.said) or self._reader.done())
+        assert self.said and self.said[0].startswith("backend at "), self.said
+        self.url = self.said[0].removeprefix("backend at ")
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.process.terminate()
+        await asyncio.wait_for(self.process.wait(), DEADLINE)
+        await self._reader
+        assert not any("Traceback" in line or "Error:" in line for line in self.said)
+
+    async def _read(self) -> None:
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            self.said.append(line.decode().rstrip())
+
+    def has_said(self, start: str) -> bool:
+        """Whether one of its lines starts so."""
+        return any(line.startswith(start) for line in self.said)
+
+    def relay(self, *flags: str) -> Service:
+        """A relay with this backend."""
+        kinds = ("connect", "message", "disconnect")
+        return Service(
+            "--backend=http",
+            *(f"--{kind}uri={self.url}/{kind}" for kind in kinds),
+            *flags,
+            environment={
+                "SOCKETDOCK_WEBHOOK_SECRET": SECRET,
+                "SOCKETDOCK_CALLBACK_TOKEN": TOKEN,
+            },
+        )
+
+    async def post(
+        self, event_id: str, event: object, sign_with: str = SECRET, age: float = 0.0
+    ) -> int:
+        """The status for a message event that this test has signed."""
+        body = json.dumps(event)
+        at = datetime.now(UTC) - timedelta(seconds=age)
+        headers = {
+            "Content-Type": "application/json; charset=utf-8",
+            "webhook-id": event_id,
+            "webhook-timestamp": str(int(at.timestamp())),
+            "webhook-signature": Webhook(sign_with).sign(event_id, at, body),
+        }
+        answer = await AsyncHTTPClient().fetch(
+            f"{self.url}/message",
+            method="POST",
+            headers=headers,
+            body=body,
+            raise_error=False,
+        )
+        return answer.code
+
+
+def message(service: Service, connection_id: str, text: str) -> dict[str, object]:
+    """The event of a message, as far as the examples read it."""
+    meta = {
+        "connection_id": connection_id,
+        "instance": "relay-1/0000000000000000",
+        "send": f"{service.callback_url}/socket/{connection_id}/send",
+    }
+    return {"meta": meta, "message": text}
+
+
+async def text_of(client: websockets.ClientConnection) -> str | bytes:
+    """The next message, in time."""
+    return await asyncio.wait_for(client.recv(), DEADLINE)
+
+
+each_example = pytest.mark.parametrize("name", COMMANDS)
+
+
+@each_example
+async def test_everybody_gets_what_one_client_sends(io_loop, name):
+    """Signed events in, callbacks with the token out."""
+    async with Example(name) as example, example.relay() as service:
+        async with (
+            websockets.connect(service.ws_url) as one,
+            websockets.connect(service.ws_url) as other,
+        ):
+            await one.send("grüße 🦆")
+            assert await text_of(one) == await text_of(other) == "grüße 🦆"
+            await other.close()
+            await one.send("alone")
+            assert await text_of(one) == "alone"
+    assert len(example.said) == 1  # nothing went wrong
+
+
+@each_example
+async def test_event_with_a_wrong_signature_is_refused(io_loop, name):
+    """Nor is one believed that is too old, or has none."""
+    async with Example(name) as example, example.relay() as service:
+        async with websockets.connect(service.ws_url) as client:
+            event = message(service, "0" * 32, "forged")
+            wrong = SECRET.replace("M", "N")
+            assert await example.post("forged-1", event, sign_with=wrong) == 401
+            assert await example.post("forged-2", event, age=3600) == 401
+            answer = await AsyncHTTPClient().fetch(
+                f"{example.url}/message",
+                method="POST",
+                body=json.dumps(event),
+                headers={"webhook-signature": "v1"},
+                raise_error=False,
+            )
+            assert answer.code == 401
+            await client.send("true")
+            assert await text_of(client) == "true"
+
+
+@each_example
+async def test_event_that_comes_again_acts_once(io_loop, name):
+    """It is answered as if it had been acted on, so that the relay stops."""
+    async with Example(name) as example, example.relay() as service:
+        async with websockets.connect(service.ws_url) as client:
+            event = message(service, "0" * 32, "once")
+            assert await example.post("again-1", event) == 204
+            assert await example.post("again-1", event) == 204
+            assert await text_of(client) == "once"
+            await client.send("the next")
+            assert await text_of(client) == "the next"
+    assert example.has_said("again: again-1")
+
+
+@each_example
+async def test_connections_of_a_dead_instance_are_dropped(io_loop, name):
+    """An event of the same name's next run tells; nobody calls the dead one back."""
+    async with Example(name) as example:
+        async with example.relay("--instance_name=relay-1") as dead:
+            async with contextlib.AsyncExitStack() as clients:
+                for _ in range(2):
+                    await clients.enter_async_context(websockets.connect(dead.ws_url))
+                dead.process.send_signal(signal.SIGKILL)
+                await dead.process.wait()
+        async with example.relay("--instance_name=relay-1") as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("anybody?")
+                assert await text_of(client) == "anybody?"
+    assert example.has_said("dropped 2 connections of relay-1/")
+    assert not example.has_said("callback failed")
