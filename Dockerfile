@@ -15,6 +15,7 @@ ENV PATH=/opt/socketdock/bin:$PATH \
 USER 10001:10001
 EXPOSE 8765
 STOPSIGNAL SIGTERM
+# By TLS where the environment says so; whose certificate it is does not matter.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=5s \
-    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ.get('SOCKETDOCK_BINDPORT', '8765') + '/livez', timeout=2)"]
+    CMD ["python", "-c", "import os, ssl, urllib.request; get = os.environ.get; urllib.request.urlopen('http' + 's' * bool(get('SOCKETDOCK_TLS_CERT')) + '://127.0.0.1:' + get('SOCKETDOCK_BINDPORT', '8765') + '/livez', timeout=2, context=ssl._create_unverified_context())"]
 ENTRYPOINT ["socketdock"]

@@ -333,9 +333,11 @@ async def test_path_can_not_forge_a_line_of_the_log(io_loop):
     assert all(line.isascii() and line.isprintable() for line in told)
 
 
-async def test_bad_peers_do_not_flood_the_log(io_loop, tmp_path):
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+async def test_bad_peers_do_not_flood_the_log(io_loop, tmp_path, server):
     """Malformed requests, and TLS that fails: hardly a line, however many."""
-    flags = (f"--tls_cert={Authority(tmp_path).server().both}", "--callbackport=0")
+    certificate = Authority(tmp_path).server().both
+    flags = (f"--tls_cert={certificate}", "--callbackport=0", f"--http_server={server}")
     bad = b"GET / HTTP/9.9\r\nHost: x\r\n\r\n"
     async with Service(*flags) as service:
         before = len(service.log)
