@@ -19,7 +19,7 @@ from handlers.connections import ConnectionMap
 from handlers.frames import MAX_CLOSE_REASON, CloseCode
 from handlers.problem import PROBLEM_TYPE, problem_document
 from handlers.server import Quick, Request
-from handlers.websocket import ClientSocketHandler
+from handlers.websocket import ClientConnection
 
 PLAIN_HOST = re.compile(rb"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
 
@@ -73,7 +73,7 @@ FULL = Answer(
 
 def find(
     connection_id: str, connections: ConnectionMap, backend: Backend
-) -> ClientSocketHandler | None:
+) -> ClientConnection | None:
     """The connection if it is connecting or open. Its backend has called back."""
     connection = connections.get(connection_id)
     if connection is None:
@@ -82,7 +82,7 @@ def find(
     return connection if connection.state in ("connecting", "open") else None
 
 
-def done(connection: ClientSocketHandler) -> Answer:
+def done(connection: ClientConnection) -> Answer:
     """To what is done at once, or after the handshake. Ask before it is done."""
     return ACCEPTED if connection.state == "connecting" else OK
 
@@ -104,7 +104,7 @@ def message_of(body: bytes, content_type: str, types: Sequence[str]) -> str | by
 
 
 def send(
-    connection: ClientSocketHandler, message: str | bytes
+    connection: ClientConnection, message: str | bytes
 ) -> Answer | Awaitable[Answer]:
     """Send one frame: the answer, or what to await it from while it waits."""
     answer = done(connection)
@@ -142,7 +142,7 @@ class CallbackHandler(BodyHandler):
         self.backend = backend
         self.max_body_size = max_message_size
 
-    def find(self, connection_id: str) -> ClientSocketHandler | None:
+    def find(self, connection_id: str) -> ClientConnection | None:
         """The connection if it is connecting or open; else answers 410."""
         connection = find(connection_id, self.connections, self.backend)
         if connection is None:
@@ -285,7 +285,7 @@ class ConnectionHandler(CallbackHandler):
         self.finish()
 
 
-def describe(connection: ClientSocketHandler) -> dict[str, Any]:
+def describe(connection: ClientConnection) -> dict[str, Any]:
     """What `GET /socket/<id>` tells of a connection."""
     return {
         "connection_id": connection.id,

@@ -16,7 +16,7 @@ from tornado.options import define
 from handlers.admission import RETRY_AFTER, Admission, Refusal, RefusalLog
 
 if TYPE_CHECKING:
-    from handlers.websocket import ClientSocketHandler
+    from handlers.websocket import ClientConnection
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,9 @@ class ConnectionMap:
         max_queued_bytes: int = 256 * 1024 * 1024,
         admission: Admission | None = None,
     ) -> None:
-        self._connections: dict[str, ClientSocketHandler] = {}
+        # Kept, since asking for it is a system call (getpid) before Python 3.12.
+        self.loop = asyncio.get_running_loop()
+        self._connections: dict[str, ClientConnection] = {}
         # Kept here so that they aren't collected while they run; awaited by drain().
         self._farewells: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -70,20 +72,20 @@ class ConnectionMap:
     def __len__(self) -> int:
         return len(self._connections)
 
-    def __iter__(self) -> "Iterator[ClientSocketHandler]":
+    def __iter__(self) -> "Iterator[ClientConnection]":
         return iter(list(self._connections.values()))
 
-    def get(self, connection_id: str) -> "ClientSocketHandler | None":
+    def get(self, connection_id: str) -> "ClientConnection | None":
         """The connection of that id, connecting or open or closing, or None."""
         return self._connections.get(connection_id)
 
-    def add(self, connection: "ClientSocketHandler") -> None:
+    def add(self, connection: "ClientConnection") -> None:
         """List a connection."""
         self._connections[connection.id] = connection
         self._admission.enter(connection.remote_ip)
         self.total += 1
 
-    def remove(self, connection: "ClientSocketHandler") -> None:
+    def remove(self, connection: "ClientConnection") -> None:
         """Forget a connection; nothing where it is not listed."""
         if self._connections.pop(connection.id, None) is not None:
             self._admission.leave(connection.remote_ip)
@@ -136,7 +138,7 @@ class ConnectionMap:
         if not self.full:
             return None
         if self._room is None:
-            loop = asyncio.get_running_loop()
+            loop = self.loop
             self._room = loop.create_future()
             if loop.time() >= self._warned_at + WARNING_INTERVAL:
                 self._warned_at = loop.time()
@@ -152,7 +154,7 @@ class ConnectionMap:
 
     def say_farewell(self, farewell: Coroutine[None, None, None]) -> None:
         """Run `farewell`, which tells the backend that a connection has ended."""
-        task = asyncio.get_running_loop().create_task(farewell)
+        task = self.loop.create_task(farewell)
         self._farewells.add(task)
         task.add_done_callback(self._on_farewell_said)
 
@@ -198,7 +200,7 @@ class ConnectionMap:
         return True
 
     async def _close_all(self, spread: float) -> None:
-        loop = asyncio.get_running_loop()
+        loop = self.loop
         connections = list(self)
         began = loop.time()
         for number, connection in enumerate(connections):

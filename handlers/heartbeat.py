@@ -11,7 +11,7 @@ from typing import Protocol
 
 
 class Pinged(Protocol):
-    """What is pinged: a `ClientSocketHandler`."""
+    """What is pinged: a `ClientConnection`."""
 
     @property
     def last_heard(self) -> float:

@@ -24,7 +24,7 @@ JITTER = 0.1  # of a lifetime: those who came together don't all go together
 
 
 class Mortal(Protocol):
-    """What ends: a `ClientSocketHandler`."""
+    """What ends: a `ClientConnection`."""
 
     @property
     def last_message_at(self) -> float:

@@ -1,21 +1,23 @@
 """One client's WebSocket on its stream: accepting, reading, writing, closing.
 
 Tornado's own protocol class decides what a frame means in one private method,
-and gets it wrong in places (docs/decisions/002-own-frame-reading.md), so this
-subclass owns the whole of it; `handlers.frames` knows the frames, and
-`handlers.websocket` what to do with the messages.
+and gets it wrong in places (docs/decisions/002-own-frame-reading.md), so this is
+one of our own; `handlers.frames` knows the frames, `handlers.stream` the socket,
+and `handlers.websocket` what to do with the messages.
 """
 
 import asyncio
-import socket
+import base64
+import contextlib
+import hashlib
+import logging
 import zlib
-from collections.abc import Awaitable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from tornado.iostream import StreamClosedError
+from tornado.iostream import IOStream
 from tornado.web import RequestHandler
-from tornado.websocket import WebSocketProtocol13, _WebSocketParams
 
 from backends import ConnectionClosed
 from handlers.frames import (
@@ -25,14 +27,19 @@ from handlers.frames import (
     Opcode,
     Ping,
     Pong,
+    Received,
     close_payload,
     deflate,
     frame,
 )
 from handlers.offers import agree_on_deflate, extensions
+from handlers.stream import ClientStream
+
+logger = logging.getLogger(__name__)
 
 READ_CHUNK = 64 * 1024  # bytes taken from the stream at a time
 CLOSE_TIMEOUT = 2.0  # seconds for the peer to answer a close frame
+ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 FAIR_SHARE = 4  # chunks of one busy client before the others have their turn
 
 
@@ -49,7 +56,7 @@ class Compression:
 
 
 class Client(Protocol):
-    """Whom the protocol tells what happens: a `ClientSocketHandler`."""
+    """Whom the protocol tells what happens: a `ClientConnection`."""
 
     def on_open(self) -> None: ...
 
@@ -57,132 +64,179 @@ class Client(Protocol):
 
     def on_message(self, message: str | bytes) -> None: ...
 
-    def room(self) -> Awaitable[None] | None: ...
+    def room(self) -> asyncio.Future[None] | None: ...
 
     def on_failed(self, error: FrameError) -> None: ...
 
     def on_closed(self, peer: Close | None) -> None: ...
 
 
-class ClientProtocol(WebSocketProtocol13):
+class ClientProtocol:
     """Reads frames in bulk, writes each in one piece, closes by the book."""
+
+    __slots__ = (
+        "_client",
+        "_close_timer",
+        "_compression",
+        "_discarding",
+        "_is_over",
+        "_latest_ping",
+        "_parser",
+        "_peer_close",
+        "_pong",
+        "_read_chunk",
+        "_received",
+        "_said_close",
+        "_stream",
+    )
 
     def __init__(
         self,
-        handler: RequestHandler,
         client: Client,
         max_message_size: int,
         compression: Compression | None = None,
+        read_chunk: int = 0,
     ) -> None:
-        super().__init__(handler, False, _WebSocketParams())  # type: ignore[arg-type] # only pongs go its way
+        """`read_chunk` bytes at most are taken from the stream at a time; 0: as many
+        as are usual."""
         self._client = client
-        self._max_message_size = max_message_size
         self._compression = compression
-        self._parser: FrameParser | None = None
+        self._parser = FrameParser(max_message_size, compression is not None)
+        self._read_chunk = min(read_chunk or READ_CHUNK, READ_CHUNK)
+        self._stream: ClientStream
         self._close_timer: asyncio.TimerHandle | None = None
-        self._read_chunk = READ_CHUNK
         self._discarding = False
-        self._peer_close: Close | None = None
+        self._said_close = False  # our close frame is on its way
+        self._peer_close: Close | None = None  # where it came first
+        self._is_over = False
+        # What `FrameParser.feed` has yet to yield, while there is no room for it.
+        self._received: Iterator[Received] | None = None
+        # Only the latest of the pings that came while a pong is on its way is
+        # answered (RFC 6455, section 5.5.3), so that pongs don't pile up.
+        self._pong: asyncio.Future[None] | None = None
+        self._latest_ping: bytes | None = None
 
-    def read_in_chunks_of(self, size: int) -> None:
-        """Take no more than `size` bytes from the stream at a time; 0: as usual."""
-        self._read_chunk = min(size or READ_CHUNK, READ_CHUNK)
-
-    async def accept(self, handler: RequestHandler, subprotocol: str | None) -> None:
-        """Answer the handshake with 101, and read until the connection ends."""
-        if subprotocol is not None:
-            handler.set_header("Sec-WebSocket-Protocol", subprotocol)
-        self._agree_on_compression(handler)
-        self._parser = FrameParser(
-            self._max_message_size, compressed=self._compression is not None
-        )
-        key = handler.request.headers["Sec-WebSocket-Key"]
-        handler.clear_header("Content-Type")
-        handler.set_status(101)
-        handler.set_header("Upgrade", "websocket")
-        handler.set_header("Connection", "Upgrade")
-        handler.set_header("Sec-WebSocket-Accept", self.compute_accept_value(key))
-        handler.finish()
-        self.stream = handler.detach()
-        self.set_nodelay(True)
+    def begin(self, stream: IOStream) -> None:
+        """The 101 was written to `stream`: its socket is taken over."""
+        self._stream = ClientStream(stream, self._on_readable, self.abort)
         try:
             self._client.on_open()
-            await self._read()
-        except StreamClosedError:
-            pass
-        finally:
+        except BaseException:
             self.abort()
-            self._client.on_closed(self._peer_close)
-
-    def _agree_on_compression(self, handler: RequestHandler) -> None:
-        compression, self._compression = self._compression, None
-        if compression is None:
+            raise
+        if self._stream.closed:
+            self.abort()
             return
-        offered = handler.request.headers.get_list("Sec-WebSocket-Extensions")
-        agreed = agree_on_deflate(extensions(offered))
-        if agreed is not None:
-            handler.set_header("Sec-WebSocket-Extensions", agreed.answer)
-            if agreed.window_bits != compression.window_bits:
-                compression = replace(compression, window_bits=agreed.window_bits)
-            self._compression = compression
+        self._stream.start_reading()
+        if self._stream.pending:
+            self._on_readable()
 
-    async def _read(self) -> None:
-        chunks = 0
-        while not self.client_terminated:
-            reading = self.stream.read_bytes(self._read_chunk, partial=True)
-            # What is there already comes without a turn of the loop.
-            at_once: bool = reading.done()  # type: ignore[attr-defined]
-            chunks = chunks + 1 if at_once else 0
-            data = await reading
-            if chunks >= FAIR_SHARE:
-                chunks = 0
-                await asyncio.sleep(0)
-            self._client.on_heard(len(data), at_once)
+    # Reading.
+
+    def _on_readable(self) -> None:
+        """Take what has come; a busy client's share of one turn, no more."""
+        try:
+            for chunk in range(FAIR_SHARE):
+                # What fills a chunk is followed by what is there already.
+                if not self._read(at_once=chunk > 0):
+                    return
+        except Exception:
+            logger.exception("bug in reading from a client")
+            self.abort()
+            return
+        if self._stream.pending:
+            asyncio.get_running_loop().call_soon(self._go_on_reading)
+
+    def _read(self, at_once: bool) -> bool:
+        """Take one chunk; whether there may be another one at once."""
+        data = self._stream.read(self._read_chunk)
+        if data is None:
+            return False
+        if not data:
+            self.abort()
+            return False
+        self._client.on_heard(len(data), at_once)
+        if self._discarding:
+            return True
+        self._received = self._parser.feed(data)
+        self._take()
+        return self._received is None and not self._is_over and (
+            len(data) == self._read_chunk or self._stream.pending
+        )
+
+    def _go_on_reading(self) -> None:
+        if self._received is None and not self._is_over:
+            self._on_readable()
+
+    def _on_room(self, room: "asyncio.Future[None]") -> None:
+        if self._is_over:
+            return
+        try:
             if self._discarding:
-                continue
-            try:
-                while (room := self._client.room()) is not None:
-                    await room
-                await self._take(data)
-            except FrameError as error:
-                self._discarding = True
-                self._client.on_failed(error)
-        await self._flushed()
-
-    async def _take(self, data: bytes) -> None:
-        assert self._parser is not None
-        for received in self._parser.feed(data):
-            if isinstance(received, (str, bytes)):
-                self._client.on_message(received)
-                # The rest of the chunk waits, so that a queue is exceeded by
-                # no more than the message at hand.
-                while (room := self._client.room()) is not None:
-                    await room
-            elif isinstance(received, Ping):
-                self._send_pong(received.payload)
-            elif isinstance(received, Close):
-                self._on_close_frame(received)
-                return
+                self._received = None
             else:
-                assert isinstance(received, Pong)  # on_heard() was all it is for
+                self._take()
+            if self._received is not None or self._is_over:
+                return
+            self._stream.start_reading()
+            # Whoever may go on finds what came meanwhile at once.
+            self._read(at_once=True)
+        except Exception:
+            logger.exception("bug in reading from a client")
+            self.abort()
+            return
+        if self._stream.pending:
+            asyncio.get_running_loop().call_soon(self._go_on_reading)
+
+    def _take(self) -> None:
+        """Hand on what was read, as long as there is room for it.
+
+        The rest waits, and nothing is read meanwhile, so that a queue is exceeded
+        by no more than the message at hand.
+        """
+        assert self._received is not None
+        try:
+            while (room := self._client.room()) is None:
+                received = next(self._received, None)
+                if received is None:
+                    self._received = None
+                    return
+                if isinstance(received, (str, bytes)):
+                    self._client.on_message(received)
+                elif isinstance(received, Ping):
+                    self._send_pong(received.payload)
+                elif isinstance(received, Close):
+                    self._received = None
+                    self._on_close_frame(received)
+                    return
+                else:
+                    assert isinstance(received, Pong)  # on_heard() was all it is for
+        except FrameError as error:
+            self._received = None
+            self._discarding = True
+            self._client.on_failed(error)
+            return
+        self._stream.stop_reading()
+        room.add_done_callback(self._on_room)
 
     def _on_close_frame(self, close: Close) -> None:
-        self.client_terminated = True
-        if self.server_terminated:
+        if not self._said_close:
+            self._peer_close = close
+            # "When sending a Close frame in response, the endpoint typically
+            # echos the status code it received" (RFC 6455, section 5.5.1).
+            self._write_close(close_payload(close.code))
+        self._stream.stop_reading()
+        if not self.bytes_waiting:
+            self.abort()
             return
-        self._peer_close = close
-        # "When sending a Close frame in response, the endpoint typically
-        # echos the status code it received" (RFC 6455, section 5.5.1).
-        self._write_close(close_payload(close.code))
+        # What waits is to reach the kernel before the socket goes.
+        self._arm_close_timer()
+        self._stream.drained().add_done_callback(lambda drained: self.abort())
 
-    async def _flushed(self) -> None:
-        """Let what waits reach the kernel before the socket goes."""
-        if self.bytes_waiting:
-            self._arm_close_timer()
-            await self.stream.write(b"")
+    # Writing.
 
     def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
-        """Write one message as one frame: None once the kernel has all of it.
+        """Send one message as one frame: None once the kernel has all of it.
 
         Otherwise a future that is done then, or fails with `ConnectionClosed`.
         """
@@ -191,47 +245,67 @@ class ClientProtocol(WebSocketProtocol13):
         else:
             opcode, payload = Opcode.BINARY, message
         compression = self._compression
-        if compression is not None:
-            payload = deflate(
-                payload,
-                compression.level,
-                compression.mem_level,
-                compression.window_bits,
-            )
-        try:
-            written = self.stream.write(
-                frame(opcode, payload, compressed=compression is not None)
-            )
-        except StreamClosedError as error:
-            raise ConnectionClosed from error
-        if written.done() and not self.stream.closed():
-            return None
-        sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        written.add_done_callback(lambda written: _settle(sent, written))
-        return sent
+        if compression is None:
+            return self._stream.write(frame(opcode, payload))
+        payload = deflate(
+            payload,
+            compression.level,
+            compression.mem_level,
+            compression.window_bits,
+        )
+        return self._stream.write(frame(opcode, payload, compressed=True))
 
     @property
     def bytes_waiting(self) -> int:
         """Bytes that were written and that the kernel has not taken."""
-        return self.stream._total_write_index - self.stream._total_write_done_index
+        return self._stream.waiting
 
     @property
     def bytes_taken(self) -> int:
-        """Bytes that the kernel has taken since the connection began."""
-        return self.stream._total_write_done_index
+        """Bytes that the kernel has taken since the handshake."""
+        return self._stream.taken
+
+    def drained(self) -> "asyncio.Future[None]":
+        """Done when the kernel has taken all that was written before.
+
+        It fails with `ConnectionClosed`.
+        """
+        return self._stream.drained()
 
     def send_ping(self) -> None:
         """Send a ping, unless frames wait: the peer is too slow to see it."""
         if not self.is_closing() and not self.bytes_waiting:
-            self.stream.write(frame(Opcode.PING, b""))
+            with contextlib.suppress(ConnectionClosed):
+                self._stream.write(frame(Opcode.PING, b""))
 
-    def close(self, code: int | None = None, reason: str | None = None) -> None:
-        """Send a close frame; the socket goes after the answer or 2 seconds."""
-        if self.server_terminated or self.stream.closed():
+    def _send_pong(self, payload: bytes) -> None:
+        if self._said_close:
             return
-        self._write_close(
-            b"" if code is None else close_payload(code, reason or "")
-        )
+        if self._pong is not None:
+            self._latest_ping = payload
+            return
+        with contextlib.suppress(ConnectionClosed):
+            self._pong = self._stream.write(frame(Opcode.PONG, payload))
+        if self._pong is not None:
+            self._pong.add_done_callback(self._on_pong_sent)
+
+    def _on_pong_sent(self, pong: "asyncio.Future[None]") -> None:
+        self._pong = None
+        payload, self._latest_ping = self._latest_ping, None
+        if payload is not None:
+            self._send_pong(payload)
+
+    # Closing.
+
+    def is_closing(self) -> bool:
+        """Whether either side has begun to close."""
+        return self._is_over or self._said_close or self._stream.closed
+
+    def close(self, code: int, reason: str) -> None:
+        """Send a close frame; the socket goes after the answer or 2 seconds."""
+        if self.is_closing():
+            return
+        self._write_close(close_payload(code, reason))
         self._arm_close_timer()
 
     def fail(self, code: int, reason: str) -> None:
@@ -242,30 +316,29 @@ class ClientProtocol(WebSocketProtocol13):
         """
         self._discarding = True
         self.close(code, reason)
-        if self.stream.closed() or self.bytes_waiting:
+        if self._stream.closed or self.bytes_waiting:
             return
-        if type(self.stream.socket) is socket.socket:  # TLS can't be half closed
-            try:
-                self.stream.socket.shutdown(socket.SHUT_WR)
-            except OSError:
-                self.abort()
+        try:
+            self._stream.shut_down()
+        except OSError:
+            self.abort()
 
     def abort(self) -> None:
-        """Close the socket at once."""
-        self.client_terminated = self.server_terminated = True
+        """Close the socket at once; the client hears of the end a little later."""
+        if self._is_over:
+            return
+        self._is_over = True
+        self._received = None
         if self._close_timer is not None:
             self._close_timer.cancel()
             self._close_timer = None
-        self.stream.close()
-
-    _abort = abort  # for the pongs, which Tornado sends
+        self._stream.close()
+        asyncio.get_running_loop().call_soon(self._client.on_closed, self._peer_close)
 
     def _write_close(self, payload: bytes) -> None:
-        self.server_terminated = True
-        try:
-            self.stream.write(frame(Opcode.CLOSE, payload))
-        except StreamClosedError:
-            pass  # the read loop ends by itself
+        self._said_close = True
+        with contextlib.suppress(ConnectionClosed):  # the stream tells of its end
+            self._stream.write(frame(Opcode.CLOSE, payload))
 
     def _arm_close_timer(self) -> None:
         if self._close_timer is None:
@@ -274,11 +347,32 @@ class ClientProtocol(WebSocketProtocol13):
             )
 
 
-def _settle(sent: "asyncio.Future[None]", written: "asyncio.Future[None]") -> None:
-    if sent.done():
-        return
-    if written.cancelled() or written.exception() is not None:
-        sent.set_exception(ConnectionClosed())
-        sent.exception()  # whoever does not await it need not hear of it
-    else:
-        sent.set_result(None)
+def agree_on_compression(
+    handler: RequestHandler, compression: Compression | None
+) -> Compression | None:
+    """What the 101 is to say of permessage-deflate, and how to go by it."""
+    if compression is None:
+        return None
+    offered = handler.request.headers.get_list("Sec-WebSocket-Extensions")
+    agreed = agree_on_deflate(extensions(offered))
+    if agreed is None:
+        return None
+    handler.set_header("Sec-WebSocket-Extensions", agreed.answer)
+    if agreed.window_bits != compression.window_bits:
+        return replace(compression, window_bits=agreed.window_bits)
+    return compression
+
+
+def switch(handler: RequestHandler, subprotocol: str | None) -> IOStream:
+    """Answer a handshake with 101; the stream is the WebSocket's from now on."""
+    key = handler.request.headers["Sec-WebSocket-Key"].encode()
+    accept = base64.b64encode(hashlib.sha1(key + ACCEPT_GUID).digest()).decode()
+    if subprotocol is not None:
+        handler.set_header("Sec-WebSocket-Protocol", subprotocol)
+    handler.clear_header("Content-Type")
+    handler.set_status(101)
+    handler.set_header("Upgrade", "websocket")
+    handler.set_header("Connection", "Upgrade")
+    handler.set_header("Sec-WebSocket-Accept", accept)
+    handler.finish()
+    return handler.detach()

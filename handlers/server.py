@@ -137,6 +137,8 @@ class RequestServer:
         self.bounds = bounds
         self.quick = quick
         self.log = log
+        # Kept, since asking for it is a system call (getpid) before Python 3.12.
+        self.loop = asyncio.get_running_loop()
         self.connections: set[RequestConnection] = set()
         self._ticking: asyncio.TimerHandle | None = None
         # While their TLS handshakes go on; they end by themselves.
@@ -148,13 +150,13 @@ class RequestServer:
         self, accepted: socket.socket, address: Any, tls: ssl.SSLContext | None
     ) -> None:
         """Serve a connection that was accepted."""
-        task = asyncio.get_running_loop().create_task(self._begin(accepted, tls))
+        task = self.loop.create_task(self._begin(accepted, tls))
         self._beginning.add(task)
         task.add_done_callback(self._beginning.discard)
 
     async def _begin(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(
+            await self.loop.connect_accepted_socket(
                 lambda: RequestConnection(self, "https" if tls else "http"),
                 sock,
                 ssl=tls,
@@ -169,14 +171,15 @@ class RequestServer:
         """Look after a connection's deadlines."""
         self.connections.add(connection)
         if self._ticking is None:
-            self._ticking = asyncio.get_running_loop().call_later(TICK, self._tick)
+            self._ticking = self.loop.call_later(TICK, self._tick)
 
     def _tick(self) -> None:
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = self.loop.time()
         for connection in [c for c in self.connections if c.deadline < now]:
             connection.abort()
-        self._ticking = loop.call_later(TICK, self._tick) if self.connections else None
+        self._ticking = None
+        if self.connections:
+            self._ticking = self.loop.call_later(TICK, self._tick)
 
     def date(self) -> bytes:
         """The `Date` header, which changes once a second."""
@@ -444,7 +447,7 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
                 self._begin(request)
             elif isinstance(answer, Awaitable):
                 self._current = request
-                self._sending = asyncio.get_running_loop().create_task(
+                self._sending = self._server.loop.create_task(
                     self._answer_later(request, answer)
                 )
             else:
@@ -693,9 +696,8 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
             self._transport.resume_reading()
         self.deadline = self._now() + LINGER_TIMEOUT
 
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()
+    def _now(self) -> float:
+        return self._server.loop.time()
 
 
 def _done() -> "asyncio.Future[None]":

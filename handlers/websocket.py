@@ -1,7 +1,7 @@
 """The client's end: one WebSocket from its handshake to its farewell.
 
 What a client sends goes to the backend (`backends.Backend`); what the backend
-sends comes back through `handlers.callback` and `ClientSocketHandler.send`.
+sends comes back through `handlers.callback` and `ClientConnection.send`.
 """
 
 import asyncio
@@ -9,12 +9,13 @@ import contextlib
 import logging
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any, Literal
 
+from tornado.iostream import IOStream, StreamClosedError
 from tornado.options import define
 from tornado.websocket import WebSocketHandler
 
@@ -36,7 +37,12 @@ from handlers.lifetimes import Lifetimes
 from handlers.offers import subprotocols
 from handlers.origins import is_origin_allowed
 from handlers.problem import ProblemHandler
-from handlers.protocol import ClientProtocol, Compression
+from handlers.protocol import (
+    ClientProtocol,
+    Compression,
+    agree_on_compression,
+    switch,
+)
 from handlers.proxies import TrustedProxies
 from handlers.rates import Rates, Throttle
 
@@ -88,9 +94,7 @@ class ClientPolicy:
 
 
 class ClientSocketHandler(ProblemHandler, WebSocketHandler):
-    """A client's connection, which backends know as `backends.Connection`."""
-
-    ws_connection: ClientProtocol | None
+    """A client's handshake, until it is refused or its `ClientConnection` open."""
 
     def initialize(
         self,
@@ -105,91 +109,64 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self.heartbeat = heartbeat
         self.lifetimes = lifetimes
         self.policy = policy
-
-        self.id = secrets.token_hex(16)
-        self.state: State = "connecting"
-        self.connected_at = datetime.now(UTC)
-        self._began = self.last_heard = self._last_sent = self._now()
-        self._last_received = self._began  # a whole message
-        self.messages_in = self.messages_out = self.bytes_in = self.bytes_out = 0
         self.remote_ip = policy.trusted_proxies.remote_ip(
             self.request.remote_ip or "",
             self.request.headers.get_list("X-Forwarded-For"),
         )
-        self.user_agent = self.request.headers.get("User-Agent", "")
-        self.subprotocol: str | None = None
-
-        # Frames sent by callbacks while the handshake is being decided.
-        self._early: list[str | bytes] = []
-        self._early_close: tuple[int, str] | None = None
         self._peer_gone = False
-        # Set by whoever closes first on this side: code, reason, initiator.
-        self._closing: tuple[int, str, Initiator] | None = None
-        # Messages between reading and delivering; none while the backend is quick.
-        self._queue: deque[str | bytes] | None = None
-        self._queued_bytes = 0
-        self._delivering = False
-        self._delivered_size = 0  # bytes of the message being delivered
-        self._given_up = False
-        self._undelivered = 0
-        # What reading waits for: the queue's own room (`_full`), the process's, or
-        # the throttle's, of which there is one where rates are limited.
-        self._room: asyncio.Future[None] | None = None
-        self._full = False
-        self._throttle: Throttle | None = None
-        self._idle: asyncio.Future[None] | None = None
-        self._stall_timer: asyncio.TimerHandle | None = None
-        self._taken_before = 0
-
-    # The handshake.
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
         """Check the request, ask the backend, and only then accept.
 
-        Not in `prepare()`, which would ask before the checks; nor within
-        Tornado's accept, which fails where the client leaves meanwhile.
+        Not in `prepare()`, which would ask before the checks.
         """
         if not self._is_acceptable():
             return
         handshake = self._handshake()
-        self.connections.add(self)
+        connection = ClientConnection(
+            self.remote_ip,
+            self.request.headers.get("User-Agent", ""),
+            self.connections,
+            self.backend,
+            self.heartbeat,
+            self.lifetimes,
+            self.policy,
+        )
+        self.connections.add(connection)
+        no_close = Close(CloseCode.ABNORMAL, "")
         try:
-            subprotocol = await self.backend.connect(self, handshake)
+            subprotocol = await self.backend.connect(connection, handshake)
             if subprotocol is not None and subprotocol not in handshake.subprotocols:
                 raise BackendError(
                     "the backend chose a subprotocol that was not offered"
                 )
         except ConnectionRefused as refused:
-            self._end()
-            self._refuse(refused)
+            connection.end()
+            self._refuse(connection, refused)
             return
         except BackendError as error:
-            logger.warning("connection %s has no verdict: %s", self.id, error)
-            self._end()
-            self._say_farewell(Close(CloseCode.ABNORMAL, ""), "relay")
+            logger.warning("connection %s has no verdict: %s", connection.id, error)
+            connection.end(no_close, "relay")
             self.problem(HTTPStatus.SERVICE_UNAVAILABLE, "The backend gave no verdict.")
             return
         except BaseException:  # a bug in the backend, which may have said yes
-            self._end()
-            self._say_farewell(Close(CloseCode.ABNORMAL, ""), "relay")
+            connection.end(no_close, "relay")
             raise
         if self._peer_gone or self.request.connection is None:
-            self._end()
-            self._say_farewell(Close(CloseCode.ABNORMAL, ""), "client")
+            connection.end(no_close, "client")
             return
         if subprotocol is None:
             subprotocol = next(
                 (p for p in handshake.subprotocols if p in self.policy.subprotocols),
                 None,
             )
-        self.subprotocol = subprotocol
-        self.ws_connection = ClientProtocol(
-            self, self, self.policy.max_message_size, self.policy.compression
-        )
-        if self.policy.rates:
-            self._throttle = Throttle(self.policy.rates)
-            self.ws_connection.read_in_chunks_of(self.policy.rates.bytes)
-        await self.ws_connection.accept(self, subprotocol)
+        compression = agree_on_compression(self, self.policy.compression)
+        try:
+            stream = switch(self, subprotocol)
+        except StreamClosedError:
+            connection.end(no_close, "client")
+            return
+        connection.begin(stream, subprotocol, compression)
 
     def _is_acceptable(self) -> bool:
         """Check headers and Origin (RFC 6455, section 4.2.1), then the limits."""
@@ -260,8 +237,10 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             subprotocols=subprotocols(headers.get_list("Sec-WebSocket-Protocol")),
         )
 
-    def _refuse(self, refused: ConnectionRefused) -> None:
-        logger.debug("connection %s refused with %d", self.id, refused.status)
+    def _refuse(
+        self, connection: "ClientConnection", refused: ConnectionRefused
+    ) -> None:
+        logger.debug("connection %s refused with %d", connection.id, refused.status)
         self.connections.refusals.add(
             self.remote_ip, refused.status, "That is the backend's verdict."
         )
@@ -274,11 +253,118 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self.finish(refused.body)
 
     def on_connection_close(self) -> None:
-        """The client left before the handshake was answered.
-
-        Tornado would call `on_close` now, and `open` all the same later.
-        """
+        """The client left before the handshake was answered."""
         self._peer_gone = True
+
+class ClientConnection:
+    """A client's connection, which backends know as `backends.Connection`.
+
+    Made before the handshake is decided. It keeps nothing of the handshake but
+    what others ask for: there may be a hundred thousand that are idle.
+    """
+
+    __slots__ = (
+        "_began",
+        "_closing",
+        "_delivered_size",
+        "_delivering",
+        "_early",
+        "_early_close",
+        "_full",
+        "_given_up",
+        "_idle",
+        "_last_received",
+        "_last_received",
+        "_last_sent",
+        "_protocol",
+        "_queue",
+        "_queued_bytes",
+        "_room",
+        "_stall_timer",
+        "_taken_before",
+        "_throttle",
+        "_undelivered",
+        "backend",
+        "bytes_in",
+        "bytes_out",
+        "connected_at",
+        "connections",
+        "heartbeat",
+        "id",
+        "last_heard",
+        "lifetimes",
+        "messages_in",
+        "messages_out",
+        "policy",
+        "remote_ip",
+        "state",
+        "subprotocol",
+        "user_agent",
+    )
+
+    def __init__(
+        self,
+        remote_ip: str,
+        user_agent: str,
+        connections: ConnectionMap,
+        backend: Backend,
+        heartbeat: Heartbeat,
+        lifetimes: Lifetimes,
+        policy: ClientPolicy,
+    ) -> None:
+        self.remote_ip = remote_ip
+        self.user_agent = user_agent
+        self.connections = connections
+        self.backend = backend
+        self.heartbeat = heartbeat
+        self.lifetimes = lifetimes
+        self.policy = policy
+
+        self.id = secrets.token_hex(16)
+        self.state: State = "connecting"
+        self.connected_at = datetime.now(UTC)
+        self._began = self.last_heard = self._last_sent = self._now()
+        self._last_received = self._began  # a whole message
+        self.messages_in = self.messages_out = self.bytes_in = self.bytes_out = 0
+        self.subprotocol: str | None = None
+        self._protocol: ClientProtocol | None = None
+
+        # Frames sent by callbacks while the handshake is being decided.
+        self._early: list[str | bytes] = []
+        self._early_close: tuple[int, str] | None = None
+        # Set by whoever closes first on this side: code, reason, initiator.
+        self._closing: tuple[int, str, Initiator] | None = None
+        # Messages between reading and delivering; none while the backend is quick.
+        self._queue: deque[str | bytes] | None = None
+        self._queued_bytes = 0
+        self._delivering = False
+        self._delivered_size = 0  # bytes of the message being delivered
+        self._given_up = False
+        self._undelivered = 0
+        # What reading waits for: the queue's own room (`_full`), the process's, or
+        # the throttle's, of which there is one where rates are limited.
+        self._room: asyncio.Future[None] | None = None
+        self._full = False
+        self._throttle: Throttle | None = None
+        self._idle: asyncio.Future[None] | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
+        self._taken_before = 0
+
+    def begin(
+        self,
+        stream: IOStream,
+        subprotocol: str | None,
+        compression: Compression | None,
+    ) -> None:
+        """The handshake was answered with 101, on `stream`."""
+        self.subprotocol = subprotocol
+        rates = self.policy.rates
+        if rates:
+            self._throttle = Throttle(rates)
+        self._protocol = ClientProtocol(
+            self, self.policy.max_message_size, compression, rates.bytes
+        )
+        self._protocol.begin(stream)
 
     # What ClientProtocol tells.
 
@@ -324,7 +410,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         else:
             self._deliver(message, size)
 
-    def room(self) -> Awaitable[None] | None:
+    def room(self) -> "asyncio.Future[None] | None":
         """None where another message may be read, else what to wait for.
 
         Raises `FrameError` where the client has sent too much for too long.
@@ -341,7 +427,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         ):
             self._room = self.connections.room()
         elif self._room is None or self._room.done():
-            self._room = asyncio.get_running_loop().create_future()
+            self._room = self.connections.loop.create_future()
             self._full = True
         return self._room
 
@@ -364,7 +450,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
     @property
     def busy(self) -> bool:
         """Whether messages wait, for the backend, for the client, or to be read."""
-        protocol = self.ws_connection
+        protocol = self._protocol
         return self._delivering or self.reading_paused or (
             protocol is not None and protocol.bytes_waiting > 0
         )
@@ -373,17 +459,16 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         """The client broke the protocol, or a rule."""
         logger.info("connection %s: %s (%d)", self.id, error.reason, error.code)
         self._begin_closing(error.code, error.reason, "relay")
-        assert self.ws_connection is not None
-        self.ws_connection.fail(error.code, error.reason)
+        assert self._protocol is not None
+        self._protocol.fail(error.code, error.reason)
 
     def on_closed(self, peer: Close | None) -> None:
         """The socket is gone; `peer` is the client's close frame if it came first."""
-        self._end()
         if self._closing is not None:
             code, reason, initiator = self._closing
-            self._say_farewell(Close(code, reason), initiator)
+            self.end(Close(code, reason), initiator)
         else:
-            self._say_farewell(peer or Close(CloseCode.ABNORMAL, ""), "client")
+            self.end(peer or Close(CloseCode.ABNORMAL, ""), "client")
 
     # Delivering.
 
@@ -472,7 +557,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
                 raise SendBufferFull
             self._early.append(message)
             return None
-        protocol = self.ws_connection
+        protocol = self._protocol
         if self.state != "open" or protocol is None:
             raise ConnectionClosed
         size, waiting = size_of(message), protocol.bytes_waiting
@@ -488,14 +573,14 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
 
     async def drained(self) -> None:
         """Wait until the kernel has taken all frames, or the socket is gone."""
-        protocol = self.ws_connection
+        protocol = self._protocol
         while self.state == "open" and protocol is not None and protocol.bytes_waiting:
             try:
-                await protocol.stream.write(b"")
-            except OSError:  # StreamClosedError
+                await protocol.drained()
+            except ConnectionClosed:
                 return
 
-    def close(  # type: ignore[override] # with who asked for it
+    def close(
         self,
         code: int = CloseCode.NORMAL,
         reason: str = "",
@@ -505,7 +590,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         if self.state == "connecting":
             self._early_close = self._early_close or (code, reason)
             return
-        protocol = self.ws_connection
+        protocol = self._protocol
         if self.state != "open" or protocol is None or protocol.is_closing():
             return
         self._begin_closing(code, reason, initiator)
@@ -525,13 +610,13 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
 
     def abort(self) -> None:
         """Cut the connection off at once."""
-        if self.ws_connection is not None:
-            self.ws_connection.abort()
+        if self._protocol is not None:
+            self._protocol.abort()
 
     def beat(self) -> None:
         """Send a ping."""
-        if self.ws_connection is not None:
-            self.ws_connection.send_ping()
+        if self._protocol is not None:
+            self._protocol.send_ping()
 
     def vanish(self) -> None:
         """Cut off a peer that answers no ping."""
@@ -540,17 +625,17 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
 
     def _watch_for_stall(self) -> None:
         """Close with 1008 a client that takes nothing for `send_timeout`."""
-        protocol = self.ws_connection
+        protocol = self._protocol
         self._stall_timer = None
-        if protocol is None or not protocol.bytes_waiting or protocol.stream.closed():
+        if protocol is None or not protocol.bytes_waiting:
             return
         self._taken_before = protocol.bytes_taken
-        self._stall_timer = asyncio.get_running_loop().call_later(
+        self._stall_timer = self.connections.loop.call_later(
             self.policy.send_timeout, self._on_stall_time
         )
 
     def _on_stall_time(self) -> None:
-        protocol = self.ws_connection
+        protocol = self._protocol
         if protocol is not None and protocol.bytes_waiting and (
             protocol.bytes_taken == self._taken_before
         ):
@@ -570,7 +655,8 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         if self._throttle is not None:
             self._throttle.release()
 
-    def _end(self) -> None:
+    def end(self, close: Close | None = None, initiator: Initiator = "relay") -> None:
+        """Forget the connection; tell the backend of its `close`, if there is one."""
         self.state = "closed"
         self.connections.remove(self)
         self.heartbeat.discard(self)
@@ -578,11 +664,10 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
-
-    def _say_farewell(self, close: Close, initiator: Initiator) -> None:
-        self.connections.say_farewell(
-            self._farewell(close, initiator, self._now() - self._began)
-        )
+        if close is not None:
+            self.connections.say_farewell(
+                self._farewell(close, initiator, self._now() - self._began)
+            )
 
     async def _farewell(
         self, close: Close, initiator: Initiator, duration: float
@@ -590,10 +675,9 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         """Tell the backend of the end, after all that was read before it."""
         # A farewell may wait for long, with thousands of others: let go of all
         # that it does not need.
-        self.ws_connection = None
-        del self.request, self._headers, self.application
+        self._protocol = None
         if self._delivering:
-            self._idle = asyncio.get_running_loop().create_future()
+            self._idle = self.connections.loop.create_future()
             await self._idle
         closure = Closure(
             close.code, close.reason, initiator, duration, self._undelivered
@@ -604,9 +688,8 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         except BackendError as error:
             logger.error("connection %s: disconnect not told: %s", self.id, error)
 
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()
+    def _now(self) -> float:
+        return self.connections.loop.time()
 
 
 def size_of(message: str | bytes) -> int:

@@ -49,6 +49,7 @@ class Breaker:
     """
 
     def __init__(self, tripping: Tripping) -> None:
+        self._loop = asyncio.get_running_loop()
         self._tripping = tripping
         self._buckets: deque[_Bucket] = deque()
         self._line: dict[Callable[[], None], None] = {}
@@ -83,7 +84,7 @@ class Breaker:
             else:
                 self._close()
             return
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         bucket = self._bucket(now)
         bucket.attempts += 1
         if away:
@@ -121,7 +122,7 @@ class Breaker:
         self._schedule_probe()
 
     def _close(self) -> None:
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         logger.warning("the backend is back after %.1f s", now - self.opened_at)
         self.open = self._permit = False
         self._buckets.clear()
@@ -135,7 +136,7 @@ class Breaker:
     def _schedule_probe(self) -> None:
         if self._probe_timer is not None:
             return
-        self._probe_timer = asyncio.get_running_loop().call_later(
+        self._probe_timer = self._loop.call_later(
             self._between, self._probe
         )
         self._between = min(2 * self._between, self._tripping.last_probe)

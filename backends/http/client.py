@@ -168,6 +168,8 @@ class Client:
         dead_after: float,
         on_starved: Callable[[], None] = lambda: None,
     ) -> None:
+        # Kept, since asking for it is a system call (getpid) before Python 3.12.
+        self.loop = asyncio.get_running_loop()
         self.max_connections = max_connections
         self.connect_timeout = connect_timeout
         self.dead_after = dead_after
@@ -192,9 +194,8 @@ class Client:
         as the connection lives. `keep` asks for the answer's headers and body.
         """
         exchange = Exchange(target, data, on_done, on_sent, keep)
-        loop = asyncio.get_running_loop()
         if timeout is not None:
-            exchange.timer = loop.call_later(
+            exchange.timer = self.loop.call_later(
                 timeout, self._on_timeout, exchange, timeout
             )
         origin = self._origins.get(target.origin)
@@ -262,6 +263,7 @@ class _Origin:
         self.waiting: deque[Exchange] = deque()
         # Held here while they connect; each reports to who waits.
         self._connecting: set[asyncio.Task[None]] = set()
+        self._expiry: asyncio.TimerHandle | None = None  # one for all that are idle
         self._addresses: Sequence[aiohappyeyeballs.AddrInfoType] = ()
         self._resolved_at = float("-inf")
         self._resolving: asyncio.Future[None] | None = None
@@ -283,7 +285,7 @@ class _Origin:
 
     def connect_for_waiting(self) -> None:
         """Open connections for those who wait, within the bounds."""
-        loop = asyncio.get_running_loop()
+        loop = self.client.loop
         while self.waiting and self.waiting[0].on_done is None:
             self.waiting.popleft()  # timed out or let go: no need of a connection
         while len(self._connecting) < min(len(self.waiting), MAX_CONNECTING):
@@ -328,7 +330,7 @@ class _Origin:
         assert task is not None
         self._connecting.discard(task)
         self.client.open -= 1
-        asyncio.get_running_loop().call_soon(self.client.on_slot_free)
+        self.client.loop.call_soon(self.client.on_slot_free)
 
     async def _open(self) -> "_Connection":
         addresses = await self._resolve()
@@ -339,7 +341,7 @@ class _Origin:
             watch(sock, self.client.dead_after)
             tls = self.tls
             assert tls is not None or self.target.scheme == "http"
-            _, connection = await asyncio.get_running_loop().create_connection(
+            _, connection = await self.client.loop.create_connection(
                 lambda: _Connection(self, tls),
                 sock=sock,
                 ssl=tls,
@@ -353,7 +355,7 @@ class _Origin:
 
     async def _resolve(self) -> Sequence[aiohappyeyeballs.AddrInfoType]:
         """The host's addresses; one look-up at a time."""
-        loop = asyncio.get_running_loop()
+        loop = self.client.loop
         while loop.time() > self._resolved_at + ADDRESSES_TTL:
             if self._resolving is not None:
                 await asyncio.shield(self._resolving)
@@ -388,8 +390,24 @@ class _Origin:
         if (exchange := self._next_waiting()) is not None:
             connection.send(exchange)
         else:
-            self.idle.append(connection)
-            connection.expire()
+            self._keep_idle(connection)
+
+    def _keep_idle(self, connection: "_Connection") -> None:
+        connection.idle_since = self.client.loop.time()
+        self.idle.append(connection)
+        if self._expiry is None:
+            self._expiry = self.client.loop.call_later(IDLE_TIMEOUT, self._expire)
+
+    def _expire(self) -> None:
+        """Close what is unused for too long; the oldest stand in front."""
+        self._expiry = None
+        now = self.client.loop.time()
+        for connection in list(self.idle):
+            left = connection.idle_since + IDLE_TIMEOUT - now
+            if left > 0:
+                self._expiry = self.client.loop.call_later(left, self._expire)
+                return
+            connection.close()
 
     def _next_waiting(self) -> Exchange | None:
         while self.waiting:
@@ -418,6 +436,8 @@ class _Origin:
 
     async def close(self) -> None:
         """End everything."""
+        if self._expiry is not None:
+            self._expiry.cancel()
         connecting = list(self._connecting)
         for task in connecting:
             task.cancel()
@@ -438,13 +458,13 @@ class _Connection(asyncio.Protocol):
         self._why_lost = ""  # where TLS told
         self._transport: asyncio.Transport | None = None
         self._made_at = 0.0  # on the loop's clock
-        self._parser: Any = None
+        self._parser: Any = httptools.HttpResponseParser(self)
         self._exchange: Exchange | None = None
         self._adopted = False  # the origin counts it, and hears of its end
         self._used = False
         self._paused = False
         self._send_timer: asyncio.TimerHandle | None = None
-        self._idle_timer: asyncio.TimerHandle | None = None
+        self.idle_since = 0.0  # on the loop's clock
         self._body_timer: asyncio.TimerHandle | None = None
         self._reset()
 
@@ -462,7 +482,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none
-        self._made_at = asyncio.get_running_loop().time()
+        self._made_at = self._origin.client.loop.time()
         # So that writing pauses exactly while the kernel has not taken all. A
         # TLS transport pauses at its limit, a plain one above it; what TLS has
         # handed to its own transport (64 KiB at most) counts as sent.
@@ -501,7 +521,7 @@ class _Connection(asyncio.Protocol):
         elif self._size > MAX_DROPPED_BODY + MAX_HEADERS_SIZE:
             self._answer()
         elif self._body_timer is None:
-            self._body_timer = asyncio.get_running_loop().call_later(
+            self._body_timer = self._origin.client.loop.call_later(
                 BODY_TIMEOUT, self._answer
             )
 
@@ -512,7 +532,7 @@ class _Connection(asyncio.Protocol):
         self._transport = None
         if isinstance(error, ssl.SSLError):
             self._why_lost = tls_failure(error)
-        for timer in (self._send_timer, self._idle_timer, self._body_timer):
+        for timer in (self._send_timer, self._body_timer):
             if timer is not None:
                 timer.cancel()
         exchange = self._exchange
@@ -537,6 +557,10 @@ class _Connection(asyncio.Protocol):
 
     # The parser's callbacks.
 
+    def on_message_begin(self) -> None:
+        if self._complete:  # at its first byte, which would spoil the next answer
+            raise ValueError("a second answer, which nobody asked for")
+
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._has_headers:
             return  # a trailer: nothing there is of use
@@ -547,8 +571,6 @@ class _Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if self._complete:
-            raise ValueError("a second answer, which nobody asked for")
         if status < 100:
             raise ValueError("no status (RFC 9110, section 15)")
         if status >= 200:
@@ -587,7 +609,7 @@ class _Connection(asyncio.Protocol):
             return self._why_lost
         if self._started:
             return "connection lost in the answer's middle"
-        age = asyncio.get_running_loop().time() - self._made_at
+        age = self._origin.client.loop.time() - self._made_at
         if self._tls is not None and age < VERDICT_TIME and not self._used:
             # By TLS 1.3 a client learns only when it reads that its certificate is
             # not taken, and not even then where the connection was reset.
@@ -605,28 +627,18 @@ class _Connection(asyncio.Protocol):
     def send(self, exchange: Exchange) -> None:
         """Write one request."""
         assert self._transport is not None
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-            self._idle_timer = None
         self._reset()
-        self._parser = httptools.HttpResponseParser(self)
         self._exchange = exchange
         self._origin.busy.add(self)
         exchange.connection = self
         self._transport.write(exchange.data)
-        loop = asyncio.get_running_loop()
+        loop = self._origin.client.loop
         if self._paused:
             self._send_timer = loop.call_later(
                 self._origin.client.dead_after, self._on_send_timeout
             )
         elif exchange.on_sent is not None:
             loop.call_soon(exchange.sent)
-
-    def expire(self) -> None:
-        """Close if unused for too long."""
-        self._idle_timer = asyncio.get_running_loop().call_later(
-            IDLE_TIMEOUT, self.close
-        )
 
     def close(self) -> None:
         """Close, letting what was written leave."""

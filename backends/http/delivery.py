@@ -93,6 +93,7 @@ class Deliveries:
         target: Target,
         patience: Patience,
     ) -> None:
+        self.loop = client.loop
         self.client = client
         self.events = events
         self.breaker = breaker
@@ -103,7 +104,7 @@ class Deliveries:
         self._numbers = count()
         # Two limits only, so that each line of waiting requests keeps its order.
         self._lines = {
-            wait: OverdueLine(wait)
+            wait: OverdueLine(wait, self.loop)
             for wait in (patience.order_wait, IMPATIENT_ORDER_WAIT)
         }
         # Overdue requests that may be let go, oldest first; some have ended since.
@@ -188,9 +189,9 @@ class Delivery:
     def quiet(self) -> "asyncio.Future[None]":
         """Done when every message has been answered, is overdue or given up."""
         if self._quiet is None:
-            self._quiet = asyncio.get_running_loop().create_future()
+            self._quiet = self._deliveries.loop.create_future()
             self._tell_if_quiet()
-        return self._quiet or _done()
+        return self._quiet or self._done()
 
     @property
     def holding(self) -> bool:
@@ -205,7 +206,7 @@ class Delivery:
         try:
             async with asyncio.timeout(timeout):
                 while self._open and self.failures == before:
-                    self._changed = asyncio.get_running_loop().create_future()
+                    self._changed = self._deliveries.loop.create_future()
                     await self._changed
         except TimeoutError:
             pass
@@ -213,7 +214,7 @@ class Delivery:
 
     def called_back(self) -> None:
         """The backend called back to this connection: a sign of life."""
-        self._called_back_at = asyncio.get_running_loop().time()
+        self._called_back_at = self._deliveries.loop.time()
         if any(request.overdue for request in self._open):
             self._order_wait = IMPATIENT_ORDER_WAIT
         self._on_sign_of_life()
@@ -233,7 +234,7 @@ class Delivery:
 
     def _pump(self) -> None:
         """Send what may be sent now, and set the timer for what may not."""
-        now = asyncio.get_running_loop().time()
+        now = self._deliveries.loop.time()
         while self._backlog and self._gate is None:
             if now < self._not_before:
                 self._wake_at(self._not_before)
@@ -276,7 +277,7 @@ class Delivery:
 
     def on_sent(self, request: "_Request") -> None:
         """The kernel has the whole request: its time runs."""
-        request.sent_at = asyncio.get_running_loop().time()
+        request.sent_at = self._deliveries.loop.time()
         self._deliveries.line(self._order_wait).add(request)
 
     def on_overdue(self, request: "_Request") -> None:
@@ -329,7 +330,7 @@ class Delivery:
         """Back to the head of the queue, or given up with all behind it."""
         if self._deliveries.closing:
             return
-        now = asyncio.get_running_loop().time()
+        now = self._deliveries.loop.time()
         self.failures += 1
         request.failed(now)
         insort(self._backlog, request, key=lambda request: request.number)
@@ -420,16 +421,15 @@ class Delivery:
         else:
             self._wake_at(deadline)
 
+    def _done(self) -> "asyncio.Future[None]":
+        future: asyncio.Future[None] = self._deliveries.loop.create_future()
+        future.set_result(None)
+        return future
+
     def _wake_at(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_at(when, self._pump)
-
-
-def _done() -> "asyncio.Future[None]":
-    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    future.set_result(None)
-    return future
+        self._timer = self._deliveries.loop.call_at(when, self._pump)
 
 
 def backoff(attempts: int) -> float:
@@ -505,8 +505,9 @@ class OverdueLine:
     operations on a dict.
     """
 
-    def __init__(self, wait: float) -> None:
+    def __init__(self, wait: float, loop: asyncio.AbstractEventLoop) -> None:
         self._wait = wait
+        self._loop = loop
         self._requests: dict[_Request, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
@@ -525,13 +526,13 @@ class OverdueLine:
         request.line = None
 
     def _arm(self, first: _Request) -> None:
-        self._timer = asyncio.get_running_loop().call_at(
+        self._timer = self._loop.call_at(
             first.sent_at + self._wait, self._tick
         )
 
     def _tick(self) -> None:
         self._timer = None
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         while self._requests:
             request = next(iter(self._requests))
             if request.sent_at + self._wait > now:

@@ -27,6 +27,9 @@ class EventWriter:
     def __init__(self, relay: Relay) -> None:
         self._callback_url = relay.callback_url
         self._instance = relay.instance
+        # Within, and with, the quotes of JSON.
+        self._quoted_url = orjson.dumps(f"{relay.callback_url}").decode()[1:-1]
+        self._quoted_instance = orjson.dumps(relay.instance).decode()
         self._user_agent = f"SocketDock/{relay.version}"
         self._headers = b""
         self._signer: Signer | None = None
@@ -61,18 +64,25 @@ class EventWriter:
         self, connection_id: str, number: int, message: str | bytes
     ) -> Event:
         """Carries a connection's message of that number."""
-        meta = self.meta(connection_id)
-        meta["message_id"] = message_id = f"{connection_id}-{number}"
+        message_id = f"{connection_id}-{number}"
         if isinstance(message, str):
-            meta["type"], text = "text", message
+            rest, text = '"text"', message
         else:
-            meta["type"] = "binary"
+            rest = '"binary"'
             try:
                 text = message.decode()
             except UnicodeDecodeError:
-                meta["encoding"] = "base64"
+                rest = '"binary","encoding":"base64"'
                 text = base64.b64encode(message).decode()
-        return Event(message_id, orjson.dumps({"meta": meta, "message": text}))
+        # As orjson would write it: of these members, only the ids change.
+        url = f"{self._quoted_url}/socket/{connection_id}"
+        meta = (
+            f'{{"connection_id":"{connection_id}","send":"{url}/send",'
+            f'"disconnect":"{url}/disconnect","instance":{self._quoted_instance},'
+            f'"message_id":"{message_id}","type":{rest}}}'
+        )
+        body = orjson.dumps({"meta": orjson.Fragment(meta), "message": text})
+        return Event(message_id, body)
 
     def disconnect(
         self,
