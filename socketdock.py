@@ -49,6 +49,7 @@ from handlers.callback import (
 )
 from handlers.check import certificate_finding, descriptors_finding, port_finding
 from handlers.connections import ConnectionMap
+from handlers.frames import UNMASKS_IN_C
 from handlers.handshake import withheld_names
 from handlers.health import LiveHandler, ReadyHandler, Status, StatusHandler
 from handlers.heartbeat import Heartbeat
@@ -662,6 +663,9 @@ async def serve() -> int:
         options.backend,
     )
     claim_descriptors(options.max_connections + backend.descriptors + DESCRIPTORS)
+    if not UNMASKS_IN_C:
+        logger.warning("frames are unmasked in Python, which is slow: this Tornado"
+                       " lacks its speedups module; install one of its wheels")
     systemd.ready()
 
     await stop.wait()

@@ -12,6 +12,9 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from tornado.util import _websocket_mask as unmask
+from tornado.util import _websocket_mask_python
+
+UNMASKS_IN_C = unmask is not _websocket_mask_python
 
 FIN = 0x80
 RSV1 = 0x40  # "per-message compressed" (RFC 7692, section 6)

@@ -507,3 +507,16 @@ async def test_overdue_failure_gives_up_what_waits_behind(io_loop):
         # 1 is held to this day; 0 and what waits behind it are given up.
         assert {event["message"] for event in backend.of("message")} == {"0", "1"}
         assert event["meta"]["undelivered"] == 4
+
+
+@pytest.mark.gen_test
+async def test_unmasking_in_python_is_told_at_the_start(io_loop):
+    """It works, but a message of 1 MiB takes a large part of a second."""
+    async with Service(environment={"TORNADO_EXTENSION": "0"}) as slow:
+        async with websockets.connect(slow.ws_url) as client:
+            await client.send("hello")
+            assert await asyncio.wait_for(client.recv(), DEADLINE) == "hello"
+    async with Service() as quick:
+        pass
+    assert any("unmasked in Python" in line for line in slow.log)
+    assert not any("unmasked in Python" in line for line in quick.log)
