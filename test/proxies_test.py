@@ -5,8 +5,8 @@ import json
 import ssl
 
 import pytest
-import trustme
 import websockets
+from certificates import Authority
 from service import RecordingBackend, Service, refusal
 
 pytestmark = pytest.mark.gen_test(timeout=60)
@@ -108,13 +108,10 @@ async def test_origin_s_scheme_is_compared_where_a_trusted_proxy_tells_it(io_loo
 
 async def test_origin_s_scheme_is_https_where_tls_ends_here(io_loop, tmp_path):
     """A page that came without TLS is not of the same origin then."""
-    authority = trustme.CA()
-    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(
-        tmp_path / "all.pem"
-    )
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    async with Service(f"--tls_cert={tmp_path / 'all.pem'}", TRUSTED) as service:
+    authority = Authority(tmp_path)
+    context = ssl.create_default_context(cafile=str(authority.path))
+    certificate = authority.server().both
+    async with Service(f"--tls_cert={certificate}", TRUSTED) as service:
         host = service.ws_url.removeprefix("wss://").removesuffix("/ws")
         for origin, said, expected in [
             (f"https://{host}", None, 101),
