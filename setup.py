@@ -1,4 +1,4 @@
-"""What ships: one module, two packages and the files of `conf/`."""
+"""What ships: two modules, two packages and the files of `conf/`."""
 
 import re
 from pathlib import Path
@@ -36,7 +36,7 @@ setup(
     ],
     python_requires=">=3.11",
     # Bare names in site-packages: meant for an environment of its own.
-    py_modules=["socketdock"],
+    py_modules=["socketdock", "socketdock_options"],
     packages=["backends", "backends.http", "handlers"],
     data_files=[
         (

@@ -29,13 +29,88 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from tornado.options import Error as OptionError
 
 EXPIRES_SOON = 14 * 24 * 3600  # seconds
 
 Initiator = Literal["client", "backend", "relay"]
+
+EventName = Literal["connect", "message", "disconnect"]
+# What became of an event. "refused" is the backend's word, and final; "let_go" is
+# of requests that it held, unanswered, until nobody waited for the answer.
+Outcome = Literal["delivered", "refused", "failed", "let_go"]
+# What became of one attempt: "away" finds nobody there, "error" is an answer that
+# asks for another attempt, "timeout" is none in time.
+AttemptOutcome = Literal["delivered", "refused", "error", "away", "timeout", "let_go"]
+HandshakeOutcome = Literal["opened", "refused", "turned_away", "no_verdict", "left"]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceContext:
+    """A client's trace (W3C Trace Context): 32 and 2 lower-case hex digits."""
+
+    trace_id: str
+    flags: str
+
+
+class Attempt(NamedTuple):
+    """One attempt to deliver an event, when it has ended.
+
+    `event_id` is the same on every attempt of one event, `traceparent` is what it
+    carried, `seconds` ran from its beginning to its answer or failure. `status`
+    is None where there was no answer.
+    """
+
+    event: EventName
+    connection_id: str
+    event_id: str
+    traceparent: str
+    outcome: AttemptOutcome
+    status: int | None
+    seconds: float
+
+
+class Observer:
+    """Whoever watches what becomes of connections, frames and events.
+
+    Here nothing is done. All of it is called where messages pass: a method has
+    to be quick, and must not raise.
+    """
+
+    def handshake_ended(
+        self, outcome: HandshakeOutcome, status: int, remote_ip: str, seconds: float
+    ) -> None:
+        """A handshake was answered with `status`, or its client has left."""
+
+    def opened(self, connection: "Connection") -> None:
+        """A connection is open: from now on, frames go both ways."""
+
+    def closed(
+        self,
+        connection: "Connection",
+        code: int,
+        initiator: Initiator,
+        duration: float,
+    ) -> None:
+        """A connection that was open has ended; as in its `Closure`."""
+
+    def received(
+        self, connection: "Connection", message: str | bytes, size: int
+    ) -> None:
+        """A message of `size` bytes came from a client."""
+
+    def sent(self, connection: "Connection", message: str | bytes, size: int) -> None:
+        """A message of `size` bytes is on its way to a client."""
+
+    def attempted(self, attempt: Attempt) -> None:
+        """An attempt to deliver an event has ended."""
+
+    def ended(
+        self, event: EventName, connection_id: str, outcome: Outcome, count: int = 1
+    ) -> None:
+        """That has become of an event, or of so many of one connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +120,14 @@ class Relay:
     `callback_url` is how its service reaches this instance's callbacks: a URL
     without a trailing slash, or None where no address was given and none can
     be told (a listener bound to a wildcard address). `instance` is
-    `<name>/<boot id>`, new at every start. `version` is SocketDock's.
+    `<name>/<boot id>`, new at every start. `version` is SocketDock's. `observer`
+    wants to know of attempts and ends; see `Backend.observes`.
     """
 
     callback_url: str | None
     instance: str
     version: str
+    observer: Observer = field(default_factory=Observer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +170,10 @@ class Connection(Protocol):
     @property
     def id(self) -> str:
         """128 random bits as 32 hex digits."""
+
+    @property
+    def trace(self) -> TraceContext | None:
+        """That of its handshake, where there is one to go on with."""
 
     def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
         """Send a `str` as a text frame, `bytes` as a binary one, whole.
@@ -153,6 +234,20 @@ class ConnectionRefused(Exception):
     body: bytes = b""
 
 
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """How a backend is, at a glance: for probes, operators and metrics.
+
+    `away` is for how many seconds it has been taken for unreachable; None while
+    it is there. `held` counts requests that wait for an answer that is overdue,
+    `connections` those that are open to it.
+    """
+
+    away: float | None = None
+    held: int = 0
+    connections: int = 0
+
+
 class Backend(abc.ABC):
     """Receives the three events of each connection, in this order.
 
@@ -160,10 +255,14 @@ class Backend(abc.ABC):
     called when the one before it has completed. Connections run in parallel,
     on one thread: a method must never block.
 
-    `descriptors` is how many files and sockets it may have open at once.
+    `descriptors` is how many files and sockets it may have open at once. One
+    that `observes` tells `Relay.observer` of its attempts, and of the ends of
+    events that it was given; for the others the relay does, from what their
+    methods return and raise.
     """
 
     descriptors = 0
+    observes = False
 
     async def connect(
         self, connection: Connection, handshake: Handshake
@@ -201,6 +300,10 @@ class Backend(abc.ABC):
     def called_back(self, connection: Connection) -> None:
         """Learn that a callback request for `connection` came in."""
         return None
+
+    def condition(self) -> Condition:
+        """How it is now."""
+        return Condition()
 
     def reload(self) -> None:
         """Read again what is in files that options name: the relay got SIGHUP.

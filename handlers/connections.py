@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tornado.options import define
 
+from backends import Observer
 from handlers.admission import RETRY_AFTER, Admission, Refusal, RefusalLog
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class ConnectionMap:
         max_pending: int = 100_000,
         max_queued_bytes: int = 256 * 1024 * 1024,
         admission: Admission | None = None,
+        observer: Observer | None = None,
     ) -> None:
         # Kept, since asking for it is a system call (getpid) before Python 3.12.
         self.loop = asyncio.get_running_loop()
@@ -66,6 +68,7 @@ class ConnectionMap:
         self._warned_at = float("-inf")  # on the loop's clock
         self._admission = admission or Admission()
         self.refusals = RefusalLog()
+        self.observer = observer or Observer()
         self.stopping = False  # a balancer should look away
         self.draining = False  # handshakes are refused
 

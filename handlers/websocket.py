@@ -26,8 +26,10 @@ from backends import (
     ConnectionClosed,
     ConnectionRefused,
     Handshake,
+    HandshakeOutcome,
     Initiator,
     SendBufferFull,
+    TraceContext,
 )
 from handlers.connections import ConnectionMap
 from handlers.frames import Close, CloseCode, FrameError
@@ -71,6 +73,8 @@ define("connection_queue_messages", default=64, metavar="COUNT",
 define("connection_queue_bytes", default=1024 * 1024, metavar="BYTES",
        help="bytes of one client's messages that wait for the backend; one "
             "message may always wait")
+
+CLIENT_LEFT = 499  # what nginx logs, where there was nobody left to answer
 
 State = Literal["connecting", "open", "closing", "closed"]
 
@@ -126,6 +130,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         connection = ClientConnection(
             self.remote_ip,
             self.request.headers.get("User-Agent", ""),
+            None,
             self.connections,
             self.backend,
             self.heartbeat,
@@ -142,18 +147,22 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
                 )
         except ConnectionRefused as refused:
             connection.end()
+            self._tell("refused", refused.status)
             self._refuse(connection, refused)
             return
         except BackendError as error:
             logger.warning("connection %s has no verdict: %s", connection.id, error)
             connection.end(no_close, "relay")
+            self._tell("no_verdict", HTTPStatus.SERVICE_UNAVAILABLE)
             self.problem(HTTPStatus.SERVICE_UNAVAILABLE, "The backend gave no verdict.")
             return
         except BaseException:  # a bug in the backend, which may have said yes
             connection.end(no_close, "relay")
+            self._tell("no_verdict", HTTPStatus.INTERNAL_SERVER_ERROR)
             raise
         if self._peer_gone or self.request.connection is None:
             connection.end(no_close, "client")
+            self._tell("left", CLIENT_LEFT)
             return
         if subprotocol is None:
             subprotocol = next(
@@ -165,7 +174,9 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             stream = switch(self, subprotocol)
         except StreamClosedError:
             connection.end(no_close, "client")
+            self._tell("left", CLIENT_LEFT)
             return
+        self._tell("opened", HTTPStatus.SWITCHING_PROTOCOLS)
         connection.begin(stream, subprotocol, compression)
 
     def _is_acceptable(self) -> bool:
@@ -209,6 +220,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None
     ) -> None:
         self.connections.refusals.add(self.remote_ip, status, detail)
+        self._tell("turned_away", status)
         for name, value in (headers or {}).items():
             self.set_header(name, value)
         self.problem(status, detail)
@@ -252,9 +264,15 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             self.set_header(name, value)
         self.finish(refused.body)
 
+    def _tell(self, outcome: HandshakeOutcome, status: int) -> None:
+        self.connections.observer.handshake_ended(
+            outcome, status, self.remote_ip, self.request.request_time()
+        )
+
     def on_connection_close(self) -> None:
         """The client left before the handshake was answered."""
         self._peer_gone = True
+
 
 class ClientConnection:
     """A client's connection, which backends know as `backends.Connection`.
@@ -273,7 +291,6 @@ class ClientConnection:
         "_full",
         "_given_up",
         "_idle",
-        "_last_received",
         "_last_received",
         "_last_sent",
         "_protocol",
@@ -299,6 +316,7 @@ class ClientConnection:
         "remote_ip",
         "state",
         "subprotocol",
+        "trace",
         "user_agent",
     )
 
@@ -306,6 +324,7 @@ class ClientConnection:
         self,
         remote_ip: str,
         user_agent: str,
+        trace: TraceContext | None,
         connections: ConnectionMap,
         backend: Backend,
         heartbeat: Heartbeat,
@@ -314,6 +333,7 @@ class ClientConnection:
     ) -> None:
         self.remote_ip = remote_ip
         self.user_agent = user_agent
+        self.trace = trace
         self.connections = connections
         self.backend = backend
         self.heartbeat = heartbeat
@@ -374,6 +394,7 @@ class ClientConnection:
         self._last_received = self._now()
         self.heartbeat.add(self)
         self.lifetimes.add(self)
+        self.connections.observer.opened(self)
         logger.debug("connection %s opened", self.id)
         early, self._early = self._early, []
         for message in early:
@@ -396,10 +417,11 @@ class ClientConnection:
         self.messages_in += 1
         self.bytes_in += size
         self._last_received = self.last_heard
+        self.connections.observer.received(self, message, size)
         if self._throttle is not None:
             self._throttle.on_message(self._now())
         if self._given_up:
-            self._undelivered += 1
+            self._count_undelivered(1)
             return
         self.connections.hold(size)
         if self._delivering:
@@ -529,23 +551,28 @@ class ClientConnection:
             self.give_up(error)
         else:
             logger.error("bug on a message of %s", self.id, exc_info=error)
-            self._undelivered += 1
+            self._count_undelivered(1)
             self._give_up(CloseCode.INTERNAL_ERROR, "internal error")
         self._rest()
 
     def give_up(self, error: BackendError, messages: int = 1) -> None:
         """Give up messages and those behind them; see `backends.Connection`."""
         logger.warning("connection %s gives up: %s", self.id, error)
-        self._undelivered += messages
+        self._count_undelivered(messages)
         self._give_up(CloseCode.TRY_AGAIN_LATER, "backend unavailable")
 
     def _give_up(self, code: CloseCode, reason: str) -> None:
         self._given_up = True
-        self._undelivered += len(self._queue or ())
+        self._count_undelivered(len(self._queue or ()))
         while self._queue:
             _, size = self._next()
             self.connections.release(size)
         self.close(code, reason, "relay")
+
+    def _count_undelivered(self, messages: int) -> None:
+        if messages:
+            self._undelivered += messages
+            self.connections.observer.ended("message", self.id, "failed", messages)
 
     # What backends, callbacks and the relay ask of a connection.
 
@@ -567,6 +594,7 @@ class ClientConnection:
         self.messages_out += 1
         self.bytes_out += size
         self._last_sent = self._now()
+        self.connections.observer.sent(self, message, size)
         if sent is not None and self._stall_timer is None:
             self._watch_for_stall()
         return sent
@@ -664,10 +692,12 @@ class ClientConnection:
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
-        if close is not None:
-            self.connections.say_farewell(
-                self._farewell(close, initiator, self._now() - self._began)
-            )
+        if close is None:
+            return
+        duration = self._now() - self._began
+        if self._protocol is not None:
+            self.connections.observer.closed(self, close.code, initiator, duration)
+        self.connections.say_farewell(self._farewell(close, initiator, duration))
 
     async def _farewell(
         self, close: Close, initiator: Initiator, duration: float

@@ -54,6 +54,19 @@ def test_nobody_imports_socketdock(file):
     assert "socketdock" not in {name.split(".")[0] for name in imported_by(file)}
 
 
+def test_options_are_read_by_socketdock_alone():
+    """Everybody else is given plain values; and of ours they need only the backends."""
+    name = "socketdock_options"
+    importers = {
+        file.stem
+        for file in SOURCES
+        if file.parent.name != "test" and name in imported_by(file)
+    }
+    assert importers == {"socketdock"}
+    modules = {part.split(".")[0] for part in imported_by(PROJECT / f"{name}.py")}
+    assert modules.isdisjoint({"socketdock", *FOLDERS} - {"backends"})
+
+
 @pytest.mark.parametrize("file", of_package("handlers"), ids=lambda file: file.name)
 def test_handlers_import_of_backends_only_the_interface(file):
     """A handler knows no particular backend."""

@@ -8,6 +8,7 @@ import pytest
 from project import installation, library, wheel
 from service import PROJECT
 
+MODULES = {"socketdock.py", "socketdock_options.py"}
 PACKAGES = ("backends", "handlers")
 
 
@@ -18,7 +19,7 @@ def names(tmp_path_factory):
         return set(archive.namelist())
 
 
-def test_wheel_has_one_module_and_two_packages_with_all_their_modules(names):
+def test_wheel_has_two_modules_and_two_packages_with_all_their_modules(names):
     """Bare names in site-packages: these, and no `test`, `examples` or `bench`."""
     shipped = {
         name
@@ -30,7 +31,7 @@ def test_wheel_has_one_module_and_two_packages_with_all_their_modules(names):
         for package in PACKAGES
         for file in (PROJECT / package).rglob("*.py")
     }
-    assert shipped == {"socketdock.py"} | modules
+    assert shipped == MODULES | modules
 
 
 def test_wheel_has_the_conf_files(names):

@@ -16,13 +16,17 @@ from tornado.options import Error as OptionError
 from tornado.options import define, options
 
 from backends import (
+    Attempt,
     Backend,
     BackendAway,
     BackendError,
     Closure,
+    Condition,
     Connection,
     ConnectionRefused,
+    EventName,
     Handshake,
+    Outcome,
     Relay,
 )
 from backends.http.breaker import Breaker, Tripping
@@ -34,6 +38,7 @@ from backends.http.delivery import (
     Deliveries,
     Delivery,
     Patience,
+    attempt_outcome,
     backoff,
     is_away,
     is_failure,
@@ -104,6 +109,8 @@ REFUSAL_HEADERS = ("content-type", "www-authenticate", "retry-after")
 class HTTPBackend(Backend):
     """POSTs events to an HTTP service."""
 
+    observes = True
+
     def __init__(
         self,
         relay: Relay,
@@ -120,6 +127,7 @@ class HTTPBackend(Backend):
         state: StateDirectory | None = None,
     ) -> None:
         self._events = EventWriter(relay)
+        self._observer = relay.observer
         self._breaker = breaker
         self._state = state
         self._message_target = message_target
@@ -132,7 +140,7 @@ class HTTPBackend(Backend):
         self._handshake_timeout = handshake_timeout
         self._disconnect_timeout = disconnect_timeout
         self._deliveries = Deliveries(
-            client, self._events, breaker, message_target, patience
+            client, self._events, breaker, message_target, patience, relay.observer
         )
         # Of connections that have sent a message, by id, until all is told.
         self._by_id: dict[str, Delivery] = {}
@@ -155,31 +163,27 @@ class HTTPBackend(Backend):
         if not self._breaker.take():  # it was never asked, so nothing else is told
             raise ConnectionRefused(503, {"retry-after": RETRY_AFTER})
         self._remember(connection.id)
+        outcome: Outcome = "failed"
         try:
-            answer = await self._post(
+            answer = await self._attempt(
+                "connect",
+                connection.id,
                 target,
-                self._events.connect(connection.id, handshake),
+                self._events.connect(connection.id, handshake, connection.trace),
                 self._handshake_timeout,
                 keep=True,
             )
-        except BackendError as error:
-            self._breaker.record(connection.id, is_away(error))
-            raise
-        self._breaker.record(connection.id, is_away(answer))
-        if answer.status in REFUSALS:
-            self._forget(connection.id)
-            raise ConnectionRefused(
-                answer.status,
-                {
-                    name: answer.headers[name]
-                    for name in REFUSAL_HEADERS
-                    if name in answer.headers
-                },
-                answer.body[:MAX_REFUSAL_BODY],
-            )
-        if not is_success(answer.status):
-            raise BackendError(f"POST {target}: answered {answer.status}")
-        return chosen_subprotocol(answer.body)
+            if answer.status in REFUSALS:
+                outcome = "refused"
+                self._forget(connection.id)
+                raise verdict_of(answer)
+            if not is_success(answer.status):
+                raise BackendError(f"POST {target}: answered {answer.status}")
+            subprotocol = chosen_subprotocol(answer.body)
+            outcome = "delivered"
+            return subprotocol
+        finally:
+            self._observer.ended("connect", connection.id, outcome)
 
     def message(
         self, connection: Connection, message: str | bytes
@@ -192,19 +196,21 @@ class HTTPBackend(Backend):
             )
         delivery.number += 1
         return delivery.post(
-            self._events.message(connection.id, delivery.number, message)
+            self._events.message(
+                connection.id, delivery.number, message, connection.trace
+            )
         )
 
     async def disconnect(self, connection: Connection, closure: Closure) -> None:
         """Post to `--disconnecturi`; held requests end a little later."""
         delivery = self._by_id.get(connection.id)
         if delivery is None:
-            await self._tell(connection.id, closure, None)
+            await self._tell(connection, closure, None)
             return
         delivery.disconnected = True
         failures = delivery.failures
         try:
-            await self._tell(connection.id, closure, delivery)
+            await self._tell(connection, closure, delivery)
         finally:
             if delivery.holding or delivery.failures != failures:
                 self._keep(self._end_held(connection, closure, delivery, failures))
@@ -212,26 +218,48 @@ class HTTPBackend(Backend):
                 del self._by_id[connection.id]
 
     async def _tell(
-        self, connection_id: str, closure: Closure, delivery: Delivery | None
+        self, connection: Connection, closure: Closure, delivery: Delivery | None
     ) -> None:
         """Deliver the disconnect event; raises `BackendError` if it can't be."""
         undelivered, refused = closure.undelivered, 0
         if delivery is not None:
             undelivered += delivery.undelivered
             refused = delivery.refused
-        event = self._events.disconnect(connection_id, closure, undelivered, refused)
+        event = self._events.disconnect(
+            connection.id, closure, undelivered, refused, connection.trace
+        )
         try:
-            await self._deliver_disconnect(connection_id, event)
+            await self._deliver_disconnect(connection.id, event)
         except BackendError:
             if not self._deliveries.closing:  # else the next start tells
-                self._forget(connection_id)
+                self._forget(connection.id)
             raise
-        self._forget(connection_id)
+        self._forget(connection.id)
 
     async def _deliver_disconnect(self, connection_id: str, event: Event) -> None:
-        target = self._disconnect_target
-        if target is None:
+        if self._disconnect_target is None:
             return
+        try:
+            refused = await self._retry_disconnect(
+                self._disconnect_target, connection_id, event
+            )
+        except BackendError:
+            if not self._deliveries.closing:  # else the next start tells
+                self._observer.ended("disconnect", connection_id, "failed")
+            raise
+        if refused is None:
+            self._observer.ended("disconnect", connection_id, "delivered")
+        else:
+            self._observer.ended("disconnect", connection_id, "refused")
+            raise refused
+
+    async def _retry_disconnect(
+        self, target: Target, connection_id: str, event: Event
+    ) -> BackendError | None:
+        """Until it is taken, or refused: then the error for the log is returned.
+
+        Raises `BackendError` where it is given up.
+        """
         loop = asyncio.get_running_loop()
         deadline = float("inf")
         for attempt in itertools.count(1):
@@ -241,17 +269,17 @@ class HTTPBackend(Backend):
                 if not await self._turn(deadline):
                     raise BackendAway(f"POST {target}: the backend is away")
             try:
-                answer = await self._post(target, event, DISCONNECT_TIMEOUT)
+                answer = await self._attempt(
+                    "disconnect", connection_id, target, event, DISCONNECT_TIMEOUT
+                )
             except BackendError as failure:
                 error = failure
-                self._breaker.record(connection_id, is_away(failure))
             else:
-                self._breaker.record(connection_id, is_away(answer))
                 if is_success(answer.status):
-                    return
+                    return None
                 error = BackendError(f"POST {target}: answered {answer.status}")
                 if not is_failure(answer.status):
-                    raise error
+                    return error
                 wait = retry_after(answer) or 0.0
             if self._deliveries.closing:
                 raise error
@@ -260,6 +288,7 @@ class HTTPBackend(Backend):
             if left <= 0:
                 raise error
             await asyncio.sleep(min(left, max(backoff(attempt), wait)))
+        raise AssertionError("it never stops counting")
 
     def _keep(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -301,7 +330,7 @@ class HTTPBackend(Backend):
 
         async def tell(journal: Journal, connection_id: str) -> None:
             event = self._events.disconnect(
-                connection_id, LOST, 0, 0, instance=journal.instance
+                connection_id, LOST, 0, 0, None, instance=journal.instance
             )
             try:
                 async with room:
@@ -340,7 +369,7 @@ class HTTPBackend(Backend):
                 failures = delivery.failures
                 await delivery.quiet()
                 # The backend may have cleaned up before that message came.
-                await self._tell(connection.id, closure, delivery)
+                await self._tell(connection, closure, delivery)
         except BackendError as error:
             logger.error("connection %s: disconnect not told: %s", connection.id, error)
         finally:
@@ -351,6 +380,12 @@ class HTTPBackend(Backend):
         """A sign of life from the backend of this connection."""
         if (delivery := self._by_id.get(connection.id)) is not None:
             delivery.called_back()
+
+    def condition(self) -> Condition:
+        """Away while the breaker is open."""
+        return Condition(
+            self._breaker.open_for(), self._deliveries.held, self._client.open
+        )
 
     def reload(self) -> None:
         """Read secrets, headers and certificates: all of them count, or none."""
@@ -377,8 +412,42 @@ class HTTPBackend(Backend):
         if self._state is not None:
             self._state.close()
 
+    async def _attempt(
+        self,
+        name: EventName,
+        connection_id: str,
+        target: Target,
+        event: Event,
+        timeout: float,
+        keep: bool = False,
+    ) -> Answer:
+        """One attempt; the breaker and the observer learn what became of it."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        outcome: Answer | BackendError
+        try:
+            outcome = await self._post(target, event, timeout, keep)
+        except BackendError as error:
+            outcome = error
+        self._breaker.record(connection_id, is_away(outcome))
+        answer = outcome if isinstance(outcome, Answer) else None
+        self._observer.attempted(
+            Attempt(
+                name,
+                connection_id,
+                event.id,
+                event.traceparent,
+                attempt_outcome(outcome),
+                answer.status if answer is not None else None,
+                loop.time() - began,
+            )
+        )
+        if isinstance(outcome, BackendError):
+            raise outcome
+        return outcome
+
     async def _post(
-        self, target: Target, event: Event, timeout: float, keep: bool = False
+        self, target: Target, event: Event, timeout: float, keep: bool
     ) -> Answer:
         done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
@@ -402,6 +471,19 @@ class HTTPBackend(Backend):
         finally:
             if not done.done() or done.cancelled():
                 exchange.let_go()
+
+
+def verdict_of(answer: Answer) -> ConnectionRefused:
+    """The backend's no, with what of it the client gets."""
+    return ConnectionRefused(
+        answer.status,
+        {
+            name: answer.headers[name]
+            for name in REFUSAL_HEADERS
+            if name in answer.headers
+        },
+        answer.body[:MAX_REFUSAL_BODY],
+    )
 
 
 def chosen_subprotocol(body: bytes) -> str | None:

@@ -59,6 +59,10 @@ class Breaker:
         self.open = False
         self.opened_at = 0.0  # on the loop's clock
 
+    def open_for(self) -> float | None:
+        """Seconds since it opened; None while it is closed."""
+        return self._loop.time() - self.opened_at if self.open else None
+
     def take(self) -> bool:
         """Whether an attempt may go now: always while closed, once per probe."""
         if not self.open:

@@ -18,7 +18,14 @@ from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from itertools import count
 
-from backends import BackendAway, BackendError, Connection
+from backends import (
+    Attempt,
+    AttemptOutcome,
+    BackendAway,
+    BackendError,
+    Connection,
+    Observer,
+)
 from backends.http.breaker import Breaker
 from backends.http.client import Answer, Client, Exchange, Target
 from backends.http.event import Event, EventWriter
@@ -60,6 +67,17 @@ def is_away(outcome: Answer | BackendError) -> bool:
     return isinstance(outcome, BackendAway)
 
 
+def attempt_outcome(outcome: Answer | BackendError) -> AttemptOutcome:
+    """What became of an attempt, for those who count."""
+    if is_away(outcome):
+        return "away"
+    if isinstance(outcome, BackendError):
+        return "timeout"
+    if is_success(outcome.status):
+        return "delivered"
+    return "error" if is_failure(outcome.status) else "refused"
+
+
 def is_failure(status: int) -> bool:
     """Whether the backend may take the event another time; else it is refused."""
     return status >= 500 or status in RETRYABLE
@@ -92,15 +110,17 @@ class Deliveries:
         breaker: Breaker,
         target: Target,
         patience: Patience,
+        observer: Observer,
     ) -> None:
         self.loop = client.loop
+        self.observer = observer
         self.client = client
         self.events = events
         self.breaker = breaker
         self.target = target
         self.patience = patience
         self.closing = False
-        self.held_bytes = 0  # of overdue messages, kept in case that they fail
+        self.held = self.held_bytes = 0  # of overdue messages, in case that they fail
         self._numbers = count()
         # Two limits only, so that each line of waiting requests keeps its order.
         self._lines = {
@@ -228,6 +248,8 @@ class Delivery:
     def let_go(self, request: "_Request") -> None:
         """Close a request's connection: never retried, and not a failure."""
         self._forget(request)
+        self._tell_of_attempt(request, "let_go", None)
+        self._deliveries.observer.ended("message", self._connection.id, "let_go")
         assert request.exchange is not None
         request.exchange.let_go()
         self._pump()
@@ -246,7 +268,7 @@ class Delivery:
             if not self._deliveries.breaker.take():
                 self._wait_for_breaker(now)
                 break
-            self._send(self._backlog.pop(0))
+            self._send(self._backlog.pop(0), now)
         self._tell_if_quiet()
 
     def _has_too_many_open(self) -> bool:
@@ -255,8 +277,9 @@ class Delivery:
             bool(self._open) and deliveries.held_bytes >= patience.max_held_bytes
         )
 
-    def _send(self, request: "_Request") -> None:
+    def _send(self, request: "_Request", now: float) -> None:
         deliveries = self._deliveries
+        request.began_at = now
         self._gate = request
         self._open[request] = None
         request.is_open = True
@@ -283,6 +306,7 @@ class Delivery:
     def on_overdue(self, request: "_Request") -> None:
         """No answer in time: the next message may go."""
         request.overdue = True
+        self._deliveries.held += 1
         self._deliveries.held_bytes += len(request.event.body)
         if request.exchange is not None:
             request.exchange.hold()
@@ -298,6 +322,11 @@ class Delivery:
         """An answer came, or none will."""
         self._forget(request)
         self._deliveries.breaker.record(self._connection.id, is_away(outcome))
+        self._tell_of_attempt(
+            request,
+            attempt_outcome(outcome),
+            outcome.status if isinstance(outcome, Answer) else None,
+        )
         if isinstance(outcome, BackendError):
             self._on_failed(request, outcome, None)
         elif is_failure(outcome.status):
@@ -311,8 +340,28 @@ class Delivery:
             self._changed.set_result(None)
         self._pump()
 
+    def _tell_of_attempt(
+        self, request: "_Request", outcome: AttemptOutcome, status: int | None
+    ) -> None:
+        event = request.event
+        self._deliveries.observer.attempted(
+            Attempt(
+                "message",
+                self._connection.id,
+                event.id,
+                event.traceparent,
+                outcome,
+                status,
+                self._deliveries.loop.time() - request.began_at,
+            )
+        )
+
     def _on_answered(self, request: "_Request", status: int) -> None:
-        if not is_success(status):
+        taken = is_success(status)
+        self._deliveries.observer.ended(
+            "message", self._connection.id, "delivered" if taken else "refused"
+        )
+        if not taken:
             self.refused += 1
             logger.warning(
                 "connection %s: message %d was refused by the backend with %d",
@@ -360,11 +409,15 @@ class Delivery:
         self._not_before = float("-inf")
         if self.disconnected:
             self.undelivered += messages
+            self._deliveries.observer.ended(
+                "message", self._connection.id, "failed", messages
+            )
         else:
             self._connection.give_up(error, messages)
 
     def _forget(self, request: "_Request") -> None:
         if request.is_open and request.overdue:
+            self._deliveries.held -= 1
             self._deliveries.held_bytes -= len(request.event.body)
         request.is_open = False
         self._open.pop(request, None)
@@ -456,6 +509,7 @@ class _Request:
 
     __slots__ = (
         "attempts",
+        "began_at",
         "delivery",
         "event",
         "exchange",
@@ -475,7 +529,7 @@ class _Request:
         self.exchange: Exchange | None = None
         self.attempts = 0  # that failed
         self.failed_at = float("inf")  # the first time, on the loop's clock
-        self.sent_at = float("inf")
+        self.began_at = self.sent_at = float("inf")  # the latest attempt
         self.is_open = False
         self.overdue = False
         self.expendable = False

@@ -4,21 +4,23 @@ Shapes and headers are the contract's; `backends.http.client` sends the bytes.
 """
 
 import base64
+import random
 import time
 from typing import Any, NamedTuple
 
 import orjson
 
-from backends import Closure, Handshake, Relay
+from backends import Closure, Handshake, Relay, TraceContext
 from backends.http.client import Target
 from backends.http.signature import Signer
 
 
 class Event(NamedTuple):
-    """One event: its webhook-id, the same on every attempt, and its JSON body."""
+    """One event: its webhook-id, its JSON body, its trace; the same on each attempt."""
 
     id: str
     body: bytes
+    traceparent: str
 
 
 class EventWriter:
@@ -50,7 +52,9 @@ class EventWriter:
             "instance": self._instance,
         }
 
-    def connect(self, connection_id: str, handshake: Handshake) -> Event:
+    def connect(
+        self, connection_id: str, handshake: Handshake, trace: TraceContext | None
+    ) -> Event:
         """Asks for a verdict."""
         meta = self.meta(connection_id)
         meta["headers"] = dict(handshake.headers)
@@ -58,10 +62,16 @@ class EventWriter:
         meta["query"] = handshake.query
         meta["remote_ip"] = handshake.remote_ip
         meta["subprotocols"] = list(handshake.subprotocols)
-        return Event(f"{connection_id}-connect", orjson.dumps({"meta": meta}))
+        return Event(
+            f"{connection_id}-connect", orjson.dumps({"meta": meta}), traceparent(trace)
+        )
 
     def message(
-        self, connection_id: str, number: int, message: str | bytes
+        self,
+        connection_id: str,
+        number: int,
+        message: str | bytes,
+        trace: TraceContext | None,
     ) -> Event:
         """Carries a connection's message of that number."""
         message_id = f"{connection_id}-{number}"
@@ -82,7 +92,7 @@ class EventWriter:
             f'"message_id":"{message_id}","type":{rest}}}'
         )
         body = orjson.dumps({"meta": orjson.Fragment(meta), "message": text})
-        return Event(message_id, body)
+        return Event(message_id, body, traceparent(trace))
 
     def disconnect(
         self,
@@ -90,6 +100,7 @@ class EventWriter:
         closure: Closure,
         undelivered: int,
         refused: int,
+        trace: TraceContext | None,
         instance: str | None = None,
     ) -> Event:
         """Tells of a connection's end; of an earlier `instance`'s, if given."""
@@ -104,7 +115,9 @@ class EventWriter:
             "refused": refused,
         }
         event = {"connection_id": connection_id, "meta": meta}
-        return Event(f"{connection_id}-disconnect", orjson.dumps(event))
+        return Event(
+            f"{connection_id}-disconnect", orjson.dumps(event), traceparent(trace)
+        )
 
     def request(self, target: Target, event: Event) -> bytes:
         """One attempt to deliver `event`, of now."""
@@ -115,12 +128,13 @@ class EventWriter:
             )
         return (
             b"%bwebhook-id: %b\r\nwebhook-timestamp: %d\r\n%b"
-            b"Content-Length: %d\r\n\r\n%b"
+            b"traceparent: %b\r\nContent-Length: %d\r\n\r\n%b"
         ) % (
             self._head(target),
             event_id,
             timestamp,
             signature,
+            event.traceparent.encode(),
             len(event.body),
             event.body,
         )
@@ -136,3 +150,15 @@ class EventWriter:
                 "Content-Type: application/json; charset=utf-8\r\n"
             ).encode() + self._headers
         return head
+
+
+def traceparent(trace: TraceContext | None) -> str:
+    """A new span of `trace`, or of a new one that nobody records (W3C, level 2).
+
+    Not of the system's randomness, which is a call of it for each message: these
+    ids are to differ, not to be secret.
+    """
+    if trace is not None:
+        return f"00-{trace.trace_id}-{random.randbytes(8).hex()}-{trace.flags}"
+    ids = random.randbytes(24).hex()
+    return f"00-{ids[:32]}-{ids[32:]}-00"

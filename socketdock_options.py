@@ -1,0 +1,332 @@
+"""The options, from every source: flags, environment, file and defaults.
+
+Each is defined beside the code that it steers, and read where that code is made:
+in `socketdock.py` and in a backend's `make_backend()`. Here they get their values,
+which are checked by what the metavar says they are.
+"""
+
+import ast
+import difflib
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tornado.options import Error as OptionError
+from tornado.options import options
+
+import backends
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent / "conf" / "socketdock.conf"
+
+# The spellings of the existing SocketDock's deployments.
+OTHER_SPELLINGS = {
+    "message-uri": "messageuri",
+    "disconnect-uri": "disconnecturi",
+    "connect-uri": "connecturi",
+    "endpoint": "externalhostandport",
+    "log-level": "logging",
+}
+
+ENVIRONMENT_PREFIX = "SOCKETDOCK_"
+# What Kubernetes injects for a service called socketdock.
+INJECTED = re.compile(
+    r"(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=.*|PORT=\w+://.*"
+)
+
+# Of options whose values are never shown, and of those that bound something.
+SECRET_METAVARS = ("TOKENS", "SECRETS")
+LIMIT_METAVARS = ("BYTES", "BYTES0", "COUNT", "COUNT0", "RATE", "SECONDS")
+
+# The surrogates stand for bytes of the environment that are not UTF-8.
+NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+MAX_NUMBER = 2**48  # of whatever is counted; the system's calls take more
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "none")
+TRUTHS = {"true": True, "1": True, "yes": True, "on": True, "t": True,
+          "false": False, "0": False, "no": False, "off": False, "f": False}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A line of an options file, read but not checked; `where` is for errors."""
+
+    where: str
+    name: str
+    value: Any
+
+
+def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """Set `tornado.options` from flags, environment, file and defaults.
+
+    In that precedence. `argv` is without the program's name. Returns warnings
+    to be logged. Raises `OptionError` with one sentence.
+    """
+    warnings: list[str] = []
+    for setting in load_backends(argv, environ):
+        if _option_of(setting.name) is None:
+            raise OptionError(
+                f"{setting.where}: there is no option"
+                f" {setting.name}{_nearest(setting.name, '')}"
+            )
+        _set(setting.name, setting.value, f"{setting.where}: {setting.name}")
+    for variable, value in environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        spelling = variable.removeprefix(ENVIRONMENT_PREFIX)
+        if _option_of(spelling.lower()) is not None:
+            _set(spelling.lower(), value, variable)
+        elif not INJECTED.fullmatch(f"{spelling}={value}"):
+            warnings.append(
+                f"{variable} is no option{_nearest(spelling.lower(), '')}: ignored"
+            )
+    for name, value in read_flags(argv):
+        _set(name, value, f"--{name}")
+    return warnings
+
+
+def load_backends(argv: Sequence[str], environ: Mapping[str, str]) -> list[Setting]:
+    """Import those that ship and the one that is asked for, by whatever source.
+
+    A backend defines its options when it is imported, so this comes before any
+    is set. Returns the settings of the options file. Raises `OptionError`.
+    """
+    for name in backends.names():
+        backends.load(name)
+    path = _config_path(argv, environ)
+    from_file = list(read_config(path)) if path is not None else []
+    chosen = _last_of("backend", argv) or environ.get("SOCKETDOCK_BACKEND")
+    for setting in reversed(from_file):
+        if setting.name == "backend" and not chosen:
+            chosen = setting.value
+    if isinstance(chosen, str) and chosen:
+        backends.load(chosen)
+    return from_file
+
+
+def read_flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and value of each flag: `--name=value`, `--name value`."""
+    words = list(reversed(argv))
+    option = None
+    while words:
+        word = words.pop()
+        if not word.startswith("--") or word == "--":
+            if _is_secret(option):  # it may be one more secret
+                raise OptionError(
+                    "what stands after a secret is not an option: options start"
+                    " with --, and several secrets are separated by commas"
+                )
+            raise OptionError(f"{word!r} is not an option: options start with --")
+        name, equals, value = word[2:].partition("=")
+        option = _option_of(name)
+        if option is None:
+            raise OptionError(f"there is no option --{name}{_nearest(name)}")
+        if not equals:
+            if option.type is bool:
+                value = words.pop() if words and words[-1] in TRUTHS else "true"
+            elif words:
+                value = words.pop()
+            else:
+                raise OptionError(f"--{name} needs a value")
+        yield name, value
+
+
+def read_config(path: Path) -> Iterator[Setting]:
+    """Yield each `name = value` of an options file.
+
+    Values are Python literals, so that nothing in the file is ever run. Names
+    may be spelt with dashes.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise OptionError(f"can't read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise OptionError(f"can't read {path}: it is not UTF-8") from None
+    text = re.sub(
+        r"^[A-Za-z][\w-]*(?=\s*=)", lambda m: m[0].replace("-", "_"), text, flags=re.M
+    )
+    try:
+        statements = ast.parse(text).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        line = getattr(error, "lineno", None)
+        where = f"{path}, line {line}" if line else str(path)
+        raise OptionError(f"{where}: not name = value") from None
+    for statement in statements:
+        where = f"{path}, line {statement.lineno}"
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                pass
+            case _:
+                raise OptionError(f"{where}: not name = value")
+        try:
+            yield Setting(where, name, ast.literal_eval(value))
+        except (ValueError, TypeError, MemoryError, RecursionError):
+            raise OptionError(
+                f"{where}: {name} is not a plain value,"
+                " such as 'text', 8765, 2.5, True or ['a', 'b']"
+            ) from None
+
+
+def _config_path(argv: Sequence[str], environ: Mapping[str, str]) -> Path | None:
+    given = _last_of("config", argv) or environ.get("SOCKETDOCK_CONFIG")
+    if given:
+        return Path(given)
+    return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+
+
+def _last_of(name: str, argv: Sequence[str]) -> str | None:
+    found = None
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
+        if word == f"--{name}":
+            found = following
+        elif word.startswith(f"--{name}="):
+            found = word.partition("=")[2]
+    return found
+
+
+def _option_of(name: str) -> Any:
+    """tornado's record of an option (type, metavar), by any of its spellings."""
+    name = name.replace("_", "-")
+    return options._options.get(OTHER_SPELLINGS.get(name, name))
+
+
+def _is_secret(option: Any) -> bool:
+    return option is not None and option.metavar in SECRET_METAVARS
+
+
+def _nearest(name: str, dashes: str = "--") -> str:
+    known = [option.replace("-", "_") for option in options._options]
+    known += OTHER_SPELLINGS
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {dashes}{near[0]}?" if near else ""
+
+
+def _set(name: str, value: Any, where: str) -> None:
+    """Set one option, a string as on the command line. Raises `OptionError`."""
+    option = _option_of(name)
+    try:
+        if value is None and option.default is None:
+            pass
+        elif option.multiple:
+            if isinstance(value, str):
+                value = value.split(",")
+            if not isinstance(value, list | tuple):
+                raise ValueError("a list")
+            # An empty secret is an error, not none: its module says so.
+            value = [
+                _converted(option, part)
+                for part in value
+                if part != "" or _is_secret(option)
+            ]
+        else:
+            value = _converted(option, value)
+            _check(option.name, option.metavar or "", value)
+    except ValueError as error:
+        given = "" if _is_secret(option) else f", not {value!r}"
+        raise OptionError(f"{where} must be {error}{given}") from None
+    option.set(value)
+
+
+def _converted(option: Any, value: Any) -> Any:
+    """`value` in the option's type. Raises `ValueError` with what it must be."""
+    kind = option.type
+    if isinstance(value, str):
+        value = value.strip()
+        if kind is bool:
+            if value.lower() not in TRUTHS:
+                raise ValueError("true or false")
+            return TRUTHS[value.lower()]
+        if kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                raise ValueError(
+                    "a whole number" if kind is int else "a number"
+                ) from None
+        if NO_TEXT.search(value):
+            raise ValueError("text in UTF-8, without control characters")
+        return value
+    if kind is float and type(value) is int:
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError("a number that is not that large") from None
+    if type(value) is not kind:
+        raise ValueError({str: "text", int: "a whole number", float: "a number",
+                          bool: "True or False"}.get(kind, f"a {kind.__name__}"))
+    return value
+
+
+def _check(name: str, metavar: str, value: Any) -> None:
+    """Check a value's range; the metavar says what it is.
+
+    Raises `ValueError` with what it must be.
+    """
+    if type(value) is int and value > MAX_NUMBER:
+        raise ValueError(f"at most {MAX_NUMBER}")
+    if metavar == "PORT" and not 0 <= value <= 65535:
+        raise ValueError("a port, 0 to 65535")
+    if metavar in ("BYTES", "COUNT") and value < 1:
+        raise ValueError("at least 1")
+    if metavar in ("BYTES0", "COUNT0") and value < 0:
+        raise ValueError("0 or more")
+    # A slower one would leave a client unread for minutes.
+    if metavar == "RATE" and value != 0 and not 0.01 <= value < float("inf"):
+        raise ValueError("0, or 0.01 or more in a second")
+    if metavar == "SHARE" and not 0 <= value <= 1:
+        raise ValueError("0 to 1")
+    if metavar == "LEVEL" and not 1 <= value <= 9:
+        raise ValueError("1 to 9")
+    if metavar == "SECONDS":
+        if not value >= 0:  # nan is not
+            raise ValueError("0 or more seconds")
+        if value == float("inf") and name != "order_wait":
+            raise ValueError("a finite number of seconds")
+    if name == "http_server" and value not in ("fast", "tornado"):
+        raise ValueError("fast or tornado")
+    if name == "logging" and value.lower() not in LOG_LEVELS:
+        raise ValueError(f"one of {', '.join(LOG_LEVELS)}")
+
+
+def limits() -> dict[str, float | str]:
+    """The options that bound something, by name; none of them is a secret."""
+    found = {
+        option.name.replace("-", "_"): option.value()
+        for option in options._options.values()
+        if option.metavar in LIMIT_METAVARS
+    }
+    # JSON knows no infinity.
+    return {name: "inf" if v == float("inf") else v for name, v in found.items()}
+
+
+def print_help() -> None:
+    """Print every option, grouped by the module that defines it."""
+    print("Usage: socketdock [check] [--option=value ...]\n")
+    print("Relays WebSocket clients to a backend that speaks only HTTP. Every option")
+    print(f"can be set in the environment as {ENVIRONMENT_PREFIX}<OPTION>, too, and in")
+    print("the file that --config names; the flag beats both.")
+    groups: dict[str, list[Any]] = {}
+    for option in options._options.values():
+        groups.setdefault(_module_of(option.group_name), []).append(option)
+    for module in sorted(groups, key=lambda name: (name != "socketdock", name)):
+        print(f"\n{module}:\n")
+        for option in sorted(groups[module], key=lambda option: option.name):
+            flag = f"--{option.name}" + (f"={option.metavar}" if option.metavar else "")
+            default = "" if option.default in (None, "", []) else (
+                f" [{option.default}]"
+            )
+            lines = textwrap.wrap((option.help or "") + default, 50)
+            print(f"  {flag:<37} {lines[0]}")
+            for line in lines[1:]:
+                print(f"{'':40}{line}")
+
+
+def _module_of(file_name: str) -> str:
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) == file_name:
+            return "socketdock" if module.__name__ == "__main__" else module.__name__
+    return "tornado.options"
