@@ -15,6 +15,7 @@ from tornado.options import define
 
 from backends import Observer
 from handlers.admission import RETRY_AFTER, Admission, Refusal, RefusalLog
+from handlers.frames import CloseCode, FrameError
 
 if TYPE_CHECKING:
     from handlers.websocket import ClientConnection
@@ -26,7 +27,8 @@ define("max_pending", default=100_000, metavar="COUNT",
             "reading stops everywhere and handshakes get 503")
 define("max_queued_bytes", default=256 * 1024 * 1024, metavar="BYTES",
        help="most bytes of messages that wait for the backend in the whole "
-            "process; then likewise; and of those whose answer is overdue")
+            "process; then likewise; of those whose answer is overdue; and of "
+            "those that are not whole yet, the slowest of which then get 1013")
 define("drain_delay", default=0.0, metavar="SECONDS",
        help="at the stop, handshakes are still accepted for that long, until "
             "balancers have looked away")
@@ -57,12 +59,15 @@ class ConnectionMap:
         self.loop = asyncio.get_running_loop()
         self._connections: dict[str, ClientConnection] = {}
         # Kept here so that they aren't collected while they run; awaited by drain().
-        self._farewells: set[asyncio.Task[None]] = set()
+        self._farewells: dict[asyncio.Task[None], ClientConnection] = {}
         self._changed = asyncio.Event()
         self._max_pending = max_pending
         self._max_queued_bytes = max_queued_bytes
         self._messages = 0
         self._bytes = 0
+        # Of messages that are not whole, the longest under way first.
+        self._kept: dict[ClientConnection, int] = {}
+        self._kept_bytes = 0
         self.total = 0  # connections listed since the start
         self._room: asyncio.Future[None] | None = None
         self._warned_at = float("-inf")  # on the loop's clock
@@ -77,6 +82,13 @@ class ConnectionMap:
 
     def __iter__(self) -> "Iterator[ClientConnection]":
         return iter(list(self._connections.values()))
+
+    @property
+    def open(self) -> int:
+        """How many of them are open: neither connecting nor closing."""
+        return sum(
+            connection.state == "open" for connection in self._connections.values()
+        )
 
     def get(self, connection_id: str) -> "ClientConnection | None":
         """The connection of that id, connecting or open or closing, or None."""
@@ -114,6 +126,18 @@ class ConnectionMap:
         return self._messages + len(self._farewells)
 
     @property
+    def oldest_pending(self) -> float:
+        """For how many seconds the event has waited that has waited longest; or 0."""
+        if not self.pending:
+            return 0.0
+        waiting = min(
+            connection.waiting_since
+            for connections in (self._connections, self._farewells)
+            for connection in connections.values()
+        )
+        return max(0.0, self.loop.time() - waiting)
+
+    @property
     def pending_bytes(self) -> int:
         """Bytes of the messages that wait."""
         return self._bytes
@@ -136,6 +160,25 @@ class ConnectionMap:
         self._bytes -= size
         self._tell_of_room()
 
+    def keep(self, connection: "ClientConnection", size: int) -> None:
+        """`size` bytes are kept of a message that is not whole, and maybe never is.
+
+        Where that is too much in all, the one that has taken longest ends with
+        1013: whoever sends at a usual pace is through long before.
+        """
+        self._kept_bytes += size - self._kept.get(connection, 0)
+        if size:
+            self._kept[connection] = size
+        else:
+            self._kept.pop(connection, None)
+        if self._kept_bytes <= self._max_queued_bytes or not size:
+            return
+        slowest = next(iter(self._kept))
+        self.keep(slowest, 0)
+        slowest.on_failed(
+            FrameError(CloseCode.TRY_AGAIN_LATER, "too much is not whole")
+        )
+
     def room(self) -> "asyncio.Future[None] | None":
         """None where more may be read, else what to wait for."""
         if not self.full:
@@ -155,14 +198,16 @@ class ConnectionMap:
 
     # The end.
 
-    def say_farewell(self, farewell: Coroutine[None, None, None]) -> None:
-        """Run `farewell`, which tells the backend that a connection has ended."""
+    def say_farewell(
+        self, connection: "ClientConnection", farewell: Coroutine[None, None, None]
+    ) -> None:
+        """Run `farewell`, which tells the backend that `connection` has ended."""
         task = self.loop.create_task(farewell)
-        self._farewells.add(task)
+        self._farewells[task] = connection
         task.add_done_callback(self._on_farewell_said)
 
     def _on_farewell_said(self, task: asyncio.Task[None]) -> None:
-        self._farewells.discard(task)
+        del self._farewells[task]
         self._changed.set()
         self._tell_of_room()
         if not task.cancelled() and task.exception() is not None:

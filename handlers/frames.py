@@ -144,6 +144,11 @@ class FrameParser:
         self._utf8: codecs.IncrementalDecoder | None = None
         self._text: io.StringIO | None = None
 
+    @property
+    def kept(self) -> int:
+        """Bytes of a message, or of a control frame, that is not whole yet."""
+        return self._size + len(self._buffer)
+
     def feed(self, data: bytes) -> Iterator[Received]:
         """Yield what `data` completes, and keep the rest.
 

@@ -64,6 +64,8 @@ class Client(Protocol):
 
     def on_message(self, message: str | bytes) -> None: ...
 
+    def on_kept(self, size: int) -> None: ...
+
     def room(self) -> asyncio.Future[None] | None: ...
 
     def on_failed(self, error: FrameError) -> None: ...
@@ -80,6 +82,7 @@ class ClientProtocol:
         "_compression",
         "_discarding",
         "_is_over",
+        "_kept",
         "_latest_ping",
         "_parser",
         "_peer_close",
@@ -109,6 +112,7 @@ class ClientProtocol:
         self._said_close = False  # our close frame is on its way
         self._peer_close: Close | None = None  # where it came first
         self._is_over = False
+        self._kept = 0  # bytes of a message that is not whole, as the client was told
         # What `FrameParser.feed` has yet to yield, while there is no room for it.
         self._received: Iterator[Received] | None = None
         # Only the latest of the pings that came while a pong is on its way is
@@ -145,7 +149,7 @@ class ClientProtocol:
             self.abort()
             return
         if self._stream.pending:
-            asyncio.get_running_loop().call_soon(self._go_on_reading)
+            self._stream.loop.call_soon(self._go_on_reading)
 
     def _read(self, at_once: bool) -> bool:
         """Take one chunk; whether there may be another one at once."""
@@ -160,6 +164,10 @@ class ClientProtocol:
             return True
         self._received = self._parser.feed(data)
         self._take()
+        kept = 0 if self._discarding else self._parser.kept
+        if kept != self._kept and not self._is_over:
+            self._kept = kept
+            self._client.on_kept(kept)
         return self._received is None and not self._is_over and (
             len(data) == self._read_chunk or self._stream.pending
         )
@@ -186,7 +194,7 @@ class ClientProtocol:
             self.abort()
             return
         if self._stream.pending:
-            asyncio.get_running_loop().call_soon(self._go_on_reading)
+            self._stream.loop.call_soon(self._go_on_reading)
 
     def _take(self) -> None:
         """Hand on what was read, as long as there is room for it.
@@ -315,6 +323,7 @@ class ClientProtocol:
         unread bytes resets it, and the close frame would be lost.
         """
         self._discarding = True
+        self._parser = FrameParser(0)  # what the other one kept is nobody's any more
         self.close(code, reason)
         if self._stream.closed or self.bytes_waiting:
             return
@@ -333,7 +342,7 @@ class ClientProtocol:
             self._close_timer.cancel()
             self._close_timer = None
         self._stream.close()
-        asyncio.get_running_loop().call_soon(self._client.on_closed, self._peer_close)
+        self._stream.loop.call_soon(self._client.on_closed, self._peer_close)
 
     def _write_close(self, payload: bytes) -> None:
         self._said_close = True
@@ -342,7 +351,7 @@ class ClientProtocol:
 
     def _arm_close_timer(self) -> None:
         if self._close_timer is None:
-            self._close_timer = asyncio.get_running_loop().call_later(
+            self._close_timer = self._stream.loop.call_later(
                 CLOSE_TIMEOUT, self.abort
             )
 

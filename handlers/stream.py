@@ -32,7 +32,6 @@ class ClientStream:
     """
 
     __slots__ = (
-        "_loop",
         "_on_lost",
         "_on_readable",
         "_reading",
@@ -41,6 +40,7 @@ class ClientStream:
         "_unsent",
         "_waiting",
         "closed",
+        "loop",
         "taken",
     )
 
@@ -50,7 +50,8 @@ class ClientStream:
         on_readable: Callable[[], None],
         on_lost: Callable[[], None],
     ) -> None:
-        self._loop = asyncio.get_running_loop()
+        # Kept, since asking for it is a system call (getpid) before Python 3.12.
+        self.loop = asyncio.get_running_loop()
         self._on_readable = on_readable
         self._on_lost = on_lost
         self._reading = False
@@ -85,13 +86,13 @@ class ClientStream:
         """Call `on_readable` whenever something has come; level-triggered."""
         if not self._reading and not self.closed:
             self._reading = True
-            self._loop.add_reader(self._sock, self._on_readable)
+            self.loop.add_reader(self._sock, self._on_readable)
 
     def stop_reading(self) -> None:
         """Leave what comes to the kernel, so that the peer has to wait."""
         if self._reading:
             self._reading = False
-            self._loop.remove_reader(self._sock)
+            self.loop.remove_reader(self._sock)
 
     def read(self, size: int) -> bytes | None:
         """What has come, `size` bytes at most; None: nothing; empty: the end."""
@@ -126,7 +127,7 @@ class ClientStream:
                 sent = 0
             except OSError as error:
                 self.close()
-                self._loop.call_soon(self._on_lost)
+                self.loop.call_soon(self._on_lost)
                 raise ConnectionClosed from error
             self.taken += sent
             if sent == len(data):
@@ -138,7 +139,7 @@ class ClientStream:
 
     def drained(self) -> "asyncio.Future[None]":
         """Done when the kernel has taken all that was written before."""
-        drained: asyncio.Future[None] = self._loop.create_future()
+        drained: asyncio.Future[None] = self.loop.create_future()
         if self.closed:
             _fail(drained)
         elif not self._unsent:
@@ -161,7 +162,7 @@ class ClientStream:
         self.closed = True
         self.stop_reading()
         if self._unsent:
-            self._loop.remove_writer(self._sock)
+            self.loop.remove_writer(self._sock)
         self._sock.close()
         self._unsent = None
         waiting, self._waiting = self._waiting, None
@@ -172,7 +173,7 @@ class ClientStream:
     def _send_later(self, data: bytes | memoryview) -> None:
         if not self._unsent:
             self._unsent = bytearray()
-            self._loop.add_writer(self._sock, self._on_writable)
+            self.loop.add_writer(self._sock, self._on_writable)
         assert self._unsent is not None
         self._unsent += data
 
@@ -190,7 +191,7 @@ class ClientStream:
         del self._unsent[:sent]
         if not self._unsent:
             self._unsent = None
-            self._loop.remove_writer(self._sock)
+            self.loop.remove_writer(self._sock)
         while self._waiting and self._waiting[0][0] <= self.taken:
             _, waiter = self._waiting.popleft()
             if not waiter.done():

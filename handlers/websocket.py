@@ -318,6 +318,7 @@ class ClientConnection:
         "subprotocol",
         "trace",
         "user_agent",
+        "waiting_since",
     )
 
     def __init__(
@@ -355,8 +356,10 @@ class ClientConnection:
         # Set by whoever closes first on this side: code, reason, initiator.
         self._closing: tuple[int, str, Initiator] | None = None
         # Messages between reading and delivering; none while the backend is quick.
-        self._queue: deque[str | bytes] | None = None
+        self._queue: deque[tuple[str | bytes, float]] | None = None
         self._queued_bytes = 0
+        # When the oldest of its events that wait was read, or it ended; inf: none does.
+        self.waiting_since = float("inf")
         self._delivering = False
         self._delivered_size = 0  # bytes of the message being delivered
         self._given_up = False
@@ -427,10 +430,10 @@ class ClientConnection:
         if self._delivering:
             if self._queue is None:
                 self._queue = deque()
-            self._queue.append(message)
+            self._queue.append((message, self.last_heard))
             self._queued_bytes += size
         else:
-            self._deliver(message, size)
+            self._deliver(message, size, self.last_heard)
 
     def room(self) -> "asyncio.Future[None] | None":
         """None where another message may be read, else what to wait for.
@@ -477,8 +480,12 @@ class ClientConnection:
             protocol is not None and protocol.bytes_waiting > 0
         )
 
+    def on_kept(self, size: int) -> None:
+        """So many bytes are kept of a message that is not whole yet."""
+        self.connections.keep(self, size)
+
     def on_failed(self, error: FrameError) -> None:
-        """The client broke the protocol, or a rule."""
+        """The client broke the protocol, or a rule, or its message has no room."""
         logger.info("connection %s: %s (%d)", self.id, error.reason, error.code)
         self._begin_closing(error.code, error.reason, "relay")
         assert self._protocol is not None
@@ -494,7 +501,7 @@ class ClientConnection:
 
     # Delivering.
 
-    def _deliver(self, message: str | bytes, size: int) -> None:
+    def _deliver(self, message: str | bytes, size: int, read_at: float) -> None:
         """Hand messages to the backend, until one has to be waited for."""
         while True:
             self._delivered_size = size
@@ -505,6 +512,7 @@ class ClientConnection:
                 return
             if taken is not None:
                 self._delivering = True
+                self.waiting_since = read_at
                 waiting = asyncio.ensure_future(taken)
                 waiting.add_done_callback(self._on_delivered)
                 return
@@ -512,7 +520,7 @@ class ClientConnection:
             if not self._queue:
                 self._rest()
                 return
-            message, size = self._next()
+            message, size, read_at = self._next()
 
     def _on_delivered(self, taken: "asyncio.Future[None]") -> None:
         if taken.cancelled():
@@ -526,20 +534,21 @@ class ClientConnection:
             else:
                 self._rest()
 
-    def _next(self) -> tuple[str | bytes, int]:
+    def _next(self) -> tuple[str | bytes, int, float]:
         assert self._queue
-        message = self._queue.popleft()
+        message, read_at = self._queue.popleft()
         size = size_of(message)
         self._queued_bytes -= size
         if self._full and self._room is not None:  # it is this connection's own
             self._full = False
             self._room.set_result(None)
             self._room = None
-        return message, size
+        return message, size, read_at
 
     def _rest(self) -> None:
         """Everything read so far has been taken."""
         self._delivering = False
+        self.waiting_since = float("inf")
         self._queue = None
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
@@ -565,7 +574,7 @@ class ClientConnection:
         self._given_up = True
         self._count_undelivered(len(self._queue or ()))
         while self._queue:
-            _, size = self._next()
+            _, size, _ = self._next()
             self.connections.release(size)
         self.close(code, reason, "relay")
 
@@ -686,6 +695,7 @@ class ClientConnection:
     def end(self, close: Close | None = None, initiator: Initiator = "relay") -> None:
         """Forget the connection; tell the backend of its `close`, if there is one."""
         self.state = "closed"
+        self.connections.keep(self, 0)
         self.connections.remove(self)
         self.heartbeat.discard(self)
         self.lifetimes.discard(self)
@@ -697,7 +707,9 @@ class ClientConnection:
         duration = self._now() - self._began
         if self._protocol is not None:
             self.connections.observer.closed(self, close.code, initiator, duration)
-        self.connections.say_farewell(self._farewell(close, initiator, duration))
+        self.connections.say_farewell(
+            self, self._farewell(close, initiator, duration)
+        )
 
     async def _farewell(
         self, close: Close, initiator: Initiator, duration: float
@@ -709,6 +721,7 @@ class ClientConnection:
         if self._delivering:
             self._idle = self.connections.loop.create_future()
             await self._idle
+        self.waiting_since = self._began + duration
         closure = Closure(
             close.code, close.reason, initiator, duration, self._undelivered
         )

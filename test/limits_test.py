@@ -44,8 +44,10 @@ async def closed(client: websockets.ClientConnection) -> tuple[int | None, str |
     return client.close_code, client.close_reason
 
 
-async def pushed(url: str, message: bytes) -> bytes:
-    """What a client is sent that sends one message after another until its end."""
+async def handshaken(
+    url: str,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection whose handshake is behind it, for frames by hand."""
     host, port = url[5:-3].split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(
@@ -54,6 +56,12 @@ async def pushed(url: str, message: bytes) -> bytes:
         f"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
     )
     await reader.readuntil(b"\r\n\r\n")
+    return reader, writer
+
+
+async def pushed(url: str, message: bytes) -> bytes:
+    """What a client is sent that sends one message after another until its end."""
+    reader, writer = await handshaken(url)
     frame = b"\x82\xfe" + len(message).to_bytes(2) + bytes(4) + message
 
     async def push() -> None:
@@ -455,3 +463,50 @@ def test_limit_out_of_range_stops_the_start(flag, why):
     """One sentence names the option and what it must be."""
     line = refusal(flag)
     assert flag.partition("=")[0] in line and why in line
+
+
+# What is not whole.
+
+
+async def test_messages_that_never_end_do_not_take_the_memory(io_loop):
+    """Above --max_queued_bytes of parts, who has taken longest gets 1013."""
+    part, rest = bytes(400_000), bytes(100_000)
+    size = len(part) + len(rest)
+    ping = b"\x89\x80" + bytes(4)
+    flags = ("--max_queued_bytes=1000000", f"--max_message_size={size}")
+    async with Service(*flags) as relay, contextlib.AsyncExitStack() as stack:
+        clients = []
+        for number in range(3):
+            reader, writer = await handshaken(relay.ws_url)
+            stack.callback(writer.close)
+            clients.append((reader, writer))
+            writer.write(b"\x02\xff" + len(part).to_bytes(8) + bytes(4) + part + ping)
+            if number < 2:  # the pong shows that the fragment has been read
+                await asyncio.wait_for(reader.readexactly(2), DEADLINE)
+        (first, _), second, third = clients
+        farewell = await asyncio.wait_for(first.read(), DEADLINE)
+        assert farewell[:4] == b"\x88" + bytes([len(farewell) - 2]) + b"\x03\xf5"
+        await asyncio.wait_for(third[0].readexactly(2), DEADLINE)
+        for reader, writer in (second, third):
+            writer.write(b"\x80\xff" + len(rest).to_bytes(8) + bytes(4) + rest)
+            echo = await asyncio.wait_for(reader.readexactly(10 + size), DEADLINE)
+            assert echo[:10] == b"\x82\x7f" + size.to_bytes(8)
+
+
+async def test_messages_that_end_leave_nothing_behind(io_loop):
+    """Many large messages in turn, and connections cut within one, are no excess."""
+    size = 400_000
+    start = b"\x82\xff" + size.to_bytes(8) + bytes(4)
+    flags = ("--max_queued_bytes=1000000", f"--max_message_size={size}")
+    async with Service(*flags) as relay:
+        for _ in range(4):
+            _, writer = await handshaken(relay.ws_url)
+            writer.write(start + bytes(size // 2))
+            await writer.drain()
+            writer.close()
+            await writer.wait_closed()
+        reader, writer = await handshaken(relay.ws_url)
+        for _ in range(4):
+            writer.write(start + bytes(size))
+            await asyncio.wait_for(reader.readexactly(10 + size), DEADLINE)
+        writer.close()
