@@ -20,6 +20,7 @@ from bench.modes import ALL_SIZES, MODES, ONE_SIZE, Cell, Figures, measure
 
 RELAYS = ["socketdock", "socketdock-listeners", "node", "tornado", "nchan"]
 SIZES = [128, 1024, 64 * 1024, 1024 * 1024]  # bytes
+SHARING = 1000  # clients, in mode share
 QUIET = 0.02  # share of the relay's processor that the host may take
 
 
@@ -40,6 +41,8 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
         help="for a figure while the host takes the processor; the quietest counts")
     add("--clients", type=int, default=64)
     add("--idle-clients", type=int, default=8000, help="in mode idle")
+    add("--add", action="store_true",
+        help="keep what other runs have left in the results, and add to it")
     add("--results", type=Path, default=report.RESULTS, metavar="FILE",
         help="another one leaves docs/ as it is")
     add("--profile", type=Path, metavar="FOLDER",
@@ -63,10 +66,12 @@ def names(known: Sequence[str] | dict[str, Any]) -> Any:
 def cells(arguments: argparse.Namespace) -> Iterator[Cell]:
     """One round: for each mode and size, each relay in turn."""
     for mode in arguments.modes:
-        clients = arguments.idle_clients if mode == "idle" else arguments.clients
+        clients = {"idle": arguments.idle_clients, "share": SHARING}.get(
+            mode, arguments.clients
+        )
         for size in arguments.sizes if mode in ALL_SIZES else [ONE_SIZE.get(mode, 0)]:
             for relay in arguments.peers:
-                if mode in relays.KNOWN[relay.partition("@")[0]].cannot:
+                if not relays.KNOWN[relay.partition("@")[0]].can(mode):
                     continue
                 cell = Cell(
                     relay, mode, size, clients, arguments.seconds, arguments.warm_up
@@ -126,6 +131,8 @@ def main() -> None:
         sys.exit(f"bench: {error}")
     except KeyboardInterrupt:
         sys.exit("bench: interrupted, nothing is kept")
+    if arguments.add:
+        runs = report.added(arguments.results, runs)
     results = {"machine": machine(), "runs": runs}
     print(f"\n{report.tables(results)}")
     if arguments.profile is not None:

@@ -335,6 +335,17 @@ class Idle(Run):
         return min(found)
 
 
+class Share(Run):
+    """How evenly the processes of a relay share those who come in."""
+
+    async def figures(self) -> Figures:
+        before = self.relay.open_files()
+        await self.enter()
+        after = self.relay.open_files()
+        taken = [now - then for now, then in zip(after, before, strict=True)]
+        return {"least_share": min(taken) / sum(taken)}
+
+
 MODES: dict[str, type[Run]] = {
     "up": Traffic,
     "push": Traffic,
@@ -343,6 +354,7 @@ MODES: dict[str, type[Run]] = {
     "visit": Visits,
     "idle": Idle,
     "latency": Latency,
+    "share": Share,
 }
 ALL_SIZES = ("up", "push", "echo")
 ONE_SIZE = {"visit": 1024, "latency": 1024}  # bytes; clients of the rest say nothing

@@ -52,7 +52,11 @@ class Peer(NamedTuple):
     starts: Callable[[Setting], list[Start]]
     # Of another kind: a client's channel is in its path, messages come without JSON.
     channels: bool = False
-    cannot: tuple[str, ...] = ()  # modes
+    cannot: tuple[str, ...] = ("share",)  # modes
+
+    def can(self, mode: str) -> bool:
+        """Whether that can be measured."""
+        return mode not in self.cannot
 
 
 class Relay:
@@ -83,6 +87,10 @@ class Relay:
                 if line.startswith("Pss:"):
                     kilobytes += int(line.split()[1])
         return kilobytes * 1024
+
+    def open_files(self) -> list[int]:
+        """How many each of its processes has; a client takes one."""
+        return [len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in self.processes]
 
     def profile(self, picture: Path, seconds: float) -> subprocess.Popen[bytes]:
         """Have py-spy draw a flame graph; the relay is slower meanwhile."""
@@ -160,10 +168,10 @@ KNOWN = {
         "SocketDock, two listeners",
         lambda setting: [socketdock(setting, callback_port=free_port())],
     ),
-    "socketdock-processes": Peer("SocketDock, two processes", two_processes),
+    "socketdock-processes": Peer("SocketDock, two processes", two_processes, cannot=()),
     "node": Peer("Node.js", node),
     "tornado": Peer("plain Tornado", plain_tornado),
-    "nchan": Peer("nginx, nchan", nchan, channels=True, cannot=("visit",)),
+    "nchan": Peer("nginx, nchan", nchan, channels=True, cannot=("visit", "share")),
 }
 
 

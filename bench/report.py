@@ -22,8 +22,10 @@ TABLES = {
     "Messages, handshakes or visits per second": ["per_second"],
     "Latency at half of what each relay can do, ms": ["p50", "p99", "p99.9"],
     "Memory per idle connection, bytes": ["bytes"],
+    "Share of the clients that the process gets that gets the least": ["least_share"],
     "Processor time of the load, µs per message": ["load_us"],
 }
+USUAL_CLIENTS = 64
 BASELINE = "node"  # what ratios are to
 PLOTTED = {  # a place on the plot, and its row
     **{mode: f"{mode}, 1 KiB" for mode in ("up", "push", "echo")},
@@ -51,7 +53,7 @@ class Table:
             for figure in figures:
                 if figure not in run:
                     continue
-                name = label(run["mode"], run["size"])
+                name = label(run["mode"], run["size"], run["clients"])
                 if len(figures) > 1:
                     name = f"{name}, {figure}"
                 row = self.rows.setdefault(name, {})
@@ -89,21 +91,31 @@ class Table:
 def tables(results: Results) -> str:
     """All figures, in Markdown."""
     machine, runs = results["machine"], results["runs"]
-    clients = sorted({run["clients"] for run in runs if run["mode"] != "idle"})
     stolen = [run["stolen"] for run in runs if "stolen" in run] or [0.0]
     parts = [
         f"{machine['date']}; {machine['processor']}, {machine['processors']}"
         f" processors; {machine['system']}; Python {machine['python']};"
-        f" {runs[-1]['round']} rounds of {runs[-1]['seconds']:g} s for each figure;"
-        f" {' and '.join(map(str, clients)) or 'no'} clients. The host kept the"
-        f" relay's processor for itself {median(stolen):.0%} of the time"
-        f" ({max(stolen):.0%} at worst)."
+        f" {max(run['round'] for run in runs)} rounds of"
+        f" {max(run['seconds'] for run in runs):g} s for each figure; {USUAL_CLIENTS}"
+        f" clients where no other number stands. The host kept the relay's processor"
+        f" for itself {median(stolen):.0%} of the time ({max(stolen):.0%} at worst)."
     ]
     for heading, figures in TABLES.items():
         table = Table(results, figures)
         if table.rows:
             parts += [f"### {heading}", table.markdown()]
     return "\n\n".join(parts) + "\n"
+
+
+def added(file: Path, runs: Sequence[Any]) -> list[Any]:
+    """`runs`, behind those in the file that measured something else."""
+
+    def what(run: Any) -> tuple[Any, ...]:
+        return run["relay"], run["mode"], run["size"], run["clients"]
+
+    kept = json.loads(file.read_text("utf-8"))["runs"] if file.exists() else []
+    anew = {what(run) for run in runs}
+    return [run for run in kept if what(run) not in anew] + list(runs)
 
 
 def write(results: Results, file: Path) -> None:
@@ -162,12 +174,14 @@ def plot(table: Table) -> None:
     picture.savefig(PLOT, dpi=120)
 
 
-def label(mode: str, size: int) -> str:
+def label(mode: str, size: int, clients: int) -> str:
     """A row's name; the size, if any, in bytes, KiB or MiB."""
+    name = mode
     for unit, bytes in (("MiB", 2**20), ("KiB", 2**10), ("B", 1)):
         if size >= bytes:
-            return f"{mode}, {size / bytes:g} {unit}"
-    return mode
+            name = f"{mode}, {size / bytes:g} {unit}"
+            break
+    return name if clients == USUAL_CLIENTS else f"{name}, {clients:,} clients"
 
 
 def title(relay: str) -> str:
