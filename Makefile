@@ -1,7 +1,8 @@
 # make run    the relay, with an echo server behind it: ARGS="--backend=http ..."
 # make test   every test: ARGS="-k callback"
 # make demo   one exchange between a client and an HTTP backend, to watch
-# make soak   random faults for five minutes, each message accounted for:
+# make soak   random faults for five minutes, each message accounted for; then the
+#             console in a browser for five minutes under load (not with ARGS):
 #             ARGS="--seconds=60 --seed=1"
 # make bench  the price of a message beside other relays, into docs/performance.md:
 #             ARGS="--modes=up,echo --rounds=3 --results=/tmp/results.json"
@@ -9,6 +10,7 @@
 #             ARGS="-k answers" FUZZ=400
 # make conformance  all of Autobahn's cases, into docs/conformance.md, in ten
 #             minutes: ARGS="'9.*' 12.1.1" (without --write)
+# make screenshots  the console's pictures in docs/images, in two minutes
 # make lint   ruff and mypy
 # make clean  removes what the others made
 
@@ -23,10 +25,10 @@ NODE_MODULES = test/interop/node_modules/.package-lock.json \
 
 # What the defaults leave unused, and the tests that run over it once more.
 OTHERWISE = --event_loop=asyncio --http_server=tornado
-OTHERWISE_TESTS = $(patsubst %,test/%_test.py,websocket callback handshake \
+OTHERWISE_TESTS = $(patsubst %,test/%_test.py,websocket frames callback handshake \
     authorization bad_input delivery signing backend_tls tls)
 
-.PHONY: run test demo soak bench fuzz conformance lint clean
+.PHONY: run test demo soak screenshots bench fuzz conformance lint clean
 
 run: .venv/run.stamp
 	@exec $(BIN)/python socketdock.py $(ARGS)
@@ -49,6 +51,9 @@ test: .venv/test.stamp
 	command -v haproxy >/dev/null && command -v nginx >/dev/null || \
 	    echo "Left out: tests behind HAProxy or nginx, since one is missing" \
 	        "(Debian: apt-get install haproxy nginx)."; \
+	command -v promtool >/dev/null || \
+	    echo "Left out: tests of the alerts and the dashboard, since promtool is" \
+	        "missing (Debian: apt-get install prometheus)."; \
 	command -v systemd-analyze >/dev/null || \
 	    echo "Left out: a test of the systemd unit, since systemd-analyze is" \
 	        "missing (Debian: apt-get install systemd)."; \
@@ -58,7 +63,13 @@ demo: .venv/run.stamp
 	@exec $(BIN)/python examples/demo.py
 
 soak: .venv/test.stamp
-	@exec $(BIN)/python test/soak.py $(ARGS)
+	$(BIN)/python test/soak.py $(ARGS)
+	@[ -n "$(ARGS)" ] || CONSOLE_SECONDS=300 $(BIN)/python -m pytest -q -rs \
+	    test/console_page_test.py -k does_not_grow
+
+# The console's pictures in docs/images; it needs ports 8000 and 8765, and chromium.
+screenshots: .venv/test.stamp
+	@exec $(BIN)/python test/screenshots.py $(ARGS)
 
 bench: .venv/bench.stamp
 	@if command -v npm >/dev/null; then \

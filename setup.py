@@ -1,4 +1,4 @@
-"""What ships: two modules, two packages and the files of `conf/`."""
+"""What ships: two modules, two packages, the console's page and `conf/`."""
 
 import re
 from pathlib import Path
@@ -37,14 +37,20 @@ setup(
     python_requires=">=3.11",
     # Bare names in site-packages: meant for an environment of its own.
     py_modules=["socketdock", "socketdock_options"],
-    packages=["backends", "backends.http", "handlers"],
+    packages=["backends", "backends.http", "handlers", "handlers.console"],
+    package_data={"handlers.console": ["page/*"]},
     data_files=[
         (
             "share/socketdock/conf",
             [
+                "conf/alerts.yml",
                 "conf/compose.yaml",
+                "conf/grafana-dashboard.json",
+                "conf/grafana-dashboards.yml",
+                "conf/grafana-datasource.yml",
                 "conf/haproxy.cfg",
                 "conf/nginx.conf",
+                "conf/prometheus.yml",
                 "conf/socketdock.conf",
                 "conf/socketdock.service",
                 "conf/supervisord.conf",
@@ -57,10 +63,16 @@ setup(
         "httptools>=0.6.1,<1",
         "orjson>=3.9,<4",
         "aiohappyeyeballs>=2.4,<3",
+        "prometheus-client>=0.20,<1",
         "uvloop>=0.19,<1; sys_platform != 'win32'"
         " and platform_python_implementation == 'CPython'",
     ],
     extras_require={
+        "otel": [  # --otel
+            "opentelemetry-sdk>=1.35,<2",
+            "opentelemetry-exporter-otlp-proto-http>=1.35,<2",
+        ],
+        "yaml": ["pyyaml>=6,<7"],  # a file of --log_config that is no JSON
         "test": [
             "pytest>=8,<10",  # pytest-tornado's hook marks are gone from 10 on
             "pytest-tornado==0.8.1",
@@ -71,9 +83,12 @@ setup(
             "flask>=3,<4",
             "cryptography",
             "hypothesis>=6.100,<7",
+            "opentelemetry-sdk>=1.35,<2",  # --otel
+            "opentelemetry-exporter-otlp-proto-http>=1.35,<2",
             "kosoku>=0.1,<0.2",  # Autobahn's cases
+            "playwright>=1.49,<2",  # the console, in a browser
             "schemathesis>=4,<5",  # the OpenAPI document against the relay
-            "pyyaml>=6,<7",  # conf/compose.yaml
+            "pyyaml>=6,<7",  # conf/compose.yaml, and --log_config
             "standardwebhooks>=1.1,<2",
             "supervisor>=4.3,<5",
             "ruff",

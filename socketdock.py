@@ -18,8 +18,9 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from tornado.options import Error as OptionError
@@ -28,7 +29,7 @@ from tornado.routing import Matcher
 from tornado.web import Application, RequestHandler
 
 import backends
-from backends import Backend, Check, Finding, Relay
+from backends import Backend, Check, Finding, Observer, Relay
 from handlers.admission import Admission
 from handlers.authorization import (
     CallbackTokens,
@@ -45,12 +46,23 @@ from handlers.callback import (
 )
 from handlers.check import certificate_finding, descriptors_finding, port_finding
 from handlers.connections import ConnectionMap
+from handlers.console import console_routes
+from handlers.console.page import Clients
+from handlers.console.tail import Tail
 from handlers.frames import UNMASKS_IN_C
 from handlers.handshake import withheld_names
-from handlers.health import LiveHandler, ReadyHandler, Status, StatusHandler
+from handlers.health import (
+    LiveHandler,
+    Readiness,
+    ReadyHandler,
+    Status,
+    StatusHandler,
+)
 from handlers.heartbeat import Heartbeat
 from handlers.lifetimes import Lifetimes
 from handlers.listener import Listener, Server, TLSFiles
+from handlers.logs import Log, file_channels, read_log_config
+from handlers.metrics import Metrics, MetricsHandler, RelayCollector
 from handlers.notify import SystemdNotifier
 from handlers.observers import ObservedBackend, Observers
 from handlers.openapi import OpenAPIHandler
@@ -59,9 +71,19 @@ from handlers.protocol import Compression
 from handlers.proxies import TrustedProxies
 from handlers.rates import Rates
 from handlers.server import Quick, Request, RequestBounds, RequestServer
+from handlers.tickets import Tickets
 from handlers.tornado_server import TornadoServer
 from handlers.websocket import ClientPolicy, ClientSocketHandler
-from socketdock_options import limits, load_backends, parse_options, print_help
+from socketdock_options import (
+    limits,
+    load_backends,
+    parse_options,
+    print_help,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from handlers.tracing import Tracing
 
 __version__ = "0.1.0"
 
@@ -89,31 +111,28 @@ define("config", type=str, metavar="PATH",
 define("event_loop", default="auto", metavar="LOOP",
        help="auto, uvloop or asyncio; auto: uvloop where it is installed")
 
+# What Tornado's log file is made of.
+LOG_FILE = ("log_file_prefix", "log_file_max_size", "log_file_num_backups",
+            "log_rotate_mode", "log_rotate_when", "log_rotate_interval")
 CALLBACK_TLS = ("callback_tls_cert", "callback_tls_key", "callback_client_ca")
 DESCRIPTORS = 256  # for callbacks under way, the log, and the process itself
 USAGE_ERROR = 2  # exit status
 
 
-def set_up_logging() -> None:
-    """As the options say. Raises `OptionError` where that can't be."""
-    try:
-        options.run_parse_callbacks()
-    except (OSError, ValueError) as error:
-        raise OptionError(f"can't log as --log_* say: {error}") from None
-    logging.getLogger("tornado.general").addFilter(hush_peers)
-
-
-def hush_peers(record: logging.LogRecord) -> bool:
-    """A filter of Tornado's log: what peers do wrong is told at `debug` only.
-
-    Not in their words, either: Tornado quotes header values of malformed requests.
-    """
-    if isinstance(record.args, tuple):
-        record.args = tuple(
-            type(value).__name__ if isinstance(value, Exception) else value
-            for value in record.args
-        )
-    return record.levelno >= logging.ERROR or logger.isEnabledFor(logging.DEBUG)
+def make_log(argv: Sequence[str], environ: Mapping[str, str]) -> Log:
+    """The log, from now on, whose level is looked for in the same places again."""
+    to_file = bool(options.log_file_prefix)
+    if options.log_config:
+        for name in ("log_format", "log_to_stderr", "log_file_prefix"):
+            if options[name] not in (None, "", "auto"):
+                raise OptionError(f"--log_config leaves nothing for --{name} to say")
+    return Log(
+        lambda: settings_of("logging", argv, environ),
+        options.log_format,
+        file_channels({n: options[n] for n in LOG_FILE}) if to_file else (),
+        options.log_to_stderr if options.log_to_stderr is not None else not to_file,
+        options.log_config or None,
+    )
 
 
 def client_routes(**shared: Any) -> list[tuple[str, type[RequestHandler], Any]]:
@@ -122,7 +141,7 @@ def client_routes(**shared: Any) -> list[tuple[str, type[RequestHandler], Any]]:
 
 
 def callback_routes(
-    prefix: str, tokens: CallbackTokens, **shared: Any
+    prefix: str, tokens: CallbackTokens, readiness: Readiness, **shared: Any
 ) -> list[tuple[str | Matcher, type[RequestHandler], Any]]:
     """What the backend may ask for, with and without its path prefix."""
     start = f"(?:{re.escape(prefix)})?/socket/([0-9a-f]{{32}})"
@@ -132,34 +151,65 @@ def callback_routes(
         (rf"{start}/disconnect", DisconnectHandler, shared),
         (start, ConnectionHandler, shared),
         (r"/livez", LiveHandler, {}),
-        (r"/readyz", ReadyHandler, {"connections": shared["connections"]}),
+        (r"/readyz", ReadyHandler, {"readiness": readiness}),
         (r"/openapi\.json", OpenAPIHandler, {"version": __version__}),
     ]
 
 
 def operator_routes(
-    guard: OperatorGuard, status: Status
+    guard: OperatorGuard, status: Status, collector: RelayCollector | None
 ) -> list[tuple[str | Matcher, type[RequestHandler], Any]]:
     """What operators may ask for, where the guard lets them."""
-    return [(r"/status", StatusHandler, {"guard": guard, "status": status})]
+    routes: list[tuple[str | Matcher, type[RequestHandler], Any]] = [
+        (r"/status", StatusHandler, {"guard": guard, "status": status})
+    ]
+    if collector is not None:
+        found = {"guard": guard, "registry": collector.registry()}
+        routes.append((r"/metrics", MetricsHandler, found))
+    return routes
 
 
 def make_server(
     routes: Sequence[Any],
     bounds: RequestBounds,
     websockets_by_tls: bool,
+    observer: Observer,
     quick: Callable[[Request], Quick | None] = lambda request: None,
+    tracing: "Tracing | None" = None,
 ) -> Server:
     """What serves `routes`, and answers 404 to everything else.
 
-    `quick` may answer a request before its handler is made.
+    `quick` may answer a send before its handler is made.
     """
+
+    def on_answered(handler: RequestHandler) -> None:
+        log_request(handler)
+        if is_send(handler):
+            observer.send_answered(handler.get_status())
+            if tracing is not None:
+                tracing.answered(handler.request, handler.get_status())
+
+    def on_quickly_answered(method: str, target: str, status: int) -> None:
+        log_access(method, target, status)
+        observer.send_answered(status)
+
     application = Application(
-        list(routes), default_handler_class=NotFoundHandler, log_function=log_request
+        list(routes), default_handler_class=NotFoundHandler, log_function=on_answered
     )
     if websockets_by_tls or options.http_server == "tornado":
         return TornadoServer(application, bounds)
-    return RequestServer(application, bounds, quick, log_access)
+    return RequestServer(application, bounds, quick, on_quickly_answered)
+
+
+def is_send(handler: RequestHandler) -> bool:
+    """Whether a send was asked for, with a token or without."""
+    return handler.request.method == "POST" and (
+        isinstance(handler, SendHandler)
+        or (
+            isinstance(handler, UnauthorizedHandler)
+            and handler.request.path.endswith("/send")
+        )
+    )
 
 
 def log_request(handler: RequestHandler) -> None:
@@ -181,6 +231,38 @@ def log_access(method: str, target: str, status: int) -> None:
     path = target.partition("?")[0]
     shown = ascii(path)[1:-1] if path.startswith("/") else "(no path)"
     logger.log(level, "%s %s: %d", method, shown, status)
+
+
+def make_collector(
+    connections: ConnectionMap, backend: Backend, observers: Observers
+) -> RelayCollector | None:
+    """What Prometheus asks, with somebody who counts; None with --metrics=off."""
+    if not options.metrics:
+        return None
+    metrics = Metrics()
+    observers.add(metrics)
+    build = {"version": __version__, "backend": options.backend}
+    most = {"connections": options.max_connections, "pending": options.max_pending}
+    return RelayCollector(metrics, connections, backend, build, most)
+
+
+def make_tracing(instance: str) -> "Tracing | None":
+    """What makes spans; None without --otel, and then nothing of it is imported."""
+    if not options.otel:
+        return None
+    tracing: Tracing = load_tracing().Tracing(__version__, instance)
+    return tracing
+
+
+def load_tracing() -> ModuleType:
+    """What --otel needs. Raises `OptionError` where it is not installed."""
+    try:
+        return importlib.import_module("handlers.tracing")
+    except ImportError as error:
+        raise OptionError(
+            "--otel needs OpenTelemetry's SDK and OTLP exporter, which"
+            f" socketdock[otel] brings: {error}"
+        ) from None
 
 
 def make_policy() -> ClientPolicy:
@@ -218,6 +300,7 @@ def make_policy() -> ClientPolicy:
             options.bytes_per_second,
             options.rate_patience,
         ),
+        trust_traceparent=options.trust_traceparent,
     )
 
 
@@ -289,7 +372,15 @@ def callback_url(external: str | None, listener: Listener) -> str | None:
     return url.rstrip("/")
 
 
-async def serve() -> int:
+def clients_of(to_clients: Listener, to_backend: Listener) -> Clients:
+    """Where the console's page finds the clients' listener."""
+    if to_clients is to_backend:
+        return Clients()
+    address = None if to_clients.is_wildcard else to_clients.address
+    return Clients(to_clients.has_tls, address, to_clients.port)
+
+
+async def serve(log: Log) -> int:
     """Start, relay until a signal, and drain. Returns the exit status.
 
     Raises `OptionError` where an option keeps it from starting.
@@ -303,8 +394,17 @@ async def serve() -> int:
     name = options.instance_name or socket.gethostname()
     instance = f"{name}/{secrets.token_hex(8)}"
     observers = Observers()
+    tracing = make_tracing(instance)
+    if tracing is not None:
+        observers.add(tracing)
     backend: Backend = backends.load(options.backend).make_backend(
-        Relay(external, instance, __version__, observers)
+        Relay(
+            external,
+            instance,
+            __version__,
+            observers,
+            tracing.sample if tracing is not None else None,
+        )
     )
     if not backend.observes:
         backend = ObservedBackend(backend, observers)
@@ -319,34 +419,80 @@ async def serve() -> int:
     )
     heartbeat = Heartbeat(options.ping_interval, options.ping_timeout)
     lifetimes = Lifetimes(options.idle_timeout, options.max_lifetime)
+    tickets = Tickets()
+    readiness = Readiness(connections, backend, options.ready_breaker_timeout)
+    collector = make_collector(connections, backend, observers)
     shared = {"connections": connections, "backend": backend}
     for_clients = client_routes(
-        heartbeat=heartbeat, lifetimes=lifetimes, policy=policy, **shared
+        heartbeat=heartbeat,
+        lifetimes=lifetimes,
+        policy=policy,
+        tickets=tickets,
+        tracer=tracing,
+        **shared,
     )
+    guard = OperatorGuard(tokens, to_backend.is_loopback)
     prefix = urlsplit(external or "").path
     for_backend = callback_routes(
         prefix,
         tokens,
+        readiness,
         max_message_size=policy.max_message_size,
         **shared,
     ) + operator_routes(
-        OperatorGuard(tokens, to_backend.is_loopback),
-        Status(connections, __version__, instance, options.backend, limits()),
+        guard,
+        Status(
+            connections,
+            readiness,
+            backend,
+            __version__,
+            instance,
+            options.backend,
+            limits(),
+        ),
+        collector,
     )
+    tail = Tail(
+        observers,
+        connections,
+        backend,
+        options.console_bodies,
+        {"version": __version__, "instance": instance, "backend": options.backend},
+    )
+    if options.console:
+        clients = clients_of(to_clients, to_backend)
+        for_backend += console_routes(
+            guard, connections, tail, tickets, clients, policy.max_message_size
+        )
     listeners = {to_clients, to_backend}
-    quick = QuickSend(
+    quick: Callable[[Request], Quick | None] = QuickSend(
         prefix, tokens, connections, backend, policy.max_message_size
     )
+    if tracing is not None:
+        quick = tracing.quick(quick, "https" if to_backend.has_tls else "http")
+    claim_descriptors(options.max_connections + backend.descriptors + DESCRIPTORS)
     if to_clients is to_backend:
         to_clients.serve(
             make_server(
-                [*for_clients, *for_backend], bounds(policy), to_clients.has_tls, quick
+                [*for_clients, *for_backend],
+                bounds(policy),
+                to_clients.has_tls,
+                observers,
+                quick,
+                tracing,
             )
         )
     else:
-        to_clients.serve(make_server(for_clients, bounds(), to_clients.has_tls))
-        to_backend.serve(make_server(for_backend, bounds(policy), False, quick))
-    reload_on_signal(systemd, *listeners, tokens, backend)
+        to_clients.serve(
+            make_server(for_clients, bounds(), to_clients.has_tls, observers)
+        )
+        to_backend.serve(
+            make_server(
+                for_backend, bounds(policy), False, observers, quick, tracing
+            )
+        )
+    log.begin()
+    reload_on_signal(systemd, log, *listeners, tokens, backend)
     if not (tokens.required or to_backend.is_loopback):
         logger.warning("callbacks need no token: set --callback_token, or keep"
                        " everybody but the backend from %s", to_backend.url("http"))
@@ -357,24 +503,38 @@ async def serve() -> int:
         to_backend.url("http"),
         options.backend,
     )
-    claim_descriptors(options.max_connections + backend.descriptors + DESCRIPTORS)
+    if options.console and (tokens.required or to_backend.is_loopback):
+        logger.info("console at %s/", to_backend.url("http"))
     if not UNMASKS_IN_C:
         logger.warning("frames are unmasked in Python, which is slow: this Tornado"
                        " lacks its speedups module; install one of its wheels")
+    readiness.started = True
     systemd.ready()
 
     await stop.wait()
     systemd.stopping()
     drained = await connections.drain(
-        options.drain_delay, options.drain_spread, options.drain_timeout
+        options.drain_delay,
+        options.drain_spread,
+        options.drain_timeout,
+        # With a port of its own each process would refuse what nobody else can take.
+        to_clients.leave
+        if options.reuse_port and to_clients is not to_backend
+        else lambda: None,
     )
+    if collector is not None:
+        collector.close()
+    await tail.close()
     heartbeat.close()
     lifetimes.close()
     connections.refusals.sum_up()
     await backend.close()
     for listener in listeners:
         await listener.close()
+    if tracing is not None:
+        await tracing.close()
     systemd.close()
+    log.close()
     logger.info("stopped")
     return 0 if drained else 1
 
@@ -399,6 +559,7 @@ def bounds(policy: ClientPolicy | None = None) -> RequestBounds:
     """Of a listener's requests; bodies may be messages where a policy is given."""
     return RequestBounds(
         options.header_timeout,
+        options.body_timeout,
         options.max_header_size,
         policy.max_message_size if policy is not None else options.max_header_size,
     )
@@ -423,7 +584,7 @@ def stop_signal() -> asyncio.Event:
 
 
 class Reloadable(Protocol):
-    """What reads files that may change: certificates, tokens, secrets."""
+    """What reads files that may change: level, certificates, tokens, secrets."""
 
     def reload(self) -> None:
         """Read them again. Raises `OptionError`, and what it had stays."""
@@ -443,7 +604,7 @@ def reload_on_signal(systemd: SystemdNotifier, *reloadables: Reloadable) -> None
                 logger.error("not read again, what was read before stays: %s", error)
         logger.info(
             "read again: %s",
-            "what was not wrong" if failed else "certificates, tokens and secrets",
+            "what was not wrong" if failed else "level, certificates, tokens, secrets",
         )
         systemd.ready()
 
@@ -480,6 +641,12 @@ async def check(warnings: Sequence[str]) -> int:
     found = [Finding("warning", warning) for warning in warnings]
     with _found_wrong(found):
         make_policy()
+    with _found_wrong(found):
+        if options.log_config:
+            read_log_config(options.log_config)
+    with _found_wrong(found):
+        if options.otel:
+            load_tracing()
     found += [port_finding("--bindport", options.bindip, options.bindport,
                            options.reuse_port)]
     if options.callbackport is not None:
@@ -555,11 +722,11 @@ def main() -> None:
         warnings = parse_options(words, os.environ)
         if checking:
             sys.exit(asyncio.run(check(warnings)))
-        set_up_logging()
+        log = make_log(words, os.environ)
         for warning in warnings:
             logger.warning(warning)
         with asyncio.Runner(loop_factory=loop_factory(options.event_loop)) as runner:
-            status = runner.run(serve())
+            status = runner.run(serve(log))
     except OptionError as error:
         print(f"socketdock: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)

@@ -45,6 +45,7 @@ LIMIT_METAVARS = ("BYTES", "BYTES0", "COUNT", "COUNT0", "RATE", "SECONDS")
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 MAX_NUMBER = 2**48  # of whatever is counted; the system's calls take more
+LOG_FORMATS = ("auto", "text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "none")
 TRUTHS = {"true": True, "1": True, "yes": True, "on": True, "t": True,
           "false": False, "0": False, "no": False, "off": False, "f": False}
@@ -86,6 +87,32 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     for name, value in read_flags(argv):
         _set(name, value, f"--{name}")
     return warnings
+
+
+def settings_of(
+    name: str, argv: Sequence[str], environ: Mapping[str, str]
+) -> list[tuple[str, Any]]:
+    """Where an option is set, as the sources are now, and to what.
+
+    The last one counts. Nothing is set by this. Raises `OptionError`.
+    """
+    path = _config_path(argv, environ)
+    found = [
+        (f"{setting.where}: {setting.name}", setting.name, setting.value)
+        for setting in (read_config(path) if path is not None else ())
+    ]
+    for variable, value in environ.items():
+        if variable.startswith(ENVIRONMENT_PREFIX):
+            spelling = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+            found.append((variable, spelling, value))
+    for spelling, value in read_flags(argv):
+        found.append((f"--{spelling}", spelling, value))
+    wanted = _option_of(name)
+    return [
+        (where, _checked(spelling, value, where))
+        for where, spelling, value in found
+        if _option_of(spelling) is wanted
+    ]
 
 
 def load_backends(argv: Sequence[str], environ: Mapping[str, str]) -> list[Setting]:
@@ -207,6 +234,11 @@ def _nearest(name: str, dashes: str = "--") -> str:
 
 def _set(name: str, value: Any, where: str) -> None:
     """Set one option, a string as on the command line. Raises `OptionError`."""
+    _option_of(name).set(_checked(name, value, where))
+
+
+def _checked(name: str, value: Any, where: str) -> Any:
+    """An option's value, a string as on the command line. Raises `OptionError`."""
     option = _option_of(name)
     try:
         if value is None and option.default is None:
@@ -228,7 +260,7 @@ def _set(name: str, value: Any, where: str) -> None:
     except ValueError as error:
         given = "" if _is_secret(option) else f", not {value!r}"
         raise OptionError(f"{where} must be {error}{given}") from None
-    option.set(value)
+    return value
 
 
 def _converted(option: Any, value: Any) -> Any:
@@ -288,6 +320,8 @@ def _check(name: str, metavar: str, value: Any) -> None:
             raise ValueError("a finite number of seconds")
     if name == "http_server" and value not in ("fast", "tornado"):
         raise ValueError("fast or tornado")
+    if name == "log_format" and value not in LOG_FORMATS:
+        raise ValueError(f"one of {', '.join(LOG_FORMATS)}")
     if name == "logging" and value.lower() not in LOG_LEVELS:
         raise ValueError(f"one of {', '.join(LOG_LEVELS)}")
 

@@ -26,7 +26,7 @@ import importlib
 import importlib.util
 import pkgutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Literal, NamedTuple, Protocol
@@ -49,10 +49,14 @@ HandshakeOutcome = Literal["opened", "refused", "turned_away", "no_verdict", "le
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    """A client's trace (W3C Trace Context): 32 and 2 lower-case hex digits."""
+    """A place in a trace (W3C Trace Context): lower-case hex digits, 32, 2 and 16.
+
+    What comes next hangs below `span_id`; where it is empty, that is not known.
+    """
 
     trace_id: str
     flags: str
+    span_id: str = ""
 
 
 class Attempt(NamedTuple):
@@ -60,7 +64,8 @@ class Attempt(NamedTuple):
 
     `event_id` is the same on every attempt of one event, `traceparent` is what it
     carried, `seconds` ran from its beginning to its answer or failure. `status`
-    is None where there was no answer.
+    is None where there was no answer. `url`, without a query, is where it went, or
+    empty, and `trace` is what the event belongs to, or None.
     """
 
     event: EventName
@@ -70,6 +75,8 @@ class Attempt(NamedTuple):
     outcome: AttemptOutcome
     status: int | None
     seconds: float
+    url: str = ""
+    trace: TraceContext | None = None
 
 
 class Observer:
@@ -104,6 +111,9 @@ class Observer:
     def sent(self, connection: "Connection", message: str | bytes, size: int) -> None:
         """A message of `size` bytes is on its way to a client."""
 
+    def send_answered(self, status: int) -> None:
+        """A send, which a backend asked for by callback, was answered with `status`."""
+
     def attempted(self, attempt: Attempt) -> None:
         """An attempt to deliver an event has ended."""
 
@@ -111,6 +121,9 @@ class Observer:
         self, event: EventName, connection_id: str, outcome: Outcome, count: int = 1
     ) -> None:
         """That has become of an event, or of so many of one connection."""
+
+    def given_up(self, event_id: str) -> None:
+        """An event that was attempted will not be again; `ended` counts it, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +134,15 @@ class Relay:
     without a trailing slash, or None where no address was given and none can
     be told (a listener bound to a wildcard address). `instance` is
     `<name>/<boot id>`, new at every start. `version` is SocketDock's. `observer`
-    wants to know of attempts and ends; see `Backend.observes`.
+    wants to know of attempts and ends; see `Backend.observes`. `sample` says by
+    the id of a new trace whether it is recorded; None: none is.
     """
 
     callback_url: str | None
     instance: str
     version: str
     observer: Observer = field(default_factory=Observer)
+    sample: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +151,7 @@ class Handshake:
 
     Header names are lower-case, and a repeated header is joined with `, `.
     `query` is without its question mark. `subprotocols` are the client's
-    offers, in its order.
+    offers, in its order. `trace` is that of the handshake, where there is one.
     """
 
     headers: Mapping[str, str]
@@ -144,6 +159,7 @@ class Handshake:
     query: str
     remote_ip: str
     subprotocols: Sequence[str]
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +189,7 @@ class Connection(Protocol):
 
     @property
     def trace(self) -> TraceContext | None:
-        """That of its handshake, where there is one to go on with."""
+        """That of its client, where there is one to go on with."""
 
     def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
         """Send a `str` as a text frame, `bytes` as a binary one, whole.
@@ -239,11 +255,13 @@ class Condition:
     """How a backend is, at a glance: for probes, operators and metrics.
 
     `away` is for how many seconds it has been taken for unreachable; None while
-    it is there. `held` counts requests that wait for an answer that is overdue,
-    `connections` those that are open to it.
+    it is there. `untried` says that the next event will go all the same, and by it
+    is found whether the backend is back. `held` counts requests that wait for an
+    answer that is overdue, `connections` those that are open to it.
     """
 
     away: float | None = None
+    untried: bool = False
     held: int = 0
     connections: int = 0
 

@@ -156,7 +156,8 @@ class RefusalLog:
         if self._told < self._lines:
             self._told += 1
             logger.info(
-                "handshake of %s refused with %d: %s", remote_ip, status, reason
+                "handshake of %s refused with %d: %s", remote_ip, status, reason,
+                extra={"event": "refuse", "remote_ip": remote_ip, "status": status},
             )
         else:
             self._untold[status] += 1
@@ -171,6 +172,7 @@ class RefusalLog:
                 "%d more handshakes were refused: %s",
                 self._untold.total(),
                 ", ".join(f"{n} with {s}" for s, n in sorted(self._untold.items())),
+                extra={"event": "repeat", "count": self._untold.total()},
             )
         self._told = 0
         self._untold.clear()

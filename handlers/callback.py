@@ -328,6 +328,8 @@ def parse_closing(body: bytes) -> tuple[int, str]:
     if not isinstance(closing, dict):
         raise ValueError("The body is not a JSON object.")
     code = closing.get("code", CloseCode.NORMAL)
+    if isinstance(code, float) and code.is_integer():
+        code = int(code)  # 1000.0 is no other number in JSON (RFC 8259, section 6)
     if not isinstance(code, int) or isinstance(code, bool) or not (
         code in (1000, 1001, 1008) or 1011 <= code <= 1014 or 3000 <= code <= 4999
     ):

@@ -7,8 +7,9 @@ waits in the whole process, and when nothing more may be read.
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from http import HTTPStatus
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from tornado.options import define
@@ -38,6 +39,7 @@ define("drain_timeout", default=25.0, metavar="SECONDS",
        help="longest wait at the stop for clients to close and the backend to be "
             "told, from the end of --drain_spread")
 
+NEVER = float("inf")  # on the loop's clock
 WARNING_INTERVAL = 60.0  # seconds between two warnings that reading stops
 
 
@@ -128,14 +130,11 @@ class ConnectionMap:
     @property
     def oldest_pending(self) -> float:
         """For how many seconds the event has waited that has waited longest; or 0."""
-        if not self.pending:
+        if not self.pending:  # as it is mostly: nobody has to be looked at
             return 0.0
-        waiting = min(
-            connection.waiting_since
-            for connections in (self._connections, self._farewells)
-            for connection in connections.values()
-        )
-        return max(0.0, self.loop.time() - waiting)
+        waiting = chain(self._connections.values(), self._farewells.values())
+        since = min((connection.waiting_since for connection in waiting), default=NEVER)
+        return max(0.0, self.loop.time() - since)
 
     @property
     def pending_bytes(self) -> int:
@@ -213,17 +212,24 @@ class ConnectionMap:
         if not task.cancelled() and task.exception() is not None:
             logger.error("bug in a farewell", exc_info=task.exception())
 
-    async def drain(self, delay: float, spread: float, timeout: float) -> bool:
+    async def drain(
+        self,
+        delay: float,
+        spread: float,
+        timeout: float,
+        on_refusing: Callable[[], None] = lambda: None,
+    ) -> bool:
         """Close every connection with 1001 and wait for the farewells.
 
-        Handshakes are accepted for `delay` seconds more; the closes are spread
-        evenly over `spread` seconds, so that clients don't all come back at
-        once. False where `timeout` seconds after that were not enough; what is
-        left then is cut off.
+        Handshakes are accepted for `delay` seconds more, then `on_refusing` is
+        called; the closes are spread evenly over `spread` seconds, so that clients
+        don't all come back at once. False where `timeout` seconds after that were
+        not enough; what is left then is cut off.
         """
         self.stopping = True
         await asyncio.sleep(delay)
         self.draining = True
+        on_refusing()
         logger.info("draining %d connections", len(self))
         await self._close_all(spread)
         try:

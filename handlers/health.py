@@ -7,9 +7,16 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
+from tornado.options import define
+
+from backends import Backend
 from handlers.authorization import OperatorGuard, OperatorHandler
 from handlers.connections import ConnectionMap
 from handlers.problem import ProblemHandler
+
+define("ready_breaker_timeout", default=0.0, metavar="SECONDS",
+       help="/readyz is 503, too, once the backend has been away for that long; "
+            "0: whatever the backend does")
 
 
 class LiveHandler(ProblemHandler):
@@ -23,15 +30,51 @@ class LiveHandler(ProblemHandler):
     head = get
 
 
-class ReadyHandler(LiveHandler):
-    """`GET /readyz`: 503 from the stop signal on, so that balancers look away."""
+class Readiness:
+    """Whether new clients should come here, and if not, why.
 
-    def initialize(self, connections: ConnectionMap) -> None:
-        self.connections = connections
+    `breaker_timeout` is for how many seconds the backend may be away; 0: for ever.
+    """
+
+    def __init__(
+        self, connections: ConnectionMap, backend: Backend, breaker_timeout: float
+    ) -> None:
+        self._connections = connections
+        self._backend = backend
+        self._breaker_timeout = breaker_timeout
+        self.started = False  # set by whoever starts all the rest
+
+    @property
+    def state(self) -> str:
+        """starting, serving or draining."""
+        if self._connections.stopping:
+            return "draining"
+        return "serving" if self.started else "starting"
+
+    def why_not(self) -> str | None:
+        """The sentence for a balancer; None where it may send clients."""
+        if self._connections.stopping:
+            return "This instance is stopping."
+        if not self.started:
+            return "This instance is starting."
+        backend = self._backend.condition()
+        if not self._breaker_timeout or (backend.away or 0) < self._breaker_timeout:
+            return None
+        if backend.untried and not self._connections.pending:
+            return None  # a new client has to find out that it is back
+        return f"The backend has been away for {backend.away:.0f} s."
+
+
+class ReadyHandler(LiveHandler):
+    """`GET /readyz`: 503 and why, where balancers should look away."""
+
+    def initialize(self, readiness: Readiness) -> None:
+        self.readiness = readiness
 
     def get(self) -> None:
-        if self.connections.stopping:
-            self.problem(HTTPStatus.SERVICE_UNAVAILABLE, "This instance is stopping.")
+        if (reason := self.readiness.why_not()) is not None:
+            self.set_header("Cache-Control", "no-store")
+            self.problem(HTTPStatus.SERVICE_UNAVAILABLE, reason)
         else:
             super().get()
 
@@ -41,40 +84,49 @@ class ReadyHandler(LiveHandler):
 class Status:
     """What `/status` tells of this run, which begins when it is made.
 
-    `limits` are options by name, none of them a secret.
+    `backend_name` is as in `--backend`; `limits` are options by name, none of them
+    a secret.
     """
 
     def __init__(
         self,
         connections: ConnectionMap,
+        readiness: Readiness,
+        backend: Backend,
         version: str,
         instance: str,
-        backend: str,
+        backend_name: str,
         limits: Mapping[str, float | str],
     ) -> None:
         self._connections = connections
-        self._named = {"version": version, "instance": instance}
+        self._readiness = readiness
         self._backend = backend
+        self._backend_name = backend_name
+        self._named = {"version": version, "instance": instance}
         self._limits = dict(limits)
         self._started_at = datetime.now(UTC)
         self._began = time.monotonic()  # seconds; the time of day may jump
 
     def describe(self) -> dict[str, Any]:
-        """As JSON can hold it; `uptime` is in seconds."""
-        connections = self._connections
+        """As JSON can hold it; `uptime`, `away` and `oldest` are in seconds."""
+        connections, backend = self._connections, self._backend.condition()
         return {
             **self._named,
             "started_at": self._started_at.isoformat(),
             "uptime": round(time.monotonic() - self._began, 3),
-            "state": "draining" if connections.stopping else "serving",
-            "backend": self._backend,
-            "connections": {
-                "open": sum(connection.state == "open" for connection in connections),
-                "total": connections.total,
+            "state": self._readiness.state,
+            "ready": self._readiness.why_not() is None,
+            "backend": {
+                "name": self._backend_name,
+                "away": None if backend.away is None else round(backend.away, 3),
+                "held": backend.held,
+                "connections": backend.connections,
             },
+            "connections": {"open": connections.open, "total": connections.total},
             "pending": {
                 "events": connections.pending,
                 "bytes": connections.pending_bytes,
+                "oldest": round(connections.oldest_pending, 3),
             },
             "limits": self._limits,
         }

@@ -5,10 +5,14 @@ A server reads the requests: that of `handlers.server`, or Tornado's
 """
 
 import asyncio
+import errno
 import ipaddress
 import logging
+import os
+import resource
 import socket
 import ssl
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -33,6 +37,8 @@ define("callback_client_ca", type=str, metavar="PATH",
             "need a certificate (mutual TLS); none: they need none")
 define("header_timeout", default=10.0, metavar="SECONDS",
        help="longest wait for a connection's first request, TLS included")
+define("body_timeout", default=60.0, metavar="SECONDS",
+       help="longest wait for a request's body, from its headers to its last byte")
 define("max_header_size", default=64 * 1024, metavar="BYTES",
        help="largest request line and headers")
 define("http_server", default="fast", metavar="NAME",
@@ -44,6 +50,9 @@ define("reuse_port", default=False,
 BACKLOG = 4096  # connections that the kernel holds until they are accepted
 ACCEPT_BATCH = 128  # connections accepted before others have their turn
 ACCEPT_PAUSE = 0.2  # seconds, where the process or the machine has run out
+# Descriptors that no connection is accepted into: what is open already needs some,
+# to hand over a socket, to reach the backend or to read a file.
+KEPT_DESCRIPTORS = 16
 WARNING_INTERVAL = 60.0  # seconds between two warnings of that
 
 
@@ -104,7 +113,8 @@ class Server(Protocol):
 class Listener:
     """One address and port, served by one application.
 
-    Binds at once. Raises `OptionError` where that can't be.
+    Binds at once. Raises `OptionError` where that can't be. `is_loopback` says
+    that it can be reached from this machine only.
     """
 
     def __init__(
@@ -117,9 +127,14 @@ class Listener:
         self.address = address
         self._tls = tls
         self._context = tls.context() if tls is not None else None
-        self._sockets = _bind(address, port, reuse_port)
+        self._sockets: Sequence[socket.socket] = _bind(address, port, reuse_port)
         self.port: int = self._sockets[0].getsockname()[1]
+        self.is_loopback = all(
+            ipaddress.ip_address(sock.getsockname()[0]).is_loopback
+            for sock in self._sockets
+        )
         self._server: Server | None = None
+        self._last_descriptor = sys.maxsize  # that a connection may get
         self._resumptions: dict[socket.socket, asyncio.TimerHandle] = {}
         self._warned_at = float("-inf")  # on the loop's clock
 
@@ -127,14 +142,6 @@ class Listener:
     def has_tls(self) -> bool:
         """Whether it serves https and wss, not http and ws."""
         return self._tls is not None
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether it can be reached from this machine only."""
-        return all(
-            ipaddress.ip_address(sock.getsockname()[0]).is_loopback
-            for sock in self._sockets
-        )
 
     @property
     def is_wildcard(self) -> bool:
@@ -149,6 +156,9 @@ class Listener:
     def serve(self, server: Server) -> None:
         """Accept connections from now on, for `server` to serve."""
         self._server = server
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY:
+            self._last_descriptor = soft - 1 - KEPT_DESCRIPTORS
         for sock in self._sockets:
             asyncio.get_running_loop().add_reader(sock, self._accept, sock)
 
@@ -160,18 +170,29 @@ class Listener:
         if self._tls is not None:
             self._context = self._tls.context()
 
-    async def close(self) -> None:
-        """Accept no more, and close what is open."""
+    def leave(self) -> None:
+        """Listen no more; what is open stays.
+
+        Of processes that share a port, the others get its share of connections
+        from then on. Those that wait here are accepted, since they would be reset.
+        """
         for sock in self._sockets:
+            self._accept(sock)
             if (resumption := self._resumptions.pop(sock, None)) is not None:
                 resumption.cancel()
             asyncio.get_running_loop().remove_reader(sock)
             sock.close()
+        self._sockets = []
+
+    async def close(self) -> None:
+        """Listen no more, and close what is open."""
+        self.leave()
         if self._server is not None:
             await self._server.close_all_connections()
 
     def _accept(self, listening: socket.socket) -> None:
-        assert self._server is not None
+        if self._server is None:
+            return
         for _ in range(ACCEPT_BATCH):
             try:
                 accepted, address = listening.accept()
@@ -184,6 +205,10 @@ class Listener:
                 return
             accepted.setblocking(False)
             self._server.begin(accepted, address, self._context)
+            # The kernel gives the least that is free.
+            if accepted.fileno() >= self._last_descriptor:
+                self._pause(listening, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+                return
 
     def _pause(self, listening: socket.socket, error: OSError) -> None:
         """Look away for a moment: the loop would spin on what can't be accepted."""
@@ -198,6 +223,14 @@ class Listener:
 
     def _resume(self, listening: socket.socket) -> None:
         del self._resumptions[listening]
+        try:
+            free = os.dup(listening.fileno())
+            os.close(free)
+            if free > self._last_descriptor:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        except OSError as error:
+            self._pause(listening, error)
+            return
         asyncio.get_running_loop().add_reader(listening, self._accept, listening)
 
 

@@ -23,6 +23,7 @@ from backends import (
     Handshake,
     Observer,
     Outcome,
+    TraceContext,
 )
 
 SEEN = [name for name in vars(Observer) if not name.startswith("_")]
@@ -32,7 +33,8 @@ class Observers(Observer):
     """Tells each of those who watch now; they may come and go.
 
     Its methods are replaced whenever one does: with a single observer they are
-    that one's own, so that it costs no second call to watch alone.
+    that one's own, so that it costs no second call to watch alone, and without
+    any, those that do nothing.
     """
 
     def __init__(self, *observers: Observer) -> None:
@@ -59,7 +61,11 @@ class Observers(Observer):
                 for observer in self._watching
                 if getattr(type(observer), name) is not unseen
             ]
-            setattr(self, name, calls[0] if len(calls) == 1 else partial(_tell, calls))
+            if calls:
+                tell = calls[0] if len(calls) == 1 else partial(_tell, calls)
+                setattr(self, name, tell)
+            else:
+                vars(self).pop(name, None)
 
 
 def _tell(calls: list[Callable[..., None]], *seen: Any, **more: Any) -> None:
@@ -96,12 +102,12 @@ class ObservedBackend(Backend):
         try:
             subprotocol = await self._backend.connect(connection, handshake)
         except ConnectionRefused as refused:
-            self._tell("connect", connection, began, refused, refused.status)
+            self._tell("connect", connection, began, refused, handshake.trace)
             raise
         except BackendError as error:
-            self._tell("connect", connection, began, error)
+            self._tell("connect", connection, began, error, handshake.trace)
             raise
-        self._tell("connect", connection, began)
+        self._tell("connect", connection, began, None, handshake.trace)
         return subprotocol
 
     def message(
@@ -143,8 +149,9 @@ class ObservedBackend(Backend):
         connection: Connection,
         began: float,
         error: BackendError | ConnectionRefused | None = None,
-        status: int | None = None,
+        trace: TraceContext | None = None,
     ) -> None:
+        status = error.status if isinstance(error, ConnectionRefused) else None
         attempt: AttemptOutcome = "delivered"
         outcome: Outcome = "delivered"
         if isinstance(error, ConnectionRefused):
@@ -153,7 +160,16 @@ class ObservedBackend(Backend):
             attempt = "away" if isinstance(error, BackendAway) else "error"
             outcome = "failed"
         self._observer.attempted(
-            Attempt(event, connection.id, "", "", attempt, status, monotonic() - began)
+            Attempt(
+                event,
+                connection.id,
+                "",
+                "",
+                attempt,
+                status,
+                monotonic() - began,
+                trace=trace or connection.trace,
+            )
         )
         if event != "message" or error is None:
             self._observer.ended(event, connection.id, outcome)

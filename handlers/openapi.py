@@ -56,6 +56,10 @@ def openapi_document(version: str) -> Document:
                 "head": {**READYZ, "operationId": "headReadyz"},
             },
             "/status": {"get": STATUS, "head": {**STATUS, "operationId": "headStatus"}},
+            "/metrics": {
+                "get": METRICS,
+                "head": {**METRICS, "operationId": "headMetrics"},
+            },
             "/openapi.json": {
                 "get": OPENAPI,
                 "head": {**OPENAPI, "operationId": "headOpenapi"},
@@ -225,17 +229,34 @@ CLOSING: Document = {
 
 STATUS_SCHEMA: Document = {
     "type": "object",
-    "required": ["version", "instance", "started_at", "uptime", "state", "backend",
-                 "connections", "pending", "limits"],
+    "required": ["version", "instance", "started_at", "uptime", "state", "ready",
+                 "backend", "connections", "pending", "limits"],
     "properties": {
         "version": {"type": "string"},
         "instance": {"type": "string"},
         "started_at": {"type": "string", "format": "date-time"},
         "uptime": {"type": "number", "description": "seconds"},
-        "state": {"type": "string", "enum": ["serving", "draining"]},
-        "backend": {"type": "string"},
+        "state": {"type": "string", "enum": ["starting", "serving", "draining"]},
+        "ready": {"type": "boolean", "description": "As /readyz."},
+        "backend": {
+            "type": "object",
+            "required": ["name", "away", "held", "connections"],
+            "properties": {
+                "name": {"type": "string"},
+                "away": {
+                    "type": ["number", "null"],
+                    "description": "seconds; null: it is there",
+                },
+                "held": {
+                    "type": "integer",
+                    "description": "Messages whose answer is overdue.",
+                },
+                "connections": {"type": "integer"},
+            },
+        },
         "connections": {
             "type": "object",
+            "required": ["open", "total"],
             "properties": {
                 "open": {"type": "integer"},
                 "total": {"type": "integer"},
@@ -243,9 +264,11 @@ STATUS_SCHEMA: Document = {
         },
         "pending": {
             "type": "object",
+            "required": ["events", "bytes", "oldest"],
             "properties": {
                 "events": {"type": "integer"},
                 "bytes": {"type": "integer"},
+                "oldest": {"type": "number", "description": "seconds"},
             },
         },
         "limits": {"type": "object", "description": "Options by name."},
@@ -348,6 +371,24 @@ STATUS: Document = {
     **NEEDS_TOKEN,
     "responses": _answers(
         "Unauthorized", "Forbidden", _200=_json("At this moment.", "Status")
+    ),
+}
+
+METRICS: Document = {
+    "operationId": "metrics",
+    "tags": ["instance"],
+    "summary": "What was counted, for Prometheus",
+    **NEEDS_TOKEN,
+    "responses": _answers(
+        "Unauthorized", "Forbidden",
+        _200={
+            "description": "In the format that Accept asks for.",
+            "content": {
+                media_type: {"schema": {"type": "string"}}
+                for media_type in ("text/plain", "application/openmetrics-text")
+            },
+        },
+        _404=_problem("With --metrics=off."),
     ),
 }
 

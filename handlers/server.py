@@ -34,7 +34,7 @@ from tornado.web import Application
 logger = logging.getLogger(__name__)
 
 IDLE_TIMEOUT = 120.0  # seconds between two requests of one connection
-BODY_TIMEOUT = 60.0  # seconds for a request's body, or for an answer to be taken
+ANSWER_TIMEOUT = 60.0  # seconds for an answer to be taken
 LINGER_TIMEOUT = 2.0  # seconds in which a peer may see why it is closed
 TICK = 0.5  # seconds between two looks at who is late
 MAX_PIPELINED = 16  # requests of one connection that wait for the one before
@@ -48,6 +48,7 @@ class RequestBounds:
     """What every request is held to: seconds, and bytes."""
 
     header_timeout: float
+    body_timeout: float
     max_header_size: int
     max_body_size: int
 
@@ -224,6 +225,8 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
         self._broken = b""  # the last answer, to what is no HTTP
         self._ended = False  # the peer says nothing more
         self._closing = self._reading_paused = self._writing_paused = False
+        # For whom writes more while the peer has not taken what was written.
+        self._taken: asyncio.Future[None] | None = None
 
         # Of the request that is being answered.
         self._current: Request | None = None
@@ -275,6 +278,9 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
         self._waiting.clear()
         if self._sending is not None:
             self._sending.cancel()
+        if self._taken is not None and not self._taken.done():
+            self._taken.set_exception(StreamClosedError())
+            self._taken.exception()  # whoever does not await it need not hear of it
         if self._current is not None:
             self._tell_of_close(self._current)
         self._delegate = self._on_close = None
@@ -289,10 +295,13 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
 
     def pause_writing(self) -> None:
         self._writing_paused = True
-        self.deadline = self._now() + BODY_TIMEOUT
+        self.deadline = self._now() + ANSWER_TIMEOUT
 
     def resume_writing(self) -> None:
         self._writing_paused = False
+        taken, self._taken = self._taken, None
+        if taken is not None and not taken.done():
+            taken.set_result(None)
         self._pump()
 
     def _has_tls(self) -> bool:
@@ -357,7 +366,7 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
             raise ValueError("no version of ours")
         request.quick = self._server.quick(request)
         self._waiting.append(request)
-        self.deadline = self._now() + BODY_TIMEOUT
+        self.deadline = self._now() + self._server.bounds.body_timeout
 
     def on_body(self, body: bytes) -> None:
         request = self._reading
@@ -577,7 +586,7 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
         assert isinstance(start_line, ResponseStartLine)
         request = self._current
         if self._closing or request is None:
-            return _closed()
+            return _closed(self._server.loop)
         self._answered = True
         status = start_line.code
         self._keep_alive &= headers.get("Connection", "").lower() != "close"
@@ -604,13 +613,13 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
         data = "\r\n".join((*lines, "", "")).encode("latin-1")
         if status == SWITCHING_PROTOCOLS:
             self._switch = data
-            return _done()
+            return _done(self._server.loop)
         return self._write(data + self._part(chunk or b""))
 
     def write(self, chunk: bytes) -> "asyncio.Future[None]":
         """Another part of the answer's body."""
         if self._closing or self._current is None:
-            return _closed()
+            return _closed(self._server.loop)
         return self._write(self._part(chunk))
 
     def finish(self) -> None:
@@ -664,15 +673,20 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
         return chunk
 
     def _write(self, data: bytes) -> "asyncio.Future[None]":
+        """Done when more may be written, at once for all but long answers."""
         self._transport.write(data)
-        return _done()
+        if not self._writing_paused:
+            return _done(self._server.loop)
+        if self._taken is None or self._taken.done():
+            self._taken = self._server.loop.create_future()
+        return self._taken
 
     # The end.
 
     def close(self) -> None:
         """Close, when what was written has left."""
         self._closing = True
-        self.deadline = self._now() + BODY_TIMEOUT
+        self.deadline = self._now() + ANSWER_TIMEOUT
         self._transport.close()
 
     def abort(self) -> None:
@@ -700,14 +714,14 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
         return self._server.loop.time()
 
 
-def _done() -> "asyncio.Future[None]":
-    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+def _done(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
+    future: asyncio.Future[None] = loop.create_future()
     future.set_result(None)
     return future
 
 
-def _closed() -> "asyncio.Future[None]":
-    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+def _closed(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
+    future: asyncio.Future[None] = loop.create_future()
     future.set_exception(StreamClosedError())
     future.exception()  # whoever does not await it need not hear of it
     return future

@@ -21,7 +21,7 @@ from tornado.httputil import (
 from tornado.iostream import IOStream, SSLIOStream
 from tornado.web import Application
 
-from handlers.server import BODY_TIMEOUT, IDLE_TIMEOUT, RequestBounds
+from handlers.server import IDLE_TIMEOUT, RequestBounds
 
 BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 
@@ -36,7 +36,7 @@ class TornadoServer(HTTPServer):
             application,
             max_header_size=bounds.max_header_size,
             idle_connection_timeout=IDLE_TIMEOUT,
-            body_timeout=BODY_TIMEOUT,
+            body_timeout=bounds.body_timeout,
             max_body_size=bounds.max_body_size,
             max_buffer_size=2 * bounds.max_header_size,
         )

@@ -47,6 +47,8 @@ from handlers.protocol import (
 )
 from handlers.proxies import TrustedProxies
 from handlers.rates import Rates, Throttle
+from handlers.tickets import Claim, Tickets
+from handlers.trace import HandshakeSpan, Tracer, trace_context
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ define("connection_queue_bytes", default=1024 * 1024, metavar="BYTES",
        help="bytes of one client's messages that wait for the backend; one "
             "message may always wait")
 
+NEVER = float("inf")  # on the loop's clock
 CLIENT_LEFT = 499  # what nginx logs, where there was nobody left to answer
 
 State = Literal["connecting", "open", "closing", "closed"]
@@ -95,6 +98,7 @@ class ClientPolicy:
     queue_messages: int = 64
     queue_bytes: int = 1024 * 1024
     rates: Rates = field(default_factory=Rates)
+    trust_traceparent: bool = True
 
 
 class ClientSocketHandler(ProblemHandler, WebSocketHandler):
@@ -107,6 +111,8 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         heartbeat: Heartbeat,
         lifetimes: Lifetimes,
         policy: ClientPolicy,
+        tickets: Tickets,
+        tracer: Tracer | None = None,
     ) -> None:
         self.connections = connections
         self.backend = backend
@@ -117,6 +123,11 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             self.request.remote_ip or "",
             self.request.headers.get_list("X-Forwarded-For"),
         )
+        self._tickets = tickets
+        self._claim: Claim | None = None
+        self._tracer = tracer
+        self._span: HandshakeSpan | None = None
+        self._connection_id: str | None = None
         self._peer_gone = False
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
@@ -124,19 +135,24 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
 
         Not in `prepare()`, which would ask before the checks.
         """
+        trace = self._trace()
         if not self._is_acceptable():
             return
-        handshake = self._handshake()
+        handshake = self._handshake(trace)
         connection = ClientConnection(
             self.remote_ip,
             self.request.headers.get("User-Agent", ""),
-            None,
+            # Of a trace that begins here, what follows later is no part.
+            trace and handshake.trace,
             self.connections,
             self.backend,
             self.heartbeat,
             self.lifetimes,
             self.policy,
         )
+        if self._claim is not None:
+            connection.id = self._claim.connection_id
+        self._connection_id = connection.id
         self.connections.add(connection)
         no_close = Close(CloseCode.ABNORMAL, "")
         try:
@@ -151,7 +167,8 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             self._refuse(connection, refused)
             return
         except BackendError as error:
-            logger.warning("connection %s has no verdict: %s", connection.id, error)
+            logger.warning("connection %s has no verdict: %s", connection.id, error,
+                           extra={"connection_id": connection.id})
             connection.end(no_close, "relay")
             self._tell("no_verdict", HTTPStatus.SERVICE_UNAVAILABLE)
             self.problem(HTTPStatus.SERVICE_UNAVAILABLE, "The backend gave no verdict.")
@@ -226,6 +243,9 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self.problem(status, detail)
 
     def _is_origin_allowed(self, origins: list[str]) -> bool:
+        self._claim = self._tickets.claim(self.request.query, origins)
+        if self._claim is not None:
+            return True
         if not origins:
             return not self.policy.require_origin
         if len(origins) > 1:
@@ -239,20 +259,33 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             origins[0], self.policy.allowed_origins, self.request.host, scheme
         )
 
-    def _handshake(self) -> Handshake:
+    def _trace(self) -> TraceContext | None:
+        """The client's, and a span for this handshake where somebody makes them."""
+        trace = None
+        if self.policy.trust_traceparent:
+            trace = trace_context(self.request.headers.get_list("traceparent"))
+        if self._tracer is not None:
+            self._span = self._tracer.handshake(
+                trace, self.request.protocol, self.request.request_time()
+            )
+        return trace
+
+    def _handshake(self, trace: TraceContext | None) -> Handshake:
         headers = self.request.headers
         return Handshake(
             headers=told_headers(headers, self.policy.withheld_headers),
             path=self.request.path,
-            query=self.request.query,
+            query=self.request.query if self._claim is None else self._claim.query,
             remote_ip=self.remote_ip,
             subprotocols=subprotocols(headers.get_list("Sec-WebSocket-Protocol")),
+            trace=trace if self._span is None else self._span.trace,
         )
 
     def _refuse(
         self, connection: "ClientConnection", refused: ConnectionRefused
     ) -> None:
-        logger.debug("connection %s refused with %d", connection.id, refused.status)
+        logger.debug("connection %s refused with %d", connection.id, refused.status,
+                     extra={"connection_id": connection.id})
         self.connections.refusals.add(
             self.remote_ip, refused.status, "That is the backend's verdict."
         )
@@ -268,6 +301,8 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self.connections.observer.handshake_ended(
             outcome, status, self.remote_ip, self.request.request_time()
         )
+        if self._span is not None:
+            self._span.end(outcome, status, self.remote_ip, self._connection_id)
 
     def on_connection_close(self) -> None:
         """The client left before the handshake was answered."""
@@ -352,14 +387,14 @@ class ClientConnection:
 
         # Frames sent by callbacks while the handshake is being decided.
         self._early: list[str | bytes] = []
-        self._early_close: tuple[int, str] | None = None
+        self._early_close: tuple[int, str, Initiator] | None = None
         # Set by whoever closes first on this side: code, reason, initiator.
         self._closing: tuple[int, str, Initiator] | None = None
         # Messages between reading and delivering; none while the backend is quick.
         self._queue: deque[tuple[str | bytes, float]] | None = None
         self._queued_bytes = 0
-        # When the oldest of its events that wait was read, or it ended; inf: none does.
-        self.waiting_since = float("inf")
+        # When the oldest of its events that wait was read, or it ended.
+        self.waiting_since = NEVER
         self._delivering = False
         self._delivered_size = 0  # bytes of the message being delivered
         self._given_up = False
@@ -398,7 +433,12 @@ class ClientConnection:
         self.heartbeat.add(self)
         self.lifetimes.add(self)
         self.connections.observer.opened(self)
-        logger.debug("connection %s opened", self.id)
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("connection %s opened by %s", self.id, self.remote_ip, extra={
+                "event": "open",
+                "connection_id": self.id,
+                "remote_ip": self.remote_ip,
+            })
         early, self._early = self._early, []
         for message in early:
             with contextlib.suppress(ConnectionClosed):  # the client has gone
@@ -486,7 +526,9 @@ class ClientConnection:
 
     def on_failed(self, error: FrameError) -> None:
         """The client broke the protocol, or a rule, or its message has no room."""
-        logger.info("connection %s: %s (%d)", self.id, error.reason, error.code)
+        logger.info("connection %s: %s (%d)", self.id, error.reason, error.code, extra={
+            "event": "fail", "connection_id": self.id, "code": error.code
+        })
         self._begin_closing(error.code, error.reason, "relay")
         assert self._protocol is not None
         self._protocol.fail(error.code, error.reason)
@@ -548,7 +590,7 @@ class ClientConnection:
     def _rest(self) -> None:
         """Everything read so far has been taken."""
         self._delivering = False
-        self.waiting_since = float("inf")
+        self.waiting_since = NEVER
         self._queue = None
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
@@ -559,14 +601,17 @@ class ClientConnection:
         if isinstance(error, BackendError):
             self.give_up(error)
         else:
-            logger.error("bug on a message of %s", self.id, exc_info=error)
+            logger.error("bug on a message of %s", self.id, exc_info=error,
+                         extra={"connection_id": self.id})
             self._count_undelivered(1)
             self._give_up(CloseCode.INTERNAL_ERROR, "internal error")
         self._rest()
 
     def give_up(self, error: BackendError, messages: int = 1) -> None:
         """Give up messages and those behind them; see `backends.Connection`."""
-        logger.warning("connection %s gives up: %s", self.id, error)
+        logger.warning("connection %s gives up: %s", self.id, error, extra={
+            "event": "give_up", "connection_id": self.id, "undelivered": messages
+        })
         self._count_undelivered(messages)
         self._give_up(CloseCode.TRY_AGAIN_LATER, "backend unavailable")
 
@@ -625,7 +670,7 @@ class ClientConnection:
     ) -> None:
         """Start the closing handshake; see `backends.Connection.close`."""
         if self.state == "connecting":
-            self._early_close = self._early_close or (code, reason)
+            self._early_close = self._early_close or (code, reason, initiator)
             return
         protocol = self._protocol
         if self.state != "open" or protocol is None or protocol.is_closing():
@@ -677,7 +722,9 @@ class ClientConnection:
             protocol.bytes_taken == self._taken_before
         ):
             self._stall_timer = None
-            logger.info("connection %s takes nothing", self.id)
+            logger.info("connection %s takes nothing", self.id, extra={
+                "event": "stall", "connection_id": self.id
+            })
             self._begin_closing(CloseCode.POLICY, "slow consumer", "relay")
             protocol.abort()  # its buffer is full: a close frame can't reach it
         else:
@@ -707,8 +754,35 @@ class ClientConnection:
         duration = self._now() - self._began
         if self._protocol is not None:
             self.connections.observer.closed(self, close.code, initiator, duration)
+            if logger.isEnabledFor(logging.INFO):
+                self._log_close(close.code, initiator, duration)
         self.connections.say_farewell(
             self, self._farewell(close, initiator, duration)
+        )
+
+    def _log_close(self, code: int, initiator: Initiator, duration: float) -> None:
+        """Without the reason, which is the peer's text."""
+        logger.info(
+            "connection %s closed with %d by %s after %.1f s: %d messages in, %d out",
+            self.id,
+            code,
+            initiator,
+            duration,
+            self.messages_in,
+            self.messages_out,
+            extra={
+                "event": "close",
+                "connection_id": self.id,
+                "code": code,
+                "initiator": initiator,
+                "seconds": round(duration, 3),
+                "messages_in": self.messages_in,
+                "messages_out": self.messages_out,
+                "bytes_in": self.bytes_in,
+                "bytes_out": self.bytes_out,
+                "undelivered": self._undelivered,
+                "waiting": len(self._queue or ()) + self._delivering,
+            },
         )
 
     async def _farewell(
@@ -725,11 +799,15 @@ class ClientConnection:
         closure = Closure(
             close.code, close.reason, initiator, duration, self._undelivered
         )
-        logger.debug("connection %s closed with %d", self.id, close.code)
         try:
             await self.backend.disconnect(self, closure)
         except BackendError as error:
-            logger.error("connection %s: disconnect not told: %s", self.id, error)
+            logger.error(
+                "connection %s: disconnect not told: %s",
+                self.id,
+                error,
+                extra={"event": "untold", "connection_id": self.id},
+            )
 
     def _now(self) -> float:
         return self.connections.loop.time()

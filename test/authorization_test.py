@@ -138,7 +138,7 @@ async def test_what_is_no_callback_needs_no_token(io_loop):
     async with Service(TOKENS) as service:
         for path, status in [
             ("/livez", 200), ("/readyz", 200), ("/ws", 426),
-            ("/socket", 404), ("/socketx", 404), ("/", 404), ("/x/socket/y", 404),
+            ("/socket", 404), ("/socketx", 404), ("/x", 404), ("/x/socket/y", 404),
         ]:
             assert (await ask(service, "GET", path)).status == status, path
         async with websockets.connect(service.ws_url) as client:
@@ -496,9 +496,11 @@ async def test_status_tells_of_the_instance(io_loop, method):
         assert re.fullmatch(r"\d+\.\d+\.\d+", status["version"])
         assert status["started_at"].endswith("+00:00")
         assert 0 <= status["uptime"] < 60
-        assert (status["state"], status["backend"]) == ("serving", "http")
+        assert (status["state"], status["ready"]) == ("serving", True)
+        assert status["backend"].pop("connections") >= 1
+        assert status["backend"] == {"name": "http", "away": None, "held": 0}
         assert status["connections"] == {"open": 1, "total": 2}
-        assert status["pending"] == {"events": 0, "bytes": 0}
+        assert status["pending"] == {"events": 0, "bytes": 0, "oldest": 0.0}
         assert status["limits"]["max_message_size"] == LIMIT
         assert status["limits"]["order_wait"] == "inf"
         assert not {"messageuri", "callback_token"} & set(status["limits"])
@@ -511,9 +513,10 @@ async def test_status_tells_of_a_drain(io_loop):
         service.process.terminate()
         async with asyncio.timeout(DEADLINE):
             while True:
-                answer = await caller.ask("GET", "/status")
-                if json.loads(answer.body)["state"] == "draining":
+                status = json.loads((await caller.ask("GET", "/status")).body)
+                if status["state"] == "draining":
                     break
+            assert not status["ready"]
             assert await service.process.wait() == 0
 
 

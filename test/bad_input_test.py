@@ -9,13 +9,12 @@ import json
 import os
 import signal
 import ssl
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import websockets
 from faults import Heard, ScriptedBackend, memory, tell
-from service import DEADLINE, RecordingBackend, Service, eventually, refusal
+from service import DEADLINE, RecordingBackend, Service, eventually, refusal, withhold
 from tornado.ioloop import IOLoop
 
 pytestmark = pytest.mark.gen_test(timeout=30)
@@ -24,16 +23,9 @@ LISTENERS = {"one-listener": (), "two-listeners": ("--callbackport=0",)}
 
 
 @pytest.fixture(scope="module")
-def io_loop() -> Iterator[IOLoop]:
+def io_loop(module_io_loop: IOLoop) -> IOLoop:
     """One loop for all rows: they share processes, which must survive each row."""
-    with asyncio.Runner() as runner:
-        asyncio.set_event_loop(runner.get_loop())
-
-        async def current() -> IOLoop:
-            return IOLoop.current()
-
-        yield runner.run(current())
-        asyncio.set_event_loop(None)
+    return module_io_loop
 
 
 @dataclass
@@ -66,24 +58,21 @@ class Relay:
 
 
 @pytest.fixture(scope="module", params=LISTENERS.values(), ids=LISTENERS.keys())
-def relay(io_loop, request) -> Iterator[Relay]:
+def relay(io_loop, shared, request) -> Relay:
     """One process for all rows."""
-    entered = []
 
     async def begin() -> Relay:
-        backend = await RecordingBackend().__aenter__()
-        service = await Service(*backend.flags(), *request.param).__aenter__()
-        client = await websockets.connect(service.ws_url, ping_interval=None)
+        backend = await shared.enter_async_context(RecordingBackend())
+        service = await shared.enter_async_context(
+            Service(*backend.flags(), *request.param)
+        )
+        client = await shared.enter_async_context(
+            websockets.connect(service.ws_url, ping_interval=None)
+        )
         (event,) = await backend.wait_for("connect", 1)
-        entered.extend([client, service, backend])
         return Relay(service, backend, client, event["meta"]["connection_id"])
 
-    async def end() -> None:
-        for context in entered:
-            await context.__aexit__(None, None, None)
-
-    yield io_loop.run_sync(begin)
-    io_loop.run_sync(end)
+    return io_loop.run_sync(begin)
 
 
 # Callback requests that can't be trusted.
@@ -567,24 +556,16 @@ class Answered:
 
 
 @pytest.fixture(scope="module")
-def answered(io_loop) -> Iterator[Answered]:
+def answered(io_loop, shared) -> Answered:
     """One process for all rows, and no breaker between them."""
-    entered = []
 
     async def begin() -> Answered:
-        backend = await ScriptedBackend(lambda kind: OK).__aenter__()
-        service = await Service(
-            *backend.flags(), "--breaker_attempts=1000000", "--delivery_timeout=3"
-        ).__aenter__()
-        entered.extend([service, backend])
+        backend = await shared.enter_async_context(ScriptedBackend(lambda kind: OK))
+        flags = ("--breaker_attempts=1000000", "--delivery_timeout=3")
+        service = await shared.enter_async_context(Service(*backend.flags(), *flags))
         return Answered(service, backend)
 
-    async def end() -> None:
-        for context in entered:
-            await context.__aexit__(None, None, None)
-
-    yield io_loop.run_sync(begin)
-    io_loop.run_sync(end)
+    return io_loop.run_sync(begin)
 
 
 @pytest.mark.parametrize("row", ANSWERS)
@@ -802,12 +783,7 @@ async def test_largest_values_work(io_loop):
 async def test_signal_that_asks_for_nothing_changes_nothing(io_loop, number):
     """Neither one nor many, nor while it drains."""
     async with RecordingBackend() as backend:
-        answered = asyncio.Event()
-
-        async def hold(*_: object) -> None:
-            await answered.wait()
-
-        backend.answers["disconnect"] = hold
+        answered = withhold(backend, "disconnect")
         async with Service(*backend.flags("message", "disconnect")) as service:
             async with websockets.connect(service.ws_url) as client:
                 for _ in range(100):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import websockets
-from interop_test import program
+from programs import program
 from service import DEADLINE, PROJECT, RecordingBackend, Service, eventually
 from tornado.httpclient import AsyncHTTPClient
 

@@ -10,6 +10,7 @@ import pytest
 import websockets
 from service import DEADLINE, RecordingBackend, Service
 from tornado.web import RequestHandler
+from wire import handshake
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -140,11 +141,7 @@ async def test_closing_connection_is_gone(io_loop):
         async with Service(*backend.flags()) as service:
             host, port = service.ws_url[5:-3].split(":")
             deaf = socket.create_connection((host, int(port)))
-            deaf.sendall(
-                f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
-                "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
-            )
+            deaf.sendall(handshake())
             (event,) = await backend.wait_for("connect", 1)
             url = event["meta"]["send"].removesuffix("/send")
             async with asyncio.timeout(DEADLINE):
@@ -170,6 +167,9 @@ async def test_closing_connection_is_gone(io_loop):
     [
         ("POST", "/disconnect", b"", 200, 1000, ""),
         ("POST", "/disconnect", b'{"code": 4999, "reason": "x"}', 200, 4999, "x"),
+        # JSON has one kind of number (RFC 8259, section 6).
+        ("POST", "/disconnect", b'{"code": 3000.0}', 200, 3000, ""),
+        ("POST", "/disconnect", b'{"code": 4e3}', 200, 4000, ""),
         ("DELETE", "", None, 204, 1000, ""),
     ],
 )
@@ -184,6 +184,7 @@ async def test_disconnect_closes_with_code_and_reason(
         assert (client.close_code, client.close_reason) == (code, reason)
         (event,) = await backend.wait_for("disconnect", 1)
         assert (event["meta"]["code"], event["meta"]["initiator"]) == (code, "backend")
+        assert isinstance(event["meta"]["code"], int)
 
 
 async def test_info_tells_of_the_connection(io_loop):
@@ -276,11 +277,7 @@ async def test_slow_client_is_429_then_1008_and_410(io_loop):
             deaf = socket.socket()
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             deaf.connect((host, int(port)))
-            deaf.sendall(
-                f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
-                "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
-            )
+            deaf.sendall(handshake())
             (event,) = await backend.wait_for("connect", 1)
             url = event["meta"]["send"]
             # One frame is always taken, however large, and waits.

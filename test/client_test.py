@@ -140,6 +140,48 @@ async def test_endless_body_ends_with_its_status(io_loop):
         await asyncio.wait_for(cut.wait(), 10)
 
 
+SECOND_ANSWERS = {
+    "whole": b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n",
+    "begun": b"HTTP/1.",
+    "interim": b"HTTP/1.1 100 Continue\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("second", SECOND_ANSWERS)
+async def test_second_answer_counts_for_nobody(io_loop, second):
+    """In one segment with the first: neither for its request nor for the next."""
+    made = 0
+
+    async def on_client(reader, writer) -> None:
+        nonlocal made
+        made += 1
+        await answer_all(OK + SECOND_ANSWERS[second], reader, writer)
+
+    async with serving(on_client) as port, using() as client:
+        for number in range(1, 4):
+            answer = await post(client, f"http://127.0.0.1:{port}/", timeout=5)
+            assert answer.status == 200
+            assert made == number  # what is left on a connection is not read
+
+
+async def test_trailers_are_no_headers(io_loop):
+    """What comes behind the body adds nothing to the answer, nor changes it."""
+    answer = (
+        b"HTTP/1.1 429 Later\r\nContent-Type: text/plain\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n2\r\nOK\r\n0\r\n"
+        b"Content-Type: text/html\r\nRetry-After: 86400\r\n\r\n"
+    )
+    async with serving(answer=answer) as port, using() as client:
+        for _ in range(2):
+            got = await post(client, f"http://127.0.0.1:{port}/", keep=True)
+            assert (got.status, got.body) == (429, b"OK")
+            assert got.headers == {
+                "content-type": "text/plain",
+                "transfer-encoding": "chunked",
+            }
+        assert client.open == 1  # a whole answer: the connection is kept
+
+
 async def test_request_is_sent_when_the_kernel_has_all_of_it(io_loop):
     """on_sent waits for the last byte, not for write() to return."""
     size = 16 * 2**20

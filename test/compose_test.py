@@ -1,4 +1,4 @@
-"""conf/compose.yaml: what it says of relays, HAProxy and backend holds for these.
+"""conf/compose.yaml: what it says of relays, HAProxy and all others holds for these.
 
 Docker itself is not run. The relays and the backend run as the file says, at
 other ports.
@@ -12,10 +12,10 @@ import sys
 from ipaddress import ip_address, ip_network
 
 import pytest
+import websockets
 import yaml
-from interop_test import kill, program
-from service import PROJECT, Service, eventually
-from tornado.httpclient import AsyncHTTPClient
+from programs import kill, program
+from service import DEADLINE, PROJECT, Service, eventually
 
 CONF = PROJECT / "conf"
 
@@ -30,12 +30,23 @@ def services(compose):
     return compose["services"]
 
 
+@pytest.fixture
+def token(tmp_path):
+    """A file such as CALLBACK_TOKEN_FILE names."""
+    path = tmp_path / "callback_token"
+    path.write_text("0123456789abcdef\n")
+    return path
+
+
 @pytest.mark.parametrize("name", ["relay-1", "relay-2"])
 @pytest.mark.gen_test
-async def test_relay_starts_with_its_environment(io_loop, services, name):
+async def test_relay_starts_with_its_environment(io_loop, services, name, token):
     """Each variable is an option; callbacks come to where the file says."""
     environment = services[name]["environment"]
-    elsewhere = {"SOCKETDOCK_CALLBACKPORT": "0"}
+    elsewhere = {
+        "SOCKETDOCK_CALLBACKPORT": "0",
+        "SOCKETDOCK_CALLBACK_TOKEN_FILE": str(token),
+    }
     async with Service(environment=environment | elsewhere) as service:
         service.process.kill()  # rather than wait for drain_delay
         await service.process.wait()
@@ -110,21 +121,27 @@ def test_files_that_are_mounted_or_built_are_there(services):
     ]
     paths += [f"{service['build']}/Dockerfile" for service in services.values()
               if "build" in service]
-    assert len(paths) == 4
+    assert len(paths) == 9
     for path in paths:
         assert (CONF / path).exists(), path
 
 
 @pytest.mark.gen_test
-async def test_backend_takes_events(io_loop, services):
-    """Its command, at another address, where the relays' URLs lead."""
+async def test_backend_and_prometheus_know_the_token(io_loop, services, token):
+    """The backend's command, at another address, answers a client of relay 1."""
     python, *words = services["backend"]["command"]
     assert python == "python"
     with socket.socket() as reserved:  # bound, but not listening
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
-        script = words.pop().replace('("", 8000)', f'("127.0.0.1", {port})')
+        script = words.pop()
+        secret = services["relay-1"]["environment"]["SOCKETDOCK_CALLBACK_TOKEN_FILE"]
+        for old, new in [
+            ('("", 8000)', f'("127.0.0.1", {port})'), (secret, str(token))
+        ]:
+            assert old in script
+            script = script.replace(old, new)
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *words,
@@ -132,18 +149,79 @@ async def test_backend_takes_events(io_loop, services):
             cwd=PROJECT / "examples",
             stdout=asyncio.subprocess.DEVNULL,
         )
+        environment = {
+            name: value.replace("//backend:8000/", f"//127.0.0.1:{port}/")
+            for name, value in services["relay-1"]["environment"].items()
+            if not name.endswith(("EXTERNALHOSTANDPORT", "DRAIN_DELAY", "DRAIN_SPREAD"))
+        }
+        environment |= {
+            "SOCKETDOCK_CALLBACKPORT": "0",
+            "SOCKETDOCK_CALLBACK_TOKEN_FILE": str(token),
+        }
         try:
             await eventually(lambda: answers(port))
-            urls = services["relay-1"]["environment"]
-            for kind in ("CONNECT", "MESSAGE", "DISCONNECT"):
-                url = urls[f"SOCKETDOCK_{kind}URI"].replace(
-                    "//backend:8000/", f"//127.0.0.1:{port}/"
-                )
-                event = b'{"meta": {"send": "http://127.0.0.1:9/"}, "message": ""}'
-                answer = await AsyncHTTPClient().fetch(url, method="POST", body=event)
-                assert answer.code == 200
+            async with (
+                Service(environment=environment) as service,
+                websockets.connect(service.ws_url) as client,
+            ):
+                await client.send("hello")
+                answer = await asyncio.wait_for(client.recv(), DEADLINE)
+                assert answer == "you said: hello"
         finally:
             await kill(process)
+    prometheus = yaml.safe_load((CONF / "prometheus.yml").read_text("utf-8"))
+    (job,) = prometheus["scrape_configs"]
+    assert job["authorization"] == {"credentials_file": secret}
+
+
+def test_secret_is_where_it_is_read(compose, services):
+    """Each container that reads /run/secrets/callback_token has it."""
+    assert "CALLBACK_TOKEN_FILE:?" in compose["secrets"]["callback_token"]["file"]
+    for name in ("relay-1", "relay-2", "backend", "prometheus"):
+        assert services[name]["secrets"] == ["callback_token"], name
+
+
+def test_prometheus_asks_every_relay(services):
+    """At the callbacks' listener of each."""
+    prometheus = yaml.safe_load((CONF / "prometheus.yml").read_text("utf-8"))
+    (job,) = prometheus["scrape_configs"]
+    (targets,) = job["static_configs"]
+    assert targets["targets"] == [
+        service["environment"]["SOCKETDOCK_EXTERNALHOSTANDPORT"]
+        for name, service in services.items()
+        if name.startswith("relay-")
+    ]
+
+
+def test_grafana_finds_what_is_mounted(services):
+    """Its dashboard's folder, and Prometheus by its name in this network."""
+    mounted = dict(
+        volume.removesuffix(":ro").split(":")
+        for volume in services["grafana"]["volumes"]
+    )
+    (provider,) = yaml.safe_load(
+        (CONF / "grafana-dashboards.yml").read_text("utf-8")
+    )["providers"]
+    dashboard = mounted["./grafana-dashboard.json"]
+    assert dashboard.startswith(provider["options"]["path"] + "/")
+    home = services["grafana"]["environment"]
+    assert home["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == dashboard
+    (source,) = yaml.safe_load(
+        (CONF / "grafana-datasource.yml").read_text("utf-8")
+    )["datasources"]
+    (port,) = services["prometheus"]["ports"]
+    assert source["url"] == f"http://prometheus:{port.rpartition(':')[2]}"
+
+
+def test_only_clients_come_from_outside(services):
+    """Everything else that has a port has it on this machine alone."""
+    outside = {
+        name
+        for name, service in services.items()
+        for port in service.get("ports", [])
+        if not port.startswith("127.0.0.1:")
+    }
+    assert outside == {"haproxy"}
 
 
 def answers(port: int) -> bool:

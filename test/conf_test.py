@@ -12,8 +12,8 @@ from service import DEADLINE, PROJECT, Service
 
 ROW = re.compile(r"^\| `--(\w+)` \| (.*?) \|", flags=re.MULTILINE)
 OPTION = re.compile(r"^# (\w+) = (.+)$", flags=re.MULTILINE)
-# Of the many that tornado brings, these are worth a line.
-TORNADO = ("log_file_prefix", "logging")
+# Of the log's, of which tornado brings many, these are worth a line.
+LOG = ("log_config", "log_file_prefix", "log_format", "logging")
 UNITS = {"SECONDS": "seconds", "BYTES": "bytes", "COUNT": "number"}
 
 
@@ -42,7 +42,7 @@ def helped(all_helped):
     return [
         option
         for option in all_helped
-        if option[0] in TORNADO or not option[0].startswith(("log_", "help", "config"))
+        if option[0] in LOG or not option[0].startswith(("log_", "help", "config"))
     ]
 
 

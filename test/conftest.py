@@ -1,6 +1,7 @@
 """What every test stands on: one asyncio loop per test, nothing left behind."""
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,31 @@ def io_loop(event_loop_name: str) -> Iterator[IOLoop]:
 
     Its own one leaves tasks behind, and warns on the Pythons we run.
     """
+    with running(event_loop_name) as io_loop:
+        yield io_loop
+
+
+@pytest.fixture(scope="module")
+def module_io_loop() -> Iterator[IOLoop]:
+    """One for all tests of a module whose `io_loop` gives it back.
+
+    So may they share a process, which must survive each of them.
+    """
+    with running("asyncio") as io_loop:
+        yield io_loop
+
+
+@pytest.fixture(scope="module")
+def shared(module_io_loop: IOLoop) -> Iterator[contextlib.AsyncExitStack]:
+    """What a module's tests share is entered here, and left when all have run."""
+    stack = contextlib.AsyncExitStack()
+    yield stack
+    module_io_loop.run_sync(stack.aclose)
+
+
+@contextlib.contextmanager
+def running(event_loop_name: str) -> Iterator[IOLoop]:
+    """A fresh loop, on which nothing is left at its end."""
     factory = uvloop.new_event_loop if event_loop_name == "uvloop" else None
     with asyncio.Runner(loop_factory=factory) as runner:
         loop = runner.get_loop()

@@ -13,6 +13,7 @@ from backends import Backend
 from handlers.admission import Admission
 from handlers.authorization import CallbackTokens
 from handlers.connections import ConnectionMap
+from handlers.health import Readiness
 from handlers.heartbeat import Heartbeat
 from handlers.lifetimes import Lifetimes
 from handlers.websocket import ClientPolicy
@@ -41,6 +42,8 @@ async def make_application(**bounds: int) -> Application:
     lifetimes = Lifetimes(idle_timeout=3600, max_lifetime=3600)
     backend = HoldingBackend()
     shared = {"connections": connections, "backend": backend}
+    readiness = Readiness(connections, backend, 0.0)
+    readiness.started = True
     routes = [
         *socketdock.client_routes(
             heartbeat=Heartbeat(0, 0),
@@ -49,7 +52,7 @@ async def make_application(**bounds: int) -> Application:
             **shared,
         ),
         *socketdock.callback_routes(
-            "", CallbackTokens(), max_message_size=1000, **shared
+            "", CallbackTokens(), readiness, max_message_size=1000, **shared
         ),
     ]
     return Application(

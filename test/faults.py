@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 import websockets
 from service import DEADLINE, eventually
+from wire import handshake
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, for 0 s (socket(7))
 BACKLOG = 4096  # connections that the kernel holds until they are accepted
@@ -578,13 +579,7 @@ class RawClient:
         sock.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.sock_connect(sock, (parts.hostname, parts.port))
-        request = (
-            f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
-            "Upgrade: websocket\r\nConnection: Upgrade\r\n"
-            "Sec-WebSocket-Version: 13\r\n"
-            "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
-        )
-        await loop.sock_sendall(sock, request.encode())
+        await loop.sock_sendall(sock, handshake())
         answer = b""
         while b"\r\n\r\n" not in answer:
             answer += (chunk := await loop.sock_recv(sock, 1))
@@ -660,6 +655,18 @@ class Heard:
     @property
     def statuses(self) -> list[int]:
         return [status for status, *_ in self.answers()]
+
+
+async def upgraded(
+    url: str,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A bare connection that is a WebSocket from now on; frames are the caller's."""
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    writer.write(handshake())
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 101 "), head
+    return reader, writer
 
 
 async def tell(

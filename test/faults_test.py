@@ -692,7 +692,8 @@ async def test_vanished_host_is_noticed_and_its_successor_told(io_loop):
         holder = await stack.enter_async_context(
             BackendProcess("--hold", *at_far, command=there)
         )
-        flags = [*holder.flags(), "--backend_dead_after=6"]
+        # At debug each failure has its line, however many there are.
+        flags = [*holder.flags(), "--backend_dead_after=6", "--logging=debug"]
         async with Service(*flags) as service:
             clients = await talkers(service.ws_url, 20)
             await asyncio.gather(*(client.say(3) for client in clients))

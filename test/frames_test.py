@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -27,21 +26,14 @@ from wire import (
 pytestmark = pytest.mark.gen_test(timeout=30)
 
 LIMIT = 2**20  # bytes of a message
-SOON = 3.0  # seconds
+SOON = 15.0  # seconds
 RSV1 = 4
 
 
 @pytest.fixture(scope="module")
-def io_loop() -> Iterator[IOLoop]:
+def io_loop(module_io_loop: IOLoop) -> IOLoop:
     """One loop for all rows: they share a process, which must survive each row."""
-    with asyncio.Runner() as runner:
-        asyncio.set_event_loop(runner.get_loop())
-
-        async def current() -> IOLoop:
-            return IOLoop.current()
-
-        yield runner.run(current())
-        asyncio.set_event_loop(None)
+    return module_io_loop
 
 
 @dataclass
@@ -79,25 +71,18 @@ class Relay:
 
 
 @pytest.fixture(scope="module")
-def relay(io_loop) -> Iterator[Relay]:
+def relay(io_loop, shared) -> Relay:
     """One process for all rows."""
-    entered = []
 
     async def begin() -> Relay:
-        backend = await RecordingBackend().__aenter__()
+        backend = await shared.enter_async_context(RecordingBackend())
         flags = ("--compression", f"--max_message_size={LIMIT}")
-        service = await Service(
-            *backend.flags("message", "disconnect"), *flags
-        ).__aenter__()
-        entered.extend([service, backend])
+        service = await shared.enter_async_context(
+            Service(*backend.flags("message", "disconnect"), *flags)
+        )
         return Relay(service, backend)
 
-    async def end() -> None:
-        for context in entered:
-            await context.__aexit__(None, None, None)
-
-    yield io_loop.run_sync(begin)
-    io_loop.run_sync(end)
+    return io_loop.run_sync(begin)
 
 
 def close(code: int, reason: bytes = b"") -> bytes:

@@ -1,8 +1,6 @@
 """What is malformed in a handshake, row by row; docs/bad-input.md is its table."""
 
-import asyncio
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -17,16 +15,9 @@ END = 0  # no answer, but the end of the connection
 
 
 @pytest.fixture(scope="module")
-def io_loop() -> Iterator[IOLoop]:
+def io_loop(module_io_loop: IOLoop) -> IOLoop:
     """One loop for all rows: they share a process, which must survive each row."""
-    with asyncio.Runner() as runner:
-        asyncio.set_event_loop(runner.get_loop())
-
-        async def current() -> IOLoop:
-            return IOLoop.current()
-
-        yield runner.run(current())
-        asyncio.set_event_loop(None)
+    return module_io_loop
 
 
 @dataclass
@@ -46,24 +37,17 @@ class Relay:
 
 
 @pytest.fixture(scope="module")
-def relay(io_loop) -> Iterator[Relay]:
+def relay(io_loop, shared) -> Relay:
     """One process for all rows."""
-    entered = []
 
     async def begin() -> Relay:
-        backend = await RecordingBackend().__aenter__()
-        service = await Service(
-            *backend.flags(), "--compression", "--header_timeout=1"
-        ).__aenter__()
-        entered.extend([service, backend])
+        backend = await shared.enter_async_context(RecordingBackend())
+        service = await shared.enter_async_context(
+            Service(*backend.flags(), "--compression", "--header_timeout=1")
+        )
         return Relay(service, backend)
 
-    async def end() -> None:
-        for context in entered:
-            await context.__aexit__(None, None, None)
-
-    yield io_loop.run_sync(begin)
-    io_loop.run_sync(end)
+    return io_loop.run_sync(begin)
 
 
 def instead(header: str, *more: str) -> bytes:
@@ -243,6 +227,25 @@ async def test_bad_handshake_has_its_answer_or_its_end(
     assert len(relay.backend.of("connect")) == asked
     assert await relay.status(handshake()) == 101
     assert not relay.service.tracebacks, "\n".join(relay.service.log)
+
+
+async def test_426_says_what_is_served(io_loop, relay):
+    """The protocol, and its version (RFC 9110, 15.5.22; RFC 6455, 4.4)."""
+    for request, name, value in (
+        (handshake(without="Upgrade"), "upgrade", "websocket"),
+        (instead("Sec-WebSocket-Version: 8"), "sec-websocket-version", "13"),
+    ):
+        heard = await tell(relay.service.ws_url, request, answers=1)
+        ((status, headers, _),) = heard.answers()
+        assert (status, headers[name]) == (426, value)
+
+
+async def test_accept_is_made_of_the_key(io_loop, relay):
+    """As in the example of RFC 6455, section 1.3."""
+    heard = await tell(relay.service.ws_url, handshake(), answers=1)
+    ((status, headers, _),) = heard.answers()
+    assert status == 101
+    assert headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 
 
 GOOD = {

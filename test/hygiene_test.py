@@ -55,7 +55,8 @@ def ignoring_the_end():
         yield
 
 
-async def test_no_log_at_any_level_holds_a_secret(io_loop, tmp_path):
+@pytest.mark.parametrize("log_format", ["text", "json"])
+async def test_no_log_at_any_level_holds_a_secret(io_loop, tmp_path, log_format):
     """No body, no header's value, no query, no token; nor do /status and the title."""
     mark = Marks()
     token, other_token = mark("token"), mark("tokenfile")
@@ -72,6 +73,7 @@ async def test_no_log_at_any_level_holds_a_secret(io_loop, tmp_path):
     }
     flags = (
         "--logging=debug",
+        f"--log_format={log_format}",
         "--delivery_timeout=0.3",
         "--disconnect_timeout=0.3",
         "--max_message_size=5000",

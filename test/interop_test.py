@@ -10,16 +10,16 @@ import contextlib
 import importlib
 import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import pytest
+from programs import INTEROP, by_node, kill, leave_out, program
 from service import DEADLINE, Service
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
@@ -27,7 +27,6 @@ from tornado.web import Application, RequestHandler, StaticFileHandler
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
-INTEROP = Path(__file__).resolve().parent / "interop"
 EXCHANGE_DEADLINE = 30.0  # seconds for all that one client does
 CHROMIUM_FLAGS = (
     "--headless=new",
@@ -93,27 +92,12 @@ def whole(message: Message) -> str | bytes:
 # What a machine may lack.
 
 
-def leave_out(reason: str) -> NoReturn:
-    """Skip this test; fail where everything has to be there."""
-    if os.environ.get("TEST_ALL"):
-        pytest.fail(f"{reason} (TEST_ALL is set)", pytrace=False)
-    pytest.skip(reason)
-
-
 def python_module(name: str, distribution: str) -> Any:
     """A module that only this file's tests need."""
     try:
         return importlib.import_module(name)
     except ImportError:
         leave_out(f"{distribution} is missing: pip install {distribution}")
-
-
-def program(package: str, *names: str) -> str:
-    """The path of the first of these programs that is installed."""
-    for name in names:
-        if path := shutil.which(name):
-            return path
-    leave_out(f"{names[0]} is missing: apt-get install {package}")
 
 
 # The clients.
@@ -203,22 +187,9 @@ async def aiohttp_client(task: Task) -> Result:
 
 async def ws_client(task: Task) -> Result:
     """npm's `ws`."""
-    node = program("nodejs npm", "node")
-    if not (INTEROP / "node_modules" / "ws").is_dir():
-        leave_out("npm's ws is missing: npm ci --prefix test/interop")
-    process = await asyncio.create_subprocess_exec(
-        node,
-        INTEROP / "ws_client.mjs",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+    return from_json(
+        await by_node("ws_client.mjs", "ws", to_json(task), EXCHANGE_DEADLINE)
     )
-    try:
-        stdout, stderr = await process.communicate(to_json(task))
-    finally:
-        await kill(process)
-    assert process.returncode == 0, stderr.decode()
-    return from_json(stdout)
 
 
 async def chromium_client(task: Task) -> Result:
@@ -400,13 +371,6 @@ def flask_backend(version: str) -> BackendProcess:
 def node_backend(version: str) -> BackendProcess:
     """Node's `http`, which speaks nothing but HTTP/1.1."""
     return BackendProcess(program("nodejs npm", "node"), INTEROP / "node_backend.mjs")
-
-
-async def kill(process: asyncio.subprocess.Process) -> None:
-    """End a process that may have ended already."""
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
-    await process.wait()
 
 
 # The tests.

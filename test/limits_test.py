@@ -6,7 +6,7 @@ import time
 
 import pytest
 import websockets
-from service import DEADLINE, RecordingBackend, Service, eventually, refusal
+from service import DEADLINE, RecordingBackend, Service, eventually, refusal, withhold
 from tornado.web import RequestHandler
 
 from handlers import admission
@@ -84,15 +84,10 @@ async def pushed(url: str, message: bytes) -> bytes:
 
 async def test_connections_in_all_are_limited(io_loop):
     """Beyond --max_connections: 503, also while the others are being decided."""
-    decide = asyncio.Event()
-
-    async def hold(handler: RequestHandler, event: dict) -> None:
-        await decide.wait()
-
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), "--max_connections=2") as service:
             async with connect(service.ws_url):
-                backend.answers["connect"] = hold
+                decide = withhold(backend, "connect")
                 second = asyncio.ensure_future(connect(service.ws_url).__aenter__())
                 await backend.wait_for("connect", 2)
                 response = await refused(service.ws_url)
@@ -369,13 +364,8 @@ async def test_client_with_messages_is_not_idle(io_loop, way):
 
 async def test_client_that_waits_for_the_backend_is_not_idle(io_loop):
     """Its silence is the backend's."""
-    answer = asyncio.Event()
-
-    async def hold(handler: RequestHandler, event: dict) -> None:
-        await answer.wait()
-
     async with RecordingBackend() as backend:
-        backend.answers["message"] = hold
+        answer = withhold(backend, "message")
         flags = ("--idle_timeout=0.5", "--order_wait=inf", "--backend_timeout=30")
         async with Service(
             *backend.flags("message", "disconnect"), *flags

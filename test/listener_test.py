@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import websockets
 from service import DEADLINE, Service, eventually
+from websockets.protocol import State
 
 HARD = "ulimit -n {0}; exec " + sys.executable + ' socketdock.py "$@"'
 
@@ -43,7 +45,7 @@ async def test_running_out_of_descriptors_pauses_accepting(io_loop):
             for _ in range(100):
                 many.enter_context(socket.create_connection((host, int(port))))
             await eventually(lambda: any("accepting pauses" in x for x in service.log))
-            assert open_files(service) == 64
+            assert open_files(service) <= 64 - 15  # some are kept for what is open
             before = processor_time(service)
             await asyncio.sleep(1)  # a span to be measured, not a thing to settle
             assert processor_time(service) - before < 50  # of 100
@@ -104,3 +106,21 @@ async def total(service):
     answer = await asyncio.wait_for(reader.read(), DEADLINE)
     writer.close()
     return b'"total": 0' not in answer
+
+
+@pytest.mark.gen_test
+async def test_process_that_drains_leaves_a_shared_port_to_the_others(io_loop):
+    """From then on none of their handshakes is refused."""
+    shared = ("--reuse_port", "--callbackport=0", "--drain_spread=20")
+    async with Service(*shared) as leaving:
+        port = leaving.ws_url.split("/")[2].rpartition(":")[2]
+        held = [await websockets.connect(leaving.ws_url) for _ in range(2)]
+        async with Service(*shared, f"--bindport={port}") as staying:
+            leaving.process.send_signal(signal.SIGTERM)
+            await asyncio.wait_for(held[0].wait_closed(), DEADLINE)
+            for _ in range(20):
+                await echo(staying)
+            assert not any("refused" in line for line in leaving.log)
+            assert held[1].state is State.OPEN  # it was draining all the time
+            await held[1].close()
+            assert await asyncio.wait_for(leaving.process.wait(), DEADLINE) == 0

@@ -31,7 +31,12 @@ def test_wheel_has_two_modules_and_two_packages_with_all_their_modules(names):
         for package in PACKAGES
         for file in (PROJECT / package).rglob("*.py")
     }
-    assert shipped == MODULES | modules
+    page = {
+        file.relative_to(PROJECT).as_posix()
+        for file in PROJECT.glob("handlers/console/page/*")
+    }
+    assert len(page) > 5
+    assert shipped == MODULES | modules | page
 
 
 def test_wheel_has_the_conf_files(names):

@@ -1,5 +1,6 @@
 """What the papers name is there: links, tests and modules."""
 
+import ast
 import re
 
 import pytest
@@ -53,3 +54,40 @@ def test_architecture_has_every_module():
     assert len(modules) > 20
     for path in modules:
         assert re.search(rf"^ *{re.escape(path.name)} ", tree, flags=re.MULTILINE), path
+
+
+def test_every_dependency_has_its_reason():
+    """In docs/decisions, those of the tests and of the benchmark too."""
+    decisions = (PROJECT / "docs" / "decisions").glob("*.md")
+    reasons = "\n".join(path.read_text("utf-8") for path in decisions).lower()
+    setup = (PROJECT / "setup.py").read_text("utf-8")
+    setup = setup[setup.index("install_requires") :]
+    names = re.findall(r'^ +"([\w-]+)[^":\n]*"(?!:)', setup, flags=re.MULTILINE)
+    names += re.findall(r'\["([\w-]+)[^":]*"\]', setup)
+    assert {"orjson", "uvloop", "types-setuptools", "py-spy"} < set(names)
+    for name in names:
+        assert f"**{name.lower()}**" in reasons, name
+
+
+def said():
+    """All that the source may say, `…` for what is not known before."""
+    for pattern in ("socketdock*.py", "handlers/**/*.py", "backends/**/*.py"):
+        for path in PROJECT.glob(pattern):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield re.sub(r"%[-.\d]*[a-z]", "…", node.value)
+
+
+@pytest.mark.parametrize("paper", ["delivery.md", "troubleshooting.md"])
+def test_lines_of_the_log_are_the_source_s(paper):
+    """As the tables quote them, which may leave out the rest of a line."""
+    text = (PROJECT / "docs" / paper).read_text("utf-8")
+    table = re.split("^## .* log$", text, flags=re.MULTILINE)[1]
+    lines = re.findall(r"^\| `(.+?)` \|", table, flags=re.MULTILINE)
+    assert len(lines) > 10
+    there = set(said())
+    for line in lines:
+        start = line.removesuffix("…")
+        assert line in there or (
+            start != line and any(words.startswith(start) for words in there)
+        ), line

@@ -27,7 +27,7 @@ class Service:
     """`python socketdock.py` on free ports, for as long as the block runs.
 
     At its end it is stopped with SIGTERM; it must exit 0 without a traceback,
-    unless the test took it down itself.
+    unless the test took it down itself. Its log is text, unless it is told else.
     """
 
     def __init__(
@@ -50,7 +50,9 @@ class Service:
             for name, value in os.environ.items()
             if not name.startswith("SOCKETDOCK_")
         }
-        self.environment = {**inherited, **(environment or {})}
+        self.environment = {
+            "SOCKETDOCK_LOG_FORMAT": "text", **inherited, **(environment or {})
+        }
         self.cwd = cwd
         self.log: list[str] = []
         self.ws_url = self.callback_url = ""
@@ -235,3 +237,14 @@ async def tcp_server(
     finally:
         server.close()
         await eventually(lambda: not served)
+
+
+def withhold(backend: RecordingBackend, kind: str) -> asyncio.Event:
+    """Have it answer no event of that kind until what is returned is set."""
+    let_go = asyncio.Event()
+
+    async def wait(handler: RequestHandler, event: Any) -> None:
+        await let_go.wait()
+
+    backend.answers[kind] = wait
+    return let_go

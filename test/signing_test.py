@@ -1,6 +1,5 @@
 """Signed events, verified by the public libraries of Standard Webhooks."""
 
-import asyncio
 import base64
 import json
 import signal
@@ -9,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import websockets
-from interop_test import INTEROP, kill, leave_out, program
-from service import DEADLINE, RecordingBackend, Service, eventually
+from programs import by_node
+from service import RecordingBackend, Service, eventually
 from standardwebhooks import Webhook, WebhookVerificationError
 from tornado.web import RequestHandler
 
@@ -75,27 +74,13 @@ async def by_python(attempts: Sequence[Signed]) -> list[bool]:
 
 async def by_npm(attempts: Sequence[Signed]) -> list[bool]:
     """npm's `standardwebhooks`."""
-    node = program("nodejs npm", "node")
-    if not (INTEROP / "node_modules" / "standardwebhooks").is_dir():
-        leave_out("npm's standardwebhooks is missing: npm ci --prefix test/interop")
-    process = await asyncio.create_subprocess_exec(
-        node,
-        INTEROP / "verify.mjs",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
     events = [
         attempt._asdict() | {"body": base64.b64encode(attempt.body).decode()}
         for attempt in attempts
     ]
-    try:
-        async with asyncio.timeout(DEADLINE):
-            stdout, stderr = await process.communicate(json.dumps(events).encode())
-    finally:
-        await kill(process)
-    assert process.returncode == 0, stderr.decode()
-    return json.loads(stdout)
+    return json.loads(
+        await by_node("verify.mjs", "standardwebhooks", json.dumps(events).encode())
+    )
 
 
 def tampered(attempt: Signed) -> list[Signed]:

@@ -136,3 +136,20 @@ async def test_slow_connections_keep_nobody_from_exchanging(io_loop, listener):
                     await exchange(service, EXCHANGES)
                 await eventually(lambda: all(one.ended for one in mortal), DEADLINE)
             await exchange(service, 1)
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+async def test_body_has_a_time_of_its_own(io_loop, server):
+    """A wanted one is ended when it is up; a quick one comes through as ever."""
+    async with RecordingBackend() as backend:
+        flags = ("--body_timeout=1", f"--http_server={server}")
+        async with Service(*backend.flags("message"), *flags) as service:
+            slow = slow_in_its_body()
+            async with besieged(service.callback_url, [slow]):
+                await eventually(lambda: slow.ended > 0, DEADLINE)
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("hello")
+                (event,) = await backend.wait_for("message", 1)
+                answer = await backend.call(event["meta"]["send"], body=b"x" * 10**6)
+                assert answer.code == 200
+                assert await asyncio.wait_for(client.recv(), DEADLINE) == b"x" * 10**6

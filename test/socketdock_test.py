@@ -19,6 +19,7 @@ from service import (
     ended,
     eventually,
     refusal,
+    withhold,
 )
 from tornado.httpclient import AsyncHTTPClient
 
@@ -417,12 +418,7 @@ async def test_signal_closes_clients_with_1001_and_exits_0(io_loop, number):
 async def test_second_signal_exits_at_once(io_loop, number):
     """Though a disconnect is still unanswered, which the drain waits for."""
     async with RecordingBackend() as backend:
-        answered = asyncio.Event()
-
-        async def hold(*_: object) -> None:
-            await answered.wait()
-
-        backend.answers["disconnect"] = hold
+        answered = withhold(backend, "disconnect")
         async with Service(*backend.flags("message", "disconnect")) as service:
             async with websockets.connect(service.ws_url):
                 service.process.send_signal(signal.SIGTERM)

@@ -13,7 +13,7 @@ import subprocess
 
 import pytest
 import websockets
-from interop_test import program
+from programs import program
 from project import installation, library
 from service import DEADLINE, PROJECT, Service, eventually
 

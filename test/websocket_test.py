@@ -3,19 +3,19 @@
 import asyncio
 import contextlib
 import json
-import socket
 from collections.abc import AsyncIterator
 
 import pytest
 import websockets
-from service import DEADLINE, RecordingBackend, Service, eventually
+from faults import tell, upgraded
+from service import DEADLINE, RecordingBackend, Service, eventually, withhold
 from tornado.web import RequestHandler
+from wire import handshake
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
 APP = "--allowed_origins=https://app.example.com"
 APPS = "--allowed_origins=https://*.example.com"
-KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 
 
 @contextlib.asynccontextmanager
@@ -35,61 +35,9 @@ async def refusal(url: str, **options: object) -> websockets.Response:
     return error.value.response
 
 
-async def raw_handshake(url: str, *changes: str, method: str = "GET") -> str:
-    """Status line and headers that a handwritten handshake gets."""
-    host, port = url.removeprefix("ws://").removesuffix("/ws").split(":")
-    headers = {
-        "Host": f"{host}:{port}",
-        "Upgrade": "websocket",
-        "Connection": "Upgrade",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": KEY,
-    }
-    for change in changes:
-        name, _, value = change.partition(": ")
-        headers[name] = value
-    lines = [f"{method} /ws HTTP/1.1"]
-    lines += [f"{name}: {value}" for name, value in headers.items() if value]
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
-    answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), DEADLINE)
-    writer.close()
-    return answer.decode("latin-1")
-
-
-@pytest.mark.parametrize(
-    ("changes", "method", "status"),
-    [
-        ((), "GET", 101),
-        (("Connection: keep-alive, Upgrade",), "GET", 101),
-        ((), "POST", 405),
-        (("Upgrade: ",), "GET", 426),
-        (("Connection: keep-alive",), "GET", 426),
-        (("Sec-WebSocket-Version: 8",), "GET", 426),
-        (("Sec-WebSocket-Key: ",), "GET", 400),
-        (("Sec-WebSocket-Key: c2hvcnQ=",), "GET", 400),
-        (("Sec-WebSocket-Key: not base64 at all!!!",), "GET", 400),
-        (("Origin: http://evil.example",), "GET", 403),
-        (("Origin: null",), "GET", 403),
-    ],
-)
-async def test_handshake_gets_the_status_of_the_rfc(io_loop, changes, method, status):
-    """Each flaw of a handshake has its status, and the backend is not asked."""
-    async with relay("message", "connect") as (service, backend):
-        answer = await raw_handshake(service.ws_url, *changes, method=method)
-        assert answer.startswith(f"HTTP/1.1 {status} ")
-        if status == 101:
-            assert "Sec-Websocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in answer
-        else:
-            assert backend.of("connect") == []
-        if status == 426 and "8" in changes[0]:
-            assert "Sec-Websocket-Version: 13" in answer
-
-
 @pytest.mark.parametrize(
     ("flags", "origin", "status"),
     [
-        ((), "same", 101),
         ((), "http://other.example", 403),
         ((APP,), "https://app.example.com", 101),
         ((APP,), "http://app.example.com", 403),
@@ -98,17 +46,14 @@ async def test_handshake_gets_the_status_of_the_rfc(io_loop, changes, method, st
         ((APPS,), "https://evilexample.com", 403),
         (("--allowed_origins=*",), "null", 101),
         (("--require_origin",), None, 403),
-        ((), None, 101),
     ],
 )
 async def test_origin(io_loop, flags, origin, status):
     """Pages of other origins connect only where an option says so."""
     async with Service(*flags) as service:
-        if origin == "same":
-            origin = service.callback_url
-        changes = [] if origin is None else [f"Origin: {origin}"]
-        answer = await raw_handshake(service.ws_url, *changes)
-        assert answer.startswith(f"HTTP/1.1 {status} ")
+        request = handshake(*([] if origin is None else [f"Origin: {origin}"]))
+        heard = await tell(service.ws_url, request, answers=1)
+        assert heard.statuses == [status]
 
 
 async def test_nothing_but_ws_and_livez_for_clients(io_loop):
@@ -220,14 +165,7 @@ async def test_disconnect_event_is_the_contract_s(io_loop):
 async def test_close_without_a_code(io_loop, last_words, code):
     """An empty close frame is reported as 1005, none at all as 1006."""
     async with relay("message", "disconnect") as (service, backend):
-        host, port = service.ws_url[5:-3].split(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(
-            f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
-            f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            f"Sec-WebSocket-Key: {KEY}\r\n\r\n".encode()
-        )
-        await reader.readuntil(b"\r\n\r\n")
+        _, writer = await upgraded(service.ws_url)
         writer.write(last_words)
         writer.close()
         (event,) = await backend.wait_for("disconnect", 1)
@@ -309,13 +247,8 @@ async def test_lost_verdict_is_503_and_a_farewell(io_loop, how):
 
 async def test_client_that_leaves_mid_verdict_leaves_nothing(io_loop):
     """A client gone before the 101 is told as 1006, and is not listed."""
-    release = asyncio.Event()
-
-    async def hold(handler: RequestHandler, event: dict) -> None:
-        await release.wait()
-
     async with relay() as (service, backend):
-        backend.answers["connect"] = hold
+        release = withhold(backend, "connect")
         connecting = asyncio.ensure_future(websockets.connect(service.ws_url))
         (event,) = await backend.wait_for("connect", 1)
         url = event["meta"]["send"].removesuffix("/send")
@@ -330,47 +263,6 @@ async def test_client_that_leaves_mid_verdict_leaves_nothing(io_loop):
         assert (await backend.call(url, "GET")).code == 410
 
 
-@pytest.mark.parametrize(
-    ("frame", "code"),
-    [
-        (b"\x81\x01x", 1002),  # not masked
-        (b"\xc1\x80\0\0\0\0", 1002),  # RSV1 without an extension
-        (b"\xa1\x80\0\0\0\0", 1002),  # RSV2
-        (b"\x83\x80\0\0\0\0", 1002),  # opcode 3
-        (b"\x8b\x80\0\0\0\0", 1002),  # opcode 11
-        (b"\x80\x80\0\0\0\0", 1002),  # continues nothing
-        (b"\x09\x80\0\0\0\0", 1002),  # fragmented ping
-        (b"\x89\xfe\x00\x7e" + bytes(4 + 126), 1002),  # ping of 126 bytes
-        (b"\x01\x80\0\0\0\0\x81\x80\0\0\0\0", 1002),  # two beginnings
-        (b"\x81\x81\0\0\0\0\xff", 1007),  # not UTF-8
-        (b"\x01\x81\0\0\0\0\xff", 1007),  # not UTF-8, seen before the end
-        (b"\x88\x82\0\0\0\0\x03\xed", 1002),  # close code 1005
-        (b"\x88\x82\0\0\0\0\x00\x00", 1002),  # close code 0
-        (b"\x88\x81\0\0\0\0\x03", 1002),  # half a close code
-        (b"\x88\x83\0\0\0\0\x03\xe8\xff", 1007),  # reason not UTF-8
-        (b"\x82\xff\x00\x00\x00\x00\x00\x40\x00\x01", 1009),  # 4 MiB and a byte
-    ],
-)
-async def test_bad_frame_gets_its_close_code(io_loop, frame, code):
-    """A violation is answered with a close frame, then the connection ends."""
-    async with relay("message", "disconnect") as (service, backend):
-        host, port = service.ws_url[5:-3].split(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(
-            f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
-            f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            f"Sec-WebSocket-Key: {KEY}\r\n\r\n".encode()
-        )
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(frame)
-        answer = await asyncio.wait_for(reader.read(), DEADLINE)
-        assert answer[0] == 0x88
-        assert int.from_bytes(answer[2:4]) == code
-        writer.close()
-        (event,) = await backend.wait_for("disconnect", 1)
-        assert (event["meta"]["code"], event["meta"]["initiator"]) == (code, "relay")
-
-
 async def test_pings_are_answered(io_loop):
     """A client's ping comes back with its payload."""
     async with Service() as service:
@@ -383,13 +275,7 @@ async def test_vanished_peer_is_found_by_ping(io_loop):
     async with relay(
         "message", "disconnect", flags=("--ping_interval=0.3", "--ping_timeout=0.3")
     ) as (service, backend):
-        host, port = service.ws_url[5:-3].split(":")
-        silent = socket.create_connection((host, int(port)))
-        silent.sendall(
-            f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
-            f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            f"Sec-WebSocket-Key: {KEY}\r\n\r\n".encode()
-        )
+        _, silent = await upgraded(service.ws_url)
         async with websockets.connect(service.ws_url) as alive:
             (event,) = await backend.wait_for("disconnect", 1)
             await alive.send("still here")
@@ -419,16 +305,6 @@ async def test_compression_is_agreed_on_only_where_it_is_on(io_loop):
                 assert await ws.recv() == "one two"
 
 
-async def test_compression_bomb_is_stopped(io_loop):
-    """What is too large once decompressed closes with 1009."""
-    async with Service("--compression", "--max_message_size=100000") as service:
-        async with websockets.connect(service.ws_url, compression="deflate") as client:
-            await client.send("x" * 10_000_000)
-            with pytest.raises(websockets.ConnectionClosed):
-                await client.recv()
-            assert client.close_code == 1009
-
-
 async def test_drain_closes_with_1001_and_tells_of_each(io_loop):
     """SIGTERM: every client sees 1001, every disconnect arrives, exit status 0."""
     async with RecordingBackend() as backend:
@@ -449,19 +325,12 @@ async def test_visits_lose_nothing(io_loop):
     """2,000 clients connect, send one message and leave: all of it arrives."""
     visits = 2000
     async with relay("message", "disconnect") as (service, backend):
-        host, port = service.ws_url[5:-3].split(":")
         room = asyncio.Semaphore(200)
 
         async def visit(number: int) -> None:
             payload = b"%06d" % number
             async with room:
-                reader, writer = await asyncio.open_connection(host, int(port))
-                writer.write(
-                    f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
-                    f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-                    f"Sec-WebSocket-Key: {KEY}\r\n\r\n".encode()
-                )
-                await reader.readuntil(b"\r\n\r\n")
+                _, writer = await upgraded(service.ws_url)
                 writer.write(
                     b"\x82\x86\0\0\0\0" + payload + b"\x88\x82\0\0\0\0\x03\xe8"
                 )

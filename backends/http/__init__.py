@@ -169,7 +169,7 @@ class HTTPBackend(Backend):
                 "connect",
                 connection.id,
                 target,
-                self._events.connect(connection.id, handshake, connection.trace),
+                self._events.connect(connection.id, handshake),
                 self._handshake_timeout,
                 keep=True,
             )
@@ -245,6 +245,7 @@ class HTTPBackend(Backend):
             )
         except BackendError:
             if not self._deliveries.closing:  # else the next start tells
+                self._observer.given_up(event.id)
                 self._observer.ended("disconnect", connection_id, "failed")
             raise
         if refused is None:
@@ -341,7 +342,8 @@ class HTTPBackend(Backend):
                 if self._deliveries.closing:
                     return
                 logger.error(
-                    "connection %s: disconnect not told: %s", connection_id, error
+                    "connection %s: disconnect not told: %s", connection_id, error,
+                    extra={"event": "untold", "connection_id": connection_id},
                 )
             journal.remove(connection_id)
 
@@ -371,7 +373,8 @@ class HTTPBackend(Backend):
                 # The backend may have cleaned up before that message came.
                 await self._tell(connection, closure, delivery)
         except BackendError as error:
-            logger.error("connection %s: disconnect not told: %s", connection.id, error)
+            logger.error("connection %s: disconnect not told: %s", connection.id, error,
+                         extra={"event": "untold", "connection_id": connection.id})
         finally:
             delivery.end()
             self._by_id.pop(connection.id, None)
@@ -384,7 +387,10 @@ class HTTPBackend(Backend):
     def condition(self) -> Condition:
         """Away while the breaker is open."""
         return Condition(
-            self._breaker.open_for(), self._deliveries.held, self._client.open
+            self._breaker.open_for(),
+            self._breaker.untried,
+            self._deliveries.held,
+            self._client.open,
         )
 
     def reload(self) -> None:
@@ -440,6 +446,8 @@ class HTTPBackend(Backend):
                 attempt_outcome(outcome),
                 answer.status if answer is not None else None,
                 loop.time() - began,
+                str(target),
+                event.trace,
             )
         )
         if isinstance(outcome, BackendError):

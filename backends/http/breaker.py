@@ -63,6 +63,11 @@ class Breaker:
         """Seconds since it opened; None while it is closed."""
         return self._loop.time() - self.opened_at if self.open else None
 
+    @property
+    def untried(self) -> bool:
+        """Whether a probe may go, and nobody is in line to send it."""
+        return self.open and self._permit
+
     def take(self) -> bool:
         """Whether an attempt may go now: always while closed, once per probe."""
         if not self.open:
@@ -120,14 +125,15 @@ class Breaker:
         )
 
     def _open(self, now: float) -> None:
-        logger.error("the backend is away: probing")
+        logger.error("the backend is away: probing", extra={"event": "away"})
         self.open, self.opened_at = True, now
         self._between = self._tripping.first_probe
         self._schedule_probe()
 
     def _close(self) -> None:
         now = self._loop.time()
-        logger.warning("the backend is back after %.1f s", now - self.opened_at)
+        logger.warning("the backend is back after %.1f s", now - self.opened_at,
+                       extra={"event": "back"})
         self.open = self._permit = False
         self._buckets.clear()
         if self._probe_timer is not None:

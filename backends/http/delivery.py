@@ -118,6 +118,7 @@ class Deliveries:
         self.events = events
         self.breaker = breaker
         self.target = target
+        self.url = str(target)
         self.patience = patience
         self.closing = False
         self.held = self.held_bytes = 0  # of overdue messages, in case that they fail
@@ -353,6 +354,8 @@ class Delivery:
                 outcome,
                 status,
                 self._deliveries.loop.time() - request.began_at,
+                self._deliveries.url,
+                event.trace,
             )
         )
 
@@ -368,6 +371,7 @@ class Delivery:
                 self._connection.id,
                 request.number,
                 status,
+                extra={"connection_id": self._connection.id, "status": status},
             )
         if request.number > self._answered:
             self._answered = request.number
@@ -392,6 +396,7 @@ class Delivery:
             self._connection.id,
             request.number,
             error,
+            extra={"connection_id": self._connection.id},
         )
         if now >= deadline:
             self._give_up(error)
@@ -404,6 +409,9 @@ class Delivery:
 
     def _give_up(self, error: BackendError) -> None:
         messages = len(self._backlog)
+        for request in self._backlog:
+            if request.attempts:
+                self._deliveries.observer.given_up(request.event.id)
         self._backlog.clear()
         self._deliveries.breaker.leave(self._pump)
         self._not_before = float("-inf")

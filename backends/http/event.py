@@ -6,6 +6,7 @@ Shapes and headers are the contract's; `backends.http.client` sends the bytes.
 import base64
 import random
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import orjson
@@ -16,11 +17,15 @@ from backends.http.signature import Signer
 
 
 class Event(NamedTuple):
-    """One event: its webhook-id, its JSON body, its trace; the same on each attempt."""
+    """One event, the same on each attempt: its webhook-id, its JSON body, its span.
+
+    `trace` is what that span belongs to, where there is something.
+    """
 
     id: str
     body: bytes
     traceparent: str
+    trace: TraceContext | None
 
 
 class EventWriter:
@@ -28,6 +33,7 @@ class EventWriter:
 
     def __init__(self, relay: Relay) -> None:
         self._callback_url = relay.callback_url
+        self._sample = relay.sample
         self._instance = relay.instance
         # Within, and with, the quotes of JSON.
         self._quoted_url = orjson.dumps(f"{relay.callback_url}").decode()[1:-1]
@@ -52,9 +58,7 @@ class EventWriter:
             "instance": self._instance,
         }
 
-    def connect(
-        self, connection_id: str, handshake: Handshake, trace: TraceContext | None
-    ) -> Event:
+    def connect(self, connection_id: str, handshake: Handshake) -> Event:
         """Asks for a verdict."""
         meta = self.meta(connection_id)
         meta["headers"] = dict(handshake.headers)
@@ -62,9 +66,8 @@ class EventWriter:
         meta["query"] = handshake.query
         meta["remote_ip"] = handshake.remote_ip
         meta["subprotocols"] = list(handshake.subprotocols)
-        return Event(
-            f"{connection_id}-connect", orjson.dumps({"meta": meta}), traceparent(trace)
-        )
+        body = orjson.dumps({"meta": meta})
+        return self._event(f"{connection_id}-connect", body, handshake.trace)
 
     def message(
         self,
@@ -92,7 +95,7 @@ class EventWriter:
             f'"message_id":"{message_id}","type":{rest}}}'
         )
         body = orjson.dumps({"meta": orjson.Fragment(meta), "message": text})
-        return Event(message_id, body, traceparent(trace))
+        return self._event(message_id, body, trace)
 
     def disconnect(
         self,
@@ -115,9 +118,10 @@ class EventWriter:
             "refused": refused,
         }
         event = {"connection_id": connection_id, "meta": meta}
-        return Event(
-            f"{connection_id}-disconnect", orjson.dumps(event), traceparent(trace)
-        )
+        return self._event(f"{connection_id}-disconnect", orjson.dumps(event), trace)
+
+    def _event(self, event_id: str, body: bytes, trace: TraceContext | None) -> Event:
+        return Event(event_id, body, traceparent(trace, self._sample), trace)
 
     def request(self, target: Target, event: Event) -> bytes:
         """One attempt to deliver `event`, of now."""
@@ -152,13 +156,17 @@ class EventWriter:
         return head
 
 
-def traceparent(trace: TraceContext | None) -> str:
-    """A new span of `trace`, or of a new one that nobody records (W3C, level 2).
+def traceparent(
+    trace: TraceContext | None, sample: Callable[[str], bool] | None = None
+) -> str:
+    """A new span of `trace`, or of a new one (W3C Trace Context, level 2).
 
-    Not of the system's randomness, which is a call of it for each message: these
-    ids are to differ, not to be secret.
+    A new one is recorded where `sample` says so of its id. Not of the system's
+    randomness, which is a call of it for each message: these ids are to differ,
+    not to be secret.
     """
     if trace is not None:
         return f"00-{trace.trace_id}-{random.randbytes(8).hex()}-{trace.flags}"
     ids = random.randbytes(24).hex()
-    return f"00-{ids[:32]}-{ids[32:]}-00"
+    flags = "01" if sample is not None and sample(ids[:32]) else "00"
+    return f"00-{ids[:32]}-{ids[32:]}-{flags}"

@@ -1,0 +1,151 @@
+/** One connection: what is known of it, its events, sending to it and closing it. */
+
+import { ask, post } from "./api.js";
+import { Tail } from "./tail.js";
+import { by, bytes, count, duration, fromHex, make, write } from "./text.js";
+
+const REFRESH = 2000; // ms
+const MOST = 200; // rows
+
+export class One {
+  /**
+   * @param {import("./live.js").Live} live
+   * @param {(id: string | null) => void} follow asks for all events of a connection
+   */
+  constructor(live, follow) {
+    this.live = live;
+    this.follow = follow;
+    this.dialog = by("one");
+    this.tail = new Tail(by("one-tail"), MOST);
+    this.id = "";
+    this.timer = 0;
+    this.mayShowBodies = false;
+    this.shownOfBody = 0;
+    live.addEventListener("hello", ({ detail }) => {
+      this.mayShowBodies = detail.bodies;
+      this.shownOfBody = detail.shown_of_body;
+      this.sayBodies(false);
+    });
+    live.addEventListener("events", ({ detail }) => {
+      if (this.dialog.open) {
+        this.tail.add(detail.events.filter((/** @type {any} */ event) => event.id === this.id));
+      }
+    });
+    by("one-leave").addEventListener("click", () => this.dialog.close());
+    this.dialog.addEventListener("close", () => this.leave());
+    by("one-send").addEventListener("submit", (/** @type {Event} */ event) => this.act(event, () => this.send()));
+    by("one-close").addEventListener("submit", (/** @type {Event} */ event) => this.act(event, () => this.close()));
+    by("bodies").addEventListener("click", () => this.turnBodies());
+  }
+
+  /** @param {string} id */
+  open(id) {
+    this.id = id;
+    write(by("one-heading"), `Connection ${id.slice(0, 8)}`);
+    by("one-facts").replaceChildren();
+    write(by("one-answer"), "");
+    this.tail.clear();
+    this.sayBodies(false);
+    this.follow(id);
+    if (!this.dialog.open) this.dialog.showModal();
+    this.refresh();
+  }
+
+  leave() {
+    clearTimeout(this.timer);
+    this.tail.clear();
+    if (this.areBodiesOn) this.live.wish({ bodies: null });
+    this.sayBodies(false);
+    this.follow(null);
+  }
+
+  async refresh() {
+    clearTimeout(this.timer);
+    const { id } = this;
+    try {
+      const answer = await ask(`console/connections?limit=1&search=${id}`);
+      const { connections, now } = await answer.json();
+      if (id !== this.id || !this.dialog.open) return;
+      this.show(connections[0], Date.parse(now));
+    } catch {
+      // The page says that the relay is away, and this is tried again.
+    }
+    if (this.dialog.open) this.timer = setTimeout(() => this.refresh(), REFRESH);
+  }
+
+  /** @param {any} connection undefined where it is closed @param {number} now in ms */
+  show(connection, now) {
+    const facts = connection
+      ? {
+          State: connection.state,
+          Address: connection.remote_ip,
+          Client: connection.user_agent || "–",
+          Subprotocol: connection.subprotocol ?? "none",
+          Age: duration((now - Date.parse(connection.connected_at)) / 1000),
+          "From the client": `${count(connection.messages_in)} messages, ${bytes(connection.bytes_in)}`,
+          "To the client": `${count(connection.messages_out)} messages, ${bytes(connection.bytes_out)}`,
+          Id: this.id,
+        }
+      : { State: "closed", Id: this.id };
+    const list = by("one-facts");
+    const names = Array.from(list.querySelectorAll("dt"), (dt) => dt.textContent);
+    if (names.join() !== Object.keys(facts).join()) {
+      list.replaceChildren(
+        ...Object.keys(facts).map((name) => make("div", {}, make("dt", { textContent: name }), make("dd"))),
+      );
+    }
+    const cells = list.querySelectorAll("dd");
+    Object.values(facts).forEach((text, number) => write(cells[number], text));
+    cells[cells.length - 1].className = "mono";
+  }
+
+  /** @param {Event} event @param {() => Promise<string>} action */
+  async act(event, action) {
+    event.preventDefault();
+    try {
+      write(by("one-answer"), await action());
+    } catch (error) {
+      write(by("one-answer"), error.message);
+    }
+    this.refresh();
+  }
+
+  async send() {
+    const type = by("one-type").value;
+    const body = type === "text" ? by("one-frame").value : fromHex(by("one-frame").value);
+    await ask(`console/connections/${this.id}/send?type=${type}`, { method: "POST", body });
+    by("one-frame").value = "";
+    return "The frame was sent.";
+  }
+
+  async close() {
+    const code = Number(by("code").value);
+    await post(`console/connections/${this.id}/close`, { code, reason: by("reason").value });
+    return `Closed with ${code}.`;
+  }
+
+  async turnBodies() {
+    const isOn = !this.areBodiesOn;
+    const isTold = await this.live.wish({ bodies: isOn ? this.id : null });
+    this.sayBodies(isOn && isTold);
+  }
+
+  /** @param {boolean} isOn */
+  sayBodies(isOn) {
+    this.areBodiesOn = isOn;
+    const button = by("bodies");
+    button.disabled = !this.mayShowBodies;
+    button.setAttribute("aria-pressed", String(isOn));
+    write(button, isOn ? "Hide bodies" : "Show bodies");
+    const state = by("bodies-state");
+    state.className = isOn ? "notice" : "line-text";
+    write(
+      state,
+      !this.mayShowBodies
+        ? "This relay shows no bodies (--console_bodies=off)."
+        : isOn
+          ? `Bodies of this connection's messages are shown from now on, the first ${count(this.shownOfBody)} characters or bytes of each. They are not kept.`
+          : "Bodies of messages are not shown.",
+    );
+  }
+}

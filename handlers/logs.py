@@ -1,0 +1,414 @@
+"""The log: lines for people on a terminal, lines of JSON for programs.
+
+`socketdock.py` makes a `Log` of the options. All others write to a logger of the
+standard library, and name in `extra` what a program may look for: `event`,
+`connection_id`, `code`. What repeats itself is counted (`handlers.repeats`).
+"""
+
+import importlib
+import json
+import logging
+import logging.config
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from io import TextIOWrapper
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Any, TextIO
+
+import orjson
+from tornado.log import LogFormatter, enable_pretty_logging
+from tornado.options import Error as OptionError
+from tornado.options import define
+
+from handlers.repeats import Repeats
+
+logger = logging.getLogger(__name__)
+
+define("log_format", default="auto", metavar="FORMAT",
+       help="text, json, or auto: text on a terminal, JSON lines elsewhere")
+define("log_config", type=str, metavar="PATH",
+       help="file for Python's logging.config, in JSON or YAML, in place of the "
+            "other options of the log but --logging")
+
+MAX_LINE = 16 * 1024  # bytes; Docker and containerd cut longer ones in pieces
+UNFILLED = " (can't be filled in)"  # behind a message with the wrong arguments
+SILENT = logging.CRITICAL + 1  # the level of `none`
+
+# What every record has, and what is not for others; the rest is of its line alone.
+NO_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {
+    "_told", "asctime", "color", "end_color", "message", "taskName",
+    "time", "level", "logger", "exception",
+}
+LEVELS = {
+    number: logging.getLevelName(number).lower()
+    for number in (
+        logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL
+    )
+} | {SILENT: "none"}
+
+_ExcInfo = (
+    tuple[type[BaseException], BaseException, TracebackType | None]
+    | tuple[None, None, None]
+)
+
+
+class JSONFormatter(logging.Formatter):
+    """One JSON object for each record, in one line of at most `MAX_LINE` bytes.
+
+    `time` (RFC 3339, UTC), `level`, `logger` and `message`, then what the record
+    has of its own, and `exception`, a traceback in one string.
+    """
+
+    _second = -1
+    _stamp = ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        created = record.created
+        second = int(created)
+        if second != self._second:
+            self._second = second
+            self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        fields: dict[str, Any] = {
+            "time": f"{self._stamp}.{int((created - second) * 1000):03d}Z",
+            "level": _level_name(record.levelno),
+            "logger": record.name,
+            "message": _message(record),
+        }
+        own = record.__dict__
+        if NO_FIELDS.isdisjoint(own):  # a record of ours
+            fields.update(own)
+        else:
+            for name, value in own.items():
+                if name not in NO_FIELDS:
+                    fields[name] = value
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        line = _dumped(fields)
+        if len(line) > MAX_LINE:
+            line = _fitting(fields)
+        return line.decode()
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except Exception:  # of whatever is shown in it
+        return f"{record.msg}{UNFILLED}"
+
+
+def _dumped(fields: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(fields, default=str)
+    except TypeError:  # half a surrogate, say, or too large a number
+        return orjson.dumps({name: _text(value) for name, value in fields.items()})
+
+
+def _text(value: Any) -> str:
+    return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def _fitting(fields: Mapping[str, Any]) -> bytes:
+    """With its texts cut so that it is no longer than a line may be."""
+    longest = MAX_LINE
+    while longest > 32:
+        longest //= 2
+        line = _dumped({name: _cut(value, longest) for name, value in fields.items()})
+        if len(line) <= MAX_LINE:
+            return line
+    standing = ("time", "level", "logger", "message")
+    return _dumped({name: _cut(fields[name], longest) for name in standing})
+
+
+def _cut(value: Any, longest: int) -> Any:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = value if isinstance(value, str) else _text(value)
+    if len(text) <= longest:
+        return text
+    # A traceback's end says what it was.
+    return f"{text[: longest // 2]} ... {text[-(longest // 2) :]}"
+
+
+class TextFormatter(LogFormatter):
+    """Tornado's lines, in colours on a terminal; only tracebacks take several.
+
+    What can't be printed is escaped, so that no peer's bytes get to a terminal.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = _message(record)
+        if (
+            not message.isprintable()
+            or len(message) > MAX_LINE
+            or message.endswith(UNFILLED)
+        ):
+            record = logging.makeLogRecord(record.__dict__)
+            record.msg, record.args = _printable(message), None
+        return super().format(record)
+
+    def formatException(self, ei: _ExcInfo) -> str:
+        return _printable(super().formatException(ei), kept="\n")
+
+
+def _printable(text: str, kept: str = "") -> str:
+    """With all but `kept` escaped that is not, and no longer than a line may be."""
+    escaped = "".join(
+        c if c.isprintable() or c in kept else ascii(c)[1:-1]
+        for c in _cut(text, MAX_LINE)
+    )
+    shortened: str = _cut(escaped, MAX_LINE)
+    return shortened
+
+
+class _Record(logging.LogRecord):
+    """A record with no more than `JSONFormatter` shows, at half the price.
+
+    That is, without file, line, thread and process. What all have is in slots, so
+    that its `__dict__` is what its line has of its own.
+    """
+
+    __slots__ = ("args", "created", "exc_info", "levelno", "msg", "name")
+
+    levelname = pathname = filename = module = funcName = ""
+    threadName = processName = exc_text = stack_info = None
+    lineno = thread = process = 0
+    msecs = relativeCreated = 0.0
+
+    def __init__(
+        self,
+        name: str,
+        level: int,
+        pathname: str,
+        lineno: int,
+        msg: object,
+        args: Any,
+        exc_info: Any,
+        func: str | None = None,
+        sinfo: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args and len(args) == 1 and isinstance(args[0], Mapping) and args[0]:
+            args = args[0]  # as `logging` has it
+        self.name = name
+        self.levelno = level
+        self.msg = msg
+        self.args = args
+        self.exc_info = exc_info
+        self.created = time.time()
+
+
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes each line at once; where nobody can read it, it is lost."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.stream.write(f"{self.format(record)}\n")  # buffered by line
+        except Exception:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """There is no other place to tell of it."""
+
+
+
+class Log:
+    """Where the lines go, from which level on, and what they look like.
+
+    `settings` gives what the level is set to, as pairs of a place and a level, of
+    which the last one counts; `reload()` asks it again. Lines go to `channels`,
+    and to stderr where `to_stderr`. With `config`, the path of a file for
+    `logging.config`, they go where that says. Raises `OptionError`.
+    """
+
+    def __init__(
+        self,
+        settings: Callable[[], Sequence[tuple[str, str]]],
+        format_name: str = "auto",
+        channels: Sequence[logging.Handler] = (),
+        to_stderr: bool = True,
+        config: str | None = None,
+    ) -> None:
+        self._settings = settings
+        self._path = config
+        self._config: dict[str, Any] | None = None
+        self._repeats = Repeats()
+        if config is None:
+            _write_to([*channels, *[StderrHandler()] * to_stderr], format_name)
+        self._apply()
+        self._count_repeats()
+        logging.captureWarnings(True)
+        logging.getLogger("tornado.general").addFilter(hush_peers)
+
+    def _apply(self) -> Sequence[tuple[str, str]]:
+        settings = self._settings()
+        config = read_log_config(self._path) if self._path is not None else None
+        before = logging.root.level
+        logging.root.setLevel(logging.INFO)  # where nobody says anything else
+        if config is not None:
+            try:
+                self._configure(config)
+            except OptionError:
+                logging.root.setLevel(before)
+                raise
+        if settings:
+            _, level = settings[-1]
+            logging.root.setLevel(getattr(logging, level.upper(), SILENT))
+        return settings
+
+    def _configure(self, config: dict[str, Any]) -> None:
+        try:
+            logging.config.dictConfig(config)
+        except Exception as error:  # of whatever class the file names
+            if self._config is not None:
+                logging.config.dictConfig(self._config)
+                self._count_repeats()
+            raise OptionError(f"--log_config: {self._path}: {_why(error)}") from None
+        self._config = config
+
+    def _count_repeats(self) -> None:
+        for each in (logging.root, *logging.root.manager.loggerDict.values()):
+            for handler in getattr(each, "handlers", ()):
+                handler.addFilter(self._repeats)
+
+    def reload(self) -> None:
+        """Read the level again, and the file for `logging.config`.
+
+        Raises `OptionError`, and all stays as it was.
+        """
+        before = logging.root.level
+        settings = self._apply()
+        self._count_repeats()
+        after = logging.root.level
+        if after != before:
+            logging.root.setLevel(min(before, after))  # so that it is told
+            logger.info("level %s, before %s", _level_name(after), _level_name(before))
+            logging.root.setLevel(after)
+        if settings:
+            *others, (place, level) = settings
+            for other, unheard in others:
+                if unheard.lower() != level.lower() and other != place:
+                    logger.info(
+                        "%s says %s, and is not heard: %s says %s",
+                        other, unheard, place, level,
+                    )
+
+    def begin(self) -> None:
+        """From now on a loop runs, by which repeats are summed up."""
+        self._repeats.begin()
+
+    def close(self) -> None:
+        """Tell what was only counted so far."""
+        self._repeats.close()
+
+
+def _write_to(handlers: Sequence[logging.Handler], format_name: str) -> None:
+    formats = set()
+    for handler in handlers:
+        on_terminal = _is_terminal(handler)
+        name = format_name
+        if name == "auto":
+            name = "text" if on_terminal else "json"
+        formats.add(name)
+        handler.setFormatter(
+            JSONFormatter() if name == "json" else TextFormatter(color=on_terminal)
+        )
+    if "json" in formats and isinstance(sys.stderr, TextIOWrapper):
+        sys.stderr.reconfigure(encoding="utf-8")  # whatever the locale
+    if formats == {"json"}:
+        logging.setLogRecordFactory(_Record)
+        logging._srcfile = None  # who called stands in no line, and is dear to know
+    # Where there is none at all, `logging` has one of its own.
+    logging.root.handlers[:] = handlers or [logging.NullHandler()]
+
+
+def _is_terminal(handler: logging.Handler) -> bool:
+    stream = getattr(handler, "stream", None)
+    return stream is not None and bool(stream.isatty())
+
+
+def _level_name(level: int) -> str:
+    return LEVELS.get(level) or str(logging.getLevelName(level)).lower()
+
+
+def file_channels(settings: Mapping[str, Any]) -> list[logging.Handler]:
+    """Tornado's log file, by the values of its `log_file_*` and `log_rotate_*`.
+
+    Raises `OptionError` where it can't be opened.
+    """
+    owner = logging.Logger("")
+    try:
+        enable_pretty_logging(
+            SimpleNamespace(**settings, logging="info", log_to_stderr=False), owner
+        )
+    except (OSError, ValueError) as error:
+        raise OptionError(f"can't log as --log_* say: {error}") from None
+    return owner.handlers
+
+
+def read_log_config(path: str) -> dict[str, Any]:
+    """What a file for `logging.config` says, in JSON or YAML. Raises `OptionError`."""
+    where = f"--log_config: {path}"
+    try:
+        text = Path(path).read_text("utf-8")
+    except OSError as error:
+        raise OptionError(f"{where}: {error.strerror}") from None
+    except ValueError:
+        raise OptionError(f"{where} is not UTF-8") from None
+    kind = Path(path).suffix.lower()
+    if kind == ".json" or (
+        kind not in (".yaml", ".yml") and text.lstrip().startswith("{")
+    ):
+        config = _of_json(text, where)
+    else:
+        config = _of_yaml(text, where)
+    if not isinstance(config, dict):
+        raise OptionError(f"{where} holds no names and values")
+    # Those of every module would be, that is, all.
+    config.setdefault("disable_existing_loggers", False)
+    return config
+
+
+def _of_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{where} is not JSON: {_why(error)}") from None
+
+
+def _of_yaml(text: str, where: str) -> Any:
+    try:
+        yaml = importlib.import_module("yaml")
+    except ImportError:
+        raise OptionError(
+            f"{where}: YAML needs PyYAML, which socketdock[yaml] brings; JSON does not"
+        ) from None
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise OptionError(f"{where} is not YAML: {_why(error)}") from None
+
+
+def _why(error: BaseException) -> str:
+    """In one line, with what is behind it."""
+    parts = [error] if error.__cause__ is None else [error, error.__cause__]
+    text = ": ".join(str(part) or type(part).__name__ for part in parts)
+    return " ".join(text.split())
+
+
+def hush_peers(record: logging.LogRecord) -> bool:
+    """A filter of Tornado's log: what peers do wrong is told at `debug` only.
+
+    Not in their words, either: Tornado quotes header values of malformed requests.
+    """
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            type(value).__name__ if isinstance(value, Exception) else value
+            for value in record.args
+        )
+    own = logging.getLogger(record.name)
+    return record.levelno >= logging.ERROR or own.isEnabledFor(logging.DEBUG)

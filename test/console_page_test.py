@@ -1,0 +1,742 @@
+"""The console's page in Chromium: what a person sees, and can do with it."""
+
+import asyncio
+import contextlib
+import os
+import re
+import resource
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import websockets
+from certificates import Authority
+from playwright.async_api import Browser, Page, async_playwright, expect
+from programs import program
+from service import DEADLINE, RecordingBackend, Service
+from tornado.ioloop import IOLoop
+from tornado.web import RequestHandler
+from wire import handshake
+
+# How long the page is watched under load; `make soak` has five minutes of it.
+LOAD_SECONDS = float(os.environ.get("CONSOLE_SECONDS", "45"))
+MESSAGES_PER_SECOND = 300
+CROWD = 10_000  # connections
+
+pytestmark = pytest.mark.gen_test(timeout=60 + LOAD_SECONDS)
+
+TOKEN = "a-token-of-the-console-0123"
+PHONE = {"width": 360, "height": 740}
+
+
+@pytest.fixture(scope="module")
+def io_loop(module_io_loop: IOLoop) -> IOLoop:
+    """One loop for all tests: they share a browser."""
+    return module_io_loop
+
+
+@pytest.fixture(scope="module")
+def browser(io_loop, shared) -> Browser:
+    """Debian's Chromium; each test has a context of its own in it."""
+    path = program("chromium", "chromium", "chromium-browser", "google-chrome")
+
+    async def begin() -> Browser:
+        playwright = await shared.enter_async_context(async_playwright())
+        return await playwright.chromium.launch(
+            executable_path=path,
+            # No sandbox can be had by root, nor in most containers.
+            args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                  "--no-proxy-server", "--enable-precise-memory-info"],
+        )
+
+    return io_loop.run_sync(begin, timeout=60)
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    browser: Browser, service: Service, *expected: str, **options: Any
+) -> AsyncIterator[Page]:
+    """The console in a browser, live.
+
+    What the browser complains of must be `expected`, or nothing at all: errors of
+    scripts, requests that fail, and breaches of the policy.
+    """
+    context = await browser.new_context(**options)
+    complaints: list[str] = []
+    page = await context.new_page()
+    page.set_default_timeout(DEADLINE * 1000)
+    expect.set_options(timeout=DEADLINE * 1000)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on(
+        "console",
+        lambda message: complaints.append(message.text)
+        if message.type in ("error", "warning")
+        else None,
+    )
+    await page.goto(f"{service.callback_url}/")
+    try:
+        yield page
+    finally:
+        await context.close()
+    unexpected = [
+        complaint
+        for complaint in complaints
+        if not any(text in complaint for text in expected)
+    ]
+    assert not unexpected
+
+
+async def is_live(page: Page) -> None:
+    await expect(page.get_by_role("status").first).to_have_text("Live")
+
+
+def state_of_playground(page: Page) -> Any:
+    return page.locator("#playground-state")
+
+
+async def connect(page: Page) -> None:
+    """In the playground."""
+    await page.get_by_role("button", name="Connect", exact=True).click()
+    await expect(state_of_playground(page)).to_have_text(re.compile(r"^Connected"))
+
+
+def pairs(page: Page) -> Any:
+    """The playground's rows."""
+    return page.get_by_label("Frames and the events that they caused").locator("> li")
+
+
+# What it shows.
+
+
+async def test_page_loads_and_counts(io_loop, browser):
+    """Without a complaint of the browser; counts, rates and charts follow clients."""
+    async with Service("--instance_name=relay-7") as service:
+        async with opened(browser, service) as page:
+            await is_live(page)
+            assert await page.title() == "SocketDock console"
+            await expect(page.locator("#instance")).to_have_text("relay-7")
+            await expect(page.locator("#backend")).to_have_text("loopback")
+            await expect(page.get_by_text("Nobody is connected.")).to_be_visible()
+            assert await page.locator("#command").inner_text() == (
+                f"websocat {service.ws_url}"
+            )
+            assert await painted(page, "#chart-messages") < 0.05
+            async with websockets.connect(service.ws_url) as client:
+                await expect(page.locator("#open")).to_have_text("1")
+                async with asyncio.timeout(DEADLINE):
+                    while await page.locator("#messages").inner_text() == "0":
+                        await client.send("x")
+                        await client.recv()
+                await expect(page.locator("#latency")).to_have_text(re.compile("ms"))
+                assert await painted(page, "#chart-open") > 0.01
+            await expect(page.locator("#open")).to_have_text("0")
+            await expect(page.locator("#total")).to_have_text("1")
+            for chart in await page.get_by_role("img").all():
+                if name := await chart.get_attribute("aria-label"):
+                    assert name
+
+
+async def painted(page: Page, canvas: str) -> float:
+    """The share of a canvas that is not empty."""
+    return await page.evaluate(
+        """(selector) => {
+            const canvas = document.querySelector(selector);
+            const pen = canvas.getContext("2d");
+            const { data } = pen.getImageData(0, 0, canvas.width, canvas.height);
+            return data.filter((_, i) => i % 4 === 3 && data[i]).length
+                / (data.length / 4);
+        }""",
+        canvas,
+    )
+
+
+async def test_errors_are_seen(io_loop, browser):
+    """A handshake that is refused is counted, told, and found by the filter."""
+    async with Service() as service, opened(browser, service) as page:
+        await is_live(page)
+        async with websockets.connect(service.ws_url) as client:
+            await client.send("x")
+            await client.recv()
+            with pytest.raises(websockets.InvalidStatus):
+                await websockets.connect(service.ws_url, origin="http://x.example")
+            tail = page.get_by_label("Events, the newest first")
+            await expect(tail).to_contain_text(
+                "handshake from 127.0.0.1: turned away, 403"
+            )
+            await expect(page.locator("#errors-total")).to_contain_text("1 while")
+            await page.get_by_label("only what failed").check()
+            await expect(tail.get_by_role("listitem")).to_have_count(0)
+            with pytest.raises(websockets.InvalidStatus):
+                await websockets.connect(service.ws_url, origin="http://x.example")
+            await client.send("x")
+            await expect(tail.get_by_role("listitem")).to_have_count(1)
+
+
+async def test_tail_tells_no_bodies_and_can_be_paused(io_loop, browser):
+    """Metadata of each event; paused, it counts what it does not show."""
+    async with Service() as service, opened(browser, service) as page:
+        await is_live(page)
+        tail = page.get_by_label("Events, the newest first")
+        async with websockets.connect(service.ws_url) as client:
+            await client.send("marked-body")
+            await expect(tail).to_contain_text("text, 11 bytes, from the client")
+            await expect(tail).to_contain_text("text, 11 bytes, to the client")
+            await expect(tail).to_contain_text("message event delivered")
+            await page.get_by_role("button", name="Pause").click()
+            before = await tail.inner_text()
+            await client.send("12")
+            await expect(page.locator("#skipped")).to_contain_text("3 since you paused")
+            assert await tail.inner_text() == before
+            await page.get_by_role("button", name="Go on").click()
+        await expect(tail).to_contain_text("with 1000, by the client")
+        await page.get_by_label("Show", exact=True).select_option("frames")
+        assert "marked" not in await page.content()
+
+
+# Connections.
+
+
+async def test_connection_is_found_sent_to_and_closed(io_loop, browser):
+    """Search, open, send a frame, close with a code and a reason."""
+    async with Service() as service, opened(browser, service) as page:
+        await is_live(page)
+        async with (
+            websockets.connect(service.ws_url, user_agent_header="alpha") as client,
+            websockets.connect(service.ws_url, user_agent_header="beta"),
+        ):
+            rows = page.locator("#rows tr")
+            await expect(rows).to_have_count(2)
+            await page.get_by_label("Search").fill("alph")
+            await expect(rows).to_have_count(1)
+            await expect(page.locator("#found")).to_have_text("1 of 2 in all.")
+            await page.get_by_label("Search").fill("nobody")
+            await expect(page.locator("#found")).to_have_text("None of 2 is like that.")
+            await page.get_by_label("Search").fill("alpha")
+            await rows.get_by_role("button").click()
+            dialog = page.get_by_role("dialog")
+            await expect(dialog).to_contain_text("alpha")
+            await dialog.get_by_label("Send a frame").fill("by hand")
+            await dialog.get_by_role("button", name="Send").click()
+            assert await asyncio.wait_for(client.recv(), DEADLINE) == "by hand"
+            await expect(dialog.get_by_role("status")).to_have_text(
+                "The frame was sent."
+            )
+            await dialog.get_by_label("as", exact=True).select_option("binary")
+            await dialog.get_by_label("Send a frame").fill("zz")
+            await dialog.get_by_role("button", name="Send").click()
+            await expect(dialog.get_by_role("status")).to_contain_text("in hex")
+            await dialog.get_by_label("Send a frame").fill("00 ff")
+            await dialog.get_by_role("button", name="Send").click()
+            assert await asyncio.wait_for(client.recv(), DEADLINE) == b"\x00\xff"
+            await dialog.get_by_label("Close with code").fill("4002")
+            await dialog.get_by_label("Reason").fill("enough")
+            await dialog.get_by_role("button", name="Close", exact=True).click()
+            await asyncio.wait_for(client.wait_closed(), DEADLINE)
+            assert (client.close_code, client.close_reason) == (4002, "enough")
+            await expect(dialog).to_contain_text("with 4002, by the relay")
+            await expect(dialog.locator("dd").first).to_have_text("closed")
+
+
+async def test_refused_action_says_why(io_loop, browser):
+    """In the relay's own words."""
+    async with Service() as service:
+        async with opened(browser, service, "400 (Bad Request)") as page:
+            await is_live(page)
+            async with websockets.connect(service.ws_url):
+                await page.locator("#rows button").click()
+                dialog = page.get_by_role("dialog")
+                await dialog.get_by_label("Close with code").fill("1005")
+                await dialog.get_by_role("button", name="Close", exact=True).click()
+                await expect(dialog.get_by_role("status")).to_contain_text(
+                    "code is one of"
+                )
+
+
+async def test_bodies_are_shown_when_asked_for(io_loop, browser):
+    """Of the connection that is looked at, with a word about it, until it is left."""
+    async with Service() as service, opened(browser, service) as page:
+        await is_live(page)
+        async with websockets.connect(service.ws_url) as client:
+            await page.locator("#rows button").click()
+            dialog = page.get_by_role("dialog")
+            await client.send("before")
+            await expect(dialog).to_contain_text("text, 6 bytes, from the client")
+            await dialog.get_by_role("button", name="Show bodies").click()
+            await expect(dialog).to_contain_text("are shown from now on")
+            await client.send("marked <b>body</b>")
+            shown = dialog.locator("pre")
+            await expect(shown).to_have_text(["marked <b>body</b>"] * 2)
+            await client.send(b"\x00\x01")
+            await expect(shown.first).to_have_text("00 01")
+            content = await page.content()
+            assert "before" not in content
+            await page.keyboard.press("Escape")
+            await expect(dialog).to_have_count(0)
+            assert "marked" not in await page.content()
+            await page.locator("#rows button").click()
+            await client.send("after it")
+            await expect(dialog).to_contain_text("text, 8 bytes")
+            await expect(shown).to_have_count(0)
+
+
+async def test_bodies_can_not_be_asked_for_where_they_are_off(io_loop, browser):
+    """The button is there, of no use, and says why."""
+    async with Service("--console_bodies=off") as service:
+        async with opened(browser, service) as page:
+            await is_live(page)
+            async with websockets.connect(service.ws_url):
+                await page.locator("#rows button").click()
+                button = page.get_by_role("button", name="Show bodies")
+                await expect(button).to_be_disabled()
+                await expect(page.get_by_role("dialog")).to_contain_text(
+                    "--console_bodies=off"
+                )
+
+
+# The playground.
+
+
+async def test_playground_with_the_echo(io_loop, browser):
+    """One listener: each frame, and beside it what the relay did."""
+    async with Service() as service, opened(browser, service) as page:
+        await is_live(page)
+        await connect(page)
+        await page.get_by_label("Message", exact=True).fill("hello")
+        await page.keyboard.press("Enter")
+        await page.get_by_label("Message", exact=True).fill("0 0 f f 7")
+        await page.get_by_label("Send as").select_option("binary")
+        await page.get_by_role("button", name="Send", exact=True).click()
+        await expect(page.get_by_role("alert").filter(has_text="hex")).to_be_visible()
+        await page.get_by_label("Message", exact=True).fill("00 ff")
+        await page.keyboard.press("Enter")
+        rows = pairs(page)
+        await expect(rows).to_have_count(5)
+        for number, texts in enumerate([
+            ("→", "connect to ws://", "connect event delivered", "is open"),
+            ("→", "hello", "text, 5 bytes, from the client", "message event delivered"),
+            ("←", "hello", "text, 5 bytes, to the client"),
+            ("→", "00 ff", "binary, 2 bytes, from the client", "message event"),
+            ("←", "00 ff", "binary, 2 bytes, to the client"),
+        ]):
+            for text in texts:
+                await expect(rows.nth(number)).to_contain_text(text)
+        await page.get_by_role("button", name="Disconnect").click()
+        await expect(rows.nth(5)).to_contain_text("closed with 1000")
+        await expect(rows.nth(5)).to_contain_text("disconnect event delivered")
+        await expect(state_of_playground(page)).to_have_text("Closed with 1000.")
+        await connect(page)  # and once more
+        await expect(rows).to_have_count(1)
+
+
+async def test_playground_with_an_http_backend_and_two_listeners(io_loop, browser):
+    """Another origin than the page's; the backend's callback is a frame."""
+    async with RecordingBackend() as backend:
+        answers = 0
+
+        async def answer(handler: RequestHandler, event: Any) -> None:
+            nonlocal answers
+            answers += 1
+            if answers == 1:  # it goes again
+                handler.set_status(503)
+                return
+            await backend.call(
+                event["meta"]["send"], body=b"you said it",
+                headers={"Content-Type": "text/plain"},
+            )
+
+        backend.answers["message"] = answer
+        flags = (*backend.flags(), "--callbackport=0", "--subprotocols=chat")
+        async with Service(*flags) as service, opened(browser, service) as page:
+            await is_live(page)
+            await page.get_by_text("Query and subprotocols").click()
+            await page.get_by_label("Query").fill("room=7")
+            await page.get_by_label("Subprotocols").fill("json, chat")
+            await connect(page)
+            (event,) = await backend.wait_for("connect", 1)
+            assert event["meta"]["query"] == "room=7"
+            assert event["meta"]["subprotocols"] == ["json", "chat"]
+            await expect(state_of_playground(page)).to_contain_text("subprotocol chat")
+            await page.get_by_label("Message", exact=True).fill("hello")
+            await page.keyboard.press("Enter")
+            rows = pairs(page)
+            await expect(rows.nth(1)).to_contain_text("the backend is away, 503")
+            await expect(rows.nth(1)).to_contain_text("delivered, 200")
+            await expect(rows.nth(2)).to_contain_text("you said it")
+            await expect(rows.nth(2)).to_contain_text("text, 11 bytes, to the client")
+
+
+async def test_playground_by_tls(io_loop, browser, tmp_path):
+    """The page by https, its WebSocket by wss; both on one listener."""
+    certificate = Authority(tmp_path).server().both
+    async with Service(f"--tls_cert={certificate}") as service:
+        async with opened(browser, service, ignore_https_errors=True) as page:
+            await is_live(page)
+            await connect(page)
+            await page.keyboard.press("Enter")
+            await expect(pairs(page)).to_have_count(3)
+            await expect(pairs(page).first).to_contain_text("connect to wss://")
+
+
+async def test_playground_says_that_it_was_refused(io_loop, browser):
+    """By the backend's verdict; what there is to know is in the events."""
+    async with RecordingBackend() as backend:
+
+        async def refuse(handler: RequestHandler, event: Any) -> None:
+            handler.set_status(403)
+
+        backend.answers["connect"] = refuse
+        expected = "Error during WebSocket handshake"
+        async with Service(*backend.flags()) as service:
+            async with opened(browser, service, expected) as page:
+                await is_live(page)
+                await page.get_by_role("button", name="Connect", exact=True).click()
+                await expect(state_of_playground(page)).to_contain_text(
+                    "The handshake was refused"
+                )
+                await expect(pairs(page).first).to_contain_text(
+                    "connect event refused by the backend, 403"
+                )
+
+
+# Who gets in, and what happens when the relay goes.
+
+
+async def test_token_is_asked_for(io_loop, browser):
+    """Nothing before; a wrong one is told; the right one is kept for this tab."""
+    flags = (f"--callback_token={TOKEN}", "--bindip=0.0.0.0")
+    async with Service(*flags) as service:
+        service.callback_url = service.callback_url.replace("0.0.0.0", "127.0.0.1")
+        async with opened(browser, service, "401 (Unauthorized)") as page:
+            heading = page.get_by_role("heading", name="This relay asks for a token")
+            await expect(heading).to_be_visible()
+            await expect(page.get_by_role("heading", name="Overview")).to_be_hidden()
+            await expect(page.get_by_label("Token", exact=True)).to_be_focused()
+            await page.keyboard.type("wrong-token-0123456789")
+            await page.keyboard.press("Enter")
+            await expect(page.get_by_role("alert").first).to_have_text(
+                "That token is not accepted."
+            )
+            await page.get_by_label("Token", exact=True).fill(TOKEN)
+            await page.keyboard.press("Enter")
+            await is_live(page)
+            await connect(page)
+            await expect(pairs(page).first).to_contain_text("is open")
+            await page.reload()
+            await is_live(page)
+            storage = "[localStorage.length, document.cookie]"
+            assert await page.evaluate(storage) == [0, ""]
+            assert TOKEN not in page.url
+            other = await page.context.new_page()
+            await other.goto(page.url)
+            await expect(other.get_by_role("heading", name="token")).to_be_visible()
+
+
+async def test_page_comes_back_with_the_relay(io_loop, browser):
+    """It says that the relay is away, and that another one has started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flag = f"--bindport={port}"
+    async with Service(flag) as service:
+        async with opened(browser, service, "ERR_CONNECTION", "ERR_INCOMPLETE") as page:
+            await is_live(page)
+            status = page.get_by_role("status").first
+            service.process.send_signal(signal.SIGTERM)
+            await service.process.wait()
+            await expect(status).to_contain_text("can't be reached; trying again")
+            async with Service(flag) as again, websockets.connect(again.ws_url):
+                await is_live(page)
+                tail = page.get_by_label("Events, the newest first")
+                await expect(tail).to_contain_text("The relay was started again.")
+                await expect(page.locator("#rows tr")).to_have_count(1)
+
+
+# For everybody.
+
+
+async def test_all_of_it_works_by_keyboard(io_loop, browser):
+    """Tab, Enter and Escape: playground, a connection, sending, and back."""
+    async with Service() as service, opened(browser, service) as page:
+        await is_live(page)
+
+        async def tab_to(name: str) -> None:
+            for _ in range(40):
+                await page.keyboard.press("Tab")
+                focused = page.locator(":focus")
+                label = await focused.evaluate(
+                    "e => e.labels?.[0]?.textContent || e.textContent"
+                )
+                if re.fullmatch(name, label.strip()):
+                    # Whoever goes by keyboard sees where.
+                    assert await focused.evaluate(
+                        "e => getComputedStyle(e).outlineStyle"
+                    ) == "solid"
+                    return
+            raise AssertionError(f"no way to {name} by Tab")
+
+        await page.keyboard.press("Tab")
+        assert await page.locator(":focus").inner_text() == "Skip to content"
+        await page.keyboard.press("Enter")
+        await tab_to("Connect")
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_label("Message", exact=True)).to_be_focused()
+        await page.keyboard.type("typed")
+        await page.keyboard.press("Enter")
+        await expect(pairs(page)).to_have_count(3)
+        await expect(page.locator("#rows tr")).to_have_count(1)
+        await tab_to("[0-9a-f]{8}")
+        place = await page.locator(":focus").get_attribute("value")
+        await page.keyboard.press("Enter")
+        dialog = page.get_by_role("dialog")
+        await expect(dialog).to_be_visible()
+        await tab_to("Send a frame")
+        await page.keyboard.type("by keyboard")
+        await page.keyboard.press("Enter")
+        await expect(dialog.get_by_role("status")).to_have_text("The frame was sent.")
+        await page.keyboard.press("Escape")
+        await expect(dialog).to_have_count(0)
+        # The focus is where it was.
+        assert await page.locator(":focus").get_attribute("value") == place
+        await expect(pairs(page).nth(3)).to_contain_text("by keyboard")
+        await tab_to("Pause")
+        await page.keyboard.press("Space")
+        pause = page.get_by_role("button", name="Go on")
+        await expect(pause).to_have_attribute("aria-pressed", "true")
+
+
+async def test_everything_has_a_name_and_a_place(io_loop, browser):
+    """Labels, landmarks and headings, for who hears the page."""
+    async with Service() as service, opened(browser, service) as page:
+        await is_live(page)
+        for role in ("banner", "navigation", "main", "search"):
+            await expect(page.get_by_role(role)).to_have_count(1)
+        for name in ("Overview", "Playground", "Connections", "Events"):
+            await expect(page.get_by_role("region", name=name)).to_be_visible()
+            await expect(page.get_by_role("heading", name=name)).to_be_visible()
+            link = page.get_by_role("link", name=name, exact=True)
+            await expect(link).to_be_visible()
+        nameless = await page.evaluate(
+            """() => [...document.querySelectorAll("input, select, button, canvas, ol")]
+                .filter((e) => !e.labels?.length && !e.ariaLabel
+                    && !(e.matches("button") && e.textContent.trim()))
+                .map((e) => e.outerHTML)"""
+        )
+        assert nameless == []
+        ids = await page.evaluate(
+            "() => [...document.querySelectorAll('[id]')].map((e) => e.id)"
+        )
+        assert len(ids) == len(set(ids))
+        assert await page.locator("html").get_attribute("lang") == "en"
+
+
+async def test_it_fits_a_phone(io_loop, browser):
+    """360 pixels, nothing to be pushed sideways, not even with long words."""
+    async with Service() as service:
+        async with opened(browser, service, viewport=PHONE, has_touch=True) as page:
+            await is_live(page)
+            agent = "a-long-user-agent-without-a-space/" * 8
+            async with websockets.connect(service.ws_url, user_agent_header=agent):
+                await connect(page)
+                await page.get_by_label("Message", exact=True).fill("x" * 400)
+                await page.keyboard.press("Enter")
+                await expect(pairs(page)).to_have_count(3)
+                await expect(page.locator("#rows tr")).to_have_count(2)
+                assert await width(page) == PHONE["width"]
+                await page.locator("#rows button").last.click()
+                await expect(page.get_by_role("dialog")).to_contain_text(agent)
+                assert await width(page) == PHONE["width"]
+                dialog = await page.get_by_role("dialog").evaluate(
+                    "e => [e.scrollWidth - e.clientWidth, e.offsetWidth]"
+                )
+                assert dialog[0] == 0 and dialog[1] <= PHONE["width"]
+                too_small = await page.evaluate(
+                    """() => [...document.querySelectorAll("button, input, select")]
+                        .filter((e) => e.closest("dialog"))
+                        .filter((e) => e.offsetHeight && e.offsetHeight < 24)
+                        .map((e) => e.outerHTML)"""
+                )
+                assert too_small == []
+
+
+async def width(page: Page) -> int:
+    return await page.evaluate("document.documentElement.scrollWidth")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_text_can_be_read(io_loop, browser, scheme):
+    """Contrast of 4.5 and more (WCAG 2.2, 1.4.3), in light and dark."""
+    async with Service() as service:
+        async with opened(browser, service, color_scheme=scheme) as page:
+            await is_live(page)
+            await connect(page)
+            await page.keyboard.press("Enter")
+            await expect(pairs(page)).to_have_count(3)
+            with pytest.raises(websockets.InvalidStatus):
+                await websockets.connect(service.ws_url, origin="http://x.example")
+            await expect(page.locator("#tail .failed")).to_have_count(1)
+            ground = await page.evaluate(
+                "getComputedStyle(document.documentElement).backgroundColor"
+            )
+            assert (max(numbers(ground)) < 128) == (scheme == "dark")
+            await page.get_by_role("link", name="Connections").click()
+            await expect(page.locator("#rows tr")).to_have_count(1)
+            seen = await page.evaluate(COLORS)
+            await page.locator("#rows button").first.click()
+            await page.get_by_role("button", name="Show bodies").click()
+            await expect(page.get_by_role("dialog")).to_contain_text("from now on")
+            seen += await page.evaluate(COLORS)
+            assert len(seen) > 60
+            poor = {
+                (text, front, back)
+                for text, front, back in seen
+                if contrast(front, back) < 4.5
+            }
+            assert poor == set()
+
+
+# Each text that is visible: its beginning, its color, and that behind it.
+COLORS = """() => {
+    const found = [];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    for (let node; (node = walker.nextNode()); ) {
+        const element = node.parentElement;
+        if (!node.data.trim() || element.disabled) continue;
+        if (!element.checkVisibility()) continue;
+        let behind = element;
+        while (/, 0\\)|transparent/.test(getComputedStyle(behind).backgroundColor)) {
+            behind = behind.parentElement;
+            if (!behind) break;
+        }
+        found.push([node.data.trim().slice(0, 40), getComputedStyle(element).color,
+            getComputedStyle(behind ?? document.documentElement).backgroundColor]);
+    }
+    return found;
+}"""
+
+
+def numbers(color: str) -> list[float]:
+    """`rgb(1, 2, 3)`."""
+    return [float(part) for part in re.findall(r"[\d.]+", color)[:3]]
+
+
+def contrast(one: str, other: str) -> float:
+    """Of two colors (WCAG 2.2, contrast ratio)."""
+
+    def luminance(color: str) -> float:
+        linear = [
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+            for part in (value / 255 for value in numbers(color))
+        ]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+# Under load.
+
+
+async def test_page_stays_quick_with_a_crowd(io_loop, browser):
+    """With 10,000 open connections; it holds a handful of rows."""
+    wanted = CROWD + 500
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard == resource.RLIM_INFINITY or hard >= wanted, f"ulimit -n {wanted}"
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    flags = ("--ping_interval=0", f"--max_connections={CROWD + 10}")
+    async with Service(*flags) as service, opened(browser, service) as page:
+        await is_live(page)
+        async with crowd(service), websockets.connect(
+            service.ws_url, user_agent_header="the-one"
+        ) as client:
+            await expect(page.locator("#open")).to_have_text(f"{CROWD + 1:,}")
+            rows = page.locator("#rows tr")
+            found = page.locator("#found")
+            await expect(found).to_contain_text(f"of {CROWD + 1:,}")
+            assert await rows.count() == 10
+            async with asyncio.timeout(DEADLINE):
+                await page.get_by_label("Search").fill("the-one")
+                await expect(rows).to_have_count(1)
+                await rows.get_by_role("button").click()
+                dialog = page.get_by_role("dialog")
+                await dialog.get_by_label("Send a frame").fill("found you")
+                await dialog.get_by_role("button", name="Send").click()
+                assert await client.recv() == "found you"
+                for _ in range(100):  # clients don't notice that somebody looks
+                    await client.send("x")
+                    await client.recv()
+            nodes = await page.evaluate("document.querySelectorAll('*').length")
+            assert nodes < 3000
+
+
+@contextlib.asynccontextmanager
+async def crowd(service: Service) -> AsyncIterator[None]:
+    """So many open WebSockets that say nothing."""
+    address, port = service.ws_url.split("/")[2].split(":")
+    request = handshake()
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as stack:
+
+        async def join() -> None:
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            await loop.sock_connect(client, (address, int(port)))
+            await loop.sock_sendall(client, request)
+            assert (await loop.sock_recv(client, 4096)).startswith(b"HTTP/1.1 101")
+
+        for _ in range(CROWD // 100):
+            await asyncio.gather(*(join() for _ in range(100)))
+        yield
+
+
+async def test_page_under_load_does_not_grow(io_loop, browser):
+    """300 messages a second each way; after a forced collection it is as small."""
+    async with Service() as service, opened(browser, service) as page:
+        await is_live(page)
+        session = await page.context.new_cdp_session(page)
+        await session.send("Performance.enable")
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(websockets.connect(service.ws_url))
+                for _ in range(30)
+            ]
+            load = asyncio.create_task(talk(clients))
+            # Until the tail and the charts hold as much as they ever will.
+            await expect(page.locator("#tail > li")).to_have_count(500)
+            await expect(page.locator("#messages")).to_have_text(
+                re.compile(r"^(5[5-9]|6[0-4])\d$")
+            )
+            began = time.monotonic()
+            before = await size_of(session)
+            await asyncio.wait({load}, timeout=LOAD_SECONDS)
+            assert time.monotonic() - began >= LOAD_SECONDS
+            after = await size_of(session)
+            assert not load.done()
+            load.cancel()
+            await is_live(page)
+            assert await page.locator("#tail > li").count() == 500
+        assert after["JSEventListeners"] <= before["JSEventListeners"] + 5
+        assert after["Nodes"] <= before["Nodes"] + 1000
+        assert after["JSHeapUsedSize"] <= before["JSHeapUsedSize"] + 2**18
+
+
+async def talk(clients: list[Any]) -> None:
+    """Each sends ten messages a second, and reads as many."""
+    loop = asyncio.get_running_loop()
+    due = loop.time()
+    while True:
+        due += len(clients) / MESSAGES_PER_SECOND
+        await asyncio.gather(*(client.send("x" * 40) for client in clients))
+        await asyncio.gather(*(client.recv() for client in clients))
+        await asyncio.sleep(max(0.0, due - loop.time()))
+
+
+async def size_of(session: Any) -> dict[str, float]:
+    """What the page holds when all that nobody needs has been collected."""
+    for _ in range(3):
+        await session.send("HeapProfiler.collectGarbage")
+    metrics = await session.send("Performance.getMetrics")
+    return {metric["name"]: metric["value"] for metric in metrics["metrics"]}

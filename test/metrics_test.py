@@ -1,0 +1,893 @@
+"""/metrics: each count moves when that happens which it counts, and else does not."""
+
+import asyncio
+import gzip
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import websockets
+from authorization_test import BEARER, TOKENS, Caller, ask
+from faults import ScriptedBackend, tell
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+from service import DEADLINE, PROJECT, RecordingBackend, Service
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+EVENTS = ("connect", "message", "disconnect")
+OUTCOMES = ("delivered", "refused", "failed", "let_go")
+ATTEMPTS = ("delivered", "refused", "error", "away", "timeout", "let_go")
+CODES = (1000, 1001, 1002, 1003, 1005, 1006, 1007, 1008, 1009, 1010, 1011, 1012, 1013,
+         1014, "3xxx", "4xxx", "other")
+
+# What is promised, with every value of every label.
+COUNTERS = {
+    "connections": [
+        f'outcome="{outcome}"'
+        for outcome in ("opened", "refused", "turned_away", "no_verdict", "left")
+    ],
+    "messages": [
+        f'direction="{direction}",type="{kind}"'
+        for direction in ("in", "out")
+        for kind in ("text", "binary")
+    ],
+    "message_bytes": ['direction="in"', 'direction="out"'],
+    "events": [f'event="{e}",outcome="{o}"' for e in EVENTS for o in OUTCOMES],
+    "event_attempts": [f'event="{e}",outcome="{o}"' for e in EVENTS for o in ATTEMPTS],
+    "sends": [
+        f'status="{status}"' for status in (200, 202, 400, 401, 410, 413, 429, "other")
+    ],
+    "closes": [
+        f'code="{code}",initiator="{initiator}"'
+        for code in CODES
+        for initiator in ("client", "backend", "relay")
+    ],
+}
+GAUGES = {
+    "connections_open", "connections_limit", "events_pending", "events_pending_limit",
+    "pending_bytes", "oldest_pending_seconds", "events_held", "backend_connections",
+    "breaker_open", "stopping", "loop_lag_seconds",
+}
+LIMITS = {"connections_limit": 15000, "events_pending_limit": 100_000}
+
+SHAKE = (
+    b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: %b\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
+)
+
+
+async def scrape(service: Service, *headers: str) -> dict[str, float]:
+    """Each sample by its name, with its labels in their order."""
+    answer = await ask(service, "GET", "/metrics", *headers)
+    assert answer.status == 200
+    return samples(answer.body.decode())
+
+
+def samples(text: str) -> dict[str, float]:
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f'{k}="{v}"' for k, v in sorted(sample.labels.items()))
+            name = sample.name.removeprefix("socketdock_")
+            assert f"{name}{{{labels}}}" not in found
+            found[f"{name}{{{labels}}}" if labels else name] = sample.value
+    return found
+
+
+async def counted(service: Service, expected: Mapping[str, float]) -> dict[str, float]:
+    """All that is exported, once of the metrics named here these samples are not 0."""
+
+    def moved(found: Mapping[str, float]) -> dict[str, float]:
+        families = {name.partition("{")[0] for name in expected}
+        return {
+            name: value
+            for name, value in found.items()
+            if name.partition("{")[0] in families and value
+        }
+
+    found = await scrape(service)
+    try:
+        async with asyncio.timeout(DEADLINE):
+            while moved(found) != expected:
+                found = await scrape(service)
+    except TimeoutError:
+        assert moved(found) == expected
+    return found
+
+
+def events(event: str, **outcomes: int) -> dict[str, float]:
+    """That became of events."""
+    return {
+        f'events_total{{event="{event}",outcome="{outcome}"}}': count
+        for outcome, count in outcomes.items()
+    }
+
+
+def attempts(event: str, **outcomes: int) -> dict[str, float]:
+    """That became of attempts."""
+    return {
+        f'event_attempts_total{{event="{event}",outcome="{outcome}"}}': count
+        for outcome, count in outcomes.items()
+    }
+
+
+def connections(**outcomes: int) -> dict[str, float]:
+    """Handshakes that ended so."""
+    return {
+        f'connections_total{{outcome="{outcome}"}}': count
+        for outcome, count in outcomes.items()
+    }
+
+
+def messages(direction: str, **types: int) -> dict[str, float]:
+    """Messages of these types."""
+    return {
+        f'messages_total{{direction="{direction}",type="{kind}"}}': count
+        for kind, count in types.items()
+    }
+
+
+def closes(code: object, initiator: str, count: int = 1) -> dict[str, float]:
+    """Connections that ended so."""
+    return {f'closes_total{{code="{code}",initiator="{initiator}"}}': count}
+
+
+# What is there.
+
+
+async def test_all_is_zero_before_the_first_event(io_loop):
+    """Every label's every value is there, so that the first event is seen as a rise."""
+    async with Service() as service:
+        found = await scrape(service)
+    for name, labels in COUNTERS.items():
+        assert {key for key in found if key.startswith(f"{name}_total")} == {
+            f"{name}_total{{{label}}}" for label in labels
+        }
+        assert not any(found[f"{name}_total{{{label}}}"] for label in labels)
+    for event in EVENTS:
+        for part in ("count", "sum"):
+            assert found[f'event_seconds_{part}{{event="{event}"}}'] == 0
+        assert found[f'event_seconds_bucket{{event="{event}",le="+Inf"}}'] == 0
+    for name in GAUGES - {"loop_lag_seconds"}:
+        assert found[name] == LIMITS.get(name, 0), name
+    assert found["loop_lag_seconds"] >= 0
+    (build,) = (name for name in found if name.startswith("build_info"))
+    assert re.fullmatch(
+        r'build_info\{backend="loopback",version="\d+\.\d+\.\d+"\}', build
+    )
+    assert found[build] == 1
+
+
+async def test_process_is_told_by_the_usual_names(io_loop):
+    """As Prometheus' own libraries do, so that dashboards for all programs fit."""
+    async with Service() as service:
+        found = await scrape(service)
+        async with websockets.connect(service.ws_url):
+            more = await scrape(service)
+        process = Path("/proc") / str(service.process.pid)
+        resident = int((process / "statm").read_text().split()[1]) * 4096
+        (limit,) = re.findall(
+            r"Max open files +(\d+)", (process / "limits").read_text()
+        )
+    assert more["process_open_fds"] == found["process_open_fds"] + 1
+    assert found["process_max_fds"] == int(limit)
+    assert 0.5 < found["process_resident_memory_bytes"] / resident < 2
+    assert found["process_virtual_memory_bytes"] > resident
+    assert found["process_cpu_seconds_total"] > 0
+    started = found["process_start_time_seconds"]
+    assert abs(started - process_start()) < 60
+    assert any(name.startswith("python_info{") for name in found)
+
+
+def process_start() -> float:
+    """When this process began, which is shortly before those that it starts."""
+    return Path("/proc/self").stat().st_ctime
+
+
+async def test_every_metric_is_explained(io_loop):
+    """In docs/metrics.md, with its type and its labels; and nothing else is."""
+    async with Service() as service:
+        answer = await ask(service, "GET", "/metrics")
+    exported = {}
+    for family in text_string_to_metric_families(answer.body.decode()):
+        suffix = "_total" if family.type == "counter" else ""
+        labels = {label for sample in family.samples for label in sample.labels}
+        exported[family.name + suffix] = (family.type, labels - {"le"})
+    paper = (PROJECT / "docs" / "metrics.md").read_text("utf-8")
+    explained = {}
+    for name, kind, labels in re.findall(
+        r"^\| `(\w+)` \| (\w+) \| (.*?) \| .{20,} \|$", paper, flags=re.MULTILINE
+    ):
+        assert name not in explained
+        explained[name] = (kind, set(re.findall(r"`(\w+)`:", labels)))
+    assert explained == exported
+
+
+def test_every_value_of_a_label_is_explained():
+    """In the row of its metric."""
+    paper = (PROJECT / "docs" / "metrics.md").read_text("utf-8")
+    for name, labels in COUNTERS.items():
+        (row,) = re.findall(rf"^\| `socketdock_{name}_total` .*$", paper, re.MULTILINE)
+        for value in set(re.findall('"(.+?)"', " ".join(labels))):
+            assert f"`{value}`" in row, (name, value)
+
+
+# The backend `http`.
+
+
+async def test_visit_counts(io_loop):
+    """A visit with messages both ways."""
+    async with RecordingBackend() as backend, Service(*backend.flags()) as service:
+        async with websockets.connect(service.ws_url) as client:
+            await client.send("grüße")
+            await client.send(b"\xff\x00")
+            await client.send("")
+            event = (await backend.wait_for("message", 3))[0]
+            for kind, body in (("text", "hello"), ("binary", "x"), ("binary", "yz")):
+                answer = await backend.call(
+                    f"{event['meta']['send']}?type={kind}", body=body
+                )
+                assert answer.code == 200
+                await client.recv()
+            found = await counted(service, events("connect", delivered=1)
+                                  | events("message", delivered=3))
+            assert found["connections_open"] == 1
+            assert found["backend_connections"] >= 1
+        found = await counted(
+            service,
+            events("connect", delivered=1)
+            | events("message", delivered=3)
+            | events("disconnect", delivered=1)
+            | attempts("connect", delivered=1)
+            | attempts("message", delivered=3)
+            | attempts("disconnect", delivered=1)
+            | connections(opened=1)
+            | messages("in", text=2, binary=1)
+            | messages("out", text=1, binary=2)
+            | {'message_bytes_total{direction="in"}': 9,
+               'message_bytes_total{direction="out"}': 8}
+            | {'sends_total{status="200"}': 3}
+            | closes(1000, "client"),
+        )
+        assert found["connections_open"] == 0
+        for event, count in (("connect", 1), ("message", 3), ("disconnect", 1)):
+            assert found[f'event_seconds_count{{event="{event}"}}'] == count
+            assert found[f'event_seconds_bucket{{event="{event}",le="+Inf"}}'] == count
+            assert found[f'event_seconds_bucket{{event="{event}",le="60.0"}}'] == count
+
+
+async def test_buckets_grow(io_loop):
+    """Each holds those of the smaller ones, too; the sum is of seconds."""
+    held = asyncio.Event()
+
+    async def hold(handler, event):
+        await held.wait()
+
+    async with RecordingBackend() as backend, Service(*backend.flags()) as service:
+        backend.answers["disconnect"] = hold
+        async with websockets.connect(service.ws_url):
+            pass
+        await backend.wait_for("disconnect", 1)
+        await asyncio.sleep(0.3)  # what the relay is to measure
+        held.set()
+        found = await counted(service, events("disconnect", delivered=1)
+                              | events("connect", delivered=1))
+    buckets = [
+        value for name, value in found.items()
+        if name.startswith('event_seconds_bucket{event="disconnect"')
+    ]
+    assert buckets == sorted(buckets)
+    assert found['event_seconds_bucket{event="disconnect",le="0.25"}'] == 0
+    assert found['event_seconds_bucket{event="disconnect",le="60.0"}'] == 1
+    assert found['event_seconds_sum{event="disconnect"}'] >= 0.25
+
+
+async def test_refused_events_count(io_loop):
+    """A connect event that is refused, a message and a disconnect event likewise."""
+    async def refuse(handler, event):
+        handler.set_status(403)
+
+    async with RecordingBackend() as backend, Service(*backend.flags()) as service:
+        backend.answers["connect"] = refuse
+        with pytest.raises(websockets.InvalidStatus):
+            await websockets.connect(service.ws_url)
+        del backend.answers["connect"]
+        backend.answers["message"] = backend.answers["disconnect"] = refuse
+        async with websockets.connect(service.ws_url) as client:
+            await client.send("no")
+            await backend.wait_for("message", 1)
+        await counted(
+            service,
+            connections(opened=1, refused=1)
+            | events("connect", delivered=1, refused=1)
+            | events("message", refused=1)
+            | events("disconnect", refused=1)
+            | attempts("connect", delivered=1, refused=1)
+            | attempts("message", refused=1)
+            | attempts("disconnect", refused=1),
+        )
+
+
+async def test_retried_events_count_once(io_loop):
+    """Each attempt has its outcome, and the event one."""
+    asked = []
+
+    async def sick(handler, event):
+        asked.append(event)
+        if len(asked) in (1, 2, 4):
+            handler.set_status(500)
+
+    async with RecordingBackend() as backend, Service(*backend.flags()) as service:
+        backend.answers["message"] = backend.answers["disconnect"] = sick
+        async with websockets.connect(service.ws_url) as client:
+            await client.send("again")
+            await backend.wait_for("message", 3)
+        await counted(
+            service,
+            events("connect", delivered=1)
+            | events("message", delivered=1)
+            | events("disconnect", delivered=1)
+            | attempts("connect", delivered=1)
+            | attempts("message", error=2, delivered=1)
+            | attempts("disconnect", error=1, delivered=1),
+        )
+
+
+async def test_given_up_events_count(io_loop):
+    """Of messages, those that waited behind, too; its client gets 1013."""
+    async def sick(handler, event):
+        handler.set_status(500)
+
+    flags = ("--delivery_timeout=0.3", "--disconnect_timeout=0.3")
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            backend.answers["message"] = backend.answers["disconnect"] = sick
+            async with websockets.connect(service.ws_url) as client:
+                for number in range(3):
+                    await client.send(f"{number}")
+                await asyncio.wait_for(client.wait_closed(), DEADLINE)
+            found = await counted(
+                service,
+                events("connect", delivered=1)
+                | events("message", failed=3)
+                | events("disconnect", failed=1)
+                | closes(1013, "relay"),
+            )
+            for event in ("message", "disconnect"):
+                name = f'event_attempts_total{{event="{event}",outcome="error"}}'
+                assert found[name] >= 1
+                # They were answered, so there is a time.
+                assert found[f'event_seconds_count{{event="{event}"}}'] == found[name]
+
+
+async def test_attempts_that_find_nobody_count(io_loop):
+    """How quickly that shows is no time of the backend's."""
+    flags = ("--delivery_timeout=0.2", "--breaker_attempts=1000")
+    async with ScriptedBackend(lambda kind: ScriptedBackend.CUT) as backend:
+        async with Service(*backend.flags("message"), *flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("anybody there?")
+                await asyncio.wait_for(client.wait_closed(), DEADLINE)
+            found = await counted(service, events("message", failed=1))
+    assert found['event_attempts_total{event="message",outcome="away"}'] >= 1
+    assert found['event_seconds_count{event="message"}'] == 0
+
+
+async def test_attempts_that_time_out_count(io_loop):
+    """They took as long as they were waited for."""
+    async def hold(handler, event):
+        await asyncio.Event().wait()
+
+    flags = ("--delivery_timeout=0.2", "--backend_timeout=0.2", "--order_wait=inf")
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags("message"), *flags) as service:
+            backend.answers["message"] = hold
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("anybody there?")
+                await asyncio.wait_for(client.wait_closed(), DEADLINE)
+            found = await counted(service, events("message", failed=1))
+    late = found['event_attempts_total{event="message",outcome="timeout"}']
+    assert late >= 1
+    assert found['event_seconds_count{event="message"}'] == late
+    assert found['event_seconds_bucket{event="message",le="0.1"}'] == 0
+
+
+async def test_held_messages_count(io_loop):
+    """While they are unanswered as held; where they are let go as that."""
+    async def hold(handler, event):
+        await asyncio.Event().wait()
+
+    flags = ("--order_wait=0.05", "--max_unanswered=2")
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags("message"), *flags) as service:
+            backend.answers["message"] = hold
+            async with websockets.connect(service.ws_url) as client:
+                for number in range(2):
+                    await client.send(f"{number}")
+                event = (await backend.wait_for("message", 2))[0]
+                async with asyncio.timeout(DEADLINE):
+                    while (await scrape(service))["events_held"] != 2:
+                        pass
+                # A sign of life: for the next message, the oldest is let go.
+                assert (await backend.call(event["meta"]["send"], body="x")).code == 200
+                await client.send("2")
+                await backend.wait_for("message", 3)
+                found = await counted(
+                    service, events("message", let_go=1) | attempts("message", let_go=1)
+                )
+                assert found['event_seconds_count{event="message"}'] == 0
+            service.process.kill()  # rather than wait for what is held
+            await service.process.wait()
+
+
+async def test_handshakes_count_by_what_became_of_them(io_loop):
+    """Each ends once."""
+    async def verdict(handler, event):
+        handler.set_status({"": 200, "sick": 500, "no": 401}[event["meta"]["query"]])
+
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags("connect", "message")) as service:
+            backend.answers["connect"] = verdict
+            await tell(service.ws_url, SHAKE % b"12", answers=1)
+            for query, headers in (
+                ("?", {"Origin": "http://evil.example"}), ("?sick", {}), ("?no", {})
+            ):
+                with pytest.raises(websockets.InvalidStatus):
+                    await websockets.connect(
+                        service.ws_url + query, additional_headers=headers
+                    )
+            async with websockets.connect(service.ws_url):
+                pass
+            await counted(
+                service, connections(opened=1, refused=1, turned_away=2, no_verdict=1)
+            )
+
+
+async def test_client_that_left_counts_as_left(io_loop):
+    """Before its handshake was answered; as no connection, it has no close."""
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def verdict(handler, event):
+        asked.set()
+        await answer.wait()
+
+    async with RecordingBackend() as backend:
+        async with (
+            Service(*backend.flags("connect", "message")) as service,
+            Caller(service) as caller,
+        ):
+            backend.answers["connect"] = verdict
+
+            async def descriptors() -> float:
+                body = (await caller.ask("GET", "/metrics")).body
+                found = samples(body.decode())
+                assert found["connections_open"] == 0  # it is connecting
+                return found["process_open_fds"]
+
+            _, writer = await asyncio.open_connection(caller.address, caller.port)
+            writer.write(SHAKE % b"13")
+            await asyncio.wait_for(asked.wait(), DEADLINE)
+            before = await descriptors()
+            writer.transport.abort()
+            async with asyncio.timeout(DEADLINE):  # until the relay has seen it
+                while await descriptors() >= before:
+                    pass
+            answer.set()
+            found = await counted(service, connections(left=1))
+    assert not any(value for name, value in found.items() if name.startswith("closes"))
+
+
+# Gauges.
+
+
+async def test_what_waits_is_told(io_loop):
+    """How much, and since when; when it has been taken, nothing waits."""
+    taken = asyncio.Event()
+
+    async def hold(handler, event):
+        await taken.wait()
+
+    strictly = ("--order_wait=inf", "--backend_timeout=60")
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags("message"), *strictly) as service:
+            backend.answers["message"] = hold
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("four")
+                await client.send("twelve bytes")
+                await backend.wait_for("message", 1)
+                found = await scrape(service)
+                async with asyncio.timeout(DEADLINE):
+                    while found["events_pending"] < 2:
+                        found = await scrape(service)
+                assert found["pending_bytes"] == 16
+                first = found["oldest_pending_seconds"]
+                async with asyncio.timeout(DEADLINE):
+                    while found["oldest_pending_seconds"] <= first:
+                        found = await scrape(service)
+                status = json.loads((await ask(service, "GET", "/status")).body)
+                assert status["pending"]["events"] == 2
+                assert status["pending"]["oldest"] > first
+                taken.set()
+                await counted(service, events("message", delivered=2))
+            found = await scrape(service)
+    assert found["events_pending"] == found["pending_bytes"] == 0
+    assert found["oldest_pending_seconds"] == 0
+
+
+async def test_second_message_has_waited_since_it_was_read(io_loop):
+    """Not only since the one before it was taken."""
+    answers = [asyncio.Event(), asyncio.Event()]
+    asked = iter(answers)
+
+    async def hold(handler, event):
+        await next(asked).wait()
+
+    strictly = ("--order_wait=inf", "--backend_timeout=60")
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags("message"), *strictly) as service:
+            backend.answers["message"] = hold
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("first")
+                await client.send("second")
+                found = await scrape(service)
+                async with asyncio.timeout(DEADLINE):
+                    while found["oldest_pending_seconds"] < 0.5:
+                        found = await scrape(service)
+                answers[0].set()
+                await backend.wait_for("message", 2)
+                found = await counted(service, events("message", delivered=1))
+                assert found["events_pending"] == 1
+                assert found["oldest_pending_seconds"] >= 0.4
+                answers[1].set()
+
+
+async def test_what_was_taken_waits_no_more(io_loop):
+    """Only what still does counts, if another client's."""
+    taken = asyncio.Event()
+
+    async def hold(handler, event):
+        if event["message"] == "later":
+            await taken.wait()
+
+    strictly = ("--order_wait=inf", "--backend_timeout=60")
+    async with RecordingBackend() as backend:
+        async with (
+            Service(*backend.flags("message"), *strictly) as service,
+            websockets.connect(service.ws_url) as early,
+            websockets.connect(service.ws_url) as late,
+        ):
+            backend.answers["message"] = hold
+            await early.send("now")
+            await counted(service, events("message", delivered=1))
+            until = await uptime(service) + 1
+            async with asyncio.timeout(DEADLINE):
+                while await uptime(service) < until:
+                    pass
+            began = await uptime(service)
+            await late.send("later")
+            await backend.wait_for("message", 2)
+            found = await scrape(service)
+            assert found["events_pending"] == 1
+            longest = await uptime(service) - began + 0.1
+            assert found["oldest_pending_seconds"] <= longest
+            taken.set()
+
+
+async def test_farewells_wait_too(io_loop):
+    """Of a connection that has gone."""
+    told = asyncio.Event()
+
+    async def hold(handler, event):
+        await told.wait()
+
+    async with RecordingBackend() as backend, Service(*backend.flags()) as service:
+        backend.answers["disconnect"] = hold
+        async with websockets.connect(service.ws_url):
+            pass
+        await backend.wait_for("disconnect", 1)
+        found = await scrape(service)
+        async with asyncio.timeout(DEADLINE):
+            while not found["oldest_pending_seconds"]:
+                found = await scrape(service)
+        assert (found["events_pending"], found["pending_bytes"]) == (1, 0)
+        assert found["connections_open"] == 0
+        told.set()
+        await counted(service, events("disconnect", delivered=1)
+                      | events("connect", delivered=1))
+
+
+async def test_breaker_is_told(io_loop):
+    """By /metrics and by /status, while it is open and when it has closed."""
+    ok = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+    breaker = ("--breaker_attempts=1", "--breaker_connections=1",
+               "--breaker_first_probe=0.1", "--breaker_last_probe=0.1")
+    async with ScriptedBackend(lambda kind: ScriptedBackend.CUT) as backend:
+        async with Service(*backend.flags("message"), *breaker) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("anybody there?")
+                async with asyncio.timeout(DEADLINE):
+                    while not (await scrape(service))["breaker_open"]:
+                        pass
+                status = json.loads((await ask(service, "GET", "/status")).body)
+                assert status["backend"]["away"] >= 0
+                backend.script = lambda kind: ok
+                async with asyncio.timeout(DEADLINE):
+                    while (await scrape(service))["breaker_open"]:
+                        pass
+                status = json.loads((await ask(service, "GET", "/status")).body)
+                assert status["backend"]["away"] is None
+
+
+BLOCKING = """
+import time
+from backends import Backend
+
+class Blocking(Backend):
+    def message(self, connection, message):
+        time.sleep(float(message))
+        connection.send("done")
+
+def make_backend(relay):
+    return Blocking()
+"""
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+async def test_loop_that_was_held_up_is_told(io_loop, tmp_path, loop):
+    """For a minute, so that a scrape every 15 seconds sees it."""
+    package = tmp_path / "blocking"
+    package.mkdir()
+    (package / "backend.py").write_text(BLOCKING)
+    flags = ("--backend=blocking.backend", f"--event_loop={loop}")
+    async with Service(*flags, environment={"PYTHONPATH": str(tmp_path)}) as service:
+        async with websockets.connect(service.ws_url) as client:
+            await client.send("1.0")
+            await client.recv()
+        until = await uptime(service) + 0.5  # in which it is not late
+        async with asyncio.timeout(DEADLINE):
+            while await uptime(service) < until:
+                pass
+        assert (await scrape(service))["loop_lag_seconds"] >= 0.8
+
+
+async def uptime(service: Service) -> float:
+    """In seconds, as the relay itself tells."""
+    return json.loads((await ask(service, "GET", "/status")).body)["uptime"]
+
+
+async def test_stop_is_told(io_loop):
+    """While it drains."""
+    async with Service("--drain_delay=2") as service, Caller(service) as caller:
+        answer = await caller.ask("GET", "/metrics")
+        assert samples(answer.body.decode())["stopping"] == 0
+        service.process.terminate()
+        async with asyncio.timeout(DEADLINE):
+            while True:
+                answer = await caller.ask("GET", "/metrics")
+                if samples(answer.body.decode())["stopping"]:
+                    break
+            assert await service.process.wait() == 0
+
+
+# Other ends.
+
+
+async def test_loopback_counts(io_loop):
+    """A backend that does not observe itself is observed."""
+    async with Service("--logging=debug") as service:
+        async with websockets.connect(service.ws_url) as client:
+            for message in ("hello", b"\x00" * 10, "again"):
+                await client.send(message)
+                assert await asyncio.wait_for(client.recv(), DEADLINE) == message
+        found = await counted(
+            service,
+            connections(opened=1)
+            | messages("in", text=2, binary=1)
+            | messages("out", text=2, binary=1)
+            | {'message_bytes_total{direction="in"}': 20,
+               'message_bytes_total{direction="out"}': 20}
+            | events("connect", delivered=1)
+            | events("message", delivered=3)
+            | events("disconnect", delivered=1)
+            | attempts("connect", delivered=1)
+            | attempts("message", delivered=3)
+            | attempts("disconnect", delivered=1)
+            | closes(1000, "client"),
+        )
+        assert found['event_seconds_count{event="message"}'] == 3
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+async def test_sends_count_by_their_answers(io_loop, server):
+    """With a handler and without, on either server; nothing else is a send."""
+    flags = (TOKENS, f"--http_server={server}", "--max_message_size=1000",
+             "--max_send_buffer=1000")
+    held, early = asyncio.Event(), asyncio.Event()
+
+    async def verdict(handler, event):
+        if event["meta"]["query"] == "hold":
+            early.set()
+            await held.wait()
+
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags("connect", "message"), *flags) as service:
+            backend.answers["connect"] = verdict
+
+            async def send(number: int, *headers: str, body: bytes = b"x") -> int:
+                meta = backend.of("connect")[number]["meta"]
+                path = "/" + meta["send"].split("/", 3)[3]
+                async with Caller(service) as caller:
+                    return (await caller.ask("POST", path, *headers, body=body)).status
+
+            async with websockets.connect(service.ws_url):
+                assert await send(0, BEARER) == 200
+                assert await send(0) == 401
+                text = "Content-Type: text/plain"
+                assert await send(0, BEARER, text, body=b"\xff") == 400
+                assert await send(0, BEARER, body=b"x" * 1001) == 413
+            await eventually_gone(send)
+            second = asyncio.ensure_future(
+                websockets.connect(f"{service.ws_url}?hold")
+            )
+            await asyncio.wait_for(early.wait(), DEADLINE)
+            assert await send(1, BEARER, body=b"x" * 900) == 202
+            assert await send(1, BEARER, body=b"x" * 900) == 429
+            held.set()
+            client = await second
+            await client.recv()
+            path = f"/socket/{'0' * 32}"
+            async with Caller(service) as caller:
+                assert (await caller.ask("GET", f"{path}/send", BEARER)).status == 405
+                assert (await caller.ask("GET", path, BEARER)).status == 410
+                closing = await caller.ask(
+                    "POST", f"{path}/disconnect", BEARER, body=b""
+                )
+                assert closing.status == 410
+                assert (await caller.ask("POST", "/send", body=b"")).status == 404
+            async with Caller(service) as caller:
+                closing = await caller.ask("POST", f"{path}/disconnect", body=b"")
+                assert closing.status == 401
+            found = await scrape(service, BEARER)
+            await client.close()
+    sends = {
+        name: value for name, value in found.items() if name.startswith("sends_total")
+    }
+    gone = sends.pop('sends_total{status="410"}')
+    assert gone >= 1
+    assert {name for name, value in sends.items() if value == 1} == {
+        f'sends_total{{status="{status}"}}' for status in (200, 202, 400, 401, 413, 429)
+    }
+    assert sum(sends.values()) == 6
+
+
+async def eventually_gone(send) -> None:
+    """Once the relay knows that the client has left."""
+    async with asyncio.timeout(DEADLINE):
+        while await send(0, BEARER) != 410:
+            pass
+
+
+async def test_closes_count_by_code_and_initiator(io_loop):
+    """Codes of applications by their range: nobody can make up labels."""
+    async with RecordingBackend() as backend, Service(
+        *backend.flags("connect", "message"), "--max_message_size=1000"
+    ) as service:
+        for code in (1000, 3999, 4000, 4001, 4999):
+            async with websockets.connect(service.ws_url) as client:
+                await client.close(code)
+        async with websockets.connect(service.ws_url) as client:
+            await client.send("x" * 1001)
+            await asyncio.wait_for(client.wait_closed(), DEADLINE)
+        async with websockets.connect(service.ws_url) as client:
+            event = backend.of("connect")[-1]
+            body = b'{"code": 4321, "reason": "enough"}'
+            await backend.call(event["meta"]["disconnect"], body=body)
+            await asyncio.wait_for(client.wait_closed(), DEADLINE)
+        async with websockets.connect(service.ws_url) as client:
+            client.transport.abort()
+        empty_close = b"\x88\x80\0\0\0\0"
+        await tell(service.ws_url, SHAKE % b"13" + empty_close)
+        found = await counted(
+            service,
+            closes(1000, "client")
+            | closes("3xxx", "client")
+            | closes("4xxx", "client", 3)
+            | closes(1009, "relay")
+            | closes("4xxx", "backend")
+            | closes(1006, "client")
+            | closes(1005, "client"),
+        )
+        assert found["connections_open"] == 0
+
+
+# How it is asked.
+
+
+async def test_format_is_negotiated(io_loop):
+    """Prometheus' own by default; OpenMetrics and gzip for who asks for them."""
+    async with Service() as service:
+        plain = await ask(service, "GET", "/metrics")
+        assert plain.headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert plain.headers["cache-control"] == "no-store"
+        wanted = "Accept: application/openmetrics-text;version=1.0.0,text/plain;q=0.3"
+        other = await ask(service, "GET", "/metrics", wanted)
+        assert other.headers["content-type"].startswith("application/openmetrics-text")
+        assert other.body.endswith(b"# EOF\n")
+        families = list(openmetrics.text_string_to_metric_families(other.body.decode()))
+        assert {family.name for family in families} >= {"socketdock_messages"}
+        packed = await ask(service, "GET", "/metrics", "Accept-Encoding: gzip")
+        assert packed.headers["content-encoding"] == "gzip"
+        assert samples(gzip.decompress(packed.body).decode()).keys() == (
+            samples(plain.body.decode()).keys()
+        )
+        head = await ask(service, "HEAD", "/metrics")
+        assert (head.status, head.body) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    "accept",
+    ["version=", "version=x", "version=1.x", "version=" + "9" * 5000, "version=-1",
+     "version=1..0", "version=\xff", ";;;,,=", "escaping=x", "*/*;q=x", "version=0"],
+)
+async def test_whatever_is_accepted_there_is_an_answer(io_loop, accept):
+    """The library's reading of it is not for strangers' headers."""
+    async with Service() as service:
+        for kind in ("application/openmetrics-text", "text/plain"):
+            header = f"Accept: {kind}; {accept}"
+            answer = await ask(service, "GET", "/metrics", header)
+            assert answer.status == 200
+            assert b"socketdock_connections_open" in answer.body
+
+
+async def test_metrics_are_for_operators(io_loop):
+    """As /status: by a token, or without any from this machine."""
+    far = "Host: relay.example"
+    async with Service() as service:
+        assert (await ask(service, "GET", "/metrics", far)).status == 403
+        evil = "Origin: http://evil.example"
+        assert (await ask(service, "GET", "/metrics", evil)).status == 403
+    async with Service(TOKENS, "--bindip=0.0.0.0") as service:
+        here = "127.0.0.1"
+        assert (await ask(service, "GET", "/metrics", host=here)).status == 401
+        answer = await ask(service, "GET", "/metrics", far, BEARER, host=here)
+        assert answer.status == 200
+    async with Service("--callbackport=0") as service:
+        assert (await ask(service, "GET", "/metrics")).status == 200
+        service.callback_url = service.ws_url.replace("ws:", "http:")[:-3]
+        assert (await ask(service, "GET", "/metrics")).status == 404
+
+
+async def test_metrics_can_be_off(io_loop):
+    """Then there is no such path, and all else goes on."""
+    async with Service("--metrics=off") as service:
+        async with websockets.connect(service.ws_url) as client:
+            await client.send("hello")
+            assert await asyncio.wait_for(client.recv(), DEADLINE) == "hello"
+        assert (await ask(service, "GET", "/metrics")).status == 404
+        assert (await ask(service, "GET", "/status")).status == 200
+
+
+async def test_counts_do_not_depend_on_who_asks(io_loop):
+    """A scrape changes nothing, and there is no sample with a client's own words."""
+    async with Service() as service:
+        url = f"{service.ws_url}?secret=hush"
+        async with websockets.connect(
+            url, subprotocols=["hush"], user_agent_header="hush"
+        ) as client:
+            await client.send("hush")
+            await client.recv()
+            await client.close(4242, "hush")
+        before = await counted(service, closes("4xxx", "client"))
+        after = await scrape(service)
+        counts = [
+            name for name in before
+            if "_total" in name and not name.startswith("process_")
+        ]
+        assert len(counts) > 80
+        assert [before[name] for name in counts] == [after[name] for name in counts]
+        answer = await ask(service, "GET", "/metrics")
+        assert b"hush" not in answer.body
+        assert len(answer.body) < 20_000

@@ -1,0 +1,268 @@
+"""Whoever watches is told, and by ObservedBackend of backends that tell nothing."""
+
+import pytest
+from tornado.concurrent import Future
+
+from backends import (
+    Backend,
+    BackendAway,
+    BackendError,
+    Closure,
+    Condition,
+    ConnectionRefused,
+    Handshake,
+    Observer,
+)
+from handlers.observers import ObservedBackend, Observers
+
+HANDSHAKE = Handshake({}, "/ws", "", "127.0.0.1", ())
+CLOSURE = Closure(1000, "", "client", 1.0)
+
+
+class Watcher(Observer):
+    """Keeps what it is told of attempts and ends."""
+
+    def __init__(self):
+        self.attempts = []
+        self.ends = []
+
+    def attempted(self, attempt):
+        self.attempts.append(attempt)
+
+    def ended(self, event, connection_id, outcome, count=1):
+        self.ends.append((event, connection_id, outcome, count))
+
+
+class Opened(Observer):
+    """Wants to know of one thing alone."""
+
+    def __init__(self):
+        self.seen = []
+
+    def opened(self, connection):
+        self.seen.append(connection)
+
+
+class OneConnection:
+    """As much of a connection as a backend's wrapper looks at."""
+
+    id = "0123"
+    trace = None
+
+
+class Scripted(Backend):
+    """Returns or raises what it is told to."""
+
+    descriptors = 7
+
+    def __init__(self, outcome=None):
+        self.outcome = outcome
+        self.calls = []
+
+    def do(self, *call):
+        self.calls.append(call)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+    async def connect(self, connection, handshake):
+        return self.do("connect", connection, handshake)
+
+    def message(self, connection, message):
+        return self.do("message", connection, message)
+
+    async def disconnect(self, connection, closure):
+        self.do("disconnect", connection, closure)
+
+    def called_back(self, connection):
+        self.calls.append(("called_back", connection))
+
+    def condition(self):
+        return Condition(held=3)
+
+    def reload(self):
+        self.calls.append(("reload",))
+
+    async def close(self):
+        self.calls.append(("close",))
+
+
+def observed(outcome=None):
+    """A backend, watched, and who watches."""
+    watcher, backend = Watcher(), Scripted(outcome)
+    return ObservedBackend(backend, watcher), backend, watcher
+
+
+# Observers.
+
+
+def test_nobody_need_watch():
+    """What happens unseen is not kept."""
+    observers = Observers()
+    observers.opened(OneConnection())
+    observers.ended("message", "x", "failed", 2)
+    observers.ended("message", "x", outcome="failed", count=2)
+
+
+def test_a_single_watcher_is_called_itself():
+    """So that it costs no second call."""
+    watcher = Watcher()
+    observers = Observers(watcher)
+    assert observers.ended == watcher.ended
+    observers.ended("message", "x", "failed", 2)
+    observers.opened(OneConnection())  # in which it is not interested
+    assert watcher.ends == [("message", "x", "failed", 2)]
+
+
+def test_all_watchers_are_told_in_their_order():
+    """Each of what it has a method for."""
+    first, second, other = Watcher(), Watcher(), Opened()
+    order = []
+    first.ended = lambda *end: order.append("first")
+    second.ended = lambda *end: order.append("second")
+    observers = Observers(first, second)
+    observers.add(other)
+    observers.ended("message", "x", "failed")
+    assert order == ["first", "second"]
+    observers.opened("connection")
+    assert other.seen == ["connection"]
+    observers.attempted("attempt")
+    assert first.attempts == second.attempts == ["attempt"]
+
+
+def test_watchers_come_and_go():
+    """Who has left is told nothing; who never came can leave."""
+    first, second = Watcher(), Watcher()
+    observers = Observers()
+    observers.add(first)
+    observers.ended("message", "1", "failed")
+    observers.add(second)
+    observers.ended("message", "2", "failed")
+    observers.remove(first)
+    observers.ended("message", "3", "failed")
+    observers.remove(Watcher())
+    observers.remove(second)
+    observers.ended("message", "4", "failed")
+    assert [end[1] for end in first.ends] == ["1", "2"]
+    assert [end[1] for end in second.ends] == ["2", "3"]
+
+
+def test_who_holds_observers_hears_of_who_comes_later():
+    """A `Relay` is made before anybody watches."""
+    observers, watcher = Observers(), Watcher()
+    backend = ObservedBackend(Scripted(), observers)
+    observers.add(watcher)
+    assert backend.message(OneConnection(), "x") is None
+    assert watcher.ends == [("message", "0123", "delivered", 1)]
+
+
+def test_observers_can_tell_of_everything():
+    """Each method of the interface is passed on."""
+    names = [name for name in vars(Observer) if not name.startswith("_")]
+    called = []
+
+    class All(Observer):
+        pass
+
+    for name in names:
+        def method(self, *seen, name=name):
+            called.append((name, seen))
+
+        setattr(All, name, method)
+    for watchers in ([All()], [All(), All()]):
+        called.clear()
+        observers = Observers(*watchers)
+        for name in names:
+            getattr(observers, name)(1, 2)
+        assert called == [(name, (1, 2)) for name in names for _ in watchers]
+    assert len(names) >= 8
+
+
+# ObservedBackend.
+
+
+@pytest.mark.gen_test
+async def test_what_a_backend_takes_is_delivered(io_loop):
+    """At once or later, one attempt and one end of each event."""
+    backend, inner, watcher = observed()
+    connection = OneConnection()
+    assert await backend.connect(connection, HANDSHAKE) is None
+    assert backend.message(connection, "now") is None
+    later = inner.outcome = Future()
+    waiting = backend.message(connection, "later")
+    assert [end[0] for end in watcher.ends] == ["connect", "message"]
+    later.set_result(None)
+    assert await waiting is None
+    inner.outcome = None
+    await backend.disconnect(connection, CLOSURE)
+    assert watcher.ends == [
+        (event, "0123", "delivered", 1)
+        for event in ("connect", "message", "message", "disconnect")
+    ]
+    assert [(a.event, a.outcome, a.status) for a in watcher.attempts] == [
+        (event, "delivered", None)
+        for event in ("connect", "message", "message", "disconnect")
+    ]
+    assert all(a.connection_id == "0123" and a.seconds >= 0 for a in watcher.attempts)
+    assert [call[0] for call in inner.calls] == [
+        "connect", "message", "message", "disconnect"
+    ]
+
+
+@pytest.mark.gen_test
+async def test_chosen_subprotocol_passes(io_loop):
+    """The wrapper returns what the backend does."""
+    backend, _, _ = observed("chat")
+    assert await backend.connect(OneConnection(), HANDSHAKE) == "chat"
+
+
+@pytest.mark.gen_test
+async def test_refused_handshake_is_refused(io_loop):
+    """With its status, and the exception passes."""
+    backend, _, watcher = observed(ConnectionRefused(403))
+    with pytest.raises(ConnectionRefused):
+        await backend.connect(OneConnection(), HANDSHAKE)
+    assert watcher.ends == [("connect", "0123", "refused", 1)]
+    ((outcome, status),) = [(a.outcome, a.status) for a in watcher.attempts]
+    assert (outcome, status) == ("refused", 403)
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"), [(BackendError("no"), "error"), (BackendAway("no"), "away")]
+)
+@pytest.mark.gen_test
+async def test_failures_pass_and_are_told(io_loop, error, outcome):
+    """Of messages only the attempt: the relay tells of all that it gives up."""
+    backend, inner, watcher = observed(error)
+    connection = OneConnection()
+    with pytest.raises(BackendError):
+        await backend.connect(connection, HANDSHAKE)
+    with pytest.raises(BackendError):
+        backend.message(connection, "now")
+    with pytest.raises(BackendError):
+        await backend.disconnect(connection, CLOSURE)
+    inner.outcome = Future()
+    inner.outcome.set_exception(error)
+    with pytest.raises(BackendError):
+        await backend.message(connection, "later")
+    assert watcher.ends == [
+        ("connect", "0123", "failed", 1), ("disconnect", "0123", "failed", 1)
+    ]
+    assert [(a.event, a.outcome) for a in watcher.attempts] == [
+        (event, outcome) for event in ("connect", "message", "disconnect", "message")
+    ]
+
+
+@pytest.mark.gen_test
+async def test_all_else_is_the_backend_s_own(io_loop):
+    """The relay need not know of the wrapper."""
+    backend, inner, watcher = observed()
+    connection = OneConnection()
+    backend.called_back(connection)
+    backend.reload()
+    await backend.close()
+    assert inner.calls == [("called_back", connection), ("reload",), ("close",)]
+    assert backend.condition() == Condition(held=3)
+    assert backend.descriptors == 7
+    assert backend.observes
+    assert watcher.attempts == watcher.ends == []

@@ -1,0 +1,58 @@
+"""Programs that others wrote, which a machine may lack."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from service import DEADLINE
+
+INTEROP = Path(__file__).resolve().parent / "interop"
+
+
+def leave_out(reason: str) -> NoReturn:
+    """Skip this test; fail where everything has to be there."""
+    if os.environ.get("TEST_ALL"):
+        pytest.fail(f"{reason} (TEST_ALL is set)", pytrace=False)
+    pytest.skip(reason)
+
+
+def program(package: str, *names: str) -> str:
+    """The path of the first of these programs that is installed."""
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    leave_out(f"{names[0]} is missing: apt-get install {package}")
+
+
+async def by_node(
+    script: str, module: str, said: bytes, deadline: float = DEADLINE
+) -> bytes:
+    """What a script of `interop/` answers to `said`; it needs npm's `module`."""
+    node = program("nodejs npm", "node")
+    if not (INTEROP / "node_modules" / module).is_dir():
+        leave_out(f"npm's {module} is missing: npm ci --prefix test/interop")
+    process = await asyncio.create_subprocess_exec(
+        node,
+        INTEROP / script,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(deadline):
+            stdout, stderr = await process.communicate(said)
+    finally:
+        await kill(process)
+    assert process.returncode == 0, stderr.decode()
+    return stdout
+
+
+async def kill(process: asyncio.subprocess.Process) -> None:
+    """End a process that may have ended already."""
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()

@@ -1,0 +1,765 @@
+"""Spans by OpenTelemetry, as a collector gets them: a server of OTLP, over HTTP."""
+
+import asyncio
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+import pytest
+import websockets
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.trace.v1.trace_pb2 import Span as ProtoSpan
+from service import DEADLINE, RecordingBackend, Service, eventually, refusal, tcp_server
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from tornado.web import Application, RequestHandler
+
+from backends import Attempt
+from handlers.tracing import Tracing
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+SPAN_ID = "b7ad6b7169203331"
+SAMPLED = f"00-{TRACE_ID}-{SPAN_ID}-01"
+TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+
+KINDS = ProtoSpan.SpanKind
+ERROR = 2  # of a span's status
+COARSE = 0.05  # seconds
+
+
+class Span(NamedTuple):
+    """A span as it was exported; ids in hexadecimal digits."""
+
+    name: str
+    trace_id: str
+    span_id: str
+    parent_id: str
+    kind: int
+    status: int
+    began: float
+    ended: float
+    attributes: dict[str, Any]
+    events: list[tuple[str, dict[str, Any]]]
+    resource: dict[str, Any]
+
+
+def plain(attributes: Any) -> dict[str, Any]:
+    """Attributes as Python has them."""
+    return {
+        attribute.key: getattr(
+            attribute.value, attribute.value.WhichOneof("value") or "string_value"
+        )
+        for attribute in attributes
+    }
+
+
+class Collector:
+    """Takes what is exported by OTLP over HTTP, for as long as the block runs."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self.bodies: list[bytes] = []
+        self.headers: list[Mapping[str, str]] = []
+        self.status = 200
+
+    async def __aenter__(self) -> Self:
+        collector = self
+
+        class TracesHandler(RequestHandler):
+            def post(self) -> None:
+                assert self.request.headers["Content-Type"] == "application/x-protobuf"
+                self.set_status(collector.status)
+                if collector.status == 200:
+                    collector.take(self.request.body, self.request.headers)
+                    self.finish(ExportTraceServiceResponse().SerializeToString())
+
+        sockets = bind_sockets(0, "127.0.0.1")
+        self.port = sockets[0].getsockname()[1]
+        self.server = HTTPServer(
+            Application([("/v1/traces", TracesHandler)], log_function=lambda h: None)
+        )
+        self.server.add_sockets(sockets)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.server.stop()
+        await self.server.close_all_connections()
+
+    def take(self, body: bytes, headers: Mapping[str, str]) -> None:
+        self.bodies.append(body)
+        self.headers.append(headers)
+        for of_resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            resource = plain(of_resource.resource.attributes)
+            for of_scope in of_resource.scope_spans:
+                assert of_scope.scope.name == "socketdock"
+                for span in of_scope.spans:
+                    self.spans.append(
+                        Span(
+                            span.name,
+                            span.trace_id.hex(),
+                            span.span_id.hex(),
+                            span.parent_span_id.hex(),
+                            span.kind,
+                            span.status.code,
+                            span.start_time_unix_nano / 1e9,
+                            span.end_time_unix_nano / 1e9,
+                            plain(span.attributes),
+                            [(e.name, plain(e.attributes)) for e in span.events],
+                            resource,
+                        )
+                    )
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """Of a relay that exports to this collector, ten times a second."""
+        return otel(self.port, **more)
+
+    def of(self, event: str) -> list[Span]:
+        """The spans of an event of that kind."""
+        return [s for s in self.spans if s.attributes.get("socketdock.event") == event]
+
+    def named(self, name: str) -> list[Span]:
+        return [span for span in self.spans if span.name == name]
+
+
+def otel(port: int, **more: str) -> dict[str, str]:
+    """The environment of a relay that exports to that port."""
+    # What the machine's own environment says must not reach what is tested.
+    return {
+        **{name: "" for name in os.environ if name.startswith("OTEL_")},
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
+        "OTEL_BSP_SCHEDULE_DELAY": "100",
+        "NO_PROXY": "127.0.0.1",
+        **more,
+    }
+
+
+def told(backend: RecordingBackend) -> dict[str, tuple[str, str, str]]:
+    """What the backend got with each event, by webhook-id: trace, span and flags."""
+    found = {}
+    for _, _, headers in backend.events:
+        parts = TRACEPARENT.fullmatch(headers["Traceparent"])
+        assert parts is not None
+        found[headers["Webhook-Id"]] = parts.groups()
+    return found
+
+
+def check_told(collector: Collector, backend: RecordingBackend) -> None:
+    """Each event has one span, whose place is what its backend was told."""
+    spans = {
+        span.attributes["socketdock.event_id"]: (span.trace_id, span.span_id, "01")
+        for span in collector.spans
+        if "socketdock.event" in span.attributes
+    }
+    assert spans == told(backend)
+
+
+async def visit(service: Service, *messages: str, **headers: str) -> None:
+    async with websockets.connect(
+        service.ws_url, additional_headers=headers
+    ) as client:
+        for message in messages:
+            await client.send(message)
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+async def test_one_trace_from_the_client_to_the_backend_and_back(io_loop, server):
+    """Below the client's span the handshake, below that its events; and sends."""
+    by_backend = f"00-{TRACE_ID}-00f067aa0ba902b7-01"
+
+    async def reply(handler: RequestHandler, event: dict) -> None:
+        # As the backend's own spans would: below that of the event.
+        for kind in ("text/plain", "nonsense", "application/json"):
+            answer = await backend.call(
+                event["meta"]["send"] + ("?type=no" if kind == "nonsense" else ""),
+                body=b"{}",
+                headers={"Content-Type": kind, "traceparent": by_backend},
+            )
+            assert answer.code == (400 if kind == "nonsense" else 200)
+
+    async with Collector() as collector, RecordingBackend() as backend:
+        backend.answers["message"] = reply
+        async with Service(
+            *backend.flags(),
+            "--otel",
+            f"--http_server={server}",
+            "--instance_name=relay-7",
+            environment=collector.environment(),
+        ) as service:
+            async with websockets.connect(
+                service.ws_url, additional_headers={"traceparent": SAMPLED}
+            ) as client:
+                await client.send("hello")
+                assert await asyncio.wait_for(client.recv(), DEADLINE) == "{}"
+                assert await asyncio.wait_for(client.recv(), DEADLINE) == "{}"
+            await backend.wait_for("disconnect", 1)
+            await eventually(lambda: len(collector.spans) == 7)
+        assert len(collector.spans) == 7
+        check_told(collector, backend)
+    (connect_event, *_) = backend.of("connect")
+    connection_id = connect_event["meta"]["connection_id"]
+
+    (handshake,) = collector.named("GET /ws")
+    assert handshake.trace_id == TRACE_ID
+    assert (handshake.parent_id, handshake.kind) == (SPAN_ID, KINDS.SPAN_KIND_SERVER)
+    assert handshake.status == 0
+    assert handshake.attributes == {
+        "http.request.method": "GET",
+        "http.route": "/ws",
+        "http.response.status_code": 101,
+        "url.path": "/ws",
+        "url.scheme": "http",
+        "client.address": "127.0.0.1",
+        "socketdock.outcome": "opened",
+        "socketdock.connection_id": connection_id,
+    }
+    for event in ("connect", "message", "disconnect"):
+        (span,) = collector.of(event)
+        assert (span.trace_id, span.parent_id) == (TRACE_ID, handshake.span_id)
+        assert (span.name, span.kind) == (f"POST /{event}", KINDS.SPAN_KIND_CLIENT)
+        assert (span.status, span.events) == (0, [])
+        number = {"message": "1"}.get(event, event)
+        assert span.attributes == {
+            "http.request.method": "POST",
+            "http.response.status_code": 200,
+            "server.address": "127.0.0.1",
+            "server.port": backend.port,
+            "url.full": backend.url(event),
+            "url.template": f"/{event}",
+            "socketdock.event": event,
+            "socketdock.event_id": f"{connection_id}-{number}",
+            "socketdock.connection_id": connection_id,
+            "socketdock.outcome": "delivered",
+        }
+    (connect,), (message,) = collector.of("connect"), collector.of("message")
+    # Of an attempt the loop's clock tells how long it took, which may be coarse.
+    assert handshake.began - COARSE <= connect.began <= connect.ended
+    assert connect.ended <= handshake.ended + COARSE
+    assert abs(handshake.began - time.time()) < DEADLINE
+    sends = collector.named("POST /socket/{id}/send")
+    assert sorted(s.attributes["http.response.status_code"] for s in sends) == [
+        200, 200, 400,
+    ]
+    for send in sends:
+        assert (send.trace_id, send.parent_id) == (TRACE_ID, "00f067aa0ba902b7")
+        assert (send.kind, send.status) == (KINDS.SPAN_KIND_SERVER, 0)
+        assert message.began - COARSE <= send.began <= send.ended
+        assert send.ended <= message.ended + COARSE
+        del send.attributes["http.response.status_code"]
+        assert send.attributes == {
+            "http.request.method": "POST",
+            "http.route": "/socket/{id}/send",
+            "url.path": f"/socket/{connection_id}/send",
+            "url.scheme": "http",
+            "socketdock.connection_id": connection_id,
+        }
+    (resource,) = {json.dumps(span.resource) for span in collector.spans}
+    told_of = json.loads(resource)
+    assert told_of["service.name"] == "socketdock"
+    assert told_of["service.instance.id"].startswith("relay-7/")
+    assert told_of["service.version"]
+    assert len({span.span_id for span in collector.spans}) == 7
+
+
+async def test_without_a_client_s_trace_each_event_begins_one(io_loop):
+    """But the connect event, which is a part of its handshake; all are recorded."""
+    async with Collector() as collector, RecordingBackend() as backend:
+        async with Service(
+            *backend.flags(), "--otel", environment=collector.environment()
+        ) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("one")
+                await client.send("two")
+                events = await backend.wait_for("message", 2)
+                answer = await backend.call(events[0]["meta"]["send"], body=b"hello")
+                assert answer.code == 200
+            await backend.wait_for("disconnect", 1)
+            await eventually(lambda: len(collector.spans) == 6)
+        check_told(collector, backend)
+    (handshake,), (connect,) = collector.named("GET /ws"), collector.of("connect")
+    assert (connect.trace_id, connect.parent_id) == (
+        handshake.trace_id,
+        handshake.span_id,
+    )
+    others = [span for span in collector.spans if span is not connect]
+    assert {span.parent_id for span in others} == {""}
+    assert len({span.trace_id for span in others}) == 5
+
+
+async def test_event_that_goes_again_has_one_span(io_loop):
+    """From its first attempt to its last; the failures are events of the span."""
+    statuses = iter([503, 500, 200, 404])
+
+    async def answer(handler: RequestHandler, event: dict) -> None:
+        handler.set_status(next(statuses))
+
+    async def never(handler: RequestHandler, event: dict) -> None:
+        handler.set_status(500)
+
+    async with Collector() as collector, RecordingBackend() as backend:
+        backend.answers["message"], backend.answers["disconnect"] = answer, never
+        async with Service(
+            *backend.flags(),
+            "--otel",
+            "--disconnect_timeout=0.5",
+            environment=collector.environment(),
+        ) as service:
+            await visit(service, "one", "two", traceparent=SAMPLED)
+            await eventually(lambda: len(collector.spans) == 5)
+        check_told(collector, backend)
+        attempts = len(backend.of("disconnect"))
+    first, second = collector.of("message")
+    assert first.status == 0
+    assert first.attributes["http.request.resend_count"] == 2
+    assert first.attributes["http.response.status_code"] == 200
+    assert first.events == [
+        (
+            "attempt failed",
+            {"socketdock.outcome": "away", "http.response.status_code": 503},
+        ),
+        (
+            "attempt failed",
+            {"socketdock.outcome": "error", "http.response.status_code": 500},
+        ),
+    ]
+    assert second.attributes["socketdock.outcome"] == "refused"
+    assert second.attributes["error.type"] == "404"
+    assert (second.status, second.events) == (ERROR, [])
+    (disconnect,) = collector.of("disconnect")
+    assert disconnect.attributes["socketdock.outcome"] == "given_up"
+    assert disconnect.attributes["error.type"] == "given_up"
+    assert disconnect.attributes["http.request.resend_count"] == attempts - 1
+    assert (disconnect.status, len(disconnect.events)) == (ERROR, attempts)
+    assert disconnect.ended - disconnect.began >= 0.4
+
+
+async def test_message_that_is_given_up_has_a_span(io_loop):
+    """Those behind it were never attempted, and have none."""
+    async with Collector() as collector, RecordingBackend() as backend:
+        # Nobody listens there.
+        flags = (
+            "--backend=http",
+            f"--messageuri=http://127.0.0.1:{backend.port}/nowhere",
+        )
+        async with Service(
+            *flags,
+            "--otel",
+            "--delivery_timeout=0.5",
+            environment=collector.environment(),
+        ) as service:
+            backend.server.stop()
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("one")
+                await client.send("two")
+                await client.wait_closed()
+            assert client.close_code == 1013
+            await eventually(lambda: bool(collector.of("message")))
+    (span,) = collector.of("message")
+    assert span.attributes["socketdock.outcome"] == "given_up"
+    assert span.attributes["socketdock.event_id"].endswith("-1")
+    assert "http.response.status_code" not in span.attributes
+    assert {tuple(e.values()) for _, e in span.events} == {("away",)}
+
+
+async def test_handshakes_that_are_refused_have_spans(io_loop):
+    """By the backend, by the relay, and where there is no verdict."""
+    statuses = iter([403, 500])
+
+    async def answer(handler: RequestHandler, event: dict) -> None:
+        handler.set_status(next(statuses))
+
+    async with Collector() as collector, RecordingBackend() as backend:
+        backend.answers["connect"] = answer
+        async with Service(
+            *backend.flags(), "--otel", environment=collector.environment()
+        ) as service:
+            for headers in ({}, {}, {"Origin": "https://evil.example"}):
+                with pytest.raises(websockets.InvalidStatus):
+                    await visit(service, **headers)
+            await backend.wait_for("disconnect", 1)
+            await eventually(lambda: len(collector.spans) == 6)
+        check_told(collector, backend)
+    assert [
+        (
+            span.attributes["socketdock.outcome"],
+            span.attributes["http.response.status_code"],
+            span.attributes.get("error.type"),
+            span.status,
+            "socketdock.connection_id" in span.attributes,
+        )
+        for span in collector.named("GET /ws")
+    ] == [
+        ("refused", 403, None, 0, True),
+        ("no_verdict", 503, "503", ERROR, True),
+        ("turned_away", 403, None, 0, False),
+    ]
+    verdict, failure = collector.of("connect")
+    assert (verdict.attributes["socketdock.outcome"], verdict.status) == ("refused", 0)
+    assert (failure.attributes["error.type"], failure.status) == ("500", ERROR)
+
+
+async def test_backend_in_process_has_spans_too(io_loop):
+    """Of what it is given, without HTTP."""
+    async with Collector() as collector:
+        async with Service("--otel", environment=collector.environment()) as service:
+            await visit(service, "hello", traceparent=SAMPLED)
+            await eventually(lambda: len(collector.spans) == 4)
+            await visit(service, "hello")
+            await eventually(lambda: len(collector.spans) == 8)
+    traced, untraced = collector.named("GET /ws")
+    for event in ("connect", "message", "disconnect"):
+        span, other = collector.named(event)
+        assert (span.trace_id, span.parent_id) == (TRACE_ID, traced.span_id)
+        assert other.parent_id == (untraced.span_id if event == "connect" else "")
+        assert span.kind == other.kind == KINDS.SPAN_KIND_INTERNAL
+        assert span.attributes["socketdock.outcome"] == "delivered"
+
+
+async def test_what_is_not_sampled_is_not_exported(io_loop):
+    """The sampler decides; the backend is told the same by its flags."""
+    async with Collector() as collector, RecordingBackend() as backend:
+        environment = collector.environment(OTEL_TRACES_SAMPLER="always_off")
+        async with Service(
+            *backend.flags(), "--otel", environment=environment
+        ) as service:
+            await visit(service, "one", traceparent=SAMPLED)
+            await visit(service, "one")
+            await backend.wait_for("disconnect", 2)
+            found = list(told(backend).values())
+            assert {flags for *_, flags in found} == {"00"}
+            assert [trace_id for trace_id, *_ in found].count(TRACE_ID) == 3
+        assert not collector.bodies
+
+
+async def test_client_s_decision_counts_by_default(io_loop):
+    """As `parentbased_always_on` has it: what is not sampled stays so."""
+    async with Collector() as collector, RecordingBackend() as backend:
+        async with Service(
+            *backend.flags(), "--otel", environment=collector.environment()
+        ) as service:
+            for count, flags in enumerate(("00", "02"), 1):
+                await visit(service, "one", traceparent=f"{SAMPLED[:-2]}{flags}")
+                await backend.wait_for("disconnect", count)
+            assert [flags for *_, flags in told(backend).values()] == [
+                "00", "00", "00", "02", "02", "02",
+            ]
+        assert not collector.spans
+
+
+async def test_some_are_sampled(io_loop):
+    """A share of the traces, and just those that the backend was told of."""
+    async with Collector() as collector, RecordingBackend() as backend:
+        environment = collector.environment(
+            OTEL_TRACES_SAMPLER="traceidratio", OTEL_TRACES_SAMPLER_ARG="0.3"
+        )
+        async with Service(
+            *backend.flags("message", "disconnect"), "--otel", environment=environment
+        ) as service:
+            await visit(service, *map(str, range(300)))
+            await backend.wait_for("disconnect", 1)
+            sampled = {
+                (trace_id, span_id)
+                for trace_id, span_id, flags in told(backend).values()
+                if flags == "01"
+            }
+        events = [s for s in collector.spans if "socketdock.event" in s.attributes]
+        assert {(span.trace_id, span.span_id) for span in events} == sampled
+        assert 30 < len(sampled) < 180  # 90, more or less
+
+
+def made_here(
+    monkeypatch: pytest.MonkeyPatch, environment: Mapping[str, str]
+) -> Tracing:
+    """In the test's own process; it has to be closed."""
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    return Tracing("0", "test/0")
+
+
+def failure(number: int) -> Attempt:
+    """Of an event that may go again."""
+    traceparent = f"00-{number:032x}-{number:016x}-01"
+    return Attempt(
+        "message", "c", f"c-{number}", traceparent, "away", None, 0.0, "http://a/b"
+    )
+
+
+async def test_events_that_may_go_again_are_bounded(io_loop, monkeypatch):
+    """The span of the oldest ends early, and those that are left end at the stop."""
+    monkeypatch.setattr("handlers.tracing.MAX_FAILED", 3)
+    async with Collector() as collector:
+        tracing = made_here(monkeypatch, collector.environment())
+        for number in range(1, 6):
+            tracing.attempted(failure(number))
+            tracing.attempted(failure(number))
+        assert len(tracing._failed) == 3
+        await eventually(lambda: len(collector.spans) == 2)
+        await tracing.close()
+    assert [span.attributes["socketdock.event_id"] for span in collector.spans] == [
+        "c-1", "c-2", "c-3", "c-4", "c-5",
+    ]
+    for span in collector.spans:
+        assert span.attributes["socketdock.outcome"] == "given_up"
+        assert span.attributes["http.request.resend_count"] == 1
+
+
+async def test_failures_of_one_event_are_bounded(io_loop, monkeypatch):
+    """All are counted, the first are told of."""
+    monkeypatch.setattr("handlers.tracing.MAX_FAILURES", 3)
+    async with Collector() as collector:
+        tracing = made_here(monkeypatch, collector.environment())
+        for _ in range(10):
+            tracing.attempted(failure(1))
+        tracing.attempted(failure(1)._replace(outcome="delivered", status=200))
+        await tracing.close()
+    (span,) = collector.spans
+    assert len(span.events) == 3
+    assert span.attributes["http.request.resend_count"] == 10
+
+
+async def test_spans_that_are_to_be_made_are_bounded(io_loop, monkeypatch, caplog):
+    """What comes at once beyond that is lost, and counted."""
+    monkeypatch.setattr("handlers.tracing.MAX_ENDED", 300)
+    async with Collector() as collector:
+        tracing = made_here(monkeypatch, collector.environment())
+        for number in range(1, 501):
+            tracing.attempted(failure(number)._replace(outcome="delivered"))
+        await eventually(lambda: len(collector.spans) == 300)
+        await tracing.close()
+    assert "200 of 500 spans were not exported" in caplog.text
+
+
+SAMPLERS = (
+    ("always_on", ""),
+    ("always_off", ""),
+    ("traceidratio", "0.3"),
+    ("traceidratio", "1e-9"),
+    ("parentbased_always_on", ""),
+    ("parentbased_always_off", ""),
+    ("parentbased_traceidratio", "0.3"),
+    ("parentbased_traceidratio", "1.0"),
+)
+
+
+@pytest.mark.parametrize(("name", "argument"), SAMPLERS)
+async def test_new_traces_are_sampled_as_the_sdk_would(
+    io_loop, monkeypatch, name, argument
+):
+    """Without asking it each time; where only it can tell, it is asked."""
+    tracing = made_here(
+        monkeypatch,
+        otel(9, OTEL_TRACES_SAMPLER=name, OTEL_TRACES_SAMPLER_ARG=argument),
+    )
+    try:
+        ids = [f"{number:032x}" for number in (1, 2**63, 2**64 - 1, 2**64, 2**128 - 1)]
+        ids += [random.Random(number).randbytes(16).hex() for number in range(1000)]
+        assert tracing._bound is not None
+        decided = [tracing.sample(trace_id) for trace_id in ids]
+        tracing._bound = None
+        assert decided == [tracing.sample(trace_id) for trace_id in ids]
+    finally:
+        await tracing.close()
+
+
+async def test_last_spans_are_exported_at_the_stop(io_loop):
+    """Nothing is kept back by the SDK's batches."""
+    async with Collector() as collector, RecordingBackend() as backend:
+        environment = collector.environment(OTEL_BSP_SCHEDULE_DELAY="3600000")
+        async with Service(
+            *backend.flags(), "--otel", environment=environment
+        ) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("hello")
+                await backend.wait_for("message", 1)
+                assert not collector.spans
+                service.process.terminate()
+                await client.wait_closed()
+            await asyncio.wait_for(service.process.wait(), DEADLINE)
+            assert len(collector.spans) == 4
+        check_told(collector, backend)
+
+
+@pytest.mark.parametrize("status", [0, 401, 503])
+async def test_collector_that_fails_is_told_of_once(io_loop, status):
+    """The relay goes on; what is lost is counted, and that it works again is told."""
+    async with Collector() as collector, RecordingBackend() as backend:
+        environment = collector.environment(OTEL_EXPORTER_OTLP_TIMEOUT="3")
+        if status == 0:  # nobody listens there
+            collector.server.stop()
+        collector.status = status
+        async with Service(
+            *backend.flags(), "--otel", environment=environment
+        ) as service:
+            for count in range(1, 6):
+                await visit(service, "hello")
+                await backend.wait_for("disconnect", count)
+                if count == 1:
+                    await eventually(
+                        lambda: any("can't be exported" in line for line in service.log)
+                    )
+            began = time.monotonic()
+            service.process.terminate()
+            await asyncio.wait_for(service.process.wait(), DEADLINE)
+            assert time.monotonic() - began < DEADLINE / 2
+        lines = [line for line in service.log if "xported" in line]
+        assert len(lines) == 2, service.log
+        reason = f"the collector answered {status}" if status else "Connection refused"
+        assert reason in lines[0]
+        assert "20 of 20 spans were not exported" in lines[1]
+        assert not any("OpenTelemetry:" in line for line in service.log)
+
+
+async def test_collector_that_is_back_gets_spans(io_loop):
+    """And both are told."""
+    async with Collector() as collector, RecordingBackend() as backend:
+        collector.status = 400
+        async with Service(
+            *backend.flags(), "--otel", environment=collector.environment()
+        ) as service:
+            await visit(service, "hello")
+            await eventually(
+                lambda: any("can't be exported" in line for line in service.log)
+            )
+            collector.status = 200
+            await visit(service, "hello")
+            await eventually(
+                lambda: any("exported again" in line for line in service.log)
+            )
+        assert collector.spans
+        assert any("spans were not exported" in line for line in service.log)
+
+
+async def test_collector_that_hangs_delays_the_stop_for_a_moment(io_loop):
+    """And nothing else: spans that it does not take are lost."""
+
+    async def say_nothing(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await reader.read(-1)
+
+    async with tcp_server(say_nothing) as port, RecordingBackend() as backend:
+        async with Service(
+            *backend.flags(), "--otel", environment=otel(port)
+        ) as service:
+            await visit(service, "hello")
+            await backend.wait_for("disconnect", 1)
+            service.process.terminate()
+            await asyncio.wait_for(service.process.wait(), DEADLINE)
+        assert service.process.returncode == 0
+        assert any("4 of 4 spans were not exported" in line for line in service.log)
+
+
+async def test_queue_of_spans_is_bounded(io_loop):
+    """What it can't take is lost, and counted; and the SDK's word for it told once."""
+    async with Collector() as collector, RecordingBackend() as backend:
+        environment = collector.environment(
+            OTEL_BSP_SCHEDULE_DELAY="3600000",
+            OTEL_BSP_MAX_QUEUE_SIZE="20",
+            OTEL_BSP_MAX_EXPORT_BATCH_SIZE="20",
+            OTEL_EXPORTER_OTLP_TIMEOUT="1",
+        )
+        collector.server.stop()
+        async with Service(
+            *backend.flags("message"), "--otel", environment=environment
+        ) as service:
+            await visit(service, *map(str, range(200)))
+            await backend.wait_for("message", 200)
+        lines = [line for line in service.log if "spans were not exported" in line]
+        assert len(lines) == 1
+        assert " 201 of 201 spans" in lines[0]
+        assert sum("Queue full" in line for line in service.log) <= 1
+
+
+async def test_no_span_holds_a_secret(io_loop):
+    """No body, no header's value, no query; and the log nothing of the collector's."""
+    async with Collector() as collector, RecordingBackend() as backend:
+        flags = [
+            f"{flag}?key=hush-target" if "uri=" in flag else flag
+            for flag in backend.flags()
+        ]
+        environment = collector.environment(
+            OTEL_EXPORTER_OTLP_ENDPOINT="",
+            OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=(
+                f"http://127.0.0.1:{collector.port}/v1/traces?key=hush-endpoint"
+            ),
+            OTEL_EXPORTER_OTLP_HEADERS="x-api-key=hush-key,hush-no-pair",
+            OTEL_TRACES_SAMPLER="hush-sampler",
+            SOCKETDOCK_CALLBACK_TOKEN="hush-token-0123456789",
+        )
+        async with Service(
+            *flags, "--otel", "--logging=debug", environment=environment
+        ) as service:
+            async with websockets.connect(
+                f"{service.ws_url}?hush-query",
+                additional_headers={
+                    "Cookie": "hush-cookie",
+                    "tracestate": "hush=state",
+                    "baggage": "hush=baggage",
+                    "User-Agent": "hush-agent",
+                },
+            ) as client:
+                await client.send("hush-message")
+                (event,) = await backend.wait_for("message", 1)
+                for token in ("hush-token-0123456789", "hush-wrong"):
+                    await backend.call(
+                        f"{event['meta']['send']}?type=text&hush-key",
+                        body=b"hush-answer",
+                        headers={"Authorization": f"Bearer {token}"},
+                    )
+            await backend.wait_for("disconnect", 1)
+            await eventually(lambda: len(collector.spans) == 6)
+        assert collector.headers[0]["x-api-key"] == "hush-key"
+        assert b"hush" not in b"".join(collector.bodies)
+        assert "hush" not in "\n".join(service.log)
+        sdk = [line for line in service.log if "OpenTelemetry:" in line]
+        assert len(sdk) == 2  # the header that is no pair, and the sampler
+        statuses = [
+            span.attributes["http.response.status_code"]
+            for span in collector.named("POST /socket/{id}/send")
+        ]
+        assert statuses == [200, 401]
+
+
+async def test_names_of_the_service_are_the_operator_s(io_loop):
+    """OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, as everywhere."""
+    async with Collector() as collector:
+        environment = collector.environment(
+            OTEL_SERVICE_NAME="edge",
+            OTEL_RESOURCE_ATTRIBUTES="deployment.environment=test,service.version=mine",
+        )
+        async with Service("--otel", environment=environment) as service:
+            await visit(service)
+            await eventually(lambda: bool(collector.spans))
+    resource = collector.spans[0].resource
+    assert resource["service.name"] == "edge"
+    assert resource["deployment.environment"] == "test"
+    assert resource["service.version"] == "mine"
+    assert resource["service.instance.id"]
+
+
+async def test_sdk_that_is_disabled_records_nothing(io_loop):
+    """OTEL_SDK_DISABLED is OpenTelemetry's own switch."""
+    async with Collector() as collector, RecordingBackend() as backend:
+        environment = collector.environment(OTEL_SDK_DISABLED="true")
+        async with Service(
+            *backend.flags(), "--otel", environment=environment
+        ) as service:
+            await visit(service, "hello")
+            await backend.wait_for("disconnect", 1)
+            assert {flags for *_, flags in told(backend).values()} == {"00"}
+        assert not collector.bodies
+
+
+def test_variable_that_makes_no_sense_is_one_sentence():
+    """Exit status 2, where the SDK can't go on with it."""
+    sentence = refusal("--otel", OTEL_BSP_MAX_QUEUE_SIZE="0")
+    assert "--otel" in sentence
+    assert "max_queue_size" in sentence
