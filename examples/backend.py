@@ -81,14 +81,17 @@ def show(what: str, where: str, details: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A small backend for SocketDock.")
+    parser.add_argument("--bindip", default="127.0.0.1", help="0.0.0.0: every address")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    port = parser.parse_args().port
+    chosen = parser.parse_args()
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), EventHandler)
+        server = ThreadingHTTPServer((chosen.bindip, chosen.port), EventHandler)
     except (OSError, OverflowError) as error:
-        sys.exit(f"backend: can't listen at port {port}: {error}")
+        sys.exit(
+            f"backend: can't listen at port {chosen.port} of {chosen.bindip}: {error}"
+        )
     with server, contextlib.suppress(KeyboardInterrupt):
-        print(f"backend at http://127.0.0.1:{server.server_port}", flush=True)
+        print(f"backend at http://{chosen.bindip}:{server.server_port}", flush=True)
         server.serve_forever()
 
 

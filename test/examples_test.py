@@ -4,14 +4,16 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
+import socket
+import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
-from typing import NoReturn, Self
+from typing import Self
 
 import pytest
 import websockets
+from programs import leave_out, program
 from service import DEADLINE, PROJECT, Service, eventually
 from standardwebhooks import Webhook
 from tornado.httpclient import AsyncHTTPClient
@@ -23,13 +25,6 @@ TOKEN = "0123456789abcdef"
 EXPRESS = PROJECT / "examples" / "express_backend"
 
 
-def leave_out(reason: str) -> NoReturn:
-    """Skip this test; fail where everything has to be there."""
-    if os.environ.get("TEST_ALL"):
-        pytest.fail(f"{reason} (TEST_ALL is set)", pytrace=False)
-    pytest.skip(reason)
-
-
 def flask_command() -> list[str]:
     """The chat in Flask."""
     return [sys.executable, "examples/flask_backend.py"]
@@ -37,22 +32,26 @@ def flask_command() -> list[str]:
 
 def express_command() -> list[str]:
     """The chat in Express, with what `npm ci` puts beside it."""
-    node = shutil.which("node")
-    if node is None:
-        leave_out("node is missing (Debian: apt-get install nodejs npm)")
+    node = program("nodejs npm", "node")
     if not (EXPRESS / "node_modules").exists():
         leave_out(f"run: npm ci --prefix {EXPRESS.relative_to(PROJECT)}")
     return [node, str(EXPRESS / "backend.mjs")]
 
 
-COMMANDS = {"flask": flask_command, "express": express_command}
+def least_command() -> list[str]:
+    """The one in the standard library."""
+    return [sys.executable, "examples/backend.py"]
+
+
+CHATS = {"flask": flask_command, "express": express_command}
+COMMANDS = {**CHATS, "least": least_command}
 
 
 class Example:
     """An example as a process, for as long as the block runs; `said` are its lines."""
 
-    def __init__(self, name: str) -> None:
-        self.command = COMMANDS[name]()
+    def __init__(self, name: str, *flags: str) -> None:
+        self.command = [*COMMANDS[name](), *flags]
         self.said: list[str] = []
 
     async def __aenter__(self) -> Self:
@@ -136,7 +135,7 @@ async def text_of(client: websockets.ClientConnection) -> str | bytes:
     return await asyncio.wait_for(client.recv(), DEADLINE)
 
 
-each_example = pytest.mark.parametrize("name", COMMANDS)
+each_example = pytest.mark.parametrize("name", CHATS)
 
 
 @each_example
@@ -206,3 +205,53 @@ async def test_connections_of_a_dead_instance_are_dropped(io_loop, name):
                 assert await text_of(client) == "anybody?"
     assert example.has_said("dropped 2 connections of relay-1/")
     assert not example.has_said("callback failed")
+
+
+async def test_least_backend_listens_where_it_is_told(io_loop):
+    """At `--bindip`, and at no other address."""
+    async with Example("least", "--bindip=127.0.0.2") as example:
+        assert example.url.startswith("http://127.0.0.2:")
+        flags = ("--backend=http", f"--messageuri={example.url}/message")
+        async with Service(*flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("grüße 🦆")
+                assert await text_of(client) == "you said: grüße 🦆"
+        with socket.socket() as elsewhere:  # by default it would be there
+            elsewhere.bind(("127.0.0.1", int(example.url.rpartition(":")[2])))
+            elsewhere.listen()
+
+
+@pytest.mark.parametrize("bindip", ["127.0.0.1", "192.0.2.1"])
+def test_least_backend_that_cannot_listen_says_why(bindip):
+    """In one sentence: the port is taken, or the address is not of this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = subprocess.run(
+            [*least_command(), f"--bindip={bindip}", f"--port={port}"],
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"backend: can't listen at port {port} of {bindip}: ")
+
+
+def test_demo_shows_one_exchange_and_ends():
+    """Each side's part, in its order, and then by itself."""
+    ended = subprocess.run(
+        [sys.executable, "examples/demo.py"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=4 * DEADLINE,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    shown = ended.stdout
+    steps = ("text frame  Hello, backend!", "you said: Hello, backend!", "answered 200",
+             "text frame  you said: Hello, backend!", '"code": 1000', "That is all")
+    places = [shown.index(step) for step in steps]
+    assert places == sorted(places), shown
