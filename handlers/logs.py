@@ -5,6 +5,7 @@ standard library, and name in `extra` what a program may look for: `event`,
 `connection_id`, `code`. What repeats itself is counted (`handlers.repeats`).
 """
 
+import contextlib
 import importlib
 import json
 import logging
@@ -65,30 +66,36 @@ class JSONFormatter(logging.Formatter):
     _stamp = ""
 
     def format(self, record: logging.LogRecord) -> str:
-        created = record.created
+        own = {n: v for n, v in record.__dict__.items() if n not in NO_FIELDS}
+        if record.exc_info:
+            own["exception"] = self.formatException(record.exc_info)
+        line = self.line(
+            record.created, record.levelno, record.name, _message(record), own
+        )
+        return line.decode()
+
+    def line(
+        self,
+        created: float,
+        level: int,
+        name: str,
+        message: str,
+        own: Mapping[str, Any],
+    ) -> bytes:
+        """A line, without its end; `own` is what it has besides what all have."""
         second = int(created)
         if second != self._second:
             self._second = second
             self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        fields: dict[str, Any] = {
+        fields = {
             "time": f"{self._stamp}.{int((created - second) * 1000):03d}Z",
-            "level": _level_name(record.levelno),
-            "logger": record.name,
-            "message": _message(record),
+            "level": _level_name(level),
+            "logger": name,
+            "message": message,
+            **own,
         }
-        own = record.__dict__
-        if NO_FIELDS.isdisjoint(own):  # a record of ours
-            fields.update(own)
-        else:
-            for name, value in own.items():
-                if name not in NO_FIELDS:
-                    fields[name] = value
-        if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
         line = _dumped(fields)
-        if len(line) > MAX_LINE:
-            line = _fitting(fields)
-        return line.decode()
+        return line if len(line) <= MAX_LINE else _fitting(fields)
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -162,57 +169,41 @@ def _printable(text: str, kept: str = "") -> str:
     return shortened
 
 
-class _Record(logging.LogRecord):
-    """A record with no more than `JSONFormatter` shows, at half the price.
-
-    That is, without file, line, thread and process. What all have is in slots, so
-    that its `__dict__` is what its line has of its own.
-    """
-
-    __slots__ = ("args", "created", "exc_info", "levelno", "msg", "name")
-
-    levelname = pathname = filename = module = funcName = ""
-    threadName = processName = exc_text = stack_info = None
-    lineno = thread = process = 0
-    msecs = relativeCreated = 0.0
-
-    def __init__(
-        self,
-        name: str,
-        level: int,
-        pathname: str,
-        lineno: int,
-        msg: object,
-        args: Any,
-        exc_info: Any,
-        func: str | None = None,
-        sinfo: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if args and len(args) == 1 and isinstance(args[0], Mapping) and args[0]:
-            args = args[0]  # as `logging` has it
-        self.name = name
-        self.levelno = level
-        self.msg = msg
-        self.args = args
-        self.exc_info = exc_info
-        self.created = time.time()
-
-
 class StderrHandler(logging.StreamHandler[TextIO]):
     """Writes each line at once; where nobody can read it, it is lost."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self.stream.write(f"{self.format(record)}\n")  # buffered by line
-        except Exception:
-            self.handleError(record)
+    def write(self, line: bytes) -> None:
+        """Write a line of JSON, without its end, as one."""
+        with self.lock or contextlib.nullcontext():
+            try:
+                buffer = self.stream.buffer
+                buffer.write(line + b"\n")
+                buffer.flush()
+            except (OSError, ValueError, AttributeError):
+                pass
 
     def handleError(self, record: logging.LogRecord) -> None:
         """There is no other place to tell of it."""
+
+
+def tell(about: logging.Logger, message: str, fields: Mapping[str, Any]) -> None:
+    """As `about.info(message, extra=fields)`, which has to be enabled.
+
+    For the lines that each connection has: where nobody but stderr is to have
+    them, and in JSON, they are made without a record, at a third of the price.
+    """
+    handlers = logging.root.handlers
+    if len(handlers) == 1 and type(handler := handlers[0]) is StderrHandler:
+        formatter = handler.formatter
+        if type(formatter) is JSONFormatter:
+            handler.write(
+                formatter.line(time.time(), logging.INFO, about.name, message, fields)
+            )
+            return
+    about.info(message, extra=fields, stacklevel=2)
 
 
 
@@ -307,21 +298,17 @@ class Log:
 
 
 def _write_to(handlers: Sequence[logging.Handler], format_name: str) -> None:
-    formats = set()
     for handler in handlers:
         on_terminal = _is_terminal(handler)
         name = format_name
         if name == "auto":
             name = "text" if on_terminal else "json"
-        formats.add(name)
-        handler.setFormatter(
-            JSONFormatter() if name == "json" else TextFormatter(color=on_terminal)
-        )
-    if "json" in formats and isinstance(sys.stderr, TextIOWrapper):
-        sys.stderr.reconfigure(encoding="utf-8")  # whatever the locale
-    if formats == {"json"}:
-        logging.setLogRecordFactory(_Record)
-        logging._srcfile = None  # who called stands in no line, and is dear to know
+        if name == "text":
+            handler.setFormatter(TextFormatter(color=on_terminal))
+            continue
+        handler.setFormatter(JSONFormatter())
+        if isinstance(sys.stderr, TextIOWrapper):
+            sys.stderr.reconfigure(encoding="utf-8")  # whatever the locale
     # Where there is none at all, `logging` has one of its own.
     logging.root.handlers[:] = handlers or [logging.NullHandler()]
 

@@ -64,6 +64,7 @@ MAX_TOLD = 100  # warnings of the SDK that are told apart
 HANDSHAKE = "GET /ws"
 SEND_ROUTE = "/socket/{id}/send"
 SEND = f"POST {SEND_ROUTE}"
+_SEND_PATH = re.compile(r".{0,200}/socket/[0-9a-f]{32}/send")
 
 Attributes = Mapping[str, str | int]
 
@@ -233,6 +234,8 @@ class Tracing(Observer):
 
     def answered(self, request: HTTPServerRequest, status: int) -> None:
         """A send was answered by a handler, and not as `quick` would."""
+        if not _SEND_PATH.fullmatch(request.path):
+            return  # whatever it is, it came without a token
         parent = trace_context(request.headers.get_list("traceparent"))
         place = self._place(parent, SEND, SpanKind.SERVER)
         if _is_sampled(place.flags):

@@ -36,6 +36,7 @@ from handlers.frames import Close, CloseCode, FrameError
 from handlers.handshake import NOT_TOLD, flaw, is_key, members, told_headers
 from handlers.heartbeat import Heartbeat
 from handlers.lifetimes import Lifetimes
+from handlers.logs import tell
 from handlers.offers import subprotocols
 from handlers.origins import is_origin_allowed
 from handlers.problem import ProblemHandler
@@ -434,11 +435,7 @@ class ClientConnection:
         self.lifetimes.add(self)
         self.connections.observer.opened(self)
         if logger.isEnabledFor(logging.INFO):
-            logger.info("connection %s opened by %s", self.id, self.remote_ip, extra={
-                "event": "open",
-                "connection_id": self.id,
-                "remote_ip": self.remote_ip,
-            })
+            self._log_open()
         early, self._early = self._early, []
         for message in early:
             with contextlib.suppress(ConnectionClosed):  # the client has gone
@@ -447,6 +444,11 @@ class ClientConnection:
             self.close(*self._early_close)
         elif self.connections.draining:
             self.drain()
+
+    def _log_open(self) -> None:
+        tell(logger, f"connection {self.id} opened by {self.remote_ip}", {
+            "event": "open", "connection_id": self.id, "remote_ip": self.remote_ip
+        })
 
     def on_heard(self, size: int, at_once: bool) -> None:
         """`size` bytes came, `at_once` where they did not have to be waited for."""
@@ -762,28 +764,24 @@ class ClientConnection:
 
     def _log_close(self, code: int, initiator: Initiator, duration: float) -> None:
         """Without the reason, which is the peer's text."""
-        logger.info(
-            "connection %s closed with %d by %s after %.1f s: %d messages in, %d out",
-            self.id,
-            code,
-            initiator,
-            duration,
-            self.messages_in,
-            self.messages_out,
-            extra={
-                "event": "close",
-                "connection_id": self.id,
-                "code": code,
-                "initiator": initiator,
-                "seconds": round(duration, 3),
-                "messages_in": self.messages_in,
-                "messages_out": self.messages_out,
-                "bytes_in": self.bytes_in,
-                "bytes_out": self.bytes_out,
-                "undelivered": self._undelivered,
-                "waiting": len(self._queue or ()) + self._delivering,
-            },
+        message = (
+            f"connection {self.id} closed with {code:d} by {initiator} after"
+            f" {duration:.1f} s:"
+            f" {self.messages_in} messages in, {self.messages_out} out"
         )
+        tell(logger, message, {
+            "event": "close",
+            "connection_id": self.id,
+            "code": code,
+            "initiator": initiator,
+            "seconds": round(duration, 3),
+            "messages_in": self.messages_in,
+            "messages_out": self.messages_out,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "undelivered": self._undelivered,
+            "waiting": len(self._queue or ()) + self._delivering,
+        })
 
     async def _farewell(
         self, close: Close, initiator: Initiator, duration: float

@@ -16,6 +16,7 @@ from handlers.connections import ConnectionMap
 from handlers.health import Readiness
 from handlers.heartbeat import Heartbeat
 from handlers.lifetimes import Lifetimes
+from handlers.tickets import Tickets
 from handlers.websocket import ClientPolicy
 
 pytestmark = pytest.mark.gen_test(timeout=30)
@@ -49,6 +50,7 @@ async def make_application(**bounds: int) -> Application:
             heartbeat=Heartbeat(0, 0),
             lifetimes=lifetimes,
             policy=ClientPolicy(),
+            tickets=Tickets(),
             **shared,
         ),
         *socketdock.callback_routes(

@@ -696,6 +696,13 @@ async def test_page_under_load_does_not_grow(io_loop, browser):
     """300 messages a second each way; after a forced collection it is as small."""
     async with Service() as service, opened(browser, service) as page:
         await is_live(page)
+        asked_again: list[str] = []
+        page.on(
+            "request",
+            lambda request: asked_again.append(request.url)
+            if request.url.endswith("/live")
+            else None,
+        )
         session = await page.context.new_cdp_session(page)
         await session.send("Performance.enable")
         async with contextlib.AsyncExitStack() as stack:
@@ -718,6 +725,7 @@ async def test_page_under_load_does_not_grow(io_loop, browser):
             load.cancel()
             await is_live(page)
             assert await page.locator("#tail > li").count() == 500
+            assert not asked_again  # it is one stream all the time
         assert after["JSEventListeners"] <= before["JSEventListeners"] + 5
         assert after["Nodes"] <= before["Nodes"] + 1000
         assert after["JSHeapUsedSize"] <= before["JSHeapUsedSize"] + 2**18

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import websockets
-from service import DEADLINE, PROJECT, RecordingBackend, Service, refusal
+from service import DEADLINE, RecordingBackend, Service, ended, refusal
 from tornado.web import RequestHandler
 
 from handlers.trace import trace_context
@@ -220,4 +220,6 @@ def test_otel_without_its_extra_is_one_sentence(tmp_path):
     (tmp_path / "opentelemetry.py").write_text("raise ImportError('not here')")
     sentence = refusal("--otel", PYTHONPATH=str(tmp_path))
     assert "socketdock[otel]" in sentence
-    assert (PROJECT / "handlers" / "tracing.py").exists()
+    check = ended("check", "--bindport=0", "--otel", PYTHONPATH=str(tmp_path))
+    assert check.returncode == 1
+    assert "socketdock[otel]" in check.stdout

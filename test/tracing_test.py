@@ -714,10 +714,15 @@ async def test_no_span_holds_a_secret(io_loop):
                         body=b"hush-answer",
                         headers={"Authorization": f"Bearer {token}"},
                     )
+                # A stranger's path is not ours to show.
+                answer = await backend.call(f"{service.callback_url}/socket/stranger/send")
+                assert answer.code == 401
             await backend.wait_for("disconnect", 1)
             await eventually(lambda: len(collector.spans) == 6)
         assert collector.headers[0]["x-api-key"] == "hush-key"
-        assert b"hush" not in b"".join(collector.bodies)
+        exported = b"".join(collector.bodies)
+        assert b"hush" not in exported
+        assert b"stranger" not in exported
         assert "hush" not in "\n".join(service.log)
         sdk = [line for line in service.log if "OpenTelemetry:" in line]
         assert len(sdk) == 2  # the header that is no pair, and the sampler
