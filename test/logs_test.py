@@ -592,7 +592,8 @@ async def test_repeats_are_counted_anew_in_each_interval(io_loop, caplog):
 def test_what_is_no_flood_is_not_counted(caplog):
     """A connection's own lines, what programs say at info, other templates; debug."""
     book = Repeats(lines=2)
-    assert flood(book, level=logging.INFO) == 50
+    for event in (None, "open", "close"):
+        assert flood(book, level=logging.INFO, event=event) == 50
     assert flood(book, level=logging.ERROR, event="untold") == 50
     assert flood(book) == 2
     assert flood(book, level=logging.ERROR) == 2

@@ -715,7 +715,8 @@ async def test_no_span_holds_a_secret(io_loop):
                         headers={"Authorization": f"Bearer {token}"},
                     )
                 # A stranger's path is not ours to show.
-                answer = await backend.call(f"{service.callback_url}/socket/stranger/send")
+                strange = f"{service.callback_url}/socket/stranger/send"
+                answer = await backend.call(strange)
                 assert answer.code == 401
             await backend.wait_for("disconnect", 1)
             await eventually(lambda: len(collector.spans) == 6)
