@@ -313,6 +313,9 @@ async def test_killed_relay_tells_of_each_connection_once(io_loop, tmp_path):
             await backend.wait_for("message", 250)
             await leave(early)
             await backend.wait_for("disconnect", 50)
+            # The relay has the answers, too.
+            (journal,) = tmp_path.glob("*.journal")
+            await eventually(lambda: journal.read_bytes().count(b"\n-") == 50)
             told = set(backend.disconnects())
             opened = {a.connection_id: a.event["meta"] for a in backend.of("connect")}
             await crash(service)

@@ -2,15 +2,18 @@
 
 import asyncio
 import json
+import logging
 import os
 import random
 import re
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
+from urllib.parse import urlsplit
 
 import pytest
 import websockets
+from faults import tell
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -170,6 +173,20 @@ async def visit(service: Service, *messages: str, **headers: str) -> None:
             await client.send(message)
 
 
+async def sent(url: str, body: bytes, content_type: str, *more: str) -> int:
+    """The status of a send on a connection that is kept: then no handler is made."""
+    lines = (
+        f"POST {urlsplit(url).path} HTTP/1.1",
+        f"Host: {urlsplit(url).netloc}",
+        f"Content-Type: {content_type}",
+        f"Content-Length: {len(body)}",
+        *more,
+    )
+    request = "\r\n".join((*lines, "", "")).encode() + body
+    heard = await tell(url, request, answers=1, deadline=DEADLINE)
+    return heard.statuses[0]
+
+
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 async def test_one_trace_from_the_client_to_the_backend_and_back(io_loop, server):
     """Below the client's span the handshake, below that its events; and sends."""
@@ -177,13 +194,10 @@ async def test_one_trace_from_the_client_to_the_backend_and_back(io_loop, server
 
     async def reply(handler: RequestHandler, event: dict) -> None:
         # As the backend's own spans would: below that of the event.
-        for kind in ("text/plain", "nonsense", "application/json"):
-            answer = await backend.call(
-                event["meta"]["send"] + ("?type=no" if kind == "nonsense" else ""),
-                body=b"{}",
-                headers={"Content-Type": kind, "traceparent": by_backend},
-            )
-            assert answer.code == (400 if kind == "nonsense" else 200)
+        url, trace = event["meta"]["send"], f"Traceparent: {by_backend}"
+        assert await sent(url, b"{}", "text/plain", trace) == 200
+        assert await sent(url, b"{}", "text/plain", trace, "Connection: close") == 200
+        assert await sent(url, b"\xff", "text/plain", trace) == 400
 
     async with Collector() as collector, RecordingBackend() as backend:
         backend.answers["message"] = reply
@@ -269,6 +283,39 @@ async def test_one_trace_from_the_client_to_the_backend_and_back(io_loop, server
     assert len({span.span_id for span in collector.spans}) == 7
 
 
+async def test_sends_that_wait_for_a_slow_client_have_spans(io_loop):
+    """Each one, when it is answered."""
+    async with Collector() as collector, RecordingBackend() as backend:
+        async with Service(
+            *backend.flags("message"),
+            "--otel",
+            "--max_send_buffer=100000000",
+            environment=collector.environment(),
+        ) as service:
+            async with websockets.connect(
+                service.ws_url, max_queue=1, max_size=None
+            ) as client:
+                await client.send("hello")
+                (event,) = await backend.wait_for("message", 1)
+                sends = [
+                    asyncio.create_task(
+                        sent(event["meta"]["send"], bytes(2**20), "text/plain")
+                    )
+                    for _ in range(24)  # MiB, of which the kernel takes some
+                ]
+                info = event["meta"]["send"].removesuffix("/send")
+                while True:  # until the relay has all of them
+                    answer = await backend.call(info, "GET")
+                    if json.loads(answer.body)["messages_out"] == len(sends):
+                        break
+                for _ in sends:
+                    await asyncio.wait_for(client.recv(), DEADLINE)
+                assert {await send for send in sends} == {200}
+            route = "POST /socket/{id}/send"
+            await eventually(lambda: len(collector.named(route)) == len(sends))
+        assert len(collector.named(route)) == len(sends)
+
+
 async def test_without_a_client_s_trace_each_event_begins_one(io_loop):
     """But the connect event, which is a part of its handshake; all are recorded."""
     async with Collector() as collector, RecordingBackend() as backend:
@@ -279,8 +326,7 @@ async def test_without_a_client_s_trace_each_event_begins_one(io_loop):
                 await client.send("one")
                 await client.send("two")
                 events = await backend.wait_for("message", 2)
-                answer = await backend.call(events[0]["meta"]["send"], body=b"hello")
-                assert answer.code == 200
+                assert await sent(events[0]["meta"]["send"], b"", "text/plain") == 200
             await backend.wait_for("disconnect", 1)
             await eventually(lambda: len(collector.spans) == 6)
         check_told(collector, backend)
@@ -431,7 +477,12 @@ async def test_what_is_not_sampled_is_not_exported(io_loop):
             *backend.flags(), "--otel", environment=environment
         ) as service:
             await visit(service, "one", traceparent=SAMPLED)
-            await visit(service, "one")
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("one")
+                url = (await backend.wait_for("message", 2))[1]["meta"]["send"]
+                traceparent = f"traceparent: {SAMPLED}"
+                for more in ((), (traceparent,), (traceparent, "Connection: close")):
+                    assert await sent(url, b"", "text/plain", *more) == 200
             await backend.wait_for("disconnect", 2)
             found = list(told(backend).values())
             assert {flags for *_, flags in found} == {"00"}
@@ -535,6 +586,25 @@ async def test_spans_that_are_to_be_made_are_bounded(io_loop, monkeypatch, caplo
         await eventually(lambda: len(collector.spans) == 300)
         await tracing.close()
     assert "200 of 500 spans were not exported" in caplog.text
+
+
+async def test_sdk_s_warnings_are_told_once(io_loop, monkeypatch, caplog):
+    """Without what is put into them; and of all their kinds no more than some."""
+    monkeypatch.setattr("handlers.tracing.MAX_TOLD", 3)
+    tracing = made_here(monkeypatch, otel(9))
+    sdk_logger = logging.getLogger("opentelemetry.sdk.trace")
+    try:
+        for number in range(5):
+            sdk_logger.warning("the value %-5.1f of %s is none", number, "hush")
+            sdk_logger.info("nobody needs to know")
+        assert [record.getMessage() for record in caplog.records] == [
+            "OpenTelemetry: the value … of … is none"
+        ]
+        for number in range(5):
+            sdk_logger.warning(f"sentence {number}")
+        assert len(caplog.records) == 3
+    finally:
+        await tracing.close()
 
 
 SAMPLERS = (
@@ -646,8 +716,9 @@ async def test_collector_that_hangs_delays_the_stop_for_a_moment(io_loop):
         await reader.read(-1)
 
     async with tcp_server(say_nothing) as port, RecordingBackend() as backend:
+        environment = otel(port, OTEL_EXPORTER_OTLP_TIMEOUT="600")
         async with Service(
-            *backend.flags(), "--otel", environment=otel(port)
+            *backend.flags(), "--otel", environment=environment
         ) as service:
             await visit(service, "hello")
             await backend.wait_for("disconnect", 1)
