@@ -562,6 +562,7 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
     def _refuse(self, request: Request, status: bytes) -> None:
         """It is malformed as a whole, or too large for a handler that keeps it."""
         self._reading = request
+        self._broken = b""  # if so, it was by what came behind this one
         self._break(status)
 
     def set_close_callback(self, callback: Callable[[], None] | None) -> None:

@@ -254,6 +254,17 @@ def test_mutated_requests_are_answered_or_ended(relay, no_growth, pieces):
     relay.run(check())
 
 
+def test_garbage_behind_a_request_that_is_refused_holds_up_nothing(relay):
+    """That has no Host, and what follows is no HTTP: one answer, and the end."""
+
+    async def check() -> None:
+        heard = await relay.tell([b"GET /livez HTTP/1.1\r\nX: y\r\n\r\n\xfcA\x8a"])
+        assert heard.ended
+        assert heard.statuses == [400]
+
+    relay.run(check())
+
+
 # The backend's answers.
 
 HANDSHAKE = (
