@@ -6,13 +6,13 @@ The other direction starts in `handlers.websocket`.
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from http import HTTPStatus
 from typing import Any
 
-from backends import Backend, ConnectionClosed, SendBufferFull
+from backends import Backend, ConnectionClosed, Initiator, SendBufferFull
 from handlers.authorization import CallbackTokens
 from handlers.body import BodyHandler
 from handlers.connections import ConnectionMap
@@ -72,13 +72,18 @@ FULL = Answer(
 
 
 def find(
-    connection_id: str, connections: ConnectionMap, backend: Backend
+    connection_id: str,
+    connections: ConnectionMap,
+    on_asked: Callable[[ClientConnection], None],
 ) -> ClientConnection | None:
-    """The connection if it is connecting or open. Its backend has called back."""
+    """The connection if it is connecting or open.
+
+    `on_asked` is called for one that is closing, too.
+    """
     connection = connections.get(connection_id)
     if connection is None:
         return None
-    backend.called_back(connection)
+    on_asked(connection)
     return connection if connection.state in ("connecting", "open") else None
 
 
@@ -132,24 +137,26 @@ async def _when_sent(
 # The routes.
 
 
-class CallbackHandler(BodyHandler):
-    """What the callback routes share: finding the connection, and answering."""
+class OneConnectionHandler(BodyHandler):
+    """What asks for one connection: finding it, and answering.
 
-    def initialize(
-        self, connections: ConnectionMap, backend: Backend, max_message_size: int
-    ) -> None:
-        self.connections = connections
-        self.backend = backend
-        self.max_body_size = max_message_size
+    The backend does, and in the console an operator.
+    """
+
+    connections: ConnectionMap
+    initiator: Initiator  # of what it closes
+
+    def on_asked(self, connection: ClientConnection) -> None:
+        """Somebody asks for `connection`."""
 
     def find(self, connection_id: str) -> ClientConnection | None:
         """The connection if it is connecting or open; else answers 410."""
-        connection = find(connection_id, self.connections, self.backend)
+        connection = find(connection_id, self.connections, self.on_asked)
         if connection is None:
-            self.answer(GONE)
+            self.tell(GONE)
         return connection
 
-    def answer(self, answer: Answer) -> None:
+    def tell(self, answer: Answer) -> None:
         """Finish with `answer`."""
         self.set_status(answer.status)
         for name, value in answer.headers.items():
@@ -157,8 +164,8 @@ class CallbackHandler(BodyHandler):
         self.finish(answer.body)
 
 
-class SendHandler(CallbackHandler):
-    """`POST /socket/<id>/send`: the body becomes one frame."""
+class Sending(OneConnectionHandler):
+    """The body becomes one frame."""
 
     async def post(self, connection_id: str) -> None:
         body = self.take_body()
@@ -176,7 +183,46 @@ class SendHandler(CallbackHandler):
         if (connection := self.find(connection_id)) is None:
             return
         answer = send(connection, message)
-        self.answer(answer if isinstance(answer, Answer) else await answer)
+        self.tell(answer if isinstance(answer, Answer) else await answer)
+
+
+class Closing(OneConnectionHandler):
+    """Closes, with the body's code and reason."""
+
+    async def post(self, connection_id: str) -> None:
+        body = self.take_body()
+        if body is None:
+            return
+        try:
+            code, reason = parse_closing(body)
+        except ValueError as error:
+            self.problem(HTTPStatus.BAD_REQUEST, str(error))
+            return
+        if (connection := self.find(connection_id)) is None:
+            return
+        answer = done(connection)
+        connection.close(code, reason, self.initiator)
+        self.tell(answer)
+
+
+class CallbackHandler(OneConnectionHandler):
+    """What the callback routes share: it is the backend that asks."""
+
+    initiator = "backend"
+
+    def initialize(
+        self, connections: ConnectionMap, backend: Backend, max_message_size: int
+    ) -> None:
+        self.connections = connections
+        self.backend = backend
+        self.max_body_size = max_message_size
+
+    def on_asked(self, connection: ClientConnection) -> None:
+        self.backend.called_back(connection)
+
+
+class SendHandler(CallbackHandler, Sending):
+    """`POST /socket/<id>/send`: the body becomes one frame."""
 
 
 class QuickSend:
@@ -243,27 +289,12 @@ class QuickSend:
             message = message_of(body, content_type, types)
         except ValueError:
             return None
-        connection = find(connection_id, self._connections, self._backend)
+        connection = find(connection_id, self._connections, self._backend.called_back)
         return GONE if connection is None else send(connection, message)
 
 
-class DisconnectHandler(CallbackHandler):
+class DisconnectHandler(CallbackHandler, Closing):
     """`POST /socket/<id>/disconnect`: closes, with a code and a reason."""
-
-    async def post(self, connection_id: str) -> None:
-        body = self.take_body()
-        if body is None:
-            return
-        try:
-            code, reason = parse_closing(body)
-        except ValueError as error:
-            self.problem(HTTPStatus.BAD_REQUEST, str(error))
-            return
-        if (connection := self.find(connection_id)) is None:
-            return
-        answer = done(connection)
-        connection.close(code, reason, "backend")
-        self.answer(answer)
 
 
 class ConnectionHandler(CallbackHandler):
@@ -279,7 +310,7 @@ class ConnectionHandler(CallbackHandler):
     async def delete(self, connection_id: str) -> None:
         if (connection := self.find(connection_id)) is None:
             return
-        connection.close(CloseCode.NORMAL, "", "backend")
+        connection.close(CloseCode.NORMAL, "", self.initiator)
         self.clear_header("Content-Type")
         self.set_status(HTTPStatus.NO_CONTENT)
         self.finish()

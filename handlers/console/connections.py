@@ -7,9 +7,8 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
-from handlers import callback
 from handlers.authorization import OperatorGuard
-from handlers.callback import GONE, Answer
+from handlers.callback import Closing, OneConnectionHandler, Sending, describe
 from handlers.connections import ConnectionMap
 from handlers.console.guarded import GuardedHandler
 from handlers.websocket import ClientConnection
@@ -84,7 +83,7 @@ class ConnectionsHandler(GuardedHandler):
         self.answer(
             {
                 "connections": [
-                    callback.describe(connection)
+                    describe(connection)
                     for connection in heapq.nlargest(int(limit), found, key=order)
                 ],
                 "found": len(found),
@@ -94,8 +93,10 @@ class ConnectionsHandler(GuardedHandler):
         )
 
 
-class OneHandler(GuardedHandler):
+class OneHandler(GuardedHandler, OneConnectionHandler):
     """What is done to one connection, by an operator and not by its backend."""
+
+    initiator = "relay"
 
     def initialize(  # type: ignore[override] # each route's own keywords
         self,
@@ -108,58 +109,10 @@ class OneHandler(GuardedHandler):
         if max_body_size is not None:
             self.max_body_size = max_body_size
 
-    def find(self, connection_id: str) -> ClientConnection | None:
-        """The connection if it is connecting or open; else answers 410."""
-        connection = self.connections.get(connection_id)
-        if connection is None or connection.state not in ("connecting", "open"):
-            self.tell(GONE)
-            return None
-        return connection
 
-    def tell(self, answer: Answer) -> None:
-        """Finish with a callback's answer."""
-        self.set_status(answer.status)
-        for name, value in answer.headers.items():
-            self.set_header(name, value)
-        self.finish(answer.body)
-
-
-class SendHandler(OneHandler):
+class SendHandler(OneHandler, Sending):
     """`POST /console/connections/<id>/send`: the body becomes one frame."""
 
-    async def post(self, connection_id: str) -> None:
-        body = self.take_body()
-        if body is None:
-            return
-        try:
-            message = callback.message_of(
-                body,
-                self.request.headers.get("Content-Type", ""),
-                self.get_query_arguments("type", strip=False),
-            )
-        except ValueError as error:
-            self.problem(HTTPStatus.BAD_REQUEST, str(error))
-            return
-        if (connection := self.find(connection_id)) is None:
-            return
-        answer = callback.send(connection, message)
-        self.tell(answer if isinstance(answer, Answer) else await answer)
 
-
-class CloseHandler(OneHandler):
+class CloseHandler(OneHandler, Closing):
     """`POST /console/connections/<id>/close`: with a code and a reason."""
-
-    async def post(self, connection_id: str) -> None:
-        body = self.take_body()
-        if body is None:
-            return
-        try:
-            code, reason = callback.parse_closing(body)
-        except ValueError as error:
-            self.problem(HTTPStatus.BAD_REQUEST, str(error))
-            return
-        if (connection := self.find(connection_id)) is None:
-            return
-        answer = callback.done(connection)
-        connection.close(code, reason, "relay")
-        self.tell(answer)
