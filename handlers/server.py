@@ -156,9 +156,10 @@ class RequestServer:
         task.add_done_callback(self._beginning.discard)
 
     async def _begin(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+        connection = RequestConnection(self, "https" if tls else "http")
         try:
             await self.loop.connect_accepted_socket(
-                lambda: RequestConnection(self, "https" if tls else "http"),
+                lambda: connection,
                 sock,
                 ssl=tls,
                 ssl_handshake_timeout=self.bounds.header_timeout if tls else None,
@@ -167,6 +168,11 @@ class RequestServer:
         except OSError as error:  # TLS failed, or the peer has gone
             logger.debug("no connection: %s", getattr(error, "reason", error))
             sock.close()
+        except asyncio.CancelledError:
+            # Its first request may be at work already, and uvloop now closes the
+            # transport without a word to its protocol.
+            connection.connection_lost(None)
+            raise
 
     def add(self, connection: "RequestConnection") -> None:
         """Look after a connection's deadlines."""
@@ -192,6 +198,7 @@ class RequestServer:
 
     async def close_all_connections(self) -> None:
         """Close them at once."""
+        await asyncio.sleep(0)  # for each that begins to have its socket in hand
         for task in list(self._beginning):
             task.cancel()
         await asyncio.gather(*self._beginning, return_exceptions=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 import websockets
 from service import DEADLINE, Service, eventually
+from tornado.web import Application, RequestHandler
 from websockets.protocol import State
+
+from handlers.server import RequestBounds, RequestServer
 
 HARD = "ulimit -n {0}; exec " + sys.executable + ' socketdock.py "$@"'
 
@@ -124,3 +128,38 @@ async def test_process_that_drains_leaves_a_shared_port_to_the_others(io_loop):
             assert held[1].state is State.OPEN  # it was draining all the time
             await held[1].close()
             assert await asyncio.wait_for(leaving.process.wait(), DEADLINE) == 0
+
+
+class Hello(RequestHandler):
+    """Answers what a moment later nobody may be there to hear."""
+
+    def get(self):
+        self.finish("hello")
+
+
+@pytest.mark.parametrize("event_loop_name", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("iterations", range(8))
+@pytest.mark.gen_test
+async def test_request_that_comes_while_it_stops_is_no_bug(
+    io_loop, caplog, iterations
+):
+    """However far it got, its connection ends and nothing fails."""
+    server = RequestServer(Application([("/", Hello)]), RequestBounds(10, 10, 99, 99))
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        socket.create_connection(listening.getsockname()) as client,
+    ):
+        client.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+        accepted, address = listening.accept()
+        accepted.setblocking(False)
+        server.begin(accepted, address, None)
+        for _ in range(iterations):
+            await asyncio.sleep(0)
+        await server.close_all_connections()
+        client.setblocking(False)
+        del accepted
+        async with asyncio.timeout(DEADLINE):
+            with contextlib.suppress(ConnectionResetError):
+                while await asyncio.get_running_loop().sock_recv(client, 1024):
+                    pass
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
