@@ -206,7 +206,6 @@ def tell(about: logging.Logger, message: str, fields: Mapping[str, Any]) -> None
     about.info(message, extra=fields, stacklevel=2)
 
 
-
 class Log:
     """Where the lines go, from which level on, and what they look like.
 

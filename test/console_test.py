@@ -18,7 +18,7 @@ from authorization_test import Caller, Response, ask
 from faults import memory
 from programs import program
 from project import installation, library
-from service import DEADLINE, PROJECT, RecordingBackend, Service
+from service import DEADLINE, PROJECT, RecordingBackend, Service, withhold
 
 from backends.loopback import make_backend
 from handlers.connections import ConnectionMap
@@ -631,13 +631,8 @@ async def test_operator_sends_and_closes(io_loop):
 
 async def test_what_an_operator_does_is_no_sign_of_the_backend(io_loop):
     """A held answer must not be let go because somebody looked at the console."""
-    held: asyncio.Event = asyncio.Event()
     async with RecordingBackend() as backend:
-
-        async def hold(handler: Any, event: Any) -> None:
-            await held.wait()
-
-        backend.answers["message"] = hold
+        held = withhold(backend, "message")
         flags = (*backend.flags(), "--order_wait=0.05", "--max_unanswered=1",
                  "--delivery_timeout=1")
         async with Service(*flags) as service:

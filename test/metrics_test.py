@@ -14,7 +14,7 @@ from authorization_test import BEARER, TOKENS, Caller, ask
 from faults import ScriptedBackend, tell
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
-from service import DEADLINE, PROJECT, RecordingBackend, Service
+from service import DEADLINE, PROJECT, RecordingBackend, Service, withhold
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -258,13 +258,8 @@ async def test_visit_counts(io_loop):
 
 async def test_buckets_grow(io_loop):
     """Each holds those of the smaller ones, too; the sum is of seconds."""
-    held = asyncio.Event()
-
-    async def hold(handler, event):
-        await held.wait()
-
     async with RecordingBackend() as backend, Service(*backend.flags()) as service:
-        backend.answers["disconnect"] = hold
+        held = withhold(backend, "disconnect")
         async with websockets.connect(service.ws_url):
             pass
         await backend.wait_for("disconnect", 1)
@@ -375,13 +370,10 @@ async def test_attempts_that_find_nobody_count(io_loop):
 
 async def test_attempts_that_time_out_count(io_loop):
     """They took as long as they were waited for."""
-    async def hold(handler, event):
-        await asyncio.Event().wait()
-
     flags = ("--delivery_timeout=0.2", "--backend_timeout=0.2", "--order_wait=inf")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags("message"), *flags) as service:
-            backend.answers["message"] = hold
+            withhold(backend, "message")
             async with websockets.connect(service.ws_url) as client:
                 await client.send("anybody there?")
                 await asyncio.wait_for(client.wait_closed(), DEADLINE)
@@ -394,13 +386,10 @@ async def test_attempts_that_time_out_count(io_loop):
 
 async def test_held_messages_count(io_loop):
     """While they are unanswered as held; where they are let go as that."""
-    async def hold(handler, event):
-        await asyncio.Event().wait()
-
     flags = ("--order_wait=0.05", "--max_unanswered=2")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags("message"), *flags) as service:
-            backend.answers["message"] = hold
+            withhold(backend, "message")
             async with websockets.connect(service.ws_url) as client:
                 for number in range(2):
                     await client.send(f"{number}")
@@ -482,15 +471,10 @@ async def test_client_that_left_counts_as_left(io_loop):
 
 async def test_what_waits_is_told(io_loop):
     """How much, and since when; when it has been taken, nothing waits."""
-    taken = asyncio.Event()
-
-    async def hold(handler, event):
-        await taken.wait()
-
     strictly = ("--order_wait=inf", "--backend_timeout=60")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags("message"), *strictly) as service:
-            backend.answers["message"] = hold
+            taken = withhold(backend, "message")
             async with websockets.connect(service.ws_url) as client:
                 await client.send("four")
                 await client.send("twelve bytes")
@@ -575,13 +559,8 @@ async def test_what_was_taken_waits_no_more(io_loop):
 
 async def test_farewells_wait_too(io_loop):
     """Of a connection that has gone."""
-    told = asyncio.Event()
-
-    async def hold(handler, event):
-        await told.wait()
-
     async with RecordingBackend() as backend, Service(*backend.flags()) as service:
-        backend.answers["disconnect"] = hold
+        told = withhold(backend, "disconnect")
         async with websockets.connect(service.ws_url):
             pass
         await backend.wait_for("disconnect", 1)
