@@ -559,6 +559,18 @@ async def talkers(url: str, number: int, prefix: str = "client") -> list[Talker]
     return await asyncio.gather(*map(connect, range(number)))
 
 
+def assert_complete(
+    book: Book, clients: list[Talker], *, in_order: bool = True
+) -> None:
+    """Every number of every client came, each under one webhook-id."""
+    heard = book.numbers()
+    for client in clients:
+        numbers = heard[client.name]
+        assert sorted(numbers) == list(range(client.sent)), client.name
+        if in_order:
+            assert numbers == sorted(numbers), client.name
+
+
 async def leave(clients: Iterable[Talker]) -> None:
     """Close them all, by the book."""
     await asyncio.gather(*(talker.client.close() for talker in clients))

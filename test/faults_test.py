@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -25,11 +24,13 @@ from faults import (
     Reply,
     SilentProxy,
     Talker,
+    assert_complete,
     leave,
     masked,
     memory,
     talkers,
 )
+from programs import leave_out
 from service import DEADLINE, PROJECT, RecordingBackend, Service, eventually
 
 pytestmark = pytest.mark.gen_test(timeout=180)
@@ -38,18 +39,6 @@ MIB = 2**20
 # What a process may grow by for reasons of its own: the allocator's arenas,
 # requests being read, what is kept of a thousand connections.
 CONSTANT = 48 * MIB
-
-
-def assert_complete(
-    book: Book, clients: list[Talker], *, in_order: bool = True
-) -> None:
-    """Every number of every client came, each under one webhook-id."""
-    heard = book.numbers()
-    for client in clients:
-        numbers = heard[client.name]
-        assert sorted(numbers) == list(range(client.sent)), client.name
-        if in_order:
-            assert numbers == sorted(numbers), client.name
 
 
 # Away for a while.
@@ -623,26 +612,18 @@ async def test_every_kind_of_failure_in_turn(io_loop):
 
 # A host that vanishes.
 
-NEAR, FAR = "198.18.0.1", "198.18.0.2"  # of the block for benchmarks (RFC 2544)
-INSIDE = "SOCKETDOCK_TEST_NAMESPACE"
-
-
 def test_vanished_backend_is_noticed():
-    """The tests below, in a network namespace of their own."""
+    """What `vanished_host.py` tests, in a network namespace of its own."""
     command = ["unshare", "--net", *(["--map-root-user"] if os.getuid() else [])]
     probe = [*command, "ip", "link", "add", "near", "type", "veth", "peer", "far"]
     try:
         subprocess.run(probe, check=True, capture_output=True, timeout=DEADLINE)
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = f"no network namespace can be made here: {error}"
-        if os.environ.get("TEST_ALL"):
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
+        leave_out(f"no network namespace can be made here: {error}")
     inner = subprocess.run(
         [*command, sys.executable, "-m", "pytest", "-q", *inherited_warnings(),
-         f"{__file__}::test_vanished_host_is_noticed_and_its_successor_told"],
-        check=False, cwd=PROJECT, env={**os.environ, INSIDE: "1"},
-        capture_output=True, text=True,
+         str(Path(__file__).with_name("vanished_host.py"))],
+        check=False, cwd=PROJECT, capture_output=True, text=True,
     )
     assert inner.returncode == 0, inner.stdout + inner.stderr
     assert "1 passed" in inner.stdout
@@ -656,67 +637,3 @@ def inherited_warnings() -> list[str]:
         if pair[0] == "-W"
         for part in pair
     ]
-
-
-@contextlib.asynccontextmanager
-async def far_host() -> AsyncIterator[list[str]]:
-    """A host at `FAR`: a namespace at the end of a cable; how to run things there."""
-    host = await asyncio.create_subprocess_exec("unshare", "--net", "sleep", "infinity")
-    there = ["nsenter", f"--target={host.pid}", "--net"]
-    ours = os.readlink("/proc/self/ns/net")
-    try:
-        await eventually(lambda: os.readlink(f"/proc/{host.pid}/ns/net") != ours)
-        await run("ip", "link", "add", "near", "type", "veth",
-                  "peer", "name", "far", "netns", str(host.pid))
-        await run("ip", "address", "add", f"{NEAR}/24", "dev", "near")
-        await run("ip", "link", "set", "near", "up")
-        await run(*there, "ip", "address", "add", f"{FAR}/24", "dev", "far")
-        await run(*there, "ip", "link", "set", "far", "up")
-        yield there
-    finally:
-        await run("ip", "link", "delete", "near")
-        host.kill()
-        await host.wait()
-
-
-async def run(*command: str) -> None:
-    process = await asyncio.create_subprocess_exec(*command)
-    assert await process.wait() == 0, command
-
-
-@pytest.mark.skipif(INSIDE not in os.environ, reason="run by the test above")
-async def test_vanished_host_is_noticed_and_its_successor_told(io_loop):
-    """Held requests fail within --backend_dead_after, and go to who comes next."""
-    await run("ip", "link", "set", "lo", "up")
-    loop = asyncio.get_running_loop()
-    async with contextlib.AsyncExitStack() as stack:
-        there = await stack.enter_async_context(far_host())
-        at_far = (f"--host={FAR}", "--port=8000")
-        holder = await stack.enter_async_context(
-            BackendProcess("--hold", *at_far, command=there)
-        )
-        # At debug each failure has its line, however many there are.
-        flags = [*holder.flags(), "--backend_dead_after=6", "--logging=debug"]
-        async with Service(*flags) as service:
-            clients = await talkers(service.ws_url, 20)
-            await asyncio.gather(*(client.say(3) for client in clients))
-            await eventually(lambda: len(holder.attempts) == 60)
-            await run(*there, "ip", "link", "set", "far", "down")
-            began = loop.time()
-
-            def noticed() -> int:
-                return sum("goes again" in line for line in service.log)
-
-            await eventually(lambda: noticed() == 60, 30)
-            # Two seconds for the kernel's timers and for a busy machine.
-            assert loop.time() - began < 8
-            await asyncio.gather(*(client.say() for client in clients))
-            await stack.aclose()
-            async with far_host() as there:
-                async with BackendProcess(*at_far, command=there) as successor:
-                    await successor.wait_for("message", 80)
-                    # Held requests fail one by one here, as their timers go.
-                    assert_complete(successor, clients, in_order=False)
-                    assert all(client.is_open for client in clients)
-                    await leave(clients)
-                    await successor.wait_for("disconnect", 20)
