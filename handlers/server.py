@@ -291,6 +291,7 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
         if self._current is not None:
             self._tell_of_close(self._current)
         self._delegate = self._on_close = None
+        self._parser = None  # which calls back here
 
     def _tell_of_close(self, request: Request) -> None:
         delegate, on_close = self._delegate, self._on_close

@@ -126,8 +126,8 @@ class ClientStream:
             except NOT_NOW:
                 sent = 0
             except OSError as error:
-                self.close()
                 self.loop.call_soon(self._on_lost)
+                self.close()
                 raise ConnectionClosed from error
             self.taken += sent
             if sent == len(data):
@@ -164,6 +164,7 @@ class ClientStream:
         if self._unsent:
             self.loop.remove_writer(self._sock)
         self._sock.close()
+        self._on_readable = self._on_lost = _tell_nobody
         self._unsent = None
         waiting, self._waiting = self._waiting, None
         for _, sent in waiting or ():
@@ -184,8 +185,9 @@ class ClientStream:
         except NOT_NOW:
             return
         except OSError:
+            on_lost = self._on_lost
             self.close()
-            self._on_lost()
+            on_lost()
             return
         self.taken += sent
         del self._unsent[:sent]
@@ -198,6 +200,10 @@ class ClientStream:
                 waiter.set_result(None)
         if not self._waiting:
             self._waiting = None
+
+
+def _tell_nobody() -> None:
+    """What a closed stream calls."""
 
 
 def _fail(future: "asyncio.Future[None]") -> None:

@@ -309,6 +309,14 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         """The client left before the handshake was answered."""
         self._peer_gone = True
 
+    def on_finish(self) -> None:
+        """It was answered, and this handler is of no more use.
+
+        What templates would need of it, were there any, refers to it, and Tornado
+        keeps that of a `WebSocketHandler`: each would be left to the collector.
+        """
+        self.ui.clear()
+
 
 class ClientConnection:
     """A client's connection, which backends know as `backends.Connection`.

@@ -490,7 +490,11 @@ class Delivery:
     def _wake_at(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._deliveries.loop.call_at(when, self._pump)
+        self._timer = self._deliveries.loop.call_at(when, self._on_time)
+
+    def _on_time(self) -> None:
+        self._timer = None
+        self._pump()
 
 
 def backoff(attempts: int) -> float:
