@@ -4,11 +4,13 @@
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.modes import MODES
 from bench.relays import KNOWN, PROJECT
 
 RESULTS = PROJECT / "bench" / "results.json"
@@ -49,7 +51,7 @@ class Table:
     def __init__(self, results: Results, figures: Sequence[str]) -> None:
         self.rows: dict[str, dict[str, list[float]]] = {}
         self.relays: list[str] = []
-        for run in results["runs"]:
+        for run in sorted(results["runs"], key=place):
             for figure in figures:
                 if figure not in run:
                     continue
@@ -60,6 +62,7 @@ class Table:
                 row.setdefault(run["relay"], []).append(run[figure])
                 if run["relay"] not in self.relays:
                     self.relays.append(run["relay"])
+        self.relays.sort(key=column)
 
     def ratio(self, name: str, relay: str) -> float | None:
         """Of the medians, to the baseline; None where one is missing."""
@@ -91,11 +94,13 @@ class Table:
 def tables(results: Results) -> str:
     """All figures, in Markdown."""
     machine, runs = results["machine"], results["runs"]
+    rounds = Counter(map(place, runs)).values()
+    least, most = min(rounds), max(rounds)
     stolen = [run["stolen"] for run in runs if "stolen" in run] or [0.0]
     parts = [
         f"{machine['date']}; {machine['processor']}, {machine['processors']}"
         f" processors; {machine['system']}; Python {machine['python']};"
-        f" {max(run['round'] for run in runs)} rounds of"
+        f" {most if least == most else f'{least} to {most}'} rounds of"
         f" {max(run['seconds'] for run in runs):g} s for each figure; {USUAL_CLIENTS}"
         f" clients where no other number stands. The host kept the relay's processor"
         f" for itself {median(stolen):.0%} of the time ({max(stolen):.0%} at worst)."
@@ -105,6 +110,17 @@ def tables(results: Results) -> str:
         if table.rows:
             parts += [f"### {heading}", table.markdown()]
     return "\n\n".join(parts) + "\n"
+
+
+def place(run: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """Where a run's figures stand: by mode, clients and size, then by relay."""
+    mode = [*MODES].index(run["mode"])
+    return mode, run["clients"], run["size"], column(run["relay"])
+
+
+def column(relay: str) -> int:
+    """Where a relay stands among all, if of another checkout, too."""
+    return [*KNOWN].index(relay.partition("@")[0])
 
 
 def added(file: Path, runs: Sequence[Any]) -> list[Any]:

@@ -224,7 +224,7 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
         self.deadline = float("inf")  # on the loop's clock; late, it is closed
         self._server = server
         self._transport: Any = None
-        self._parser: Any = httptools.HttpRequestParser(self)
+        self._parser: Any = None  # while it is connected, since it calls back here
         self._reading: Request | None = None  # whose end has not come
         self._resuming = False  # the parser reads what stands in for a head
         self._waiting: deque[Request] = deque()
@@ -251,6 +251,7 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
+        self._parser = httptools.HttpRequestParser(self)
         peer = transport.get_extra_info("peername")
         self.context.remote_ip = peer[0] if isinstance(peer, tuple) else ""
         self.deadline = self._now() + self._server.bounds.header_timeout
@@ -291,7 +292,7 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
         if self._current is not None:
             self._tell_of_close(self._current)
         self._delegate = self._on_close = None
-        self._parser = None  # which calls back here
+        self._parser = None
 
     def _tell_of_close(self, request: Request) -> None:
         delegate, on_close = self._delegate, self._on_close
