@@ -695,7 +695,11 @@ async def tell(
     """
     parts = urlsplit(url)
     heard = Heard()
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    loop = asyncio.get_running_loop()
+    # No stream, which would forget what came before a reset.
+    family = socket.AF_INET6 if ":" in (parts.hostname or "") else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setblocking(False)
 
     def enough() -> bool:
         with contextlib.suppress(ValueError):
@@ -704,16 +708,16 @@ async def tell(
 
     async def say() -> None:
         for piece in pieces:
-            writer.write(piece)
-            await writer.drain()
+            await loop.sock_sendall(sock, piece)
         if half_close:
-            writer.write_eof()
+            sock.shutdown(socket.SHUT_WR)
 
+    await loop.sock_connect(sock, (parts.hostname, parts.port))
     saying = asyncio.create_task(say())
     try:
         async with asyncio.timeout(deadline):
             while not enough():
-                data = await reader.read(65536)
+                data = await loop.sock_recv(sock, 65536)
                 if not data:
                     heard.ended = True
                     break
@@ -725,7 +729,7 @@ async def tell(
     finally:
         saying.cancel()
         await asyncio.gather(saying, return_exceptions=True)
-        writer.transport.abort()
+        sock.close()
     return heard
 
 
