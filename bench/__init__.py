@@ -4,5 +4,6 @@
 
 `wire` makes the bytes once, `load` plays clients and backend, `modes` says what
 they do and takes the figures, `relays` starts what is measured, `report` makes
-tables and a plot. docs/performance.md tells what it all means.
+tables and a plot, `verdict` compares two checkouts. docs/performance.md tells what
+it all means.
 """

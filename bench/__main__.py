@@ -14,7 +14,7 @@ from typing import Any
 
 import uvloop
 
-from bench import relays, report
+from bench import relays, report, verdict
 from bench.load import BenchError
 from bench.modes import ALL_SIZES, MODES, ONE_SIZE, Cell, Figures, measure
 
@@ -22,6 +22,16 @@ RELAYS = ["socketdock", "socketdock-listeners", "node", "tornado", "nchan"]
 SIZES = [128, 1024, 64 * 1024, 1024 * 1024]  # bytes
 SHARING = 1000  # clients, in mode share
 QUIET = 0.02  # share of the relay's processor that the host may take
+# With --against, unless something else is asked for: about 15 minutes.
+COMPARED: dict[str, Any] = {
+    "modes": ["up", "push", "echo", "visit", "idle"],
+    "sizes": [1024],
+    "rounds": 15,
+    "seconds": 2.0,
+    "warm_up": 1.0,
+    "idle_clients": 2000,
+    "results": None,
+}
 
 
 def read_arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -47,7 +57,32 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
         help="another one leaves docs/ as it is")
     add("--profile", type=Path, metavar="FOLDER",
         help="flame graphs by py-spy; the figures, spoilt, are not kept")
+    add("--against", type=checkout, metavar="PATH",
+        help="compare with SocketDock in that checkout: the ratio of each round, its "
+             "median and what the median's 95 %% interval is; exit status 1 where "
+             f"that lies above {verdict.TOLERANCE:g}. {described(COMPARED)}")
+    arguments, _ = parser.parse_known_args(words)
+    if arguments.against is not None:
+        parser.set_defaults(**COMPARED, peers=["socketdock", arguments.against])
     return parser.parse_args(words)
+
+
+def checkout(path: str) -> str:
+    """A type for argparse: the name of SocketDock in a folder that has it."""
+    if not (Path(path) / "socketdock.py").exists():
+        raise argparse.ArgumentTypeError(f"{path}: there is no socketdock.py in it")
+    return f"socketdock@{Path(path).resolve()}"
+
+
+def described(defaults: dict[str, Any]) -> str:
+    """Those that differ, for the help."""
+    flags = (
+        f"--{name.replace('_', '-')}="
+        + (",".join(map(str, value)) if isinstance(value, list) else f"{value:g}")
+        for name, value in defaults.items()
+        if value is not None
+    )
+    return f"Then the defaults are {' '.join(flags)}, and no results are kept"
 
 
 def names(known: Sequence[str] | dict[str, Any]) -> Any:
@@ -63,14 +98,18 @@ def names(known: Sequence[str] | dict[str, Any]) -> Any:
     return split
 
 
-def cells(arguments: argparse.Namespace) -> Iterator[Cell]:
-    """One round: for each mode and size, each relay in turn."""
+def cells(arguments: argparse.Namespace, number: int) -> Iterator[Cell]:
+    """Round `number`: for each mode and size, each relay in turn.
+
+    Every other round in reverse, so that none is always the first.
+    """
+    peers = arguments.peers if number % 2 else arguments.peers[::-1]
     for mode in arguments.modes:
         clients = {"idle": arguments.idle_clients, "share": SHARING}.get(
             mode, arguments.clients
         )
         for size in arguments.sizes if mode in ALL_SIZES else [ONE_SIZE.get(mode, 0)]:
-            for relay in arguments.peers:
+            for relay in peers:
                 if not relays.KNOWN[relay.partition("@")[0]].can(mode):
                     continue
                 cell = Cell(
@@ -89,7 +128,7 @@ async def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     loop.add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
     runs = []
     for number in range(1, arguments.rounds + 1):
-        for cell in cells(arguments):
+        for cell in cells(arguments, number):
             figures = await quietest(cell, arguments.tries)
             runs.append({"round": number, **cell._asdict(), **figures})
             shown = " ".join(f"{name}={value:.5g}" for name, value in figures.items())
@@ -131,11 +170,16 @@ def main() -> None:
         sys.exit(f"bench: {error}")
     except KeyboardInterrupt:
         sys.exit("bench: interrupted, nothing is kept")
-    if arguments.add:
+    if arguments.add and arguments.results is not None:
         runs = report.added(arguments.results, runs)
     results = {"machine": machine(), "runs": runs}
     print(f"\n{report.tables(results)}")
-    if arguments.profile is not None:
+    if arguments.against is not None:
+        compared = list(verdict.comparisons(runs, "socketdock", arguments.against))
+        print(*compared, sep="\n")
+        if any(comparison.is_slower for comparison in compared):
+            sys.exit(1)
+    if arguments.profile is not None or arguments.results is None:
         return
     report.write(results, arguments.results)
     if arguments.results == report.RESULTS:

@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from service import PROJECT
+
+from bench.verdict import Comparison, comparisons
 
 pytestmark = pytest.mark.gen_test(timeout=120)
 
@@ -46,11 +49,57 @@ async def test_every_mode_of_the_benchmark_gives_its_figures(
         assert all(run[figure] >= 0 for figure in FIGURES[run["mode"]] - {"bytes"})
 
 
-async def bench(*flags: str) -> None:
-    """Run it; it must succeed."""
+async def test_checkouts_are_compared_by_rounds(io_loop: object) -> None:
+    """Each round has a ratio; too few of them are no verdict."""
+    said = await bench(
+        f"--against={PROJECT}", "--modes=up,idle", "--rounds=2", "--tries=1",
+        "--seconds=0.2", "--warm-up=0.1", "--clients=4", "--idle-clients=70",
+    )  # fmt: skip
+    ratio = r"\d+\.\d{3}"
+    for name in ("up 1024", "idle"):
+        assert re.search(
+            rf"^{name}: {ratio} {ratio}\n  median {ratio}, too few rounds",
+            said,
+            re.MULTILINE,
+        )
+
+
+@pytest.mark.parametrize(
+    ("ratios", "slower"),
+    [
+        ([1.04, 1.05] * 8, True),
+        # A quarter of the rounds below is enough for doubt.
+        ([1.0] * 4 + [1.05] * 11, False),
+        ([1.0] * 3 + [1.05] * 12, True),
+        ([0.5, 1.5] * 8, False),
+        ([2.0] * 5, False),
+        ([2.0] * 6, True),
+    ],
+)
+def test_slower_is_what_cannot_be_chance(ratios: list[float], slower: bool) -> None:
+    """Only where the whole interval of the median lies above the tolerance."""
+    assert Comparison("up", 1024, ratios).is_slower is slower
+
+
+def test_price_of_a_round_is_compared_with_the_same_round_s() -> None:
+    """In whatever order the two were measured."""
+    runs = [
+        {"round": 1, "relay": "ours", "mode": "up", "size": 1, "cpu_us": 30.0},
+        {"round": 1, "relay": "theirs", "mode": "up", "size": 1, "cpu_us": 20.0},
+        {"round": 2, "relay": "theirs", "mode": "up", "size": 1, "cpu_us": 10.0},
+        {"round": 2, "relay": "ours", "mode": "up", "size": 1, "cpu_us": 5.0},
+        {"round": 3, "relay": "ours", "mode": "up", "size": 1, "cpu_us": 5.0},
+    ]
+    (comparison,) = comparisons(runs, "ours", "theirs")
+    assert comparison.ratios == [1.5, 0.5]
+
+
+async def bench(*flags: str) -> str:
+    """Run it; it must succeed. Returns what it printed."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "bench", *flags, cwd=PROJECT,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     said, _ = await process.communicate()
     assert process.returncode == 0, said.decode()
+    return said.decode()
