@@ -44,7 +44,7 @@ async def using(
 async def post(client: Client, url: str, **options) -> Answer:
     """One request's answer; raises what went wrong."""
     done = asyncio.get_running_loop().create_future()
-    client.post(Target.parse(url), REQUEST, done.set_result, **options)
+    client.post(Target.parse(url), lambda: REQUEST, done.set_result, **options)
     outcome = await asyncio.wait_for(done, 10)
     if isinstance(outcome, BackendError):
         raise outcome
@@ -197,7 +197,7 @@ async def test_request_is_sent_when_the_kernel_has_all_of_it(io_loop):
 
     async with serving(on_client) as port, using() as client:
         target = Target.parse(f"http://127.0.0.1:{port}/")
-        client.post(target, body, done.set_result, sent.set)
+        client.post(target, lambda: body, done.set_result, sent.set)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(sent.wait(), 0.5)
         read.set()
@@ -257,7 +257,7 @@ async def test_request_that_is_let_go_gives_its_place_back(io_loop, authority):
     trust = ssl.create_default_context(cafile=authority.path)
     async with serving(on_client, ssl=context) as port, using(tls=trust) as client:
         target = Target.parse(f"https://localhost:{port}/")
-        exchange = client.post(target, REQUEST, lambda outcome: None)
+        exchange = client.post(target, lambda: REQUEST, lambda outcome: None)
         await asyncio.wait_for(asked.wait(), 10)
         exchange.let_go()
         await eventually(lambda: client.open == 0, 10)

@@ -1,8 +1,10 @@
 """Signed events, verified by the public libraries of Standard Webhooks."""
 
+import asyncio
 import base64
 import json
 import signal
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
@@ -148,6 +150,43 @@ async def test_each_attempt_is_signed_anew(io_loop):
     assert first.headers["webhook-signature"] != again.headers["webhook-signature"]
 
 
+async def test_what_waited_for_a_connection_is_signed_when_it_is_sent(io_loop):
+    """A wait in line makes no event old, of whatever kind: the time is that of
+    sending."""
+    async with RecordingBackend() as backend:
+        ears = Ears(backend)
+        answer = asyncio.Event()
+
+        async def hear_late(handler: RequestHandler, event: dict) -> None:
+            await ears.hear(handler, event)
+            if event["message"] == "first":
+                await answer.wait()
+
+        backend.answers["message"] = hear_late
+        flags = (*backend.flags(), f"--webhook_secret={FIRST}", "--order_wait=30")
+        async with Service(*flags, "--max_backend_connections=1") as service:
+            async with websockets.connect(service.ws_url) as client:
+                other = await websockets.connect(service.ws_url)
+                third = await websockets.connect(service.ws_url)
+                await client.send("first")
+                await attempts_of(ears, 4)
+                await other.send("second")
+                await third.close()
+                joining = asyncio.ensure_future(connect(service))
+                in_line = time.time()
+                await eventually(lambda: time.time() > in_line + 2)
+                released = int(time.time())
+                answer.set()
+                await attempts_of(ears, 7)
+                await asyncio.gather(other.close(), (await joining).close())
+    late = ears.attempts[4:]
+    assert {attempt.event_id.partition("-")[2] for attempt in late[:3]} == {
+        "1", "connect", "disconnect"
+    }
+    assert all(int(a.headers["webhook-timestamp"]) >= released for a in late)
+    assert all(await by_python(late))
+
+
 async def test_secrets_are_read_again_on_sighup(io_loop, tmp_path):
     """The next event has the new one; a file that is wrong changes nothing."""
     path = tmp_path / "secrets"
@@ -189,6 +228,11 @@ async def test_without_a_secret_nothing_is_signed(io_loop):
                 await client.send("hello")
                 (attempt,) = await attempts_of(ears, 1)
     assert "webhook-signature" not in attempt.headers
+
+
+async def connect(service: Service) -> websockets.ClientConnection:
+    """A client, once its handshake has been answered."""
+    return await websockets.connect(service.ws_url)
 
 
 async def attempts_of(ears: Ears, number: int) -> list[Signed]:

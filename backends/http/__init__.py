@@ -9,6 +9,7 @@ import itertools
 import logging
 import re
 from collections.abc import Awaitable, Coroutine
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -469,7 +470,7 @@ class HTTPBackend(Backend):
 
         exchange = self._client.post(
             target,
-            self._events.request(target, event),
+            partial(self._events.request, target, event),
             on_done,
             timeout=timeout,
             keep=keep,

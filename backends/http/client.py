@@ -98,25 +98,26 @@ class Exchange:
 
     __slots__ = (
         "connection",
-        "data",
         "keep",
         "on_done",
         "on_sent",
         "resent",
         "target",
         "timer",
+        "write",
     )
 
     def __init__(
         self,
         target: Target,
-        data: bytes,
+        write: Callable[[], bytes],
         on_done: Callable[[Answer | BackendError], None],
         on_sent: Callable[[], None] | None,
         keep: bool,
     ) -> None:
         self.target = target
-        self.data = data
+        # None when the request may not be sent again.
+        self.write: Callable[[], bytes] | None = write
         self.on_done: Callable[[Answer | BackendError], None] | None = on_done
         self.on_sent = on_sent
         self.keep = keep
@@ -127,7 +128,7 @@ class Exchange:
     def finish(self, outcome: Answer | BackendError) -> None:
         """Tell the outcome, once."""
         on_done, self.on_done, self.on_sent = self.on_done, None, None
-        self.data = b""
+        self.write = None
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
@@ -143,8 +144,8 @@ class Exchange:
             self.connection.close()
 
     def hold(self) -> None:
-        """Keep its bytes no longer: nobody closes a connection as idle that late."""
-        self.data = b""
+        """Never send it again: nobody closes a connection as idle that late."""
+        self.write = None
 
     def sent(self) -> None:
         """The kernel has taken the last byte."""
@@ -182,18 +183,20 @@ class Client:
     def post(
         self,
         target: Target,
-        data: bytes,
+        write: Callable[[], bytes],
         on_done: Callable[[Answer | BackendError], None],
         on_sent: Callable[[], None] | None = None,
         timeout: float | None = None,
         keep: bool = False,
     ) -> Exchange:
-        """Send `data`, a whole request, and report its outcome.
+        """Send what `write` returns, a whole request, and report its outcome.
 
-        `timeout` is in seconds from now to the answer; None waits for as long
-        as the connection lives. `keep` asks for the answer's headers and body.
+        `write` is called when a connection is there to send on, once more where
+        the request has to go again at once: a wait in line makes no part of it old.
+        `timeout` is in seconds from now to the answer; None waits for as long as
+        the connection lives. `keep` asks for the answer's headers and body.
         """
-        exchange = Exchange(target, data, on_done, on_sent, keep)
+        exchange = Exchange(target, write, on_done, on_sent, keep)
         if timeout is not None:
             exchange.timer = self.loop.call_later(
                 timeout, self._on_timeout, exchange, timeout
@@ -539,7 +542,7 @@ class _Connection(asyncio.Protocol):
         if exchange is None:
             pass
         elif self._used and not self._started and not exchange.resent and (
-            exchange.on_done is not None and exchange.data
+            exchange.on_done is not None and exchange.write is not None
         ):
             # The server closed an idle connection while the request was on
             # its way (RFC 9112, section 9.3.1): nobody has seen it.
@@ -626,12 +629,12 @@ class _Connection(asyncio.Protocol):
 
     def send(self, exchange: Exchange) -> None:
         """Write one request."""
-        assert self._transport is not None
+        assert self._transport is not None and exchange.write is not None
         self._reset()
         self._exchange = exchange
         self._origin.busy.add(self)
         exchange.connection = self
-        self._transport.write(exchange.data)
+        self._transport.write(exchange.write())
         loop = self._origin.client.loop
         if self._paused:
             self._send_timer = loop.call_later(

@@ -15,6 +15,7 @@ import time
 from bisect import insort
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from http import HTTPStatus
 from itertools import count
 
@@ -286,7 +287,7 @@ class Delivery:
         request.is_open = True
         request.exchange = deliveries.client.post(
             deliveries.target,
-            deliveries.events.request(deliveries.target, request.event),
+            partial(deliveries.events.request, deliveries.target, request.event),
             on_done=request.on_done,
             on_sent=request.on_sent,
             timeout=deliveries.patience.backend_timeout,
