@@ -67,7 +67,7 @@ from handlers.metrics import Metrics, MetricsHandler, RelayCollector
 from handlers.notify import SystemdNotifier
 from handlers.observers import ObservedBackend, Observers
 from handlers.openapi import OpenAPIHandler
-from handlers.origins import split_origin
+from handlers.origins import AllowedOrigins
 from handlers.protocol import Compression
 from handlers.proxies import TrustedProxies
 from handlers.rates import Rates
@@ -269,12 +269,10 @@ def load_tracing() -> ModuleType:
 
 def make_policy() -> ClientPolicy:
     """What clients are held to, from the options."""
-    for origin in options.allowed_origins:
-        if origin != "*" and split_origin(origin) is None:
-            raise OptionError(
-                f"--allowed_origins: {origin} is no origin, such as"
-                " https://app.example.com or https://*.example.com, nor *"
-            )
+    try:
+        allowed_origins = AllowedOrigins(options.allowed_origins)
+    except ValueError as error:
+        raise OptionError(f"--allowed_origins: {error}") from None
     try:
         trusted_proxies = TrustedProxies(options.trusted_proxies)
     except ValueError as error:
@@ -285,7 +283,7 @@ def make_policy() -> ClientPolicy:
         raise OptionError(f"--withhold_headers: {error}") from None
     return ClientPolicy(
         max_message_size=options.max_message_size,
-        allowed_origins=tuple(options.allowed_origins),
+        allowed_origins=allowed_origins,
         require_origin=options.require_origin,
         trusted_proxies=trusted_proxies,
         withheld_headers=withheld_headers,

@@ -9,7 +9,7 @@ from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.options import define
 
 from handlers.offers import extensions, subprotocols
-from handlers.origins import split_origin
+from handlers.origins import is_host
 
 define("withhold_headers", multiple=True, metavar="NAMES",
        help="more headers of a handshake that the connect event leaves out, as "
@@ -83,7 +83,7 @@ def flaw(request: HTTPServerRequest) -> str | None:
     headers = request.headers
     if request.body or "Transfer-Encoding" in headers:
         return "A handshake has no body."
-    if split_origin(f"http://{request.host}") is None:
+    if not is_host(request.host):
         return "Host is no host and port."
     try:
         subprotocols(headers.get_list("Sec-WebSocket-Protocol"))

@@ -1,52 +1,135 @@
-"""Which pages may connect: the Origin header that browsers send (RFC 6454)."""
+"""Which pages may connect: the Origin header that browsers send (RFC 6454).
 
-from collections.abc import Sequence
-from urllib.parse import urlsplit
+Not only pages of the web have one: an app's web view says `capacitor://localhost`
+or `file://`, a browser's extension `chrome-extension://<id>`, and a page that has
+no origin to name `null`.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from tornado.options import define
 
 define("allowed_origins", multiple=True, metavar="ORIGINS",
-       help="origins whose pages may connect, as https://app.example.com or "
-            "https://*.example.com, or * for all; none: the same origin only")
+       help="origins whose pages may connect, as https://app.example.com, "
+            "https://*.example.com, capacitor://localhost, file:// or null; "
+            "* for all; none: the same origin only")
 define("require_origin", default=False,
        help="refuse clients that send no Origin, as all but browsers do")
 
+# Some clients name the scheme of the WebSocket's own URL.
+_SAME_AS = {"ws": "http", "wss": "https"}
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
+# As it is serialized (RFC 6454, section 6.1), and as Host is (RFC 9110, 7.2).
+_ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z\d+.-]*)://(?P<authority>.*)", re.ASCII)
+_AUTHORITY = re.compile(
+    r"(?P<host>\[[\da-f:.]+(?:%[\w.~-]+)?\]|[^\s\x00-\x1f\x7f/?#@:,\\\[\]]*)"
+    r"(?::(?P<port>\d{0,5}))?",
+    re.ASCII,
+)
+# Any host, or any below a domain, or the one that is named.
+_HOST_PATTERN = re.compile(r"\*|(?:\*\.(?=.))?[^*]*")
 
-def is_origin_allowed(
-    origin: str, allowed: Sequence[str], host: str, scheme: str | None = None
-) -> bool:
-    """Whether a page of `origin` may connect (RFC 6454, section 4).
 
-    Without `allowed`, it must be the origin of the request itself: its `host`,
-    and its `scheme` where that is known.
+class Origin(NamedTuple):
+    """An origin in lower case; `port` is None where its scheme has none by default.
+
+    `null` has neither scheme nor host.
     """
-    if "*" in allowed:
-        return True
-    given = split_origin(origin)
-    if given is None:
-        return False
-    if not allowed:
-        return given == split_origin(f"{scheme or given[0]}://{host}")
-    for pattern in allowed:
-        wanted, name, port = split_origin(pattern) or ("", "", 0)
-        if (wanted, port) != (given[0], given[2]):
-            continue
-        if name == given[1] or (name.startswith("*.") and given[1].endswith(name[1:])):
+
+    scheme: str
+    host: str
+    port: int | None
+
+
+NULL = Origin("", "", None)
+
+
+class AllowedOrigins:
+    """Those of --allowed_origins: origins, or patterns of hosts, or all.
+
+    Without any, a page must be of the same origin as what it connects to. Raises
+    `ValueError` with one sentence for what no Origin header can equal.
+    """
+
+    def __init__(self, allowed: Iterable[str] = ()) -> None:
+        named = list(allowed)
+        self._all = "*" in named
+        self._named: list[Origin] = [_named(text) for text in named if text != "*"]
+
+    def allow(self, origin: str, host: str, scheme: str | None = None) -> bool:
+        """Whether a page of `origin` may connect (RFC 6454, section 4).
+
+        `host` is that which the client asked, with its port if it named one;
+        `scheme` is None where it isn't known, and then either may be.
+        """
+        if self._all:
             return True
-    return False
+        given = split_origin(origin)
+        if given is None:
+            return False
+        if not self._named:
+            scheme = scheme or given.scheme
+            return scheme in _DEFAULT_PORTS and (
+                given == split_origin(f"{scheme}://{host}")
+            )
+        return any(_matches(given, named) for named in self._named)
 
 
-def split_origin(origin: str) -> tuple[str, str, int] | None:
-    """Scheme, host and port of an origin; None for anything else."""
-    try:
-        parts = urlsplit(origin.lower())
-        port = parts.port
-    except ValueError:
+def split_origin(text: str) -> Origin | None:
+    """The parts of a serialized origin; None for anything else."""
+    if text == "null":
+        return NULL
+    parts = _ORIGIN.fullmatch(text.lower())
+    if parts is None:
         return None
-    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
+    authority = _split_authority(parts["authority"])
+    if authority is None:
         return None
-    if parts.path or parts.query or parts.fragment or "@" in parts.netloc:
+    host, port = authority
+    scheme = _SAME_AS.get(parts["scheme"], parts["scheme"])
+    if not host and (scheme in _DEFAULT_PORTS or port is not None):
         return None
-    return parts.scheme, parts.hostname, port or _DEFAULT_PORTS[parts.scheme]
+    return Origin(scheme, host, _DEFAULT_PORTS.get(scheme) if port is None else port)
+
+
+def is_host(text: str) -> bool:
+    """Whether a Host header is a host, and perhaps a port."""
+    authority = _split_authority(text.lower())
+    return authority is not None and bool(authority[0])
+
+
+def _split_authority(text: str) -> tuple[str, int | None] | None:
+    parts = _AUTHORITY.fullmatch(text)
+    if parts is None:
+        return None
+    port = int(parts["port"]) if parts["port"] else None
+    return (parts["host"], port) if (port or 0) < 2**16 else None
+
+
+def _named(text: str) -> Origin:
+    origin = split_origin(text)
+    if origin is None or not _HOST_PATTERN.fullmatch(origin.host):
+        raise ValueError(
+            f"{text} is no origin, such as https://app.example.com,"
+            " https://*.example.com, capacitor://localhost, file:// or null, nor *"
+        )
+    if not text.isascii():
+        raise ValueError(
+            f"{text} is not ASCII; name it as browsers do, by the host's A-label"
+            " (xn--...)"
+        )
+    return origin
+
+
+def _matches(given: Origin, named: Origin) -> bool:
+    """Whether an origin is the one that was named, or one of its pattern."""
+    if (given.scheme, given.port) != (named.scheme, named.port):
+        return False
+    if named.host == "*":
+        return bool(given.host)
+    if named.host.startswith("*."):
+        return given.host.endswith(named.host[1:])
+    return given.host == named.host

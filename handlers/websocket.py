@@ -38,7 +38,7 @@ from handlers.heartbeat import Heartbeat
 from handlers.lifetimes import Lifetimes
 from handlers.logs import tell
 from handlers.offers import subprotocols
-from handlers.origins import is_origin_allowed
+from handlers.origins import AllowedOrigins
 from handlers.problem import ProblemHandler
 from handlers.protocol import (
     ClientProtocol,
@@ -88,7 +88,7 @@ class ClientPolicy:
     """What every client is held to; the options, as typed values."""
 
     max_message_size: int = 4 * 1024 * 1024
-    allowed_origins: Sequence[str] = ()
+    allowed_origins: AllowedOrigins = field(default_factory=AllowedOrigins)
     require_origin: bool = False
     trusted_proxies: TrustedProxies = field(default_factory=TrustedProxies)
     withheld_headers: frozenset[str] = NOT_TOLD
@@ -120,10 +120,13 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self.heartbeat = heartbeat
         self.lifetimes = lifetimes
         self.policy = policy
-        self.remote_ip = policy.trusted_proxies.remote_ip(
+        self._asked = policy.trusted_proxies.read(
             self.request.remote_ip or "",
-            self.request.headers.get_list("X-Forwarded-For"),
+            self.request.headers,
+            self.request.host,
+            self.request.protocol == "https",
         )
+        self.remote_ip = self._asked.remote_ip
         self._tickets = tickets
         self._claim: Claim | None = None
         self._tracer = tracer
@@ -251,13 +254,8 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             return not self.policy.require_origin
         if len(origins) > 1:
             return False
-        scheme = self.policy.trusted_proxies.scheme(
-            self.request.remote_ip or "",
-            self.request.headers.get_list("X-Forwarded-Proto"),
-            self.request.protocol == "https",
-        )
-        return is_origin_allowed(
-            origins[0], self.policy.allowed_origins, self.request.host, scheme
+        return self.policy.allowed_origins.allow(
+            origins[0], self._asked.host, self._asked.scheme
         )
 
     def _trace(self) -> TraceContext | None:

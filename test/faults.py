@@ -687,11 +687,12 @@ async def tell(
     answers: int | None = None,
     half_close: bool = False,
     deadline: float = 3.0,
+    source: str | None = None,
 ) -> Heard:
     """Send bytes on a bare connection, and hear what comes back.
 
     Until the peer hangs up, or has given that many final answers; at most for
-    `deadline` seconds.
+    `deadline` seconds. `source` is the address that it comes from.
     """
     parts = urlsplit(url)
     heard = Heard()
@@ -700,6 +701,8 @@ async def tell(
     family = socket.AF_INET6 if ":" in (parts.hostname or "") else socket.AF_INET
     sock = socket.socket(family)
     sock.setblocking(False)
+    if source is not None:
+        sock.bind((source, 0))
 
     def enough() -> bool:
         with contextlib.suppress(ValueError):

@@ -12,7 +12,7 @@ from service import RecordingBackend, Service, refusal
 pytestmark = pytest.mark.gen_test(timeout=60)
 
 PROXY, STRANGER = "127.0.0.2", "127.0.0.1"
-TRUSTED = f"--trusted_proxies={PROXY},10.0.0.0/8,fd00::/8"
+TRUSTED = f"--trusted_proxies={PROXY},10.0.0.0/8,fd00::/8,::ffff:127.0.0.8/125"
 CLIENT = "203.0.113.7"
 
 
@@ -56,7 +56,13 @@ async def test_client_s_address_is_the_last_one_that_a_trusted_proxy_names(io_lo
         (PROXY, [f"{CLIENT}, unknown"], PROXY),
         (PROXY, [f"{CLIENT}, , 10.0.0.9"], "10.0.0.9"),
         (PROXY, ["999.0.0.1"], PROXY),
-        (PROXY, ["fe80::1%eth0"], PROXY),
+        (PROXY, ["fe80::1%eth0"], "fe80::1"),  # as Go writes it
+        (PROXY, ["[fe80::1%eth0]:4711"], "fe80::1"),
+        (PROXY, [f"{CLIENT}, fd00::9%eth0"], CLIENT),
+        (PROXY, ["fe80::1%"], PROXY),
+        (PROXY, [f"{CLIENT}:"], PROXY),
+        (PROXY, ["\t2001:db8::7 "], "2001:db8::7"),
+        (PROXY, [f"{CLIENT}, ::ffff:127.0.0.9"], CLIENT),
         (PROXY, ["[2001:db8::7"], PROXY),
         (STRANGER, [CLIENT], STRANGER),
         (STRANGER, [f"{CLIENT}, 10.0.0.9"], STRANGER),
