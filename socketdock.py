@@ -30,7 +30,7 @@ from tornado.routing import Matcher
 from tornado.web import Application, RequestHandler
 
 import backends
-from backends import Backend, Check, Finding, Observer, Relay
+from backends import Backend, Check, Finding, Observer, Relay, Unavailable
 from handlers.admission import Admission
 from handlers.authorization import (
     CallbackTokens,
@@ -118,7 +118,7 @@ LOG_FILE = ("log_file_prefix", "log_file_max_size", "log_file_num_backups",
 CALLBACK_TLS = ("callback_tls_cert", "callback_tls_key", "callback_client_ca")
 DESCRIPTORS = 256  # for callbacks under way, the log, and the process itself
 COLLECT_AFTER = 10_000  # objects that were made and have not gone
-USAGE_ERROR = 2  # exit status
+USAGE_ERROR = 2  # exit status: an option that cannot be right
 
 
 def make_log(argv: Sequence[str], environ: Mapping[str, str]) -> Log:
@@ -743,7 +743,7 @@ def main() -> None:
             status = runner.run(serve(log))
     except OptionError as error:
         print(f"socketdock: {error}", file=sys.stderr)
-        sys.exit(USAGE_ERROR)
+        sys.exit(1 if isinstance(error, Unavailable) else USAGE_ERROR)
     sys.exit(status)
 
 

@@ -19,6 +19,7 @@ from tornado.options import Error as OptionError
 from tornado.options import options
 
 import backends
+from backends.files import read_text
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "conf" / "socketdock.conf"
 
@@ -167,14 +168,11 @@ def read_config(path: Path) -> Iterator[Setting]:
     Values are Python literals, so that nothing in the file is ever run. Names
     may be spelt with dashes.
     """
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise OptionError(f"can't read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise OptionError(f"can't read {path}: it is not UTF-8") from None
     text = re.sub(
-        r"^[A-Za-z][\w-]*(?=\s*=)", lambda m: m[0].replace("-", "_"), text, flags=re.M
+        r"^[A-Za-z][\w-]*(?=\s*=)",
+        lambda m: m[0].replace("-", "_"),
+        read_text(path, f"can't read {path}"),
+        flags=re.M,
     )
     try:
         statements = ast.parse(text).body

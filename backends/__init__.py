@@ -224,6 +224,14 @@ class Connection(Protocol):
         """
 
 
+class Unavailable(OptionError):
+    """What an option names can't be used now, though the option may be right.
+
+    A file that is not there yet, an address in use, a full disk. The start ends
+    with exit status 1, so that it is tried again; any other `OptionError` is 2.
+    """
+
+
 class ConnectionClosed(Exception):
     """The connection is closing or closed: nothing more reaches its client."""
 

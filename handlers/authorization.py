@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
@@ -20,6 +19,7 @@ from tornado.options import Error as OptionError
 from tornado.options import define
 from tornado.routing import Matcher
 
+from backends.files import read_lines
 from handlers.body import BodyHandler, RefusingHandler
 
 define("callback_token", multiple=True, metavar="TOKENS",
@@ -88,25 +88,9 @@ class CallbackTokens:
 
 
 def _read_tokens(path: str) -> Iterator[bytes]:
-    where = f"--callback_token_file: {path}"
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(MAX_TOKEN_FILE + 1)
-        lines = content.decode().splitlines()
-    except UnicodeDecodeError:
-        raise OptionError(f"{where} is not UTF-8") from None
-    except (OSError, ValueError) as error:  # a null byte in its name
-        reason = getattr(error, "strerror", None) or error
-        raise OptionError(f"{where} can't be read: {reason}") from None
-    if len(content) > MAX_TOKEN_FILE:
-        raise OptionError(f"{where} has more than {MAX_TOKEN_FILE} bytes")
-    found = False
-    for number, line in enumerate(lines, start=1):
-        if (token := line.strip()) and not token.startswith("#"):
-            found = True
-            yield _digest(token, f"{where}, line {number}")
-    if not found:
-        raise OptionError(f"{where} holds no token")
+    where = f"--callback_token_file={path}"
+    for number, token in read_lines(path, where, MAX_TOKEN_FILE):
+        yield _digest(token, f"{where}, line {number}")
 
 
 def _digest(token: str, where: str) -> bytes:

@@ -11,9 +11,11 @@ import socket
 import ssl
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
+
+from tornado.options import Error as OptionError
 
 from backends import Finding, expiry_finding
+from backends.files import read_text
 
 # Tags of DER (X.680, section 8.6).
 VERSION = 0xA0  # of an X.509 certificate, explicitly tagged
@@ -57,10 +59,12 @@ def port_finding(
 def certificate_finding(path: str) -> Finding:
     """Until when a PEM file's certificates, a chain, are good."""
     try:
-        return expiry_finding(path, min(_ends(Path(path).read_text("ascii"))))
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "there is no PEM certificate in it"
-        return Finding("error", f"{path} can't be used: {why}; give another file")
+        return expiry_finding(path, min(_ends(read_text(path, path))))
+    except OptionError as error:
+        return Finding("error", f"{error}; give another file")
+    except ValueError:
+        return Finding("error", f"{path}: there is no PEM certificate in it; give"
+                                " another file")
 
 
 def _ends(pem: str) -> Iterator[float]:

@@ -21,6 +21,9 @@ from tornado.netutil import bind_sockets
 from tornado.options import Error as OptionError
 from tornado.options import define
 
+from backends import Unavailable
+from backends.files import require_regular
+
 logger = logging.getLogger(__name__)
 
 define("tls_cert", type=str, metavar="PATH",
@@ -68,17 +71,21 @@ class TLSFiles:
         """Read them. Raises `OptionError` with one sentence."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        files = " and ".join(filter(None, (self.certificate, self.key)))
+        paths = [path for path in (self.certificate, self.key) if path]
+        files = " and ".join(paths)
+        for path in paths:
+            require_regular(path, f"can't use {path} for TLS")
         try:
             context.load_cert_chain(self.certificate, self.key, _no_password)
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-            raise OptionError(f"can't use {files} for TLS: {_why(error)}") from None
+            raise Unavailable(f"can't use {files} for TLS: {_why(error)}") from None
         if self.client_ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED
+            require_regular(self.client_ca, f"can't use {self.client_ca} for TLS")
             try:
                 context.load_verify_locations(self.client_ca)
             except (OSError, ValueError) as error:
-                raise OptionError(
+                raise Unavailable(
                     f"can't use {self.client_ca} for TLS: {_why(error)}"
                 ) from None
         return context
@@ -235,10 +242,10 @@ class Listener:
 
 
 def _bind(address: str, port: int, reuse_port: bool) -> Sequence[socket.socket]:
+    where = f"can't listen at port {port} of {address or '*'}"
     try:
         return bind_sockets(port, address, backlog=BACKLOG, reuse_port=reuse_port)
-    except (OSError, ValueError) as error:  # no address, or not even a host's name
-        reason = getattr(error, "strerror", None) or error
-        raise OptionError(
-            f"can't listen at port {port} of {address or '*'}: {reason}"
-        ) from None
+    except OSError as error:  # in use, not there yet, or no such name
+        raise Unavailable(f"{where}: {error.strerror or error}") from None
+    except ValueError as error:  # not even a host's name
+        raise OptionError(f"{where}: {error}") from None

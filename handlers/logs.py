@@ -23,6 +23,8 @@ from tornado.log import LogFormatter, enable_pretty_logging
 from tornado.options import Error as OptionError
 from tornado.options import define
 
+from backends import Unavailable
+from backends.files import read_text
 from handlers.repeats import Repeats
 
 logger = logging.getLogger(__name__)
@@ -257,7 +259,9 @@ class Log:
             if self._config is not None:
                 logging.config.dictConfig(self._config)
                 self._count_repeats()
-            raise OptionError(f"--log_config: {self._path}: {_why(error)}") from None
+            cause = error.__cause__ or error
+            kind = Unavailable if isinstance(cause, OSError) else OptionError
+            raise kind(f"--log_config={self._path}: {_why(error)}") from None
         self._config = config
 
     def _count_repeats(self) -> None:
@@ -332,19 +336,15 @@ def file_channels(settings: Mapping[str, Any]) -> list[logging.Handler]:
             SimpleNamespace(**settings, logging="info", log_to_stderr=False), owner
         )
     except (OSError, ValueError) as error:
-        raise OptionError(f"can't log as --log_* say: {error}") from None
+        kind = Unavailable if isinstance(error, OSError) else OptionError
+        raise kind(f"can't log as --log_* say: {error}") from None
     return owner.handlers
 
 
 def read_log_config(path: str) -> dict[str, Any]:
     """What a file for `logging.config` says, in JSON or YAML. Raises `OptionError`."""
-    where = f"--log_config: {path}"
-    try:
-        text = Path(path).read_text("utf-8")
-    except OSError as error:
-        raise OptionError(f"{where}: {error.strerror}") from None
-    except ValueError:
-        raise OptionError(f"{where} is not UTF-8") from None
+    where = f"--log_config={path}"
+    text = read_text(path, where)
     kind = Path(path).suffix.lower()
     if kind == ".json" or (
         kind not in (".yaml", ".yml") and text.lstrip().startswith("{")
@@ -353,7 +353,7 @@ def read_log_config(path: str) -> dict[str, Any]:
     else:
         config = _of_yaml(text, where)
     if not isinstance(config, dict):
-        raise OptionError(f"{where} holds no names and values")
+        raise OptionError(f"{where}: it holds no names and values")
     # Those of every module would be, that is, all.
     config.setdefault("disable_existing_loggers", False)
     return config
@@ -363,7 +363,7 @@ def _of_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise OptionError(f"{where} is not JSON: {_why(error)}") from None
+        raise OptionError(f"{where}: it is not JSON: {_why(error)}") from None
 
 
 def _of_yaml(text: str, where: str) -> Any:
@@ -376,7 +376,7 @@ def _of_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise OptionError(f"{where} is not YAML: {_why(error)}") from None
+        raise OptionError(f"{where}: it is not YAML: {_why(error)}") from None
 
 
 def _why(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import re
 import signal
 import socket
@@ -14,7 +13,14 @@ from pathlib import Path
 import pytest
 import websockets
 from programs import leave_out
-from service import DEADLINE, PROJECT, RecordingBackend, Service, eventually
+from service import (
+    DEADLINE,
+    PROJECT,
+    RecordingBackend,
+    Service,
+    eventually,
+    refusal,
+)
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -95,22 +101,6 @@ async def ask(service: Service, *request: str, host: str | None = None) -> Respo
     """The answer to one request on a connection of its own."""
     async with Caller(service, host) as caller:
         return await caller.ask(*request)
-
-
-def refusal(*flags: str, **environment: str) -> str:
-    """The one sentence of a start that ends with status 2."""
-    ended = subprocess.run(
-        [sys.executable, "socketdock.py", "--bindport=0", *flags],
-        cwd=PROJECT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
-    assert ended.returncode == 2, ended.stderr
-    (line,) = ended.stderr.splitlines()
-    return line
 
 
 # Callbacks.
@@ -297,14 +287,14 @@ async def test_length_that_is_no_number_is_no_fault(io_loop):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "holds no token"),
-        ("\n# only a comment\n\n", "holds no token"),
+        ("", "it is empty"),
+        ("\n# only a comment\n\n", "it is empty"),
         (f"{OLD}\n\nshort\n", "line 3: a token is 16 or more"),
         (f"{OLD} # mine\n", "line 1: a token is 16 or more"),
         ("tökén-0123456789-0123\n", "line 1: a token is 16 or more"),
-        (b"\xff\xfe0123456789012345", "is not UTF-8"),
-        (f"{OLD}\n" * 5000, "has more than 65536 bytes"),
-        (None, "can't be read: No such file or directory"),
+        (b"\xff\xfe0123456789012345", "it is not UTF-8"),
+        (f"{OLD}\n" * 5000, "it is larger than 65536 bytes"),
+        (None, "No such file or directory"),
     ],
 )
 async def test_bad_file_of_tokens_stops_the_start(io_loop, tmp_path, text, complaint):
@@ -312,8 +302,9 @@ async def test_bad_file_of_tokens_stops_the_start(io_loop, tmp_path, text, compl
     path = tmp_path / "tokens"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    line = refusal(f"--callback_token_file={path}")
-    assert line.startswith(f"socketdock: --callback_token_file: {path}")
+    status = 1 if complaint in ("it is empty", "No such file or directory") else 2
+    line = refusal(f"--callback_token_file={path}", status=status)
+    assert line.startswith(f"socketdock: --callback_token_file={path}")
     assert complaint in line
     for secret in (OLD, "short", "mine", "tökén"):
         assert secret not in line
@@ -349,8 +340,8 @@ async def test_empty_token_opens_no_door(io_loop, tmp_path):
     ):
         assert "--callback_token, number 1: a token is 16 or more" in line
     for line in (
-        refusal(SOCKETDOCK_CALLBACK_TOKEN_FILE=""),
-        refusal("--callback_token_file="),
+        refusal(SOCKETDOCK_CALLBACK_TOKEN_FILE="", status=1),
+        refusal("--callback_token_file=", status=1),
     ):
         assert "--callback_token_file" in line
 
@@ -414,7 +405,7 @@ async def test_tokens_change_on_sighup(io_loop, tmp_path):
         assert await read_again(f"{OLD}\nshort\n") == [401, 410, 401]
         errors = [line for line in service.log if "--callback_token_file" in line]
         assert len(errors) == 2
-        assert "holds no token" in errors[0] and "line 2" in errors[1]
+        assert "it is empty" in errors[0] and "line 2" in errors[1]
         assert await read_again(f"{OLD}\n") == [410, 401, 401]
 
 

@@ -125,10 +125,15 @@ def ended(
     )
 
 
-def refusal(*flags: str, cwd: Path = PROJECT, **environment: str) -> str:
-    """The one sentence of a start that ends with status 2, without a traceback."""
+def refusal(
+    *flags: str, cwd: Path = PROJECT, status: int = 2, **environment: str
+) -> str:
+    """The one sentence of a start that ends by itself, without a traceback.
+
+    `status` is 2 for options that cannot be right, 1 for what may pass.
+    """
     service = ended("--bindport=0", *flags, cwd=cwd, **environment)
-    assert service.returncode == 2, service.stderr
+    assert service.returncode == status, service.stderr
     (line,) = service.stderr.splitlines()
     assert line.startswith("socketdock: ")
     return line

@@ -305,26 +305,31 @@ def test_wrong_line_of_the_file(tmp_path, text, said):
 
 
 def test_unreadable_file(tmp_path):
-    """Missing, a folder, not UTF-8."""
+    """Missing, a folder, a pipe; and not UTF-8, which stays wrong."""
     (tmp_path / "latin").write_bytes(b"bindip = '\xe9'")
-    for path in (tmp_path / "missing", tmp_path, tmp_path / "latin"):
-        assert f"can't read {path}: " in refusal(f"--config={path}")
+    os.mkfifo(tmp_path / "pipe")
+    for name, status in (("missing", 1), ("", 1), ("pipe", 1), ("latin", 2)):
+        path = tmp_path / name
+        line = refusal(f"--config={path}", status=status)
+        assert f"can't read {path}: " in line
 
 
 def test_port_in_use():
     """By anybody."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        line = refusal(f"--bindport={port}")
+        line = refusal(f"--bindport={port}", status=1)
         assert f"can't listen at port {port} of 127.0.0.1: " in line
-        line = refusal(f"--callbackport={port}")
+        line = refusal(f"--callbackport={port}", status=1)
         assert f"can't listen at port {port} of 127.0.0.1: " in line
 
 
-@pytest.mark.parametrize("address", ["192.0.2.1", "no..host", "not-an-ip.invalid"])
-def test_address_that_is_not_ours(address):
-    """Nor anybody's."""
-    assert f"of {address}: " in refusal(f"--bindip={address}")
+@pytest.mark.parametrize(
+    ("address", "status"), [("192.0.2.1", 1), ("not-an-ip.invalid", 1), ("no..host", 2)]
+)
+def test_address_that_is_not_ours(address, status):
+    """It may come later, unless it can't be an address."""
+    assert f"of {address}: " in refusal(f"--bindip={address}", status=status)
 
 
 @pytest.mark.parametrize(
@@ -345,13 +350,18 @@ def test_address_that_is_not_ours(address):
         ([*HTTP, "--order_wait=inf"], "--backend_timeout"),
         (["--callbackip=127.0.0.1"], "--callbackport"),
         (["--allowed_origins=app.example.com"], "--allowed_origins"),
-        (["--log_file_prefix=/no/such/folder/log"], "/no/such/folder/log"),
         (["--log_file_prefix=x", "--log_rotate_mode=never"], "log_rotate_mode"),
     ],
 )
 def test_what_does_not_fit_together_names_the_option(flags, said):
     """One sentence, exit status 2."""
     assert said in refusal(*flags)
+
+
+def test_log_file_that_cannot_be_opened():
+    """Its folder may come later."""
+    path = "/no/such/folder/log"
+    assert path in refusal(f"--log_file_prefix={path}", status=1)
 
 
 # --help.

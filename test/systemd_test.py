@@ -215,6 +215,7 @@ def test_unit_allows_the_descriptors_that_the_defaults_take():
 
 
 def test_unit_does_not_repeat_a_start_that_an_option_keeps_from_succeeding():
-    """Exit status 2; anything else starts again."""
+    """Exit status 2; anything else starts again, however often it takes."""
     assert setting("Restart") == "always"
+    assert setting("StartLimitIntervalSec") == "0"
     assert setting("RestartPreventExitStatus") == "2"

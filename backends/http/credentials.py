@@ -5,10 +5,8 @@ All of it may be in files, which are read at the start and again on SIGHUP.
 the last.
 """
 
-import os
 import re
 import ssl
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
@@ -16,6 +14,8 @@ from typing import NamedTuple, NoReturn
 from tornado.options import Error as OptionError
 from tornado.options import define
 
+from backends import Unavailable
+from backends.files import read_lines, require_regular
 from backends.http.signature import Signer, key_of
 
 define("webhook_secret", multiple=True, metavar="SECRETS",
@@ -107,7 +107,8 @@ class CredentialSources:
         for number, secret in enumerate(self.webhook_secrets, start=1):
             yield _key_of(secret, f"--webhook_secret, number {number}")
         if path := self.webhook_secret_file:
-            for number, line in _lines("webhook_secret_file", path):
+            where = f"--webhook_secret_file={path}"
+            for number, line in read_lines(path, where, MAX_FILE_SIZE):
                 yield _key_of(line, f"{path}, line {number}")
 
 
@@ -120,7 +121,8 @@ def _key_of(secret: str, where: str) -> bytes:
 
 def _header_lines(path: str) -> Iterator[bytes]:
     names: set[str] = set()
-    for number, line in _lines("backend_headers_file", path):
+    opened = read_lines(path, f"--backend_headers_file={path}", MAX_FILE_SIZE)
+    for number, line in opened:
         where = f"{path}, line {number}"
         named = HEADER_NAME.match(line)
         if named is None:  # the line is not shown: it may be a value on its own
@@ -139,56 +141,28 @@ def _header_lines(path: str) -> Iterator[bytes]:
         yield f"{name}: {value}\r\n".encode("ascii")
 
 
-def _lines(option: str, path: str) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is neither blank nor a # comment.
-
-    None at all is an error: it is half a file, more likely than a wish.
-    """
-    try:
-        text = _read(path).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise OptionError(f"--{option}={path}: it is not UTF-8") from None
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise OptionError(f"--{option}={path}: {why}") from None
-    found = False
-    # Not splitlines(): to it a form feed ends a line, too.
-    for number, line in enumerate(re.split("\r\n|\n", text), start=1):
-        stripped = line.strip(" \t")
-        if stripped and not stripped.startswith("#"):
-            found = True
-            yield number, stripped
-    if not found:
-        raise OptionError(f"--{option}={path}: it is empty")
-
-
-def _read(path: str) -> bytes:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would block
-        raise ValueError("it is not a file")
-    with open(path, "rb") as file:
-        content = file.read(MAX_FILE_SIZE + 1)
-    if len(content) > MAX_FILE_SIZE:
-        raise ValueError(f"it is larger than {MAX_FILE_SIZE} bytes")
-    return content
-
-
 def _client_context(
     ca: str | None, cert: str | None, key: str | None
 ) -> ssl.SSLContext:
     """What a backend's certificate is checked with, and ours shown."""
     if key and not cert:
         raise OptionError("--backend_key needs --backend_cert")
+    if ca:
+        require_regular(ca, f"--backend_ca={ca}")
     try:
         context = ssl.create_default_context(cafile=ca or None)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        raise OptionError(f"--backend_ca={ca}: {_why_not(error)}") from None
+        raise Unavailable(f"--backend_ca={ca}: {_why_not(error)}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if cert:
+        require_regular(cert, f"--backend_cert={cert}")
+        if key:
+            require_regular(key, f"--backend_key={key}")
         try:
             context.load_cert_chain(cert, key or None, _no_password)
         except (OSError, ValueError) as error:
             files = f"--backend_cert={cert}" + (f", --backend_key={key}" if key else "")
-            raise OptionError(f"{files}: {_why_not(error)}") from None
+            raise Unavailable(f"{files}: {_why_not(error)}") from None
     return context
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tornado.options import Error as OptionError
+from backends import Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -136,10 +136,10 @@ class StateDirectory:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and hasattr(
                 self, "_lock"
             ):
-                raise OptionError(
+                raise Unavailable(
                     f"--state_dir={path} is used by another process"
                 ) from None
-            raise OptionError(f"--state_dir={path}: {error.strerror}") from None
+            raise Unavailable(f"--state_dir={path}: {error.strerror}") from None
 
     @staticmethod
     def _read_dead(path: Path) -> Iterator[Journal]:
