@@ -14,8 +14,10 @@ import json
 import re
 import signal
 import socket
+import ssl
 import struct
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -55,6 +57,13 @@ class Attempt:
     # "200" once answered so; "hold" while unanswered, "let go" when the relay
     # then closed the connection; "lost" when the backend did.
     outcome: str = "hold"
+    # When it came, and when it got its outcome (`time.monotonic()`).
+    arrived: float = field(default_factory=time.monotonic)
+    ended: float = float("inf")
+    # What its answer said in Retry-After, in seconds; 0: nothing that can be read.
+    retry_after: float = 0.0
+    # The backend reset the connection afterwards: the answer may not have been read.
+    doubtful: bool = False
 
     @property
     def connection_id(self) -> str:
@@ -85,6 +94,7 @@ class Book:
     def settle(self, attempt: Attempt, outcome: str) -> None:
         """Note what became of it."""
         attempt.outcome = outcome
+        attempt.ended = time.monotonic()
         if attempt.accepted and attempt.webhook_id not in self.accepted:
             self.accepted[attempt.webhook_id] = attempt
             self.counts[attempt.kind] += 1
@@ -142,12 +152,18 @@ class Reply:
 
     `reset` ends the connection with RST before an answer, `cut` ends it in the
     answer's body, `hold` leaves the request open until `FaultyBackend.release`.
+    `raw` is the whole answer where it is of an odd form; %d in it is the status.
+    With `closes` the connection ends behind the answer. `retry_after` is what the
+    headers say, in seconds, for the book.
     """
 
     status: int = 200
     delay: float = 0.0
     fault: Fault | None = None
     headers: tuple[str, ...] = ()
+    raw: bytes = b""
+    closes: bool = False
+    retry_after: float = 0.0
 
 
 OK = Reply()
@@ -161,10 +177,13 @@ class FaultyBackend(Book):
     """
 
     def __init__(
-        self, decide: Callable[[Attempt], Reply] = lambda attempt: OK
+        self,
+        decide: Callable[[Attempt], Reply] = lambda attempt: OK,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         super().__init__()
         self.decide = decide
+        self._tls = tls
         self.absence: Absence | None = None
         self.connections: set[_BackendConnection] = set()
         self.largest_body = 0  # bytes written to an endless body, at most
@@ -178,7 +197,10 @@ class FaultyBackend(Book):
     async def _serve(self) -> None:
         listener = _bound(self.host, self.port)
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: _BackendConnection(self), sock=listener, backlog=BACKLOG
+            lambda: _BackendConnection(self),
+            sock=listener,
+            backlog=BACKLOG,
+            ssl=self._tls,
         )
 
     async def __aenter__(self) -> Self:
@@ -192,7 +214,8 @@ class FaultyBackend(Book):
             connection.reset()
 
     def url(self, kind: str) -> str:
-        return f"http://{self.host}:{self.port}/{kind}"
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://{self.host}:{self.port}/{kind}"
 
     def flags(self, *kinds: str) -> list[str]:
         """The relay's flags for this backend; messages and disconnects by default."""
@@ -245,6 +268,7 @@ class _BackendConnection(asyncio.Protocol):
         self._backend = backend
         self._buffer = bytearray()
         self._attempt: Attempt | None = None
+        self._latest: Attempt | None = None  # of those that are over
         self._timer: asyncio.TimerHandle | None = None
         self._endless: int | None = None  # bytes of an endless body, so far
 
@@ -302,6 +326,8 @@ class _BackendConnection(asyncio.Protocol):
     def reset(self) -> None:
         """End the connection with RST."""
         self._settle("lost")
+        if self._latest is not None:
+            self._latest.doubtful = True
         sock = self._transport.get_extra_info("socket")
         with contextlib.suppress(OSError):  # the peer has ended it already
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
@@ -310,12 +336,15 @@ class _BackendConnection(asyncio.Protocol):
     def _settle(self, outcome: str) -> None:
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
+            self._latest = attempt
             self._backend.settle(attempt, outcome)
 
     def _answer(self, reply: Reply) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._attempt is not None:
+            self._attempt.retry_after = reply.retry_after
         head = "".join(f"{line}\r\n" for line in reply.headers)
         start = f"HTTP/1.1 {reply.status} Told So\r\n{head}"
         match reply.fault:
@@ -339,7 +368,12 @@ class _BackendConnection(asyncio.Protocol):
                 self._go_on_forever()
             case None:
                 self._settle(str(reply.status))
-                self._transport.write(f"{start}Content-Length: 2\r\n\r\nOK".encode())
+                answer = f"{start}Content-Length: 2\r\n\r\nOK".encode()
+                if reply.raw:
+                    answer = reply.raw.replace(b"%d", b"%d" % reply.status, 1)
+                self._transport.write(answer)
+                if reply.closes:
+                    self._transport.close()
 
     def _go_on_forever(self) -> None:
         assert self._endless is not None

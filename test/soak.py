@@ -1,326 +1,453 @@
 """Random faults for minutes, and an account of every message and connection.
 
     python test/soak.py --seconds=300 --seed=N
+    python test/soak.py --seconds=600 --one-relay
 
 Rounds of about ten seconds: a relay with options drawn from the seed, clients
-that come, talk and go in every way that they can, a backend that fails in every
-way that it can; then the relay is stopped, or killed and started again. After
-each round the books must balance:
+that come, talk, read and go in every way that they can (`soaking.visits`),
+callers that push to them or read no answers, a backend that fails and answers in
+every way that it can (`soaking.answers`). The relay is frozen now and then; in the
+end it is stopped, or killed and started again. After each round the books must
+balance (`soaking.books`):
 
 - each connection that was accepted has one disconnect event, and its code is the
   one that the client saw where the relay closed;
 - each message that a client sent, and could expect to be read, has been accepted
   under one webhook-id, or refused, or let go, or counts as undelivered;
-- with strict order, a client's messages are accepted in their order.
+- nothing overtakes a message that failed and waits for its retry; with strict
+  order, a client's messages are accepted in their order;
+- what was answered does not go again, and what failed not before its Retry-After;
+- pushes that were answered 200 came, none behind a close frame;
+- whoever reads and answers pings is neither cut nor called too slow.
 
-What the seed can't repeat is timing. Exit status 1 on a violation.
+With --one-relay one relay lives for all the seconds; its resident memory is printed
+over time, and must be flat. What the seed can't repeat is timing. Exit status 1 on
+a violation.
 """
 
 import argparse
 import asyncio
-import contextlib
 import random
+import re
 import signal
+import ssl
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from statistics import median
 
-import websockets
-from faults import Attempt, FaultyBackend, Reply, SilentProxy, Talker, memory
-from service import Service, eventually
+from certificates import Authority
+from faults import Attempt, FaultyBackend, Reply, SilentProxy, memory
+from service import Service
+from soaking.answers import Moods
+from soaking.books import Audit
+from soaking.callers import read_no_answers
+from soaking.stalls import Stalls
+from soaking.visits import (
+    GUESTS,
+    PASSERS_BY,
+    Refused,
+    Vanishing,
+    Visit,
+    pause_until,
+)
 
 ROUND = 10.0  # seconds
-CLIENTS = 60  # at once
-SETTLED = 90.0  # seconds, at most, until all is told
-ENOUGH_MEMORY = 300 * 2**20  # bytes
+CLIENTS = 50  # at once, that come and go
+SETTLED = 120.0  # seconds, at most, until all is told
+ALIVE = 1.5  # seconds that the soak may stand still, and still judge who is alive
+MIB = 2**20
+ENOUGH_MEMORY = 300 * MIB
+MEMORY_PERIOD = 5.0  # seconds between two looks at it
+FLAT = 24 * MIB  # growth that is none, over minutes
+TRACEBACK_END = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")
+EXAMPLES = 2  # of each kind of violation
+DETAIL = re.compile(r"[0-9a-f]{32}|(?<!')\b\d[-\d., ]*|'(?!code|initiator)\w+': [^,}]+")
+WARM = 60.0  # seconds after which memory is to be flat
 
-Ending = Literal["close", "abort", "vanish", "stay"]
+
+@dataclass(frozen=True)
+class Plan:
+    """What the seed has drawn for a round."""
+
+    seconds: float
+    strict: bool
+    ending: str  # stop, hasty (with a drain that is too short for all), kill
+    early: bool  # the stop comes while clients talk
+    freezes: bool
+    share: float  # of requests that fail
+    odd: float  # of answers in an odd form
+    delivery_timeout: float  # seconds
+    order_wait: float  # seconds
+    queue: int  # messages
+    max_pending: int
+    backend_tls: bool
+    client_tls: bool
+    two_listeners: bool
+
+    @classmethod
+    def draw(cls, rng: random.Random, seconds: float) -> "Plan":
+        strict = rng.random() < 0.4
+        client_tls = rng.random() < 0.25
+        return cls(
+            seconds=seconds,
+            strict=strict,
+            ending=rng.choices(["stop", "hasty", "kill"], [6, 1, 2])[0],
+            early=rng.random() < 0.5,
+            freezes=rng.random() < 0.4,
+            share=rng.choice([0.0, 0.05, 0.3]),
+            odd=rng.choice([0.0, 0.1, 0.5]),
+            delivery_timeout=rng.choice([2, 5, 60]),
+            order_wait=float("inf") if strict else rng.choice([0.1, 1]),
+            queue=rng.choice([1, 4, 64]),
+            max_pending=rng.choice([200, 100_000]),
+            backend_tls=rng.random() < 0.25,
+            client_tls=client_tls,
+            # Callers here speak no TLS.
+            two_listeners=client_tls or rng.random() < 0.3,
+        )
+
+    @classmethod
+    def for_memory(cls, seconds: float) -> "Plan":
+        """One long round in which much is held, and nobody is killed."""
+        return cls(
+            seconds=seconds, strict=False, ending="stop", early=False, freezes=False,
+            share=0.3, odd=0.1, delivery_timeout=5, order_wait=0.1, queue=64,
+            max_pending=100_000, backend_tls=False, client_tls=False,
+            two_listeners=False,
+        )  # fmt: skip
+
+    def flags(self) -> Iterator[str]:
+        """The relay's."""
+        yield f"--order_wait={self.order_wait}"
+        if self.strict:
+            yield "--backend_timeout=2"
+        yield f"--delivery_timeout={self.delivery_timeout}"
+        yield f"--connection_queue_messages={self.queue}"
+        yield f"--max_pending={self.max_pending}"
+        yield f"--drain_timeout={2 if self.ending == 'hasty' else 60}"
+        if self.two_listeners:
+            yield "--callbackport=0"
+        yield from ("--ping_interval=2", "--ping_timeout=3", "--send_timeout=2")
+
+    def __str__(self) -> str:
+        words = [
+            "strict" if self.strict else f"wait {self.order_wait:g} s",
+            f"early {self.ending}" if self.early else self.ending,
+            f"faults {self.share:.0%}",
+            f"odd {self.odd:.0%}",
+            f"give up {self.delivery_timeout:g} s",
+            f"queue {self.queue}",
+        ]
+        flags = ("freezes", "backend_tls", "client_tls", "two_listeners")
+        return ", ".join(words + [name for name in flags if getattr(self, name)])
 
 
-@dataclass
-class Visit(Talker):
-    """One connection of a round, and how it left."""
+class Backend(FaultyBackend):
+    """Knows connections by the names of clients, and keeps no message whole."""
 
-    ending: Ending = "stay"
-    left: bool = False  # it has closed first, or tried to
-    refused: bool = False  # by a handshake's answer
+    def __init__(self, moods: Moods, tls: ssl.SSLContext | None) -> None:
+        super().__init__(moods.decide, tls)
+        self.send_urls: dict[str, str] = {}  # by name
+        self.told: Counter[str] = Counter()  # messages accepted first, by name
+
+    def enter(self, attempt: Attempt) -> None:
+        if attempt.kind == "message":
+            attempt.event["message"] = attempt.event["message"][:40]
+        elif attempt.kind == "connect":
+            meta = attempt.event["meta"]
+            self.send_urls[meta["query"].removeprefix("name=")] = meta["send"]
+        super().enter(attempt)
+
+    def settle(self, attempt: Attempt, outcome: str) -> None:
+        super().settle(attempt, outcome)
+        first = self.accepted.get(attempt.webhook_id) is attempt
+        if attempt.kind == "message" and first:
+            self.told[attempt.event["message"].split()[0]] += 1
+
+    def reply_to(self, attempt: Attempt) -> Reply:
+        # A verdict by 503 is one; those are in the tests of handshakes.
+        return Reply() if attempt.kind == "connect" else super().reply_to(attempt)
 
 
 @dataclass
 class Round:
-    """One relay's life, and the books of it."""
+    """One relay's life, and what was seen of it."""
 
     number: int
     rng: random.Random
-    strict: bool
-    crash: bool
+    plan: Plan
+    authority: Authority
+    prints_memory: bool = False
     visits: list[Visit] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
-    memory: int = 0  # bytes, at most
+    outcomes: Counter[str] = field(default_factory=Counter)
+    memory: list[tuple[float, int]] = field(default_factory=list)  # seconds, bytes
+    stalls: Stalls = field(default_factory=Stalls)
 
     def blame(self, what: str) -> None:
         self.violations.append(f"round {self.number}: {what}")
 
-
-def replies(rng: random.Random, strict: bool) -> list[Reply]:
-    """What a round's backend does when it fails; one is drawn per request."""
-    drawn = [
-        Reply(500), Reply(502), Reply(503), Reply(429), Reply(408), Reply(400),
-        Reply(503, headers=("Retry-After: 1",)), Reply(301), Reply(delay=0.2),
-        Reply(delay=1.5), Reply(fault="reset"), Reply(fault="reset", delay=0.2),
-        Reply(fault="cut"), Reply(503, fault="cut"), Reply(fault="garbage"),
-        Reply(fault="endless"),
-    ]
-    if not strict:  # with --backend_timeout it would be a failure
-        drawn.append(Reply(fault="hold"))
-    return rng.sample(drawn, 6)
-
-
-async def live(this: Round, share: float) -> Counter[str]:
-    """Run one round; returns the outcomes of its attempts."""
-    rng = this.rng
-    faults = replies(rng, this.strict)
-    failing = True
-
-    def decide(attempt: Attempt) -> Reply:
-        if not failing or attempt.kind == "connect" or rng.random() > share:
-            return Reply()
-        reply = rng.choice(faults)
-        if attempt.kind == "disconnect" and (
-            reply.fault == "hold" or reply.status in (301, 400)
-        ):
-            return Reply(503)
-        return reply
-
-    async with FaultyBackend(decide) as backend:
-        with tempfile.TemporaryDirectory() as state:
-            flags = [
-                *backend.flags("connect", "message", "disconnect"),
-                f"--state_dir={state}", "--ping_interval=1", "--ping_timeout=2",
-                f"--delivery_timeout={rng.choice([2, 5, 60])}", "--send_timeout=2",
-                f"--drain_spread={rng.choice([0, 1])}", "--drain_timeout=60",
-                f"--connection_queue_messages={rng.choice([1, 4, 64])}",
-                f"--max_pending={rng.choice([200, 100_000])}",
-            ]
-            if this.strict:
-                flags += ["--order_wait=inf", "--backend_timeout=2"]
-            else:
-                flags += [f"--order_wait={rng.choice([0.1, 1])}"]
-            over = asyncio.Event()
-            async with Service(*flags) as service:
-                async with SilentProxy(service.ws_url) as proxy:
-                    absences = asyncio.create_task(come_and_go(this, backend, over))
-                    coming = [
-                        asyncio.create_task(come_and_talk(this, index, service, proxy,
-                                                          over))
-                        for index in range(CLIENTS)
-                    ]
-                    await asyncio.sleep(ROUND)
-                    over.set()
-                    await absences
-                    await asyncio.gather(*coming)
-                    proxy.fall_silent()  # whoever vanishes has done so by now
-                    this.memory = memory(service.process.pid, "VmHWM")
-                    if not this.crash:
-                        service.process.send_signal(signal.SIGTERM)
-                        failing = rng.random() < 0.5
-                        await asyncio.sleep(1)
-                        failing = False
-                        backend.release()
-                        status = await asyncio.wait_for(service.process.wait(), SETTLED)
-                        if status != 0:
-                            this.blame(f"exit status {status}: {service.log[-1]}")
-                    else:
-                        service.process.kill()
-                        await service.process.wait()
-                    await asyncio.gather(*(part(visit) for visit in this.visits))
-            failing = False
-            if this.crash:
-                async with Service(*flags):
-                    expected = {a.connection_id for a in backend.of("connect")}
-                    with contextlib.suppress(TimeoutError):
-                        await eventually(
-                            lambda: expected <= backend.disconnects().keys(), SETTLED
-                        )
-        audit(this, backend)
-    return Counter(attempt.outcome for attempt in backend.attempts)
-
-
-async def come_and_go(
-    this: Round, backend: FaultyBackend, over: asyncio.Event
-) -> None:
-    """The backend is away now and then, and there at the end."""
-    while not over.is_set():
-        await pause(over, this.rng.uniform(0.5, 4))
-        backend.go_away(this.rng.choice(["refused", "reset", "503"]))
-        await pause(over, this.rng.uniform(0.1, 3))
-        await backend.come_back()
-
-
-async def come_and_talk(
-    this: Round, index: int, service: Service, proxy: SilentProxy, over: asyncio.Event
-) -> None:
-    """One visit after the other; who stays or vanishes does so at its end."""
-    rng = random.Random(this.rng.random())
-    turn = 0
-    while not over.is_set():
-        turn += 1
-        ending: Ending = rng.choices(
-            ["close", "abort", "vanish", "stay"], [6, 2, 1, 2]
-        )[0]
-        visit = Visit(
-            proxy.url if ending == "vanish" else service.ws_url,
-            f"{this.number}-{index}-{turn}",
-            padding=" " + "x" * rng.choice([0, 10, 1000, 50_000]),
-            ending=ending,
+    async def run(self) -> None:
+        """Live through it, and audit."""
+        plan = self.plan
+        watching = asyncio.create_task(self.stalls.watch())
+        moods = Moods(
+            self.rng, plan.share, plan.odd, not plan.strict, plan.delivery_timeout <= 5
         )
-        this.visits.append(visit)
+        certificate = self.authority.server() if plan.backend_tls else None
+        tls = certificate and certificate.server_context()
         try:
-            await visit.connect()
-        except (websockets.InvalidHandshake, OSError, TimeoutError):
-            visit.refused = True
-            await pause(over, 0.2)
-            continue
-        visit.client.close_timeout = 3
-        enough = asyncio.Event()
-        asyncio.get_running_loop().call_later(rng.uniform(0, 4), enough.set)
-        # Where reading has stopped, sending comes to a halt: not for ever.
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(visit.talk(rng.choice([0.01, 0.05, 0.3]), enough), 5)
-        if ending in ("stay", "vanish"):
+            async with Backend(moods, tls) as backend:
+                with tempfile.TemporaryDirectory() as state:
+                    flags = [
+                        *backend.flags("connect", "message", "disconnect"),
+                        f"--state_dir={state}", *plan.flags(), *self._tls_flags(),
+                    ]  # fmt: skip
+                    await self._live(flags, backend, moods)
+                self._audit(backend)
+        finally:
+            watching.cancel()
+
+    def _tls_flags(self) -> Iterator[str]:
+        if self.plan.backend_tls:
+            yield f"--backend_ca={self.authority.path}"
+        if self.plan.client_tls:
+            certificate = self.authority.server()
+            yield f"--tls_cert={certificate.cert}"
+            yield f"--tls_key={certificate.key}"
+
+    async def _live(self, flags: list[str], backend: Backend, moods: Moods) -> None:
+        over, stopping = asyncio.Event(), asyncio.Event()
+        async with Service(*flags) as service:
+            async with SilentProxy(service.ws_url) as proxy:
+                around = [
+                    self._come_back_and_go(backend, over),
+                    self._freeze(service, stopping),
+                    self._look_at_memory(service, stopping),
+                    read_no_answers(f"{service.callback_url}/", over),
+                    read_no_answers(service.ws_url.replace("ws", "http", 1), over),
+                ]
+                coming = [
+                    self._visit_again_and_again(
+                        index, service.ws_url, proxy.url, backend, over
+                    )
+                    for index in range(CLIENTS + 2 * len(GUESTS))
+                ]
+                living = [asyncio.create_task(one) for one in around + coming]
+                await asyncio.sleep(self.plan.seconds)
+                if not self.plan.early:
+                    over.set()
+                    await asyncio.gather(*living[: 1], *living[len(around) :])
+                stopping.set()
+                await asyncio.gather(*living[1:3])
+                status = await self._end(service, backend, moods, over)
+                await asyncio.gather(*living)
+                proxy.fall_silent()  # whoever vanishes has done so by now
+                ends = (visit.end() for visit in self.visits if not visit.refused)
+                async with asyncio.timeout(SETTLED):
+                    await asyncio.gather(*ends)
+        backend.release()
+        if status != 0:
+            await self._tell_the_rest(flags, backend)
+
+    async def _end(
+        self, service: Service, backend: Backend, moods: Moods, over: asyncio.Event
+    ) -> int:
+        """End the relay as planned; its exit status."""
+        process, plan = service.process, self.plan
+        if plan.ending == "kill":
+            over.set()
+            process.kill()
+            return await process.wait()
+        process.send_signal(signal.SIGTERM)
+        if plan.early:
+            moods.failing = self.rng.random() < 0.5
+        await asyncio.sleep(1)
+        over.set()
+        moods.failing = False
+        if backend.absence is not None:
+            await backend.come_back()
+        backend.release()
+        status = await asyncio.wait_for(process.wait(), SETTLED)
+        if status != (0 if plan.ending == "stop" else status & 1):
+            self.blame(f"exit status {status}: {service.log[-1]}")
+        return status
+
+    async def _tell_the_rest(self, flags: list[str], backend: Backend) -> None:
+        """The next run tells of what this one could not."""
+        deadline = time.monotonic() + SETTLED
+        async with Service(*flags):
+            while time.monotonic() < deadline:
+                if self._book(backend).told_of_all():
+                    return
+                await asyncio.sleep(0.1)
+
+    async def _come_back_and_go(self, backend: Backend, over: asyncio.Event) -> None:
+        """The backend is away now and then, and there at the end."""
+        while not over.is_set():
+            await pause_until(over, self.rng.uniform(0.5, 4))
+            backend.go_away(self.rng.choice(["refused", "reset", "503"]))
+            await pause_until(over, self.rng.uniform(0.1, 2))
+            if backend.absence is not None:
+                await backend.come_back()
+
+    async def _freeze(self, service: Service, stopping: asyncio.Event) -> None:
+        """Now and then the relay does not run: a paused machine."""
+        while self.plan.freezes and not stopping.is_set():
+            await pause_until(stopping, self.rng.uniform(1, 5))
+            if stopping.is_set():
+                return
+            begin = time.monotonic()
+            service.process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(self.rng.choice([0.5, 2.5, 6]))
+            service.process.send_signal(signal.SIGCONT)
+            self.stalls.add(begin, time.monotonic())
+
+    async def _look_at_memory(self, service: Service, stopping: asyncio.Event) -> None:
+        began = time.monotonic()
+        while not stopping.is_set():
+            await pause_until(stopping, MEMORY_PERIOD)
+            seconds, used = time.monotonic() - began, memory(service.process.pid)
+            self.memory.append((seconds, used))
+            if self.prints_memory:
+                print(f"{seconds:6.0f} s {used / MIB:6.1f} MiB", flush=True)
+        self.memory.append((seconds, memory(service.process.pid, "VmHWM")))
+
+    async def _visit_again_and_again(
+        self, index: int, url: str, proxy_url: str, backend: Backend,
+        over: asyncio.Event,
+    ) -> None:  # fmt: skip
+        """One visit after the other; who stays does so to the end."""
+        rng = random.Random(self.rng.random())
+        kinds, weights = list(PASSERS_BY), list(PASSERS_BY.values())
+        if index < 2 * len(GUESTS):
+            kinds, weights = [GUESTS[index // 2]], [1]
+        turn = 0
+        while not over.is_set():
+            turn += 1
+            kind = rng.choices(kinds, weights)[0]
+            name = f"{self.number}-{index}-{turn}"
+            visit = kind(url, name, rng)
+            if kind is Vanishing:
+                visit.url = proxy_url.replace("ws:", url.partition("//")[0], 1)
+            if self.plan.client_tls:
+                visit.tls = ssl.create_default_context(cafile=str(self.authority.path))
+            visit.send_url = lambda name=name: backend.send_urls[name]
+            visit.is_told = lambda visit=visit: backend.told[visit.name] >= visit.sent
+            self.visits.append(visit)
+            try:
+                await visit.connect()
+            except (Refused, OSError):
+                visit.refused = True
+                await pause_until(over, 0.2)
+                continue
+            await visit.stay(over)
+            if not visit.left:
+                return
+
+    def _book(self, backend: Backend) -> Audit:
+        plan = self.plan
+        return Audit(backend, self.stalls, plan.strict, plan.delivery_timeout)
+
+    def _audit(self, backend: Backend) -> None:
+        self.outcomes = Counter(attempt.outcome for attempt in backend.attempts)
+        violations = self._book(backend).violations(
+            self.visits,
+            reads_at_once=self.plan.max_pending > 1000,
+            judges_life=self.stalls.longest_own < ALIVE,
+        )
+        for what in violations:
+            self.blame(what)
+        used = [bytes for _, bytes in self.memory]
+        if used and max(used) > ENOUGH_MEMORY:
+            self.blame(f"{max(used) // MIB} MiB of memory")
+        if self.prints_memory:
+            self._judge_growth()
+
+    def _judge_growth(self) -> None:
+        """The last third of the time beside the one before, once all is warm."""
+        used = [bytes for seconds, bytes in self.memory[:-1] if seconds > WARM]
+        third = len(used) // 3
+        if third == 0:
             return
-        visit.left = visit.is_open
-        if ending == "close":
-            await visit.client.close()
-        else:
-            visit.client.transport.abort()
-            await visit.client.wait_closed()
-
-
-async def part(visit: Visit) -> None:
-    """See the end of a visit."""
-    if visit.refused:
-        return
-    if visit.ending == "vanish":
-        visit.client.transport.abort()
-    async with asyncio.timeout(SETTLED):
-        await visit.client.wait_closed()
-
-
-async def pause(over: asyncio.Event, seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(over.wait(), seconds)
-
-
-def audit(this: Round, backend: FaultyBackend) -> None:
-    """Compare what clients did with what the backend was told."""
-    names = backend.names()
-    ids = {name: connection_id for connection_id, name in names.items()}
-    disconnects = backend.disconnects()
-    told = Counter(a.connection_id for a in backend.of("disconnect"))
-    for attempt in backend.of("connect"):
-        if told[attempt.connection_id] != 1:
-            this.blame(
-                f"{told[attempt.connection_id]} disconnects for"
-                f" {names.get(attempt.connection_id, attempt.connection_id)}"
-            )
-    ends: dict[str, dict[int, set[str]]] = {}
-    for attempt in backend.attempts:
-        if attempt.kind == "message":
-            name, number = attempt.event["message"].split()[:2]
-            ends.setdefault(name, {}).setdefault(int(number), set()).add(
-                attempt.outcome
-            )
-    accepted = backend.numbers()
-    for visit in this.visits:
-        numbers = accepted[visit.name]
-        if len(set(numbers)) != len(numbers):
-            this.blame(f"{visit.name}: a message came under two ids: {numbers}")
-        if this.strict and numbers != sorted(numbers):
-            this.blame(f"{visit.name}: out of order: {numbers}")
-        if visit.refused or visit.name not in ids:
-            continue
-        meta = disconnects.get(ids[visit.name])
-        if meta is None or meta["reason"] == "instance lost":
-            continue  # blamed above; or what was in memory is lost
-        check_code(this, visit, meta)
-        check_messages(this, visit, meta, ends.get(visit.name, {}))
-
-
-def check_code(this: Round, visit: Visit, meta: dict) -> None:
-    """Where the relay closed first, client and backend hear the same code."""
-    if visit.left or visit.ending == "vanish":
-        return
-    if meta["code"] != visit.close_code or meta["initiator"] == "client":
-        this.blame(f"{visit.name}: saw {visit.close_code}, told {meta}")
-
-
-def check_messages(
-    this: Round, visit: Visit, meta: dict, ends: dict[int, set[str]]
-) -> None:
-    """Each message came to an end of which somebody knows."""
-    settled = {
-        number
-        for number, outcomes in ends.items()
-        if outcomes & {"200", "301", "400", "let go"}
-    }
-    # A message whose socket was cut need not have been read: then none behind
-    # it was, and what came is a beginning of what was sent.
-    known = len(settled) + meta["undelivered"]
-    by_the_book = visit.left and visit.ending == "close" and meta["code"] == 1000
-    if by_the_book and known < visit.sent:
-        this.blame(f"{visit.name}: sent {visit.sent}, settled {len(settled)}, {meta}")
-    seen = max(ends, default=-1) + 1
-    if known < seen:
-        this.blame(f"{visit.name}: seen {seen}, settled {len(settled)}, {meta}")
+        growth = median(used[-third:]) - median(used[-2 * third : -third])
+        print(f"growth in the last third: {growth / MIB:.1f} MiB")
+        if growth > FLAT:
+            self.blame(f"memory grew by {growth / MIB:.0f} MiB")
 
 
 async def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
+    parser.add_argument(
+        "--one-relay", action="store_true", help="one long round; prints its memory"
+    )
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
     rng = random.Random(arguments.seed)
-    began, number = time.monotonic(), 0
-    visits = sent = 0
-    outcomes: Counter[str] = Counter()
-    violations: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        rounds = await live(arguments, rng, Authority(Path(folder)))
+    visits = sum(not visit.refused for one in rounds for visit in one.visits)
+    sent = sum(visit.sent for one in rounds for visit in one.visits)
+    outcomes = sum((one.outcomes for one in rounds), Counter[str]())
+    violations = sum(len(one.violations) for one in rounds)
+    print(
+        f"seed {arguments.seed}: {len(rounds)} rounds, {visits} connections, {sent}"
+        f" messages, attempts {dict(outcomes)}, {violations} violations"
+    )
+    return 1 if violations else 0
+
+
+def brief(error: Exception) -> str:
+    """Its text, or of a whole log with tracebacks their last lines."""
+    lines = str(error).splitlines()
+    ends = [line for line in lines if TRACEBACK_END.match(line)]
+    return "; ".join(sorted(set(ends or lines[-1:])))
+
+
+def examples(violations: list[str]) -> Iterator[str]:
+    """Some of each kind, and how many there are."""
+    kinds: dict[str, list[str]] = {}
+    for violation in violations:
+        kinds.setdefault(DETAIL.sub("#", violation), []).append(violation)
+    for alike in sorted(kinds.values(), key=len, reverse=True):
+        yield from alike[:EXAMPLES]
+        if len(alike) > EXAMPLES:
+            yield f"... and {len(alike) - EXAMPLES} like it"
+
+
+async def live(
+    arguments: argparse.Namespace, rng: random.Random, authority: Authority
+) -> list[Round]:
+    """Every round, one after the other."""
+    began = time.monotonic()
+    rounds: list[Round] = []
     while time.monotonic() - began < arguments.seconds:
-        number += 1
-        this = Round(
-            number,
-            random.Random(rng.random()),
-            strict=rng.random() < 0.5,
-            crash=rng.random() < 0.3,
-        )
-        share = rng.choice([0.0, 0.05, 0.3])
+        own = random.Random(rng.random())
+        plan = Plan.draw(own, ROUND)
+        if arguments.one_relay:
+            plan = Plan.for_memory(arguments.seconds)
+        this = Round(len(rounds) + 1, own, plan, authority, arguments.one_relay)
+        rounds.append(this)
         try:
-            outcomes += await live(this, share)
+            await this.run()
         except Exception as error:
-            this.blame(f"{type(error).__name__}: {error}")
-        if this.memory > ENOUGH_MEMORY:
-            this.blame(f"{this.memory >> 20} MiB of memory")
-        visits += sum(not visit.refused for visit in this.visits)
-        sent += sum(visit.sent for visit in this.visits)
-        violations += this.violations
+            this.blame(f"{type(error).__name__}: {brief(error)}")
+        most = max((bytes for _, bytes in this.memory), default=0)
         print(
-            f"round {number}: {'strict' if this.strict else 'default'} order,"
-            f" {'kill' if this.crash else 'stop'}, faults {share:.0%},"
-            f" {len(this.visits)} visits, {this.memory >> 20} MiB,"
-            f" {len(this.violations)} violations",
-            *this.violations[:20],
+            f"round {this.number}: {plan}: {len(this.visits)} visits,"
+            f" {most // MIB} MiB, {len(this.violations)} violations",
+            *examples(this.violations),
             sep="\n  ",
             flush=True,
         )
-    print(
-        f"seed {arguments.seed}: {number} rounds, {visits} connections, {sent}"
-        f" messages, attempts {dict(outcomes)}, {len(violations)} violations"
-    )
-    return 1 if violations else 0
+    return rounds
 
 
 if __name__ == "__main__":

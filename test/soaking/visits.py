@@ -1,0 +1,471 @@
+"""Clients of every kind; each keeps what it did, and what it saw."""
+
+import asyncio
+import contextlib
+import random
+import re
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+from urllib.parse import urlsplit
+
+import websockets
+from service import eventually
+from wire import (
+    BINARY,
+    CLOSE,
+    CONTINUATION,
+    PING,
+    PONG,
+    TEXT,
+    frame,
+    handshake,
+)
+
+from soaking.callers import Caller, Push, Pusher
+
+NUMBER = re.compile(rb"push (\d+)")
+PATIENCE = 60.0  # seconds for a handshake, and for an end, on a busy machine
+SEND_PATIENCE = 5.0  # seconds: where the relay has stopped reading, nothing leaves
+LARGE = 300_000  # bytes of a push that fills buffers
+HUGE = 4_000_000  # bytes of one that is as long as can be
+NORMAL = struct.pack("!H", 1000)  # payload of a close frame (RFC 6455, section 7.4.1)
+CLOSE_READ = 1.0  # seconds after which the relay has read a close frame
+
+
+class Refused(Exception):
+    """The handshake was not answered with 101."""
+
+
+@dataclass
+class Visit:
+    """One connection, from its handshake to its end.
+
+    `sent` counts the messages that its socket took before its close frame, `left`
+    is whether it ended the connection, `close_code` what the relay's close frame
+    said. `received` are the numbers of the pushes that it read.
+    """
+
+    # Reads and answers pings to the end: it is neither cut nor too slow.
+    living: ClassVar[bool] = False
+    # All that it sent was in the relay's socket, and its close frame too.
+    certain: ClassVar[bool] = False
+
+    url: str
+    name: str
+    rng: random.Random
+    tls: ssl.SSLContext | None = None
+    sent: int = 0
+    behind: int = 0  # messages behind its close frame
+    refused: bool = False
+    left: bool = False
+    left_at: float = float("inf")  # `time.monotonic()`
+    close_code: int | None = None
+    received: list[int] = field(default_factory=list)
+    pushes: list[Push] = field(default_factory=list)
+    flaws: list[str] = field(default_factory=list)  # of the relay, as seen from here
+    # Where the backend would call back; known once it is connected.
+    send_url: Callable[[], str] = lambda: ""
+    # Whether the backend has accepted all that it sent.
+    is_told: Callable[[], bool] = lambda: True
+
+    async def connect(self) -> None:
+        """Raises `Refused`, or `OSError`."""
+        raise NotImplementedError
+
+    async def stay(self, over: asyncio.Event) -> None:
+        """What it does; until it leaves, is closed, or the round is over."""
+        raise NotImplementedError
+
+    async def end(self) -> None:
+        """Wait until the connection has ended, whoever ends it."""
+        raise NotImplementedError
+
+    @property
+    def target(self) -> str:
+        return f"{self.url}?name={self.name}"
+
+    def text(self, number: int) -> str:
+        return f"{self.name} {number}{self.padding}"
+
+    @property
+    def padding(self) -> str:
+        return ""
+
+    def pusher(self, size: int = 0) -> Pusher:
+        """Whoever sends to it; its book is this visit's."""
+        pusher = Pusher(self.send_url(), size)
+        self.pushes = pusher.pushes
+        return pusher
+
+    def leave(self) -> None:
+        """It ends the connection now."""
+        self.left, self.left_at = True, time.monotonic()
+
+
+# Clients that use a library.
+
+
+@dataclass
+class Talker(Visit):
+    """Talks for some seconds, and hears pushes; subclasses say how it leaves."""
+
+    client: websockets.ClientConnection = field(init=False)
+
+    @property
+    def padding(self) -> str:
+        return self._padding
+
+    async def connect(self) -> None:
+        self._padding = " " + "x" * self.rng.choice([0, 10, 1000, 50_000])
+        try:
+            self.client = await websockets.connect(
+                self.target, ssl=self.tls, compression=None, ping_interval=None,
+                open_timeout=PATIENCE, close_timeout=3, max_size=None,
+            )  # fmt: skip
+        except (websockets.InvalidHandshake, TimeoutError) as error:
+            raise Refused from error
+        self._reading = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        with contextlib.suppress(websockets.ConnectionClosed):
+            while True:
+                self.received.append(number_of(await self.client.recv(decode=False)))
+        self.close_code = self.client.protocol.close_rcvd and self.client.close_code
+
+    async def stay(self, over: asyncio.Event) -> None:
+        enough = asyncio.Event()
+        if not self.living:
+            asyncio.get_running_loop().call_later(self.rng.uniform(0, 4), enough.set)
+        pause = self.rng.choice([0.01, 0.05, 0.3])
+        pusher = self.pusher()
+        with contextlib.suppress(websockets.ConnectionClosed, TimeoutError):
+            async with Caller(self.send_url()) as caller:
+                while not (enough.is_set() or over.is_set()):
+                    async with asyncio.timeout(SEND_PATIENCE):
+                        await self.client.send(self.text(self.sent))
+                    self.sent += 1
+                    if self.rng.random() < 0.2:
+                        await pusher.push(caller)
+                    await pause_until(over, pause)
+        await self.go()
+
+    async def go(self) -> None:
+        """Leave, or do not."""
+
+    async def end(self) -> None:
+        await self._reading
+
+
+@dataclass
+class Polite(Talker):
+    """Leaves by the book."""
+
+    certain = True
+
+    async def go(self) -> None:
+        if self.client.state == websockets.State.OPEN:
+            self.leave()
+        await self.client.close()
+
+
+@dataclass
+class Dropped(Talker):
+    """Its process dies."""
+
+    async def go(self) -> None:
+        self.leave()
+        self.client.transport.abort()
+
+
+@dataclass
+class Vanishing(Talker):
+    """Its host goes without a word, at the end of the round."""
+
+    async def end(self) -> None:
+        self.leave()
+        self.client.transport.abort()
+        await super().end()
+
+
+@dataclass
+class Staying(Talker):
+    """Is there until the relay closes."""
+
+    living = True
+
+
+@dataclass
+class Fed(Talker):
+    """Is sent to all the time: there are always frames that wait for it."""
+
+    living = True
+
+    async def stay(self, over: asyncio.Event) -> None:
+        pusher = self.pusher(LARGE)
+        feeds = [pusher.feed(over, pause=0.0) for _ in range(3)]
+        await asyncio.gather(*feeds)
+
+    async def _read(self) -> None:
+        with contextlib.suppress(websockets.ConnectionClosed):
+            while True:
+                self.received.append(number_of(await self.client.recv(decode=False)))
+                await asyncio.sleep(0.05)
+        self.close_code = self.client.protocol.close_rcvd and self.client.close_code
+
+
+# Clients on bare sockets.
+
+
+@dataclass
+class Bare(Visit):
+    """Frames are its own, and it reads as fast as it likes."""
+
+    rate: float = float("inf")  # bytes a second that it reads, at most
+
+    async def connect(self) -> None:
+        parts = urlsplit(self.target)
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+        sock.setblocking(False)
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.sock_connect(sock, (parts.hostname, parts.port))
+            self.reader, self.writer = await asyncio.open_connection(
+                sock=sock, ssl=self.tls, limit=32 * 1024,
+                server_hostname=parts.hostname if self.tls else None,
+            )  # fmt: skip
+            line = f"GET {parts.path}?{parts.query} HTTP/1.1"
+            self.writer.write(handshake(line=line))
+            head = await self.reader.readuntil(b"\r\n\r\n")
+        except (OSError, asyncio.IncompleteReadError) as error:
+            sock.close()
+            raise Refused from error
+        if b" 101 " not in head:
+            self.writer.transport.abort()
+            raise Refused(head[:100])
+
+    async def say(self, frames: bytes) -> bool:
+        """Write; whether the kernel took it within some seconds."""
+        try:
+            self.writer.write(frames)
+            async with asyncio.timeout(SEND_PATIENCE):
+                await self.writer.drain()
+                while self.writer.transport.get_write_buffer_size():
+                    await asyncio.sleep(0.01)
+        except (OSError, TimeoutError):
+            return False
+        return not self.writer.transport.is_closing()
+
+    async def read(self) -> None:
+        """Read all frames, and answer pings, until the relay hangs up."""
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while True:
+                first, second = await self.reader.readexactly(2)
+                if self.close_code is not None:
+                    self.flaws.append("frames behind the relay's close frame")
+                size = second
+                if size > 125:
+                    size = int.from_bytes(
+                        await self.reader.readexactly(2 if size == 126 else 8)
+                    )
+                self._on_frame(first & 15, await self._payload(size))
+
+    def _on_frame(self, opcode: int, payload: bytes) -> None:
+        if opcode in (TEXT, BINARY):
+            self.received.append(number_of(payload))
+        elif opcode == PING:
+            self.writer.write(frame(PONG, payload))
+        elif opcode == CLOSE:
+            self.close_code = int.from_bytes(payload[:2]) if payload else 1005
+            if not self.left:
+                self.writer.write(frame(CLOSE, payload))
+
+    async def _payload(self, size: int) -> bytes:
+        """The frame's payload, or its beginning; as slowly as it reads."""
+        start = b""
+        while size:
+            part = await self.reader.read(min(size, 8192))
+            if not part:
+                raise asyncio.IncompleteReadError(start, size)
+            size -= len(part)
+            start = (start + part)[:200]
+            if self.rate != float("inf"):
+                await asyncio.sleep(len(part) / self.rate)
+        return start
+
+    async def end(self) -> None:
+        self.rate = float("inf")
+        async with asyncio.timeout(PATIENCE):
+            await self.read()
+        self.writer.transport.abort()
+
+
+@dataclass
+class Dashing(Bare):
+    """Sends, says goodbye and is gone, all at once; pushes to it fail meanwhile."""
+
+    certain = True
+
+    async def stay(self, over: asyncio.Event) -> None:
+        pusher = self.pusher(1000)
+        count = self.rng.randrange(1, 150)
+        messages = [frame(TEXT, self.text(n).encode()) for n in range(count)]
+        async with Caller(self.send_url()) as caller:
+            pushing = asyncio.create_task(self._push(pusher, caller))
+            self.writer.write(b"".join(messages) + frame(CLOSE, NORMAL))
+            # What has not left the process would be lost by this side.
+            if not self.writer.transport.get_write_buffer_size():
+                self.sent = count
+            self.leave()
+            self.writer.transport.abort()
+            await pushing
+
+    @staticmethod
+    async def _push(pusher: Pusher, caller: Caller) -> None:
+        for _ in range(20):
+            await pusher.push(caller)
+
+    async def end(self) -> None:
+        pass
+
+
+@dataclass
+class Babbling(Bare):
+    """Goes on sending behind its close frame."""
+
+    certain = True
+
+    async def stay(self, over: asyncio.Event) -> None:
+        count = self.rng.randrange(1, 20)
+        self.behind = 20
+        messages = [
+            frame(TEXT, self.text(number).encode())
+            for number in range(count + self.behind)
+        ]
+        messages.insert(count, frame(CLOSE, NORMAL))
+        self.leave()
+        if await self.say(b"".join(messages)):
+            self.sent = count  # else they need not have been read
+
+
+@dataclass
+class Fragmenting(Bare):
+    """Sends each message in many fragments, most of them empty, and pings between."""
+
+    certain = True
+
+    async def stay(self, over: asyncio.Event) -> None:
+        reading = asyncio.create_task(self.read())
+        for number in range(self.rng.randrange(1, 20)):
+            text = self.text(number).encode()
+            parts = [
+                frame(TEXT, fin=False),
+                *(frame(CONTINUATION, fin=False) for _ in range(200)),
+                frame(PING, b"between"),
+                *(frame(CONTINUATION, text[at : at + 1], fin=False)
+                  for at in range(len(text))),
+                frame(CONTINUATION),
+            ]  # fmt: skip
+            if not await self.say(b"".join(parts)):
+                break
+            self.sent += 1
+            await pause_until(over, 0.05)
+        self.leave()
+        await self.say(frame(CLOSE, NORMAL))
+        await reading
+
+
+@dataclass
+class Closing(Bare):
+    """Says goodbye while frames wait for it, and only then reads."""
+
+    async def stay(self, over: asyncio.Event) -> None:
+        if not await self.say(frame(TEXT, self.text(0).encode())):
+            return
+        self.sent = 1
+        # So that the relay does not put off reading the close frame.
+        with contextlib.suppress(TimeoutError):
+            await eventually(lambda: self.is_told() or over.is_set(), PATIENCE)
+        pusher = self.pusher(HUGE)
+        async with Caller(self.send_url()) as early, Caller(self.send_url()) as late:
+            waiting = asyncio.create_task(pusher.push(early))
+            await pause_until(over, 0.3)
+            self.leave()
+            await self.say(frame(CLOSE, NORMAL))
+            await pause_until(over, 1.2 * CLOSE_READ)
+            pusher.size = 0
+            await pusher.push(late)
+            await self.end()
+            await waiting
+
+
+@dataclass
+class Sipping(Bare):
+    """Reads slowly but steadily what is much; sends now and then."""
+
+    living = True
+
+    async def stay(self, over: asyncio.Event) -> None:
+        self.rate = self.rng.choice([60_000, 120_000, 300_000])
+        pusher = self.pusher(HUGE)
+        self._reading = asyncio.create_task(self.read())
+        feeding = asyncio.create_task(pusher.feed(over, pause=0.1))
+        while not over.is_set() and not self._reading.done():
+            if await self.say(frame(TEXT, self.text(self.sent).encode())):
+                self.sent += 1
+            await pause_until(over, 1)
+        await self._stop(feeding)
+
+    async def _stop(self, feeding: asyncio.Task[None]) -> None:
+        """From here on it reads as fast as it can."""
+        self.rate = float("inf")
+        await feeding
+
+    async def end(self) -> None:
+        async with asyncio.timeout(PATIENCE):
+            await self._reading
+        self.writer.transport.abort()
+
+
+@dataclass
+class Mute(Bare):
+    """Sends, and never reads; is fed until it is closed for it."""
+
+    async def stay(self, over: asyncio.Event) -> None:
+        pusher = self.pusher(LARGE)
+        feeding = asyncio.create_task(pusher.feed(over, pause=0.05))
+        while not over.is_set() and not feeding.done():
+            if await self.say(frame(TEXT, self.text(self.sent).encode())):
+                self.sent += 1
+            await pause_until(over, 0.3)
+        await feeding
+        self.leave()
+        self.writer.transport.abort()
+
+    async def end(self) -> None:
+        pass
+
+
+# Those that stay for the whole round, and those that come and go.
+GUESTS: tuple[type[Visit], ...] = (Fed, Sipping, Mute)
+PASSERS_BY: dict[type[Visit], int] = {
+    Polite: 6, Dropped: 2, Vanishing: 1, Staying: 2, Dashing: 3, Babbling: 1,
+    Fragmenting: 1, Closing: 2,
+}  # fmt: skip
+
+
+def number_of(payload: bytes) -> int:
+    """Which push that is."""
+    match = NUMBER.match(payload)
+    return int(match[1]) if match else -1
+
+
+async def pause_until(over: asyncio.Event, seconds: float) -> None:
+    """Wait for so long, or until the round is over."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(over.wait(), seconds)
