@@ -68,6 +68,7 @@ from handlers.notify import SystemdNotifier
 from handlers.observers import ObservedBackend, Observers
 from handlers.openapi import OpenAPIHandler
 from handlers.origins import AllowedOrigins
+from handlers.paths import ClientPaths, Handshakes
 from handlers.protocol import Compression
 from handlers.proxies import TrustedProxies
 from handlers.rates import Rates
@@ -120,6 +121,8 @@ DESCRIPTORS = 256  # for callbacks under way, the log, and the process itself
 COLLECT_AFTER = 10_000  # objects that were made and have not gone
 USAGE_ERROR = 2  # exit status: an option that cannot be right
 
+Routes = list[tuple[str | Matcher, type[RequestHandler], Any]]
+
 
 def make_log(argv: Sequence[str], environ: Mapping[str, str]) -> Log:
     """The log, from now on, whose level is looked for in the same places again."""
@@ -137,14 +140,23 @@ def make_log(argv: Sequence[str], environ: Mapping[str, str]) -> Log:
     )
 
 
-def client_routes(**shared: Any) -> list[tuple[str, type[RequestHandler], Any]]:
-    """What clients may ask for."""
-    return [(r"/ws", ClientSocketHandler, shared), (r"/livez", LiveHandler, {})]
+def client_routes(
+    paths: ClientPaths, others: Routes, **shared: Any
+) -> Routes:
+    """What clients may ask for, on a listener that has `others`, too.
+
+    These may have the path of a WebSocket, but for what asks for one.
+    """
+    return [
+        (Handshakes(paths), ClientSocketHandler, shared),
+        *(others or [(r"/livez", LiveHandler, {})]),
+        (paths, ClientSocketHandler, shared),
+    ]
 
 
 def callback_routes(
     prefix: str, tokens: CallbackTokens, readiness: Readiness, **shared: Any
-) -> list[tuple[str | Matcher, type[RequestHandler], Any]]:
+) -> Routes:
     """What the backend may ask for, with and without its path prefix."""
     start = f"(?:{re.escape(prefix)})?/socket/([0-9a-f]{{32}})"
     return [
@@ -160,9 +172,9 @@ def callback_routes(
 
 def operator_routes(
     guard: OperatorGuard, status: Status, collector: RelayCollector | None
-) -> list[tuple[str | Matcher, type[RequestHandler], Any]]:
+) -> Routes:
     """What operators may ask for, where the guard lets them."""
-    routes: list[tuple[str | Matcher, type[RequestHandler], Any]] = [
+    routes: Routes = [
         (r"/status", StatusHandler, {"guard": guard, "status": status})
     ]
     if collector is not None:
@@ -172,7 +184,7 @@ def operator_routes(
 
 
 def make_server(
-    routes: Sequence[Any],
+    routes: Routes,
     bounds: RequestBounds,
     websockets_by_tls: bool,
     observer: Observer,
@@ -196,7 +208,7 @@ def make_server(
         observer.send_answered(status)
 
     application = Application(
-        list(routes), default_handler_class=NotFoundHandler, log_function=on_answered
+        routes, default_handler_class=NotFoundHandler, log_function=on_answered
     )
     if websockets_by_tls or options.http_server == "tornado":
         return TornadoServer(application, bounds)
@@ -304,6 +316,14 @@ def make_policy() -> ClientPolicy:
     )
 
 
+def make_paths() -> ClientPaths:
+    """Where clients connect, from the options."""
+    try:
+        return ClientPaths(options.ws_path)
+    except ValueError as error:
+        raise OptionError(f"--ws_path: {error}") from None
+
+
 def bind_listeners(elsewhere: bool = False) -> tuple[Listener, Listener]:
     """Those of the clients and of the callbacks, which may be one and the same.
 
@@ -372,12 +392,14 @@ def callback_url(external: str | None, listener: Listener) -> str | None:
     return url.rstrip("/")
 
 
-def clients_of(to_clients: Listener, to_backend: Listener) -> Clients:
+def clients_of(
+    to_clients: Listener, to_backend: Listener, paths: ClientPaths
+) -> Clients:
     """Where the console's page finds the clients' listener."""
     if to_clients is to_backend:
-        return Clients()
+        return Clients(paths.first)
     address = None if to_clients.is_wildcard else to_clients.address
-    return Clients(to_clients.has_tls, address, to_clients.port)
+    return Clients(paths.first, to_clients.has_tls, address, to_clients.port)
 
 
 async def serve(log: Log) -> int:
@@ -388,6 +410,7 @@ async def serve(log: Log) -> int:
     stop = stop_signal()  # before anybody can know that this has started
     systemd = SystemdNotifier(os.environ)
     policy = make_policy()
+    paths = make_paths()
     tokens = CallbackTokens(options.callback_token, options.callback_token_file)
     to_clients, to_backend = bind_listeners()
     external = callback_url(options.externalhostandport, to_backend)
@@ -423,14 +446,14 @@ async def serve(log: Log) -> int:
     readiness = Readiness(connections, backend, options.ready_breaker_timeout)
     collector = make_collector(connections, backend, observers)
     shared = {"connections": connections, "backend": backend}
-    for_clients = client_routes(
-        heartbeat=heartbeat,
-        lifetimes=lifetimes,
-        policy=policy,
-        tickets=tickets,
-        tracer=tracing,
+    for_clients = {
+        "heartbeat": heartbeat,
+        "lifetimes": lifetimes,
+        "policy": policy,
+        "tickets": tickets,
+        "tracer": tracing,
         **shared,
-    )
+    }
     guard = OperatorGuard(tokens, to_backend.is_loopback)
     prefix = urlsplit(external or "").path
     for_backend = callback_routes(
@@ -460,7 +483,7 @@ async def serve(log: Log) -> int:
         {"version": __version__, "instance": instance, "backend": options.backend},
     )
     if options.console:
-        clients = clients_of(to_clients, to_backend)
+        clients = clients_of(to_clients, to_backend, paths)
         for_backend += console_routes(
             guard, connections, tail, tickets, clients, policy.max_message_size
         )
@@ -474,7 +497,7 @@ async def serve(log: Log) -> int:
     if to_clients is to_backend:
         to_clients.serve(
             make_server(
-                [*for_clients, *for_backend],
+                client_routes(paths, for_backend, **for_clients),
                 bounds(policy),
                 to_clients.has_tls,
                 observers,
@@ -484,7 +507,12 @@ async def serve(log: Log) -> int:
         )
     else:
         to_clients.serve(
-            make_server(for_clients, bounds(), to_clients.has_tls, observers)
+            make_server(
+                client_routes(paths, [], **for_clients),
+                bounds(),
+                to_clients.has_tls,
+                observers,
+            )
         )
         to_backend.serve(
             make_server(
@@ -497,9 +525,10 @@ async def serve(log: Log) -> int:
         logger.warning("callbacks need no token: set --callback_token, or keep"
                        " everybody but the backend from %s", to_backend.url("http"))
     logger.info(
-        "SocketDock %s: clients at %s/ws, callbacks at %s, backend %s",
+        "SocketDock %s: clients at %s%s, callbacks at %s, backend %s",
         __version__,
         to_clients.url("ws"),
+        paths.first,
         to_backend.url("http"),
         options.backend,
     )
@@ -655,6 +684,8 @@ async def check(warnings: Sequence[str]) -> int:
     found = [Finding("warning", warning) for warning in warnings]
     with _found_wrong(found):
         make_policy()
+    with _found_wrong(found):
+        make_paths()
     with _found_wrong(found):
         if options.log_config:
             read_log_config(options.log_config)

@@ -43,7 +43,7 @@ class Tickets:
         self._waiting: dict[str, Ticket] = {}
 
     def issue(self, origin: str) -> Ticket:
-        """One for a page of that origin: `/ws?console=<its secret>`."""
+        """One for a page of that origin, whose query has to begin with its secret."""
         ticket = Ticket(
             secrets.token_hex(16), origin, secrets.token_hex(16), self._clock()
         )

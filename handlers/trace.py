@@ -65,6 +65,6 @@ class Tracer(Protocol):
     """Whoever makes spans."""
 
     def handshake(
-        self, client: TraceContext | None, scheme: str, seconds: float
+        self, client: TraceContext | None, scheme: str, path: str, seconds: float
     ) -> HandshakeSpan:
         """The span of a handshake that began `seconds` ago, below its client's."""

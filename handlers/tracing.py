@@ -61,7 +61,6 @@ MAKE_AFTER = 0.1  # seconds
 MADE_AT_ONCE = 50  # spans, in some 2 ms
 MAX_TOLD = 100  # warnings of the SDK that are told apart
 
-HANDSHAKE = "GET /ws"
 SEND_ROUTE = "/socket/{id}/send"
 SEND = f"POST {SEND_ROUTE}"
 _SEND_PATH = re.compile(r".{0,200}/socket/[0-9a-f]{32}/send")
@@ -139,11 +138,11 @@ class Tracing(Observer):
     # Handshakes.
 
     def handshake(
-        self, client: TraceContext | None, scheme: str, seconds: float
+        self, client: TraceContext | None, scheme: str, path: str, seconds: float
     ) -> "HandshakeSpan":
         """See `handlers.trace.Tracer`."""
-        place = self._place(client, HANDSHAKE, SpanKind.SERVER)
-        return HandshakeSpan(self, place, client, scheme, _ago(seconds))
+        place = self._place(client, f"GET {path}", SpanKind.SERVER)
+        return HandshakeSpan(self, place, client, scheme, path, _ago(seconds))
 
     # Events: one span for all attempts, with the id that the backend was told.
 
@@ -323,7 +322,7 @@ class _Span(NamedTuple):
 class HandshakeSpan:
     """See `handlers.trace.HandshakeSpan`."""
 
-    __slots__ = ("_began", "_client", "_scheme", "_tracing", "trace")
+    __slots__ = ("_began", "_client", "_path", "_scheme", "_tracing", "trace")
 
     def __init__(
         self,
@@ -331,12 +330,14 @@ class HandshakeSpan:
         trace: TraceContext,
         client: TraceContext | None,
         scheme: str,
+        path: str,
         began: int,
     ) -> None:
         self.trace = trace
         self._tracing = tracing
         self._client = client
         self._scheme = scheme
+        self._path = path
         self._began = began
 
     def end(
@@ -351,8 +352,8 @@ class HandshakeSpan:
             return
         attributes: dict[str, str | int] = {
             "http.request.method": "GET",
-            "http.route": "/ws",
-            "url.path": "/ws",
+            "http.route": self._path,
+            "url.path": self._path,
             "url.scheme": self._scheme,
             "client.address": remote_ip,
             "socketdock.outcome": outcome,
@@ -362,7 +363,7 @@ class HandshakeSpan:
             attributes["socketdock.connection_id"] = connection_id
         self._tracing.add(
             _Span(
-                HANDSHAKE,
+                f"GET {self._path}",
                 SpanKind.SERVER,
                 self.trace,
                 self._client,

@@ -265,7 +265,10 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             trace = trace_context(self.request.headers.get_list("traceparent"))
         if self._tracer is not None:
             self._span = self._tracer.handshake(
-                trace, self.request.protocol, self.request.request_time()
+                trace,
+                self.request.protocol,
+                self.request.path,
+                self.request.request_time(),
             )
         return trace
 

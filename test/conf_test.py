@@ -104,18 +104,19 @@ def default_in(cell):
     `20 s` and `0: forever` are numbers; words, such as `none: no TLS` and `the
     host's name`, tell what is done without a value.
     """
-    if (quoted := re.fullmatch("`([^-/]+)`", cell)) is not None:
+    if (quoted := re.fullmatch(r"`([^-/]+|/\w+)`", cell)) is not None:
         return quoted[1]
     first = re.match(r"[\w.]*", cell)[0]
     return {"on": True, "off": False}.get(first, first if first[:1].isdigit() else None)
 
 
 def as_value(default):
-    """A number where it is one: 25.0 is 25."""
+    """A number where it is one: 25.0 is 25; the only one of a list."""
     try:
-        return ast.literal_eval(default)
+        value = ast.literal_eval(default)
     except (ValueError, SyntaxError):
         return default
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 @pytest.mark.parametrize("path", ["docs/options.md", "README.md"])

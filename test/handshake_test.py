@@ -187,7 +187,7 @@ ROWS = {
     ),
     "endless-header": (b"GET /ws HTTP/1.1\r\nX: " + b"a" * 500_000, (431, END)),
     # Paths, which are compared as they stand.
-    "slash-behind": (asking("/ws/"), 404),
+    "two-slashes-behind": (asking("/ws//"), 404),
     "two-slashes": (asking("//ws"), 404),
     "dot-segment": (asking("/./ws"), 404),
     "dot-segments": (asking("/ws/../ws"), 404),
@@ -253,6 +253,8 @@ GOOD = {
     "same-origin": handshake("Origin: http://relay.example"),
     "several-connection-tokens": instead("Connection: keep-alive, UPGRADE"),
     "other-case": instead("upgrade: WebSocket").replace(b"Upgrade: websocket\r\n", b""),
+    "slash-behind": asking("/ws/"),
+    "slash-and-query-behind": asking("/ws/?token=x"),
     "empty-query": asking("/ws?"),
     "very-long-query": asking("/ws?" + "a" * 60_000),
     "four-thousand-headers": handshake(*(f"X{number}: a" for number in range(4000))),

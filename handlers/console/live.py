@@ -82,6 +82,7 @@ class LiveHandler(TailHandler):
             "bodies": self.tail.may_show_bodies,
             "shown_of_body": SHOWN_OF_BODY,
             "clients": self.clients.origin(self.request),
+            "path": self.clients.path,
             **self.tail.named,
             "snapshot": self.tail.snapshot(),
         }

@@ -35,10 +35,12 @@ def read_files() -> dict[str, bytes]:
 class Clients:
     """Where clients connect, as a browser reaches it that has the console's page.
 
-    `port` is None where the page is on the same listener, `address` is None where
-    the clients' listener is bound to every address, that of the page among them.
+    `path` is that of a WebSocket. `port` is None where the page is on the same
+    listener, `address` is None where the clients' listener is bound to every
+    address, that of the page among them.
     """
 
+    path: str
     has_tls: bool = False
     address: str | None = None
     port: int | None = None

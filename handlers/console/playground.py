@@ -1,4 +1,4 @@
-"""The playground: the page connects to `/ws`, as a client of this relay."""
+"""The playground: the page connects to the relay, as a client of this relay."""
 
 from http import HTTPStatus
 
@@ -12,7 +12,7 @@ class PlaygroundHandler(GuardedHandler):
     """`POST /console/playground`: leave for one handshake by the page that asks.
 
     Answers with its `ticket`, the `connection_id` that it will have, and the
-    `origin` where clients connect, null for the page's own.
+    `origin` and `path` where clients connect; a null `origin` is the page's own.
     """
 
     def initialize(  # type: ignore[override] # each route's own keywords
@@ -33,5 +33,6 @@ class PlaygroundHandler(GuardedHandler):
                 "ticket": ticket.secret,
                 "connection_id": ticket.connection_id,
                 "origin": self.clients.origin(self.request),
+                "path": self.clients.path,
             }
         )

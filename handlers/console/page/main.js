@@ -41,7 +41,7 @@ live.addEventListener("hello", ({ detail }) => {
   show("inside");
   say("live", "Live");
   const clients = detail.clients ?? new URL(".", document.baseURI).href.replace(/^http/, "ws").replace(/\/$/, "");
-  write(by("command"), `websocat ${clients}/ws`);
+  write(by("command"), `websocat ${clients}${detail.path}`);
   connections.turn(true);
 });
 

@@ -49,13 +49,13 @@ export class Playground {
       this.id = pass.connection_id;
       this.reset();
       await this.follow(this.id);
-      const url = new URL("ws", pass.origin ? `${pass.origin}/` : document.baseURI);
+      const url = new URL(`.${pass.path}`, pass.origin ? `${pass.origin}/` : document.baseURI);
       url.protocol = url.protocol.replace("http", "ws");
       const query = by("query").value.trim().replace(/^\?/, "");
       url.search = `console=${pass.ticket}${query && `&${query}`}`;
       url.hash = "";
       const offers = by("subprotocols").value.split(",").map((offer) => offer.trim()).filter(Boolean);
-      this.begin(new WebSocket(url, offers), new URL("ws", url).href);
+      this.begin(new WebSocket(url, offers), new URL(url.pathname, url).href);
     } catch (error) {
       write(by("playground-problem"), error.message);
       by("connect").disabled = false;

@@ -1,0 +1,108 @@
+"""Where clients connect: --ws_path, with and without a slash, beside other routes."""
+
+import json
+
+import pytest
+from faults import tell
+from service import RecordingBackend, Service, refusal
+from wire import handshake
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+TOKEN = "0123456789abcdef"
+
+
+async def status(url: str, target: str, *more: str, upgrade: bool = True) -> int:
+    """What a handshake at `target` is answered, or a plain GET of it."""
+    line = f"GET {target} HTTP/1.1"
+    plain = f"{line}\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+    request = handshake(*more, line=line) if upgrade else plain
+    return (await tell(url, request, answers=1, deadline=15)).statuses[0]
+
+
+async def test_a_slash_at_the_end_and_a_query_change_nothing(io_loop):
+    """As clients of the existing SocketDock have it; the event has it as it came."""
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags()) as service:
+            for target in ("/ws", "/ws/", "/ws?token=x", "/ws/?token=x"):
+                assert await status(service.ws_url, target) == 101, target
+                meta = backend.of("connect")[-1]["meta"]
+                path, _, query = target.partition("?")
+                assert (meta["path"], meta["query"]) == (path, query)
+            for target in ("/ws//", "//ws", "/w", "/wsx", "/ws/x", "/%77s"):
+                assert await status(service.ws_url, target) == 404, target
+            assert await status(service.ws_url, "/ws/", upgrade=False) == 426
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+@pytest.mark.parametrize("apart", [False, True], ids=["one-listener", "two"])
+async def test_paths_are_those_that_are_named(io_loop, server, apart):
+    """Also those of other routes, which stay for what asks for no WebSocket."""
+    paths = "/,/chat/v1/,/socket,/status,/livez,/a%20b"
+    flags = [f"--ws_path={paths}", f"--http_server={server}"]
+    if apart:
+        flags.append("--callbackport=0")
+    async with Service(*flags) as service:
+        assert service.ws_url.endswith("/")
+        for target in ("/", "/?x=y", "/chat/v1", "/chat/v1/", "/socket", "/socket/",
+                       "/status", "/status/", "/livez", "/a%20b"):
+            assert await status(service.ws_url, target) == 101, target
+        for target in ("/ws", "/chat", "//", "/a+b"):
+            assert await status(service.ws_url, target) == 404, target
+        for target, expected in [
+            ("/", 426 if apart else 200),  # else the console's page
+            ("/chat/v1", 426),
+            ("/socket", 426),
+            ("/status", 426 if apart else 200),
+            ("/livez", 200),
+        ]:
+            answer = await status(service.ws_url, target, upgrade=False)
+            assert answer == expected, target
+        assert await status(service.callback_url, "/", upgrade=False) == 200
+        assert await status(service.callback_url, "/livez", upgrade=False) == 200
+
+
+async def test_a_path_opens_no_callback(io_loop):
+    """Below /socket/ a token is still asked for, but by handshakes."""
+    flags = ("--ws_path=/socket", f"--callback_token={TOKEN}")
+    async with Service(*flags) as service:
+        assert await status(service.ws_url, "/socket/") == 101
+        assert await status(service.ws_url, "/socket/", upgrade=False) == 401
+        assert await status(service.ws_url, f"/socket/{'0' * 32}") == 401
+
+
+async def test_console_knows_where_clients_connect(io_loop):
+    """The page is told the path, for its playground and its example."""
+    async with RecordingBackend() as backend, Service("--ws_path=/a/b/,/c") as service:
+        answer = await backend.call(
+            f"{service.callback_url}/console/playground",
+            headers={"Origin": service.callback_url},
+        )
+        told = json.loads(answer.body)
+        assert told["path"] == "/a/b"
+        target = f"{told['path']}?console={told['ticket']}"
+        origin = f"Origin: {service.callback_url}"
+        assert await status(service.ws_url, target, origin) == 101
+
+
+@pytest.mark.parametrize(
+    ("paths", "why"),
+    [
+        ("ws", "ws is no path"),
+        ("/ws,chat", "chat is no path"),
+        ("ws://relay.example/ws", "ws://relay.example/ws is no path"),
+        ("/ws?x=y", "/ws?x=y is no path"),
+        ("/ws#x", "/ws#x is no path"),
+        ("/a b", "/a b is no path"),
+        ("/é", "/é is no path"),
+        ("/a%2", "/a%2 is no path"),
+        ("/a/../ws", "has a segment that clients leave out"),
+        ("/.", "has a segment that clients leave out"),
+        ("/%2E%2e/ws", "has a segment that clients leave out"),
+        ("", "there has to be one"),
+    ],
+)
+def test_what_is_no_path_stops_the_start(paths, why):
+    """One sentence names the option and what is wrong with it."""
+    line = refusal(f"--ws_path={paths}")
+    assert "--ws_path: " in line and why in line
