@@ -42,6 +42,7 @@ from handlers.body import NotFoundHandler
 from handlers.callback import (
     ConnectionHandler,
     DisconnectHandler,
+    NoConnectionHandler,
     QuickSend,
     SendHandler,
 )
@@ -158,15 +159,17 @@ def callback_routes(
     prefix: str, tokens: CallbackTokens, readiness: Readiness, **shared: Any
 ) -> Routes:
     """What the backend may ask for, with and without its path prefix."""
-    start = f"(?:{re.escape(prefix)})?/socket/([0-9a-f]{{32}})"
+    sockets = f"(?:{re.escape(prefix)})?/socket"
+    start = f"{sockets}/([0-9a-f]{{32}})"
     return [
         (Unauthorized(prefix, tokens), UnauthorizedHandler, {}),
         (rf"{start}/send", SendHandler, shared),
         (rf"{start}/disconnect", DisconnectHandler, shared),
         (start, ConnectionHandler, shared),
+        (rf"{sockets}/[^/]*(?:/(?:send|disconnect))?", NoConnectionHandler, {}),
         (r"/livez", LiveHandler, {}),
         (r"/readyz", ReadyHandler, {"readiness": readiness}),
-        (r"/openapi\.json", OpenAPIHandler, {"version": __version__}),
+        (r"/openapi\.json", OpenAPIHandler, {"version": __version__, "tokens": tokens}),
     ]
 
 

@@ -80,8 +80,10 @@ class RefusingHandler(BodyHandler):
 class NotFoundHandler(RefusingHandler):
     """404, for every path that is no route's."""
 
+    detail = "There is nothing at this path."
+
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        self.problem(HTTPStatus.NOT_FOUND, "There is nothing at this path.")
+        self.problem(HTTPStatus.NOT_FOUND, self.detail)
 
 
 def _declared_length(headers: HTTPHeaders) -> float:

@@ -14,12 +14,20 @@ from typing import Any
 
 from backends import Backend, ConnectionClosed, Initiator, SendBufferFull
 from handlers.authorization import CallbackTokens
-from handlers.body import BodyHandler
+from handlers.body import BodyHandler, NotFoundHandler
 from handlers.connections import ConnectionMap
 from handlers.frames import MAX_CLOSE_REASON, CloseCode
 from handlers.problem import PROBLEM_TYPE, problem_document
 from handlers.server import Quick, Request
 from handlers.websocket import ClientConnection
+
+# What a body of a text type may say of its characters: text is sent on as UTF-8.
+TEXT_CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
+# One parameter of a media type (RFC 9110, section 5.6.6), with spaces where some
+# write them.
+_PARAMETER = re.compile(
+    r"""\s*;\s*(?:([^\s;="]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;"]*)|[^;="]*)"""
+)
 
 PLAIN_HOST = re.compile(rb"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
 
@@ -69,6 +77,14 @@ FULL = Answer(
     "Too much waits for this client already.",
     {"Retry-After": "1"},  # seconds; a slow client may have read on by then
 )
+CODED = Answer(
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    "A body is taken as it comes: send it without a Content-Encoding.",
+    {"Accept-Encoding": "identity"},  # RFC 9110, section 15.5.16
+)
+NOT_UTF8 = Answer(
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A body of a text type has to be UTF-8."
+)
 
 
 def find(
@@ -90,6 +106,31 @@ def find(
 def done(connection: ClientConnection) -> Answer:
     """To what is done at once, or after the handshake. Ask before it is done."""
     return ACCEPTED if connection.state == "connecting" else OK
+
+
+def unsupported(content_type: str, codings: Sequence[str]) -> Answer | None:
+    """The 415 for a body that would have to be decoded first; None for others.
+
+    `codings` are its Content-Encoding headers.
+    """
+    for coding in ",".join(codings).split(","):
+        if coding.strip().lower() not in ("", "identity"):
+            return CODED
+    return None if has_text_charset(content_type) else NOT_UTF8
+
+
+def has_text_charset(content_type: str) -> bool:
+    """Whether it is no text type, names no charset, or only UTF-8 or a part of it."""
+    parameters = content_type[len(content_type.partition(";")[0]) :].lower()
+    if "charset" not in parameters or not is_text(content_type, ()):
+        return True
+    position = 0
+    while parameter := _PARAMETER.match(parameters, position):
+        name, value = parameter.groups()
+        if name == "charset" and value.strip(" \t\"'") not in TEXT_CHARSETS:
+            return False
+        position = parameter.end()
+    return position == len(parameters)
 
 
 def message_of(body: bytes, content_type: str, types: Sequence[str]) -> str | bytes:
@@ -162,6 +203,20 @@ class OneConnectionHandler(BodyHandler):
         for name, value in answer.headers.items():
             self.set_header(name, value)
         self.finish(answer.body)
+
+    def take_body(self) -> bytes | None:
+        """The whole body; None for one that isn't taken, which has been answered."""
+        body = super().take_body()
+        if body is None:
+            return None
+        headers = self.request.headers
+        refusal = unsupported(
+            headers.get("Content-Type", ""), headers.get_list("Content-Encoding")
+        )
+        if refusal is not None:
+            self.tell(refusal)
+            return None
+        return body
 
 
 class Sending(OneConnectionHandler):
@@ -266,6 +321,8 @@ class QuickSend:
                 if content_type is not None:
                     return None
                 content_type = value.decode("latin-1")
+                if ";" in content_type and not has_text_charset(content_type):
+                    return None
             elif name == b"host":
                 if host is not None or not PLAIN_HOST.fullmatch(value):
                     return None
@@ -275,7 +332,7 @@ class QuickSend:
             elif name == b"content-length":
                 if int(value) > self._max_message_size:
                     return None
-            elif name == b"expect":
+            elif name in (b"expect", b"content-encoding"):
                 return None
         if host is None or self._tokens.challenge(credentials) is not None:
             return None
@@ -298,7 +355,7 @@ class DisconnectHandler(CallbackHandler, Closing):
 
 
 class ConnectionHandler(CallbackHandler):
-    """`GET /socket/<id>` and `DELETE /socket/<id>`."""
+    """`GET`, `HEAD` and `DELETE` of `/socket/<id>`."""
 
     async def get(self, connection_id: str) -> None:
         if (connection := self.find(connection_id)) is None:
@@ -307,6 +364,8 @@ class ConnectionHandler(CallbackHandler):
         self.set_header("Cache-Control", "no-store")
         self.finish(json.dumps(describe(connection)))
 
+    head = get
+
     async def delete(self, connection_id: str) -> None:
         if (connection := self.find(connection_id)) is None:
             return
@@ -314,6 +373,12 @@ class ConnectionHandler(CallbackHandler):
         self.clear_header("Content-Type")
         self.set_status(HTTPStatus.NO_CONTENT)
         self.finish()
+
+
+class NoConnectionHandler(NotFoundHandler):
+    """404, for the routes of a connection with what can be no id of one."""
+
+    detail = "There is no such connection: an id has 32 hex digits, in lower case."
 
 
 def describe(connection: ClientConnection) -> dict[str, Any]:

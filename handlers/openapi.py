@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
+from handlers.authorization import CallbackTokens
 from handlers.frames import MAX_CLOSE_REASON
 from handlers.problem import PROBLEM_TYPE, ProblemHandler
 
@@ -21,9 +22,12 @@ these, since an instance may be reached by another address or below a path.
 Document = dict[str, Any]
 
 
-def openapi_document(version: str) -> Document:
-    """All that the callbacks' listener answers, but for what clients ask there."""
-    return {
+def openapi_document(version: str, needs_token: bool) -> Document:
+    """All that the callbacks' listener answers, but for what clients ask there.
+
+    `needs_token` says that there are tokens, one of which callbacks have to bring.
+    """
+    document: Document = {
         "openapi": "3.1.0",
         "info": {
             "title": "SocketDock callbacks",
@@ -40,6 +44,7 @@ def openapi_document(version: str) -> Document:
             "/socket/{connection_id}": {
                 "parameters": [CONNECTION_ID],
                 "get": GET_CONNECTION,
+                "head": {**GET_CONNECTION, "operationId": "headConnection"},
                 "delete": DELETE_CONNECTION,
             },
             "/socket/{connection_id}/send": {
@@ -70,7 +75,7 @@ def openapi_document(version: str) -> Document:
                 "token": {
                     "type": "http",
                     "scheme": "bearer",
-                    "description": "One of --callback_token, where there are any.",
+                    "description": "One of --callback_token.",
                 }
             },
             "schemas": {
@@ -89,6 +94,10 @@ def openapi_document(version: str) -> Document:
                 "NotFound": _problem("Not the path of a connection."),
                 "Gone": _problem("This connection is not open here."),
                 "TooLarge": _problem("The body is larger than --max_message_size."),
+                "Unsupported": _problem(
+                    "The body has a Content-Encoding, or a text type's charset is"
+                    " neither UTF-8 nor US-ASCII."
+                ),
                 "Full": _problem(
                     "Too much waits for this client already.",
                     {"Retry-After": {"schema": {"type": "string"}}},
@@ -96,17 +105,20 @@ def openapi_document(version: str) -> Document:
             },
         },
     }
+    return document if needs_token else _without_token(document)
 
 
 class OpenAPIHandler(ProblemHandler):
     """`GET /openapi.json`."""
 
-    def initialize(self, version: str) -> None:
+    def initialize(self, version: str, tokens: CallbackTokens) -> None:
         self.version = version
+        self.tokens = tokens
 
     def get(self) -> None:
         self.set_header("Content-Type", "application/json; charset=utf-8")
-        self.finish(json.dumps(openapi_document(self.version)))
+        document = openapi_document(self.version, self.tokens.required)
+        self.finish(json.dumps(document))
 
     head = get
 
@@ -147,6 +159,22 @@ def _json(description: str, schema: str) -> Document:
     }
 
 
+def _without_token(part: Any) -> Any:
+    """A part of the document as it is where no token is needed, and none checked."""
+    if isinstance(part, list):
+        return [_without_token(member) for member in part]
+    if not isinstance(part, dict):
+        return part
+    return {
+        name: _without_token(member)
+        for name, member in part.items()
+        if name not in OF_TOKENS
+    }
+
+
+# Members, wherever they are, that only tokens are the reason for.
+OF_TOKENS = frozenset({"security", "securitySchemes", "401", "Unauthorized"})
+
 STATUSES = {
     "BadRequest": HTTPStatus.BAD_REQUEST,
     "Unauthorized": HTTPStatus.UNAUTHORIZED,
@@ -154,6 +182,7 @@ STATUSES = {
     "NotFound": HTTPStatus.NOT_FOUND,
     "Gone": HTTPStatus.GONE,
     "TooLarge": HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    "Unsupported": HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     "Full": HTTPStatus.TOO_MANY_REQUESTS,
 }
 
@@ -303,8 +332,8 @@ SEND: Document = {
         }
     },
     "responses": _answers(
-        "BadRequest", "Unauthorized", "NotFound", "Gone", "TooLarge", "Full",
-        _200=OK, _202=ACCEPTED,
+        "BadRequest", "Unauthorized", "NotFound", "Gone", "TooLarge", "Unsupported",
+        "Full", _200=OK, _202=ACCEPTED,
     ),
 }
 
@@ -322,7 +351,7 @@ DISCONNECT: Document = {
         }
     },
     "responses": _answers(
-        "BadRequest", "Unauthorized", "NotFound", "Gone", "TooLarge",
+        "BadRequest", "Unauthorized", "NotFound", "Gone", "TooLarge", "Unsupported",
         _200=OK, _202=ACCEPTED,
     ),
 }

@@ -34,7 +34,7 @@ async def open_connection(
     ("query", "content_type", "body", "frame"),
     [
         ("", "text/plain", b"a", "a"),
-        ("", "TEXT/html; charset=x", "é".encode(), "é"),
+        ("", "TEXT/html; x=y", "é".encode(), "é"),
         ("", "application/json", b"{}", "{}"),
         ("", "application/didcomm-plain+json", b"{}", "{}"),
         ("", "application/octet-stream", b"\xff", b"\xff"),
@@ -120,6 +120,121 @@ async def test_oversized_chunked_body_is_413(io_loop):
         )
         assert answer.code == 200
         assert await client.recv() == b"small"
+
+
+UTF8 = ("utf-8", "UTF-8", '"utf-8"', "'UTF-8'", "utf8", "US-ASCII", "ascii")
+LATIN1 = "text/plain; charset=iso-8859-1"
+# Content-Type and Content-Encoding of a body "é" in UTF-8.
+TAKEN = [
+    *((f"text/plain; charset={charset}", None) for charset in UTF8),
+    ("text/plain;charset=utf-8", None),
+    ("text/plain ; Charset = utf-8 ; format=flowed", None),
+    ('text/plain; x="; charset=latin1"; charset=utf-8', None),
+    ("text/plain;", None),
+    ("text/charset", None),
+    ("application/json; charset=UTF-8", None),
+    ("application/octet-stream; charset=iso-8859-1", None),  # no text: no charset
+    (None, None),
+    ("text/plain", "identity"),
+    ("text/plain", ""),
+]
+NOT_TAKEN = [
+    (LATIN1, None),
+    ("text/plain; charset=utf-16le", None),
+    ("text/plain; charset=utf-16", None),
+    ("text/html; x=y; CHARSET=windows-1252", None),
+    ("text/plain; charset=utf-8; charset=latin1", None),
+    ("text/plain; charset=", None),
+    ('text/plain; charset="', None),
+    ("text/plain; charset=utf-80", None),
+    ("application/json; charset=latin1", None),
+    ("application/ld+json;charset=utf-32", None),
+    ("text/plain", "gzip"),
+    ("text/plain", "GZIP"),
+    ("text/plain", "deflate, identity"),
+    ("text/plain", "unknown"),
+    ("application/octet-stream", "br"),
+    (None, "zstd"),
+]
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+async def test_body_that_would_have_to_be_decoded_is_415(io_loop, server):
+    """A Content-Encoding, or another charset than UTF-8; nothing reaches the client."""
+    flag = f"--http_server={server}"
+    async with open_connection(flag) as (_, backend, client, url):
+        for expected, rows in ((200, TAKEN), (415, NOT_TAKEN)):
+            for content_type, coding in rows:
+                headers = {"Content-Type": content_type, "Content-Encoding": coding}
+                headers = {n: v for n, v in headers.items() if v is not None}
+                answer = await backend.call(
+                    f"{url}/send?type=text", body="é".encode(), headers=headers
+                )
+                assert answer.code == expected, headers
+                if expected == 200:
+                    assert await asyncio.wait_for(client.recv(), DEADLINE) == "é"
+                    continue
+                assert json.loads(answer.body)["status"] == 415
+                if coding is not None:
+                    assert answer.headers["Accept-Encoding"] == "identity"
+                closing = await backend.call(f"{url}/disconnect", headers=headers)
+                assert closing.code == 415, headers
+        assert (await backend.call(f"{url}/send", body=b"last")).code == 200
+        assert await asyncio.wait_for(client.recv(), DEADLINE) == b"last"
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+async def test_415_has_its_place_among_the_other_answers(io_loop, server):
+    """Behind 401, 404, 405 and 413, before 400 and 410."""
+    token = "0123456789abcdef"
+    flags = (f"--http_server={server}", f"--callback_token={token}")
+    async with open_connection(*flags) as (_, backend, _, url):
+        unknown = url.replace(url[-32:], UNKNOWN)
+        latin1 = {"Content-Type": LATIN1}
+        gzip = {"Content-Encoding": "gzip"}
+        allowed = {"Authorization": f"Bearer {token}"}
+        for headers in (latin1, gzip):
+            for target, method, body, more, expected in [
+                (f"{url}/send", "POST", b"x", {}, 401),
+                (f"{url}/sent", "POST", b"x", allowed, 404),
+                (f"{url}/send", "PUT", b"x", allowed, 405),
+                (f"{url}/send", "POST", bytes(4 * 2**20 + 1), allowed, 413),
+                (f"{url}/send", "POST", b"x", allowed, 415),
+                (f"{url}/send?type=blob", "POST", b"x", allowed, 415),
+                (f"{url}/send?type=text", "POST", b"\xff", allowed, 415),
+                (f"{unknown}/send", "POST", b"x", allowed, 415),
+                (f"{unknown}/disconnect", "POST", b"{", allowed, 415),
+                (f"{unknown}/send", "POST", b"x", {**allowed, "Content-Type": "x/y",
+                                                   "Content-Encoding": ""}, 410),
+            ]:
+                answer = await backend.call(
+                    target, method, body=body, headers={**headers, **more}
+                )
+                assert answer.code == expected, (target, headers)
+
+
+async def test_head_of_a_connection_is_get_without_a_body(io_loop):
+    """Status and headers are those of GET, of an open connection and of none."""
+    async with open_connection() as (_, backend, _, url):
+        for target, status in ((url, 200), (url.replace(url[-32:], UNKNOWN), 410)):
+            got, head = [await backend.call(target, m) for m in ("GET", "HEAD")]
+            assert (got.code, head.code, head.body) == (status, status, b"")
+            for name in ("Content-Type", "Cache-Control"):
+                assert head.headers.get(name) == got.headers.get(name)
+            assert int(head.headers["Content-Length"]) > 0
+
+
+@pytest.mark.parametrize("identifier", ["0f6c2f", UNKNOWN + "0", "F" * 32, "x" * 32])
+async def test_what_can_be_no_id_has_an_answer_that_says_so(io_loop, identifier):
+    """404, as for each path that is none, but it names the reason."""
+    async with RecordingBackend() as backend, Service() as service:
+        for path in ("", "/send", "/disconnect", "/sent"):
+            url = f"{service.callback_url}/socket/{identifier}{path}"
+            for method in ("GET", "POST", "DELETE"):
+                answer = await backend.call(url, method)
+                assert answer.code == 404
+                detail = json.loads(answer.body)["detail"]
+                assert ("no such connection" in detail) == (path != "/sent")
 
 
 @pytest.mark.parametrize("path", ["/send", "/disconnect", ""])
