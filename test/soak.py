@@ -51,6 +51,7 @@ from soaking.visits import (
     GUESTS,
     PASSERS_BY,
     Refused,
+    Staying,
     Vanishing,
     Visit,
     pause_until,
@@ -64,7 +65,7 @@ MIB = 2**20
 ENOUGH_MEMORY = 300 * MIB
 MEMORY_PERIOD = 5.0  # seconds between two looks at it
 FLAT = 24 * MIB  # growth that is none, over minutes
-TRACEBACK_END = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")
+COMPLAINT = re.compile(r"^\[E |^ *[\w.]+(Error|Exception): ")
 EXAMPLES = 2  # of each kind of violation
 DETAIL = re.compile(r"[0-9a-f]{32}|(?<!')\b\d[-\d., ]*|'(?!code|initiator)\w+': [^,}]+")
 WARM = 60.0  # seconds after which memory is to be flat
@@ -116,7 +117,7 @@ class Plan:
         """One long round in which much is held, and nobody is killed."""
         return cls(
             seconds=seconds, strict=False, ending="stop", early=False, freezes=False,
-            share=0.3, odd=0.1, delivery_timeout=5, order_wait=0.1, queue=64,
+            share=0.3, odd=0.1, delivery_timeout=8, order_wait=0.1, queue=64,
             max_pending=100_000, backend_tls=False, client_tls=False,
             two_listeners=False,
         )  # fmt: skip
@@ -275,7 +276,7 @@ class Round:
         backend.release()
         status = await asyncio.wait_for(process.wait(), SETTLED)
         if status != (0 if plan.ending == "stop" else status & 1):
-            self.blame(f"exit status {status}: {service.log[-1]}")
+            self.blame(f"exit status {status}: {'; '.join(complaints(service.log))}")
         return status
 
     async def _tell_the_rest(self, flags: list[str], backend: Backend) -> None:
@@ -322,11 +323,13 @@ class Round:
         self, index: int, url: str, proxy_url: str, backend: Backend,
         over: asyncio.Event,
     ) -> None:  # fmt: skip
-        """One visit after the other; who stays does so to the end."""
+        """One visit after the other."""
         rng = random.Random(self.rng.random())
         kinds, weights = list(PASSERS_BY), list(PASSERS_BY.values())
         if index < 2 * len(GUESTS):
             kinds, weights = [GUESTS[index // 2]], [1]
+        elif self.prints_memory:  # nobody is there from beginning to end
+            weights = [0 if kind in (Staying, Vanishing) else 1 for kind in kinds]
         turn = 0
         while not over.is_set():
             turn += 1
@@ -347,7 +350,7 @@ class Round:
                 await pause_until(over, 0.2)
                 continue
             await visit.stay(over)
-            if not visit.left:
+            if kind is Vanishing:  # at the end of the round
                 return
 
     def _book(self, backend: Backend) -> Audit:
@@ -404,11 +407,10 @@ async def main() -> int:
     return 1 if violations else 0
 
 
-def brief(error: Exception) -> str:
-    """Its text, or of a whole log with tracebacks their last lines."""
-    lines = str(error).splitlines()
-    ends = [line for line in lines if TRACEBACK_END.match(line)]
-    return "; ".join(sorted(set(ends or lines[-1:])))
+def complaints(log: list[str]) -> list[str]:
+    """Errors of a relay's log, and the ends of tracebacks; else its last line."""
+    found = [line for line in log if COMPLAINT.search(line)]
+    return found[:EXAMPLES] or log[-1:]
 
 
 def examples(violations: list[str]) -> Iterator[str]:
@@ -438,7 +440,8 @@ async def live(
         try:
             await this.run()
         except Exception as error:
-            this.blame(f"{type(error).__name__}: {brief(error)}")
+            said = "; ".join(complaints(str(error).splitlines()))
+            this.blame(f"{type(error).__name__}: {said}")
         most = max((bytes for _, bytes in this.memory), default=0)
         print(
             f"round {this.number}: {plan}: {len(this.visits)} visits,"
