@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import gc
 import importlib
+import ipaddress
 import logging
 import os
 import re
@@ -62,11 +63,19 @@ from handlers.health import (
 )
 from handlers.heartbeat import Heartbeat
 from handlers.lifetimes import Lifetimes
-from handlers.listener import Listener, Server, TLSFiles
+from handlers.listener import (
+    Listener,
+    Server,
+    TLSFiles,
+    bindable,
+    collide,
+    is_wildcard,
+)
 from handlers.logs import Log, file_channels, read_log_config
 from handlers.metrics import Metrics, MetricsHandler, RelayCollector
 from handlers.notify import SystemdNotifier
 from handlers.observers import ObservedBackend, Observers
+from handlers.offers import subprotocols
 from handlers.openapi import OpenAPIHandler
 from handlers.origins import AllowedOrigins
 from handlers.paths import ClientPaths, Handshakes
@@ -119,6 +128,8 @@ LOG_FILE = ("log_file_prefix", "log_file_max_size", "log_file_num_backups",
             "log_rotate_mode", "log_rotate_when", "log_rotate_interval")
 CALLBACK_TLS = ("callback_tls_cert", "callback_tls_key", "callback_client_ca")
 DESCRIPTORS = 256  # for callbacks under way, the log, and the process itself
+# A name or an address as they stand in a URL, without brackets.
+HOST = re.compile(r"[\w.:-]+", re.ASCII)
 COLLECT_AFTER = 10_000  # objects that were made and have not gone
 USAGE_ERROR = 2  # exit status: an option that cannot be right
 
@@ -296,6 +307,15 @@ def make_policy() -> ClientPolicy:
         withheld_headers = withheld_names(options.withhold_headers)
     except ValueError as error:
         raise OptionError(f"--withhold_headers: {error}") from None
+    try:
+        subprotocols(options.subprotocols)
+    except ValueError as error:
+        raise OptionError(f"--subprotocols: {error}") from None
+    if options.max_queued_bytes < options.max_message_size:
+        raise OptionError(
+            f"--max_queued_bytes={options.max_queued_bytes} has no room for one"
+            f" message of --max_message_size={options.max_message_size}"
+        )
     return ClientPolicy(
         max_message_size=options.max_message_size,
         allowed_origins=allowed_origins,
@@ -333,6 +353,16 @@ def bind_listeners(elsewhere: bool = False) -> tuple[Listener, Listener]:
     With `elsewhere` on free ports, not on their own. Raises `OptionError` where
     an address or a certificate can't be used.
     """
+    callbackip = options.callbackip or options.bindip
+    if (
+        options.callbackport
+        and options.callbackport == options.bindport
+        and collide(callbackip, options.bindip)
+    ):
+        raise OptionError(
+            "--callbackport is --bindport; choose another, or leave it out for one"
+            " listener"
+        )
     clients = Listener(
         options.bindip,
         0 if elsewhere else options.bindport,
@@ -345,7 +375,7 @@ def bind_listeners(elsewhere: bool = False) -> tuple[Listener, Listener]:
                 raise OptionError(f"--{name} needs --callbackport")
         return clients, clients
     return clients, Listener(
-        options.callbackip or options.bindip,
+        callbackip,
         0 if elsewhere else options.callbackport,
         tls_files("callback_tls", options.callback_client_ca),
     )
@@ -373,26 +403,44 @@ def callback_url(external: str | None, listener: Listener) -> str | None:
         return None if listener.is_wildcard else listener.url("http")
     scheme = "https" if listener.has_tls else "http"
     url = external if "://" in external else f"{scheme}://{external}"
+    # There may be a password in it.
+    what = "--externalhostandport" + ("" if "@" in external else f"={external}")
     try:
         parts = urlsplit(url)
+        if parts.netloc.count(":") > 1 and "[" not in parts.netloc:
+            parts = parts._replace(netloc=in_brackets(parts.netloc))
+            url = parts.geturl()
+        host = parts.hostname or ""
+        if ":" in host:
+            ipaddress.IPv6Address(host)
         wrong = (
             parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or (parts.port or 1) < 1
-            or parts.query
-            or parts.fragment
-            or "@" in parts.netloc
-            or not url.isascii()
-            or re.search(r"[\s\x00-\x1f\x7f]", url)
+            or not HOST.fullmatch(host)
+            or parts.netloc.endswith(":")
+            or parts.port == 0
+            or re.search(r"[@?#\\]", url)
+            or re.search(r"[^!-~]", url)
         )
     except ValueError:
         wrong = True
     if wrong:
-        shown = "" if "@" in external else f"={external}"  # there may be a password
         raise OptionError(
-            f"--externalhostandport{shown} is neither host:port nor an http(s) URL"
+            f"{what} is neither host:port nor an http(s) URL; an IPv6 address stands"
+            " in brackets, [fd00::1]:8765"
         )
+    if is_wildcard(host):
+        raise OptionError(f"{what} is every address, so none that can be called")
     return url.rstrip("/")
+
+
+def in_brackets(netloc: str) -> str:
+    """Return `[fd00::1]:8765` for `fd00::1:8765`, which `$(POD_IP):8765` becomes.
+
+    It might be an address without a port, but a port is asked for. Raises
+    `ValueError` where what comes before the last colon is no IPv6 address.
+    """
+    address, _, port = netloc.rpartition(":")
+    return f"[{ipaddress.IPv6Address(address)}]:{port}"
 
 
 def clients_of(
@@ -695,14 +743,11 @@ async def check(warnings: Sequence[str]) -> int:
     with _found_wrong(found):
         if options.otel:
             load_tracing()
-    found += [port_finding("--bindport", options.bindip, options.bindport,
+    found += [port_finding("--bindport", bindable(options.bindip), options.bindport,
                            options.reuse_port)]
     if options.callbackport is not None:
-        address = options.callbackip or options.bindip
+        address = bindable(options.callbackip or options.bindip)
         found += [port_finding("--callbackport", address, options.callbackport)]
-        if (address, options.callbackport) == (options.bindip, options.bindport):
-            found += [Finding("error", "--callbackport is --bindport; choose another,"
-                                       " or leave it out for one listener")]
     with _found_wrong(found):
         await _check_ends(found)
     for finding in found:

@@ -33,9 +33,13 @@ OTHER_SPELLINGS = {
 }
 
 ENVIRONMENT_PREFIX = "SOCKETDOCK_"
-# What Kubernetes injects for a service called socketdock.
+# What Kubernetes injects for services called socketdock, socketdock-metrics and so
+# on (kubernetes.io/docs/concepts/services-networking/service/#environment-variables).
 INJECTED = re.compile(
-    r"(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=.*|PORT=\w+://.*"
+    r"(\w+_)??SERVICE_(HOST|PORT(_\w+)?)=.*"
+    r"|(\w+_)??PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=.*"
+    r"|(\w+_)??PORT=(tcp|udp|sctp)://.*",
+    re.DOTALL,
 )
 
 # Of options whose values are never shown, and of those that bound something.
@@ -44,6 +48,20 @@ LIMIT_METAVARS = ("BYTES", "BYTES0", "COUNT", "COUNT0", "RATE", "SECONDS")
 
 # The surrogates stand for bytes of the environment that are not UTF-8.
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+# Options in which 0 seconds would leave no time for anything.
+NEVER_ZERO = frozenset({
+    "backend_connect_timeout", "backend_dead_after", "body_timeout",
+    "breaker_first_probe", "breaker_last_probe", "breaker_window", "handshake_timeout",
+    "header_timeout", "send_timeout",
+})
+# The least that others can mean. No handshake fits into fewer bytes of headers.
+LEAST = {
+    "log_file_max_size": 0,
+    "log_file_num_backups": 0,
+    "log_rotate_interval": 1,
+    "max_header_size": 1024,
+}
 
 MAX_NUMBER = 2**48  # of whatever is counted; the system's calls take more
 LOG_FORMATS = ("auto", "text", "json")
@@ -68,26 +86,27 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     to be logged. Raises `OptionError` with one sentence.
     """
     warnings: list[str] = []
+    given: list[Any] = []
     for setting in load_backends(argv, environ):
         if _option_of(setting.name) is None:
             raise OptionError(
                 f"{setting.where}: there is no option"
                 f" {setting.name}{_nearest(setting.name, '')}"
             )
-        _set(setting.name, setting.value, f"{setting.where}: {setting.name}")
-    for variable, value in environ.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX):
-            continue
-        spelling = variable.removeprefix(ENVIRONMENT_PREFIX)
-        if _option_of(spelling.lower()) is not None:
-            _set(spelling.lower(), value, variable)
-        elif not INJECTED.fullmatch(f"{spelling}={value}"):
+        given.append(
+            _set(setting.name, setting.value, f"{setting.where}: {setting.name}")
+        )
+    for variable, name, value in read_environment(environ):
+        if _option_of(name) is not None:
+            given.append(_set(name, value, variable))
+        else:
             warnings.append(
-                f"{variable} is no option{_nearest(spelling.lower(), '')}: ignored"
+                f"Ignoring unknown variable {variable}"
+                f"{_nearest(name.upper(), ENVIRONMENT_PREFIX)}"
             )
     for name, value in read_flags(argv):
-        _set(name, value, f"--{name}")
-    return warnings
+        given.append(_set(name, value, f"--{name}"))
+    return warnings + _unused(given)
 
 
 def settings_of(
@@ -102,10 +121,7 @@ def settings_of(
         (f"{setting.where}: {setting.name}", setting.name, setting.value)
         for setting in (read_config(path) if path is not None else ())
     ]
-    for variable, value in environ.items():
-        if variable.startswith(ENVIRONMENT_PREFIX):
-            spelling = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
-            found.append((variable, spelling, value))
+    found += read_environment(environ)
     for spelling, value in read_flags(argv):
         found.append((f"--{spelling}", spelling, value))
     wanted = _option_of(name)
@@ -126,13 +142,34 @@ def load_backends(argv: Sequence[str], environ: Mapping[str, str]) -> list[Setti
         backends.load(name)
     path = _config_path(argv, environ)
     from_file = list(read_config(path)) if path is not None else []
-    chosen = _last_of("backend", argv) or environ.get("SOCKETDOCK_BACKEND")
+    chosen = _last_of("backend", argv)
+    for _, name, value in read_environment(environ):
+        if name == "backend" and not chosen:
+            chosen = value
     for setting in reversed(from_file):
         if setting.name == "backend" and not chosen:
             chosen = setting.value
     if isinstance(chosen, str) and chosen:
         backends.load(chosen)
     return from_file
+
+
+def read_environment(
+    environ: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield variable, option's name and value of each variable that may be meant.
+
+    An empty one counts as not set, and what Kubernetes injects was meant by nobody,
+    even where an option has that name.
+    """
+    for variable, value in environ.items():
+        name = variable.removeprefix(ENVIRONMENT_PREFIX)
+        if (
+            name != variable
+            and value.strip()
+            and not INJECTED.fullmatch(f"{name}={value}")
+        ):
+            yield variable, name.lower(), value
 
 
 def read_flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -197,7 +234,10 @@ def read_config(path: Path) -> Iterator[Setting]:
 
 
 def _config_path(argv: Sequence[str], environ: Mapping[str, str]) -> Path | None:
-    given = _last_of("config", argv) or environ.get("SOCKETDOCK_CONFIG")
+    given = _last_of("config", argv)
+    for _, name, value in read_environment(environ):
+        if name == "config" and not given:
+            given = value.strip()
     if given:
         return Path(given)
     return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
@@ -223,16 +263,47 @@ def _is_secret(option: Any) -> bool:
     return option is not None and option.metavar in SECRET_METAVARS
 
 
-def _nearest(name: str, dashes: str = "--") -> str:
+def _nearest(name: str, start: str = "--") -> str:
+    """A question for whoever meant another option, in the case of `name`."""
     known = [option.replace("-", "_") for option in options._options]
     known += OTHER_SPELLINGS
+    if name.isupper():
+        known = [option.replace("-", "_").upper() for option in known]
     near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {dashes}{near[0]}?" if near else ""
+    return f"; did you mean {start}{near[0]}?" if near else ""
 
 
-def _set(name: str, value: Any, where: str) -> None:
-    """Set one option, a string as on the command line. Raises `OptionError`."""
-    _option_of(name).set(_checked(name, value, where))
+def _set(name: str, value: Any, where: str) -> Any:
+    """Set one option, a string as on the command line, and return it.
+
+    Raises `OptionError`.
+    """
+    option = _option_of(name)
+    option.set(_checked(name, value, where))
+    return option
+
+
+def _unused(given: Sequence[Any]) -> list[str]:
+    """A warning for each other backend whose options `given` are, changed in vain.
+
+    None for a backend that does not ship: it may be made of one that does.
+    """
+    chosen = options.backend
+    if chosen not in backends.names():
+        return []
+    found: dict[str, list[str]] = {}
+    for option in dict.fromkeys(given):
+        package, _, module = _module_of(option.group_name).partition(".")
+        owner = module.partition(".")[0]
+        if package == "backends" and owner != chosen and (
+            option.value() != option.default
+        ):
+            found.setdefault(owner, []).append(f"--{option.name}")
+    return [
+        f"--backend={chosen} does not use {', '.join(names)}; did you mean"
+        f" --backend={owner}?"
+        for owner, names in found.items()
+    ]
 
 
 def _checked(name: str, value: Any, where: str) -> Any:
@@ -298,6 +369,10 @@ def _check(name: str, metavar: str, value: Any) -> None:
     """
     if type(value) is int and value > MAX_NUMBER:
         raise ValueError(f"at most {MAX_NUMBER}")
+    if metavar == "ADDRESS" and not value:  # it would be every address
+        raise ValueError("an address, such as 127.0.0.1; 0.0.0.0 and :: are all")
+    if value is not None and value < LEAST.get(name, value):
+        raise ValueError(f"at least {LEAST[name]}")
     if metavar == "PORT" and not 0 <= value <= 65535:
         raise ValueError("a port, 0 to 65535")
     if metavar in ("BYTES", "COUNT") and value < 1:
@@ -307,13 +382,15 @@ def _check(name: str, metavar: str, value: Any) -> None:
     # A slower one would leave a client unread for minutes.
     if metavar == "RATE" and value != 0 and not 0.01 <= value < float("inf"):
         raise ValueError("0, or 0.01 or more in a second")
-    if metavar == "SHARE" and not 0 <= value <= 1:
-        raise ValueError("0 to 1")
+    if metavar == "SHARE" and not 0 < value <= 1:
+        raise ValueError("above 0, and at most 1")
     if metavar == "LEVEL" and not 1 <= value <= 9:
         raise ValueError("1 to 9")
     if metavar == "SECONDS":
         if not value >= 0:  # nan is not
             raise ValueError("0 or more seconds")
+        if value == 0 and name in NEVER_ZERO:
+            raise ValueError("more than 0 seconds")
         if value == float("inf") and name != "order_wait":
             raise ValueError("a finite number of seconds")
     if name == "http_server" and value not in ("fast", "tornado"):

@@ -121,7 +121,8 @@ class Listener:
     """One address and port, served by one application.
 
     Binds at once. Raises `OptionError` where that can't be. `is_loopback` says
-    that it can be reached from this machine only.
+    that it can be reached from this machine only, `is_wildcard` that it is at every
+    address.
     """
 
     def __init__(
@@ -131,14 +132,19 @@ class Listener:
         tls: TLSFiles | None = None,
         reuse_port: bool = False,
     ) -> None:
-        self.address = address
+        self.address = bindable(address)
         self._tls = tls
         self._context = tls.context() if tls is not None else None
-        self._sockets: Sequence[socket.socket] = _bind(address, port, reuse_port)
+        self._sockets: Sequence[socket.socket] = _bind(self.address, port, reuse_port)
         self.port: int = self._sockets[0].getsockname()[1]
         self.is_loopback = all(
             ipaddress.ip_address(sock.getsockname()[0]).is_loopback
             for sock in self._sockets
+        )
+        # Bound to every address, so to none that can be told; there are many
+        # spellings of it.
+        self.is_wildcard = any(
+            is_wildcard(sock.getsockname()[0]) for sock in self._sockets
         )
         self._server: Server | None = None
         self._last_descriptor = sys.maxsize  # that a connection may get
@@ -149,11 +155,6 @@ class Listener:
     def has_tls(self) -> bool:
         """Whether it serves https and wss, not http and ws."""
         return self._tls is not None
-
-    @property
-    def is_wildcard(self) -> bool:
-        """Whether it is bound to every address, so to none that can be told."""
-        return self.address in ("", "0.0.0.0", "::")
 
     def url(self, scheme: str) -> str:
         """Its URL, without a path; `scheme` is http or ws, and gets its s for TLS."""
@@ -239,6 +240,43 @@ class Listener:
             self._pause(listening, error)
             return
         asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+
+def bindable(address: str) -> str:
+    """`address` as it can be bound: one of IPv4 that is written as IPv6 is of IPv4."""
+    try:
+        mapped = getattr(ipaddress.ip_address(address), "ipv4_mapped", None)
+    except ValueError:  # a name
+        return address
+    return address if mapped is None else str(mapped)
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether `host` is every address, in any spelling: `0.0.0.0`, `::`, `0`."""
+    return any(ip.is_unspecified for ip in _resolved(host, socket.AI_NUMERICHOST))
+
+
+def collide(one: str, other: str) -> bool:
+    """Whether the same port can't be bound at both addresses."""
+    ours, theirs = _resolved(one), _resolved(other)
+    return any(
+        a == b or (a.version == b.version and (a.is_unspecified or b.is_unspecified))
+        for a in ours
+        for b in theirs
+    )
+
+
+def _resolved(
+    host: str, flags: int = 0
+) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """The addresses of `host`; none where it has none."""
+    try:
+        found = socket.getaddrinfo(
+            bindable(host), None, type=socket.SOCK_STREAM, flags=flags
+        )
+    except (OSError, ValueError):
+        return set()
+    return {ipaddress.ip_address(address[0]) for *_, address in found}
 
 
 def _bind(address: str, port: int, reuse_port: bool) -> Sequence[socket.socket]:

@@ -536,7 +536,8 @@ async def test_held_messages_are_bounded_in_bytes(io_loop):
     """Above --max_queued_bytes of overdue messages, a client has one at a time."""
     async with RecordingBackend() as backend:
         forever = withhold(backend, "message")
-        flags = ("--order_wait=0.1", "--max_queued_bytes=250000")
+        flags = ("--order_wait=0.1", "--max_queued_bytes=250000",
+                 "--max_message_size=250000")
         flags += ("--delivery_timeout=2",)
         async with Service(*backend.flags("message"), *flags) as service:
             async with websockets.connect(service.ws_url, compression=None) as client:

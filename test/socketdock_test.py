@@ -155,7 +155,7 @@ async def test_spellings_of_the_existing_socketdock(
             await exchange(service.ws_url, backend, "http://relay.example:8765")
             await AsyncHTTPClient().fetch(f"{service.callback_url}/livez")
             await eventually(lambda: any("GET /livez" in line for line in service.log))
-            assert not [line for line in service.log if " is no option" in line]
+            assert not [line for line in service.log if "unknown variable" in line]
 
 
 @pytest.mark.gen_test
@@ -188,20 +188,30 @@ async def exchange(url: str, backend: RecordingBackend, callbacks: str) -> None:
 
 @pytest.mark.gen_test
 async def test_unknown_variable_is_one_warning(io_loop):
-    """It names the nearest option, and the relay starts."""
+    """It names the nearest variable, and the relay starts."""
     environment = {"SOCKETDOCK_BINDPROT": "1", "SOCKETDOCK_PORT": "9000"}
     async with Service(environment=environment) as service:
         assert await largest_message(service) == 5
     (line,) = [line for line in service.log if "BINDPROT" in line]
-    assert "bindport" in line
     assert line.startswith("[W")
+    assert line.endswith(
+        "Ignoring unknown variable SOCKETDOCK_BINDPROT; did you mean"
+        " SOCKETDOCK_BINDPORT?"
+    )
     assert len([line for line in service.log if "SOCKETDOCK_PORT" in line]) == 1
 
 
 @pytest.mark.gen_test
 async def test_what_kubernetes_injects_is_not_even_that(io_loop):
-    """The variables of a service called socketdock."""
+    """Nor a value: the variables of services whose names begin with socketdock."""
+    address = "tcp://10.0.0.1:8765"
     environment = {
+        "SOCKETDOCK_REUSE_PORT": address,  # there is an option of that name
+        "SOCKETDOCK_METRICS_PORT": "tcp://[fd00::1]:8765",
+        "SOCKETDOCK_METRICS_SERVICE_HOST": "fd00::1",
+        "SOCKETDOCK_METRICS_SERVICE_PORT_HTTP": "8765",
+        "SOCKETDOCK_BACKEND_PORT": "udp://10.0.0.1:8765",
+        "SOCKETDOCK_BACKEND_PORT_8765_UDP_ADDR": "10.0.0.1",
         "SOCKETDOCK_SERVICE_HOST": "10.0.0.1",
         "SOCKETDOCK_SERVICE_PORT": "8765",
         "SOCKETDOCK_SERVICE_PORT_WS": "8765",
@@ -215,6 +225,99 @@ async def test_what_kubernetes_injects_is_not_even_that(io_loop):
     async with Service(environment=environment) as service:
         assert await largest_message(service) == 5
     assert not [line for line in service.log if any(v in line for v in environment)]
+
+
+@pytest.mark.gen_test
+async def test_empty_variable_counts_as_not_set(io_loop, tmp_path):
+    """For every option alike: what the file says holds, or the default."""
+    names = re.findall(r"^  --(\w+)", ended("--help").stdout, flags=re.MULTILINE)
+    environment = {
+        f"SOCKETDOCK_{name.upper()}": " " if name == "bindip" else ""
+        for name in names
+        if name != "log_format"  # the tests' own
+    }
+    conf = written(tmp_path / "conf", "max_message_size = 3\nbindip = '127.0.0.2'\n")
+    async with Service(conf, environment=environment) as service:
+        assert service.ws_url.startswith("ws://127.0.0.2:")
+        assert await largest_message(service) == 3
+    assert not [line for line in service.log if "unknown variable" in line]
+
+
+@pytest.mark.parametrize("source", ["flag", "file"])
+def test_empty_address_is_not_every_address(tmp_path, source):
+    """Whoever means every address writes one that says so."""
+    flag = {"flag": "--bindip=", "file": written(tmp_path / "conf", "bindip = ''")}
+    assert "bindip must be an address, such as 127.0.0.1" in refusal(flag[source])
+
+
+@pytest.mark.parametrize(
+    "given", ["fd00:10::5:8766", "http://fd00:10::5:8766", "[fd00:10::5]:8766"]
+)
+@pytest.mark.gen_test
+async def test_external_address_of_ipv6_gets_its_brackets(io_loop, given):
+    """`$(POD_IP):8766` works for both families."""
+    async with RecordingBackend() as backend:
+        environment = {"SOCKETDOCK_EXTERNALHOSTANDPORT": given}
+        async with Service(*backend.flags(), environment=environment) as service:
+            await exchange(service.ws_url, backend, "http://[fd00:10::5]:8766")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "host:0", "host:", ":8766", "host:65536", "http://h/?", "http://h/#", "h\\x:1",
+        "fd00::5", "fd00::1:abcd", "1:2:3:4:5:6:7:8", "fd00::1:0", "fe80::1%eth0:80",
+        "[fd00::1", "[fd00::zz]:80", "0.0.0.0:8766", "[::]:8766", "0:8766", "a b:80",
+        "tcp://10.0.0.1:8766", "user@host:80",
+    ],
+)
+def test_external_address_that_cannot_be_called(given):
+    """One sentence, which shows no password."""
+    line = refusal(*HTTP, f"--externalhostandport={given}")
+    assert "--externalhostandport" in line
+    assert given in line or "@" in given
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["0", "0.0.0.0", "0x0", "00.0", "::", "::0", "0:0:0:0:0:0:0:0", "::ffff:0.0.0.0"],
+)
+@pytest.mark.parametrize("name", ["bindip", "callbackip"])
+def test_wildcard_is_known_in_every_spelling(name, address):
+    """No backend can be given a URL with it."""
+    also = ["--callbackport=0"] if name == "callbackip" else []
+    line = refusal(*HTTP, *also, f"--{name}={address}")
+    assert "needs --externalhostandport" in line
+
+
+@pytest.mark.parametrize(
+    ("bindip", "callbackip"),
+    [("127.0.0.1", None), ("0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0"),
+     ("localhost", "::ffff:127.0.0.1")],
+)
+def test_one_port_for_both_listeners_stays_wrong(bindip, callbackip):
+    """Status 2, though the kernel would say that it is in use."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    flags = [f"--bindip={bindip}", f"--bindport={port}", f"--callbackport={port}"]
+    flags += [f"--callbackip={callbackip}"] if callbackip else []
+    assert "--callbackport is --bindport" in refusal(*flags)
+
+
+@pytest.mark.gen_test
+async def test_options_of_another_backend_are_named(io_loop):
+    """In the log and by `check`, since an echo is not what was meant."""
+    flags = ("--messageuri=http://127.0.0.1:1/", "--webhook_secret_file=x")
+    said = (
+        "--backend=loopback does not use --messageuri, --webhook_secret_file; did you"
+        " mean --backend=http?"
+    )
+    environment = {"SOCKETDOCK_ORDER_WAIT": "1"}  # the default changes nothing
+    async with Service(*flags, environment=environment) as service:
+        pass
+    assert [line for line in service.log if line.endswith(said)]
+    checked = ended("check", "--bindport=0", *flags)
+    assert f"warning: {said}" in checked.stdout
 
 
 # What does not start.
@@ -258,6 +361,19 @@ def test_unknown_option_in_the_file_names_the_nearest(tmp_path):
         ("--drain_timeout=nan", "seconds"),
         ("--drain_timeout=inf", "finite"),
         ("--max_message_size=0", "at least 1"),
+        ("--max_header_size=10", "at least 1024"),
+        ("--header_timeout=0", "more than 0"),
+        ("--body_timeout=0", "more than 0"),
+        ("--send_timeout=0", "more than 0"),
+        ("--handshake_timeout=0", "more than 0"),
+        ("--backend_connect_timeout=0", "more than 0"),
+        ("--backend_dead_after=0", "more than 0"),
+        ("--breaker_first_probe=0", "more than 0"),
+        ("--breaker_window=0", "more than 0"),
+        ("--breaker_share=0", "above 0"),
+        ("--log_file_max_size=-1", "at least 0"),
+        ("--log_file_num_backups=-1", "at least 0"),
+        ("--log_rotate_interval=0", "at least 1"),
         ("--compression=perhaps", "true or false"),
         ("--compression_level=10", "1 to 9"),
         ("--log-level=loud", "info"),
@@ -348,6 +464,10 @@ def test_address_that_is_not_ours(address, status):
         ([*HTTP, "--bindip=::"], "--externalhostandport"),
         ([*HTTP, "--callbackport=0", "--callbackip=0.0.0.0"], "--externalhostandport"),
         ([*HTTP, "--order_wait=inf"], "--backend_timeout"),
+        ([*HTTP, "--breaker_first_probe=6"], "--breaker_last_probe"),
+        (["--max_queued_bytes=1000"], "--max_message_size"),
+        (["--max_message_size=300000000"], "--max_queued_bytes"),
+        (["--subprotocols=a b"], "--subprotocols"),
         (["--callbackip=127.0.0.1"], "--callbackport"),
         (["--allowed_origins=app.example.com"], "--allowed_origins"),
         (["--log_file_prefix=x", "--log_rotate_mode=never"], "log_rotate_mode"),

@@ -535,6 +535,8 @@ def targets_of(relay: Relay) -> tuple[Target, Target | None, Target | None]:
         )
     if options.order_wait == float("inf") and not options.backend_timeout:
         raise OptionError("--order_wait=inf needs --backend_timeout")
+    if options.breaker_first_probe > options.breaker_last_probe:
+        raise OptionError("--breaker_first_probe is above --breaker_last_probe")
     return message_target, target_of("disconnecturi"), target_of("connecturi")
 
 
