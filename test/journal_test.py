@@ -1,11 +1,14 @@
 """The journal: what a crash leaves, and what a start makes of it."""
 
 import contextlib
+import os
+import resource
 from pathlib import Path
 
 import pytest
-from tornado.options import Error as OptionError
+from service import eventually, refusal
 
+from backends import Unavailable
 from backends.http.journal import StateDirectory
 
 ONE, TWO = "1" * 32, "2" * 32
@@ -61,7 +64,7 @@ def test_damage_is_set_aside_and_never_fatal(tmp_path, caplog, damage, ids):
 def test_one_process_per_directory(tmp_path):
     """A second one is refused with a sentence."""
     state = StateDirectory(tmp_path, "host/aaaa")
-    with pytest.raises(OptionError, match="used by another process"):
+    with pytest.raises(Unavailable, match="used by another process"):
         StateDirectory(tmp_path, "host/bbbb")
     state.close()
     StateDirectory(tmp_path, "host/bbbb").close()
@@ -80,3 +83,175 @@ def test_journal_does_not_grow_with_visits(tmp_path, monkeypatch):
     state = StateDirectory(tmp_path, "host/bbbb")
     assert state.dead[0].ids == [ONE]
     state.close()
+
+
+@contextlib.contextmanager
+def limited(kind: int, most: int):
+    """This process's soft limit of `kind` is `most`, for a moment."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
+@contextlib.contextmanager
+def full(path: Path):
+    """A disk that has room for 10 more bytes of `path`, and for nothing new."""
+    with limited(resource.RLIMIT_FSIZE, path.stat().st_size + 10):
+        yield
+
+
+def left_by(number: int) -> bytes:
+    return f"socketdock journal 1 host/{number}\n+{number:032x}\n".encode()
+
+
+def test_journals_of_dead_runs_take_no_descriptors(tmp_path):
+    """There may be more of them than files that may be open; empty ones go."""
+    for number in range(300):
+        content = left_by(number)
+        if number % 2:
+            content = content[: content.index(b"+")]
+        (tmp_path / f"{number:03}.journal").write_bytes(content)
+    with limited(resource.RLIMIT_NOFILE, len(os.listdir("/proc/self/fd")) + 10):
+        state = StateDirectory(tmp_path, "host/now")
+        assert len(list(tmp_path.glob("*.journal"))) == 151
+        assert [run.instance for run in state.dead[:2]] == ["host/0", "host/2"]
+        for run in state.dead:
+            run.remove(run.ids[0])
+        state.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.gen_test
+async def test_what_a_full_disk_did_not_take_is_written_later(
+    io_loop, tmp_path, caplog
+):
+    """By itself, with one complaint; a line is written whole or not at all."""
+    with crashed(tmp_path) as journal:
+        (path,) = tmp_path.glob("*.journal")
+        journal.add(ONE)
+        before = path.read_bytes()
+        with full(path):
+            for number in range(3, 9):
+                journal.add(f"{number:032x}")
+            journal.remove(ONE)
+            assert path.read_bytes() == before
+        await eventually(lambda: path.read_bytes() != before)
+    assert caplog.text.count("File too large") + caplog.text.count("No space") == 1
+    assert "all is written again" in caplog.text
+    state = StateDirectory(tmp_path, "host/bbbb")
+    assert state.dead[0].ids == [f"{number:032x}" for number in range(3, 9)]
+    assert not list(tmp_path.glob("*.corrupt-*"))
+    state.close()
+
+
+@pytest.mark.gen_test
+async def test_disk_that_stays_full_takes_no_memory(io_loop, tmp_path):
+    """What waits is bounded; afterwards the journal is written anew."""
+    with crashed(tmp_path) as journal:
+        (path,) = tmp_path.glob("*.journal")
+        before = path.read_bytes()
+        with full(path):
+            for number in range(10_000):
+                journal.add(f"{number:032x}")
+                journal.remove(f"{number:032x}")
+            journal.add(ONE)
+            assert len(journal._unwritten) <= 64 * 1024
+        await eventually(lambda: path.read_bytes() != before)
+        assert path.read_bytes() == before + b"+" + ONE.encode() + b"\n"
+
+
+@pytest.mark.gen_test
+async def test_journal_that_cannot_be_replaced_is_appended_to(
+    io_loop, tmp_path, monkeypatch
+):
+    """Something is in the way of the new one; nothing is lost by that."""
+    monkeypatch.setattr("backends.http.journal.COMPACT_ABOVE", 1000)
+    with crashed(tmp_path) as journal:
+        (tmp_path / "aaaa.fresh").mkdir()
+        for number in range(100):
+            journal.add(f"{number:032x}")
+            journal.remove(f"{number:032x}")
+        journal.add(ONE)
+        (path,) = tmp_path.glob("*.journal")
+        assert path.read_bytes().endswith(b"+" + ONE.encode() + b"\n")
+        (tmp_path / "aaaa.fresh").rmdir()
+
+
+def test_dead_run_on_a_full_disk_is_told_of_again(tmp_path, caplog):
+    """No line is torn by that."""
+    with crashed(tmp_path) as journal:
+        journal.add(ONE)
+        journal.add(TWO)
+    state = StateDirectory(tmp_path, "host/bbbb")
+    with full(tmp_path / "aaaa.journal"):
+        state.dead[0].remove(ONE)
+    assert "aaaa.journal: " in caplog.text
+    state.close()
+    state = StateDirectory(tmp_path, "host/cccc")
+    assert state.dead[0].ids == [ONE, TWO]
+    state.close()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "symlink"])
+def test_what_is_no_journal_does_not_keep_from_starting(tmp_path, caplog, kind):
+    """Reported, and left as it is; nothing is opened that blocks."""
+    path = tmp_path / "a.journal"
+    target = tmp_path / "elsewhere"
+    target.write_bytes(left_by(1))
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(target)
+    state = StateDirectory(tmp_path, "host/bbbb")
+    assert state.dead == []
+    assert f"{path} can't be used" in caplog.text
+    state.close()
+    assert os.path.lexists(path) and target.exists()
+
+
+def test_what_a_rewrite_left_is_removed(tmp_path):
+    """A crash in the middle of it would leave a file for ever."""
+    (tmp_path / "dead.fresh").write_bytes(b"socket")
+    StateDirectory(tmp_path, "host/bbbb").close()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("file", "Not a directory"),
+        ("lock is a folder", "lock: Is a directory"),
+        ("lock is a symlink", "lock: Too many levels of symbolic links"),
+    ],
+)
+def test_folder_that_cannot_be_used_says_why(tmp_path, what, why):
+    """And is not taken for one that another process uses; it may pass."""
+    state = tmp_path / "state"
+    if what == "file":
+        state.write_bytes(b"")
+    else:
+        state.mkdir()
+        if what.endswith("folder"):
+            (state / "lock").mkdir()
+        else:
+            (state / "lock").symlink_to(tmp_path / "lock")
+    http = ("--backend=http", "--messageuri=http://127.0.0.1:9/")
+    line = refusal(*http, f"--state_dir={state}", status=1)
+    assert line.startswith(f"socketdock: --state_dir={state}: ")
+    assert line.endswith(why)
+
+
+def test_folder_without_permission_says_so(tmp_path, monkeypatch):
+    """EACCES is not a lock; here the kernel says it of the lock itself."""
+
+    def denied(*arguments):
+        raise PermissionError(13, os.strerror(13))
+
+    monkeypatch.setattr("fcntl.flock", denied)
+    with pytest.raises(Unavailable, match=r"Permission denied$"):
+        StateDirectory(tmp_path, "host/aaaa")

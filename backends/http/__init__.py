@@ -47,7 +47,7 @@ from backends.http.delivery import (
     retry_after,
 )
 from backends.http.event import Event, EventWriter
-from backends.http.journal import Journal, StateDirectory
+from backends.http.journal import DeadRun, StateDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -330,9 +330,9 @@ class HTTPBackend(Backend):
         """Say farewell for each connection that an earlier run lost."""
         room = asyncio.Semaphore(MAX_FAREWELLS_OF_DEAD_RUNS)
 
-        async def tell(journal: Journal, connection_id: str) -> None:
+        async def tell(run: DeadRun, connection_id: str) -> None:
             event = self._events.disconnect(
-                connection_id, LOST, 0, 0, None, instance=journal.instance
+                connection_id, LOST, 0, 0, None, instance=run.instance
             )
             try:
                 async with room:
@@ -346,18 +346,15 @@ class HTTPBackend(Backend):
                     "connection %s: disconnect not told: %s", connection_id, error,
                     extra={"event": "untold", "connection_id": connection_id},
                 )
-            journal.remove(connection_id)
+            run.remove(connection_id)
 
         async with asyncio.TaskGroup() as telling:
-            for journal in state.dead:
-                if journal.ids:
-                    logger.warning(
-                        "telling of %d connections lost by %s",
-                        len(journal.ids),
-                        journal.instance,
-                    )
-                for connection_id in journal.ids:
-                    telling.create_task(tell(journal, connection_id))
+            for run in state.dead:
+                logger.warning(
+                    "telling of %d connections lost by %s", len(run.ids), run.instance
+                )
+                for connection_id in run.ids:
+                    telling.create_task(tell(run, connection_id))
 
     async def _end_held(
         self,

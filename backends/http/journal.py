@@ -6,14 +6,16 @@ one `write` that the kernel has when it returns: a crash of the process loses
 nothing, and no fsync is owed. The next start reads the files of dead runs.
 """
 
+import asyncio
 import contextlib
 import errno
 import fcntl
 import logging
 import os
 import re
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from backends import Unavailable
@@ -21,135 +23,295 @@ from backends import Unavailable
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".journal"
+FRESH = ".fresh"  # a journal that is being rewritten
 COMPACT_ABOVE = 4 * 1024 * 1024  # bytes; a journal that has grown to it is rewritten
+MAX_UNWRITTEN = 64 * 1024  # bytes of lines that are kept while the disk is full
+RETRY_INTERVAL = 1.0  # seconds between two attempts to write what could not be
+LINE_LENGTH = len("+\n") + 32  # bytes
 _LINE = re.compile(rb"([+-])([0-9a-f]{32})")
 _HEAD = re.compile(rb"socketdock journal 1 (\S.*)")
+# After these, what a file had before is still whole.
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class Journal:
-    """One run's connections, in one file."""
+    """This run's connections, in one file.
 
-    def __init__(self, path: Path, instance: str) -> None:
+    What can't be written is kept and written later: a full disk must not stop
+    the relay. Raises `OSError` where the file can't be made.
+    """
+
+    def __init__(self, directory: Path, instance: str) -> None:
+        self.instance = instance
+        self._path = directory / f"{instance.rpartition('/')[2]}{SUFFIX}"
+        self._ids: dict[str, None] = {}
+        self._unwritten = b""  # whole lines
+        self._stale = False  # the file has to be written anew
+        self._retry: asyncio.TimerHandle | None = None
+        self._size = _replace(self._path, instance, ())
+        self._file = _open_to_append(self._path)
+
+    def add(self, connection_id: str) -> None:
+        """A connection's first event is about to leave."""
+        self._ids[connection_id] = None
+        self._append(_line(b"+", connection_id))
+
+    def remove(self, connection_id: str) -> None:
+        """A connection's end has been told, or can't be."""
+        if connection_id in self._ids:
+            del self._ids[connection_id]
+            self._append(_line(b"-", connection_id))
+
+    def close(self) -> None:
+        """Write what was not, and let go; an empty journal leaves no file."""
+        if self._retry is not None:
+            self._retry.cancel()
+        with contextlib.suppress(OSError):
+            self._write()
+        os.close(self._file)
+        if not self._ids:
+            self._path.unlink(missing_ok=True)
+
+    def _append(self, line: bytes) -> None:
+        self._unwritten += line
+        if len(self._unwritten) > MAX_UNWRITTEN:
+            self._stale, self._unwritten = True, b""
+        if self._retry is None or not self._stale:
+            self._try_to_write()
+
+    def _try_to_write(self) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            # Later, whether or not another connection comes or goes.
+            if self._retry is None:
+                logger.error(
+                    "journal %s: %s; what is not written is kept, and written later",
+                    self._path,
+                    error.strerror,
+                )
+                loop = asyncio.get_running_loop()
+                self._retry = loop.call_later(RETRY_INTERVAL, self._on_retry)
+        else:
+            if self._retry is not None:
+                self._retry.cancel()
+                self._retry = None
+                logger.warning("journal %s: all is written again", self._path)
+
+    def _on_retry(self) -> None:
+        assert self._retry is not None
+        self._retry = asyncio.get_running_loop().call_later(
+            RETRY_INTERVAL, self._on_retry
+        )
+        self._try_to_write()
+
+    def _write(self) -> None:
+        """Write all that is not written. Raises `OSError`, and what was there stays."""
+        if not self._stale:
+            self._write_lines()
+            if self._size <= max(COMPACT_ABOVE, 4 * LINE_LENGTH * len(self._ids)):
+                return
+        self._write_anew()
+
+    def _write_lines(self) -> None:
+        if self._unwritten:
+            try:
+                _write_whole(self._file, self._unwritten)
+            except OSError as error:
+                self._stale = error.errno not in _FULL
+                raise
+            self._size += len(self._unwritten)
+            self._unwritten = b""
+
+    def _write_anew(self) -> None:
+        self._size = 0  # if it fails, it is not tried again with the next line
+        self._size = _replace(self._path, self.instance, self._ids)
+        file = _open_to_append(self._path)
+        os.close(self._file)
+        self._file, self._stale, self._unwritten = file, False, b""
+
+
+class DeadRun:
+    """What an earlier run left in its journal.
+
+    The file is open only while something is written to it: there may be more of
+    them than a process may have files.
+    """
+
+    def __init__(self, path: Path, instance: str, ids: Iterable[str]) -> None:
         self.instance = instance
         self._path = path
-        self._ids: dict[str, None] = {}
-        self._file = -1
-        self._size = 0
-
-    @classmethod
-    def create(cls, directory: Path, instance: str) -> "Journal":
-        """A new journal in `directory`, for the run called `instance`."""
-        boot_id = instance.rpartition("/")[2]
-        journal = cls(directory / f"{boot_id}{SUFFIX}", instance)
-        journal._write_anew()
-        return journal
-
-    @classmethod
-    def read(cls, path: Path) -> "Journal | None":
-        """A dead run's journal; None where nothing in it can be used.
-
-        A torn or corrupt one is reported, and a copy of it set aside.
-        """
-        head, *lines = path.read_bytes().split(b"\n")
-        match = _HEAD.fullmatch(head)
-        journal = cls(path, match[1].decode(errors="replace") if match else "")
-        corrupt = match is None or lines[-1:] != [b""]
-        for line in lines[:-1]:
-            entry = _LINE.fullmatch(line)
-            if entry is None:
-                corrupt = True
-            elif entry[1] == b"+":
-                journal._ids[entry[2].decode()] = None
-            else:
-                journal._ids.pop(entry[2].decode(), None)
-        if corrupt:
-            aside = path.with_suffix(f".corrupt-{time.time_ns()}")
-            path.rename(aside)
-            logger.error(
-                "journal %s is torn or corrupt: set aside as %s, %d connections read",
-                path,
-                aside.name,
-                len(journal._ids) if match else 0,
-            )
-            if match is None:
-                return None
-        journal._write_anew()
-        return journal
+        self._ids = dict.fromkeys(ids)
 
     @property
     def ids(self) -> list[str]:
         """Of the connections whose end has not been told, oldest first."""
         return list(self._ids)
 
-    def add(self, connection_id: str) -> None:
-        """A connection's first event is about to leave."""
-        self._ids[connection_id] = None
-        self._append(b"+", connection_id)
-
     def remove(self, connection_id: str) -> None:
-        """A connection's end has been told, or can't be."""
-        if connection_id in self._ids:
-            del self._ids[connection_id]
-            self._append(b"-", connection_id)
-
-    def close(self) -> None:
-        """Done with: an empty journal leaves no file."""
-        os.close(self._file)
-        if not self._ids:
-            self._path.unlink(missing_ok=True)
-
-    def _append(self, sign: bytes, connection_id: str) -> None:
-        line = b"%b%b\n" % (sign, connection_id.encode())
-        self._size += len(line)
+        """A connection's end has been told, or can't be; the last one's file goes."""
+        self._ids.pop(connection_id, None)
         try:
-            os.write(self._file, line)
-            if self._size > max(COMPACT_ABOVE, 4 * len(line) * len(self._ids)):
-                self._write_anew()
-        except OSError as error:  # a full disk must not stop the relay
+            if not self._ids:
+                self._path.unlink(missing_ok=True)
+                return
+            file = _open_to_append(self._path)
+            try:
+                _write_whole(file, _line(b"-", connection_id))
+            finally:
+                os.close(file)
+        except OSError as error:  # the next start tells once more
             logger.error("journal %s: %s", self._path, error.strerror)
-
-    def _write_anew(self) -> None:
-        lines = [f"socketdock journal 1 {self.instance}"]
-        lines += [f"+{connection_id}" for connection_id in self._ids]
-        data = "".join(f"{line}\n" for line in lines).encode()
-        fresh = self._path.with_suffix(".fresh")
-        fresh.write_bytes(data)
-        file = os.open(fresh, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        fresh.rename(self._path)
-        if self._file >= 0:
-            os.close(self._file)
-        self._file, self._size = file, len(data)
 
 
 class StateDirectory:
     """`--state_dir`: this run's journal, and those of dead runs."""
 
     def __init__(self, path: Path, instance: str) -> None:
-        """Raises `OptionError` where it can't be used, or another process does."""
+        """Raises `Unavailable` where it can't be used, or another process does."""
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.dead = list(self._read_dead(path))
-            self.journal = Journal.create(path, instance)
+            self._lock = os.open(
+                path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            )
         except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and hasattr(
-                self, "_lock"
-            ):
-                raise Unavailable(
-                    f"--state_dir={path} is used by another process"
-                ) from None
-            raise Unavailable(f"--state_dir={path}: {error.strerror}") from None
-
-    @staticmethod
-    def _read_dead(path: Path) -> Iterator[Journal]:
-        for found in sorted(path.glob(f"*{SUFFIX}")):
-            if (journal := Journal.read(found)) is not None:
-                yield journal
+            raise _unavailable(path, error) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in path.glob(f"*{FRESH}"):
+                with contextlib.suppress(OSError):
+                    left.unlink()
+            self.dead = list(_read_dead(path))
+            self.journal = Journal(path, instance)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise Unavailable(
+                f"--state_dir={path} is used by another process"
+            ) from None
+        except OSError as error:
+            os.close(self._lock)
+            raise _unavailable(path, error) from None
 
     def close(self) -> None:
         """Free it for another process."""
-        for journal in [self.journal, *self.dead]:
-            with contextlib.suppress(OSError):
-                journal.close()
+        with contextlib.suppress(OSError):
+            self.journal.close()
         os.close(self._lock)
+
+
+def _unavailable(path: Path, error: OSError) -> Unavailable:
+    what, why = error.filename, error.strerror
+    if isinstance(error, FileExistsError):  # of mkdir: there is something else
+        why = os.strerror(errno.ENOTDIR)
+    where = f"--state_dir={path}"
+    if what is not None and os.fspath(what) != os.fspath(path):
+        where += f": {os.fspath(what)}"
+    return Unavailable(f"{where}: {why}")
+
+
+def _read_dead(directory: Path) -> Iterator[DeadRun]:
+    """Read each dead run's journal that names connections, and remove the others.
+
+    One that can't be read is reported, and left as it is: it must not keep the
+    relay from starting.
+    """
+    for path in sorted(directory.glob(f"*{SUFFIX}")):
+        try:
+            run = _read(path)
+            if run is not None and not run.ids:
+                path.unlink()
+        except OSError as error:
+            logger.error("journal %s can't be used: %s", path, error.strerror)
+            continue
+        if run is not None and run.ids:
+            yield run
+
+
+def _read(path: Path) -> DeadRun | None:
+    """A dead run's journal; None where nothing in it can be used.
+
+    A torn or corrupt one is reported, and a copy of it set aside. Raises `OSError`.
+    """
+    head, *lines = _content(path).split(b"\n")
+    match = _HEAD.fullmatch(head)
+    corrupt = match is None or lines[-1:] != [b""]
+    ids: dict[str, None] = {}
+    for line in lines[:-1]:
+        entry = _LINE.fullmatch(line)
+        if entry is None:
+            corrupt = True
+        elif entry[1] == b"+":
+            ids[entry[2].decode()] = None
+        else:
+            ids.pop(entry[2].decode(), None)
+    instance = match[1].decode(errors="replace") if match else ""
+    if corrupt:
+        aside = path.with_suffix(f".corrupt-{time.time_ns()}")
+        path.rename(aside)
+        logger.error(
+            "journal %s is torn or corrupt: set aside as %s, %d connections read",
+            path,
+            aside.name,
+            len(ids) if match else 0,
+        )
+        if match is None:
+            return None
+        try:
+            _replace(path, instance, ids)
+        except OSError:  # not to be forgotten, should this run crash, too
+            aside.rename(path)
+            raise
+    return DeadRun(path, instance, ids)
+
+
+def _content(path: Path) -> bytes:
+    """What a regular file holds; of others nothing is opened that could block."""
+    file = os.open(
+        path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+    )
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    with open(file, "rb") as opened:
+        return opened.read()
+
+
+def _line(sign: bytes, connection_id: str) -> bytes:
+    return b"%b%b\n" % (sign, connection_id.encode())
+
+
+def _replace(path: Path, instance: str, ids: Iterable[str]) -> int:
+    """Write a journal anew, and return its size in bytes.
+
+    Raises `OSError`, and what was there stays.
+    """
+    lines = [f"socketdock journal 1 {instance}\n".encode()]
+    lines += [_line(b"+", connection_id) for connection_id in ids]
+    data = b"".join(lines)
+    fresh = path.with_suffix(FRESH)
+    file = os.open(
+        fresh,
+        os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW,
+        0o666,
+    )
+    try:
+        with open(file, "wb") as opened:
+            opened.write(data)
+        fresh.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            fresh.unlink()  # it takes room
+        raise
+    return len(data)
+
+
+def _open_to_append(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
+def _write_whole(file: int, data: bytes) -> None:
+    """Append all of `data`, or nothing of it. Raises `OSError`."""
+    written = os.write(file, data)
+    if written < len(data):  # as a full disk makes it
+        os.ftruncate(file, os.fstat(file).st_size - written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
