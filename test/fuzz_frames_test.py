@@ -248,7 +248,10 @@ async def converse(url: str, opening: bytes, pieces: list[bytes]) -> bytes:
             writer.write(opening)
             head = await reader.readuntil(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 101 ")
-            writer.writelines(pieces)
+            # Not `writelines`: with nothing but empty pieces it leaves asyncio of
+            # Python 3.12 and 3.13 with data that never leaves, and the EOF behind it.
+            for piece in pieces:
+                writer.write(piece)
             writer.write_eof()
             return await reader.read()
     finally:
