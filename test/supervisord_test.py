@@ -4,19 +4,30 @@ import asyncio
 import contextlib
 import os
 import re
+import shlex
 import signal
 import socket
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import websockets
 from project import copy_project, installation, library
-from service import DEADLINE, RecordingBackend
+from service import DEADLINE, RecordingBackend, eventually
+
+pytestmark = pytest.mark.gen_test(timeout=120)
+
+LONG = 60.0  # seconds for what takes supervisord ten: it waits between its starts
 
 SPAWNED = re.compile(r"spawned: 'socketdock-\d+' with pid (\d+)")
 RUNNING = re.compile(r"socketdock-\d+ entered RUNNING state")
+FATAL = re.compile(r"socketdock-\d+ entered FATAL state")
+# As supervisord writes them, and the relay.
+LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ \S.*|\{.*\}")
 STARTED = re.compile(r"clients at (ws://\S+), callbacks at")
 CALLBACKS = re.compile(r"callbacks at http://127.0.0.1:(\d+),")
 
@@ -31,7 +42,7 @@ class Supervisor:
     async def hears(self, pattern: re.Pattern[str], times: int = 1) -> list[str]:
         """What `pattern` matched, once it was said that many times."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(LONG):
             while len(found := pattern.findall(self.said)) < times:
                 line = await self.process.stdout.readline()
                 assert line, f"supervisord ended: {self.said}"
@@ -57,22 +68,34 @@ def free_ports(number: int) -> int:
             return port
 
 
-def with_processes(conf: Path, number: int) -> Path:
-    """The same file, with so many processes at ports that are free."""
+@pytest.fixture
+def control() -> Iterator[Path]:
+    """Where supervisorctl connects: a short path, since a socket's has 107 bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "control.sock"
+
+
+def adapted(conf: Path, control: Path, number: int = 1) -> Path:
+    """The same file, with so many processes, and with what is free on this machine."""
     text = conf.read_text()
-    for name, value in ("numprocs", number), ("numprocs_start", free_ports(number)):
-        text, times = re.subn(rf"^{name}=\d+$", f"{name}={value}", text, flags=re.M)
+    for name, old, new in (
+        ("numprocs", r"\d+", number),
+        ("numprocs_start", r"\d+", free_ports(number)),
+        ("file", r"/tmp/socketdock-supervisor\.sock", control),
+        ("serverurl", r"unix:///tmp/socketdock-supervisor\.sock", f"unix://{control}"),
+    ):
+        text, times = re.subn(rf"^{name}={old}$", f"{name}={new}", text, flags=re.M)
         assert times == 1, name
-    path = conf.with_name("processes.conf")
+    path = conf.with_name("adapted.conf")
     path.write_text(text)
     return path
 
 
 @contextlib.asynccontextmanager
 async def supervisord(
-    conf: Path, environment: Mapping[str, str]
+    conf: Path, environment: Mapping[str, str], stdout: Any = asyncio.subprocess.PIPE
 ) -> AsyncIterator[Supervisor]:
-    """supervisord with `conf`, in a process group of its own that ends with it."""
+    """supervisord with `conf`, which ends with the block."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -82,7 +105,7 @@ async def supervisord(
         cwd=conf.parent,  # for its pid file
         env={**os.environ, **environment},
         stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
+        stdout=stdout,
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
@@ -104,15 +127,12 @@ async def assert_echoes(url: str) -> None:
 
 
 def checkout(tmp_path: Path, _: Path) -> tuple[Path, dict[str, str]]:
-    """A clone, with the console script where `make run` puts it."""
-    tree = copy_project(tmp_path / "socketdock")
+    """A clone in a path with a space, with the console script of `make run`."""
+    tree = copy_project(tmp_path / "my socketdock")
     script = tree / ".venv" / "bin" / "socketdock"
     script.parent.mkdir(parents=True)
-    script.write_text(
-        f"#!{sys.executable}\n"
-        f"import sys; sys.path.insert(0, {str(tree)!r})\n"
-        "import socketdock; socketdock.main()\n"
-    )
+    command = shlex.join([sys.executable, str(tree / "socketdock.py")])
+    script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     script.chmod(0o755)
     return tree / "conf" / "supervisord.conf", {}
 
@@ -125,14 +145,13 @@ def installed(_: Path, temporary: Path) -> tuple[Path, dict[str, str]]:
 
 
 @pytest.mark.parametrize("place", [checkout, installed])
-@pytest.mark.gen_test
 async def test_starts_relays_restarts_and_stops(
-    io_loop, place, tmp_path, tmp_path_factory
+    io_loop, place, control, tmp_path, tmp_path_factory
 ):
     """An echo, one more after `kill -9` of the relay, and a drain at SIGTERM."""
     conf, environment = place(tmp_path, tmp_path_factory.getbasetemp())
     environment |= {"SOCKETDOCK_BINDPORT": "0"}
-    async with supervisord(with_processes(conf, 1), environment) as supervisor:
+    async with supervisord(adapted(conf, control), environment) as supervisor:
         (pid,) = await supervisor.hears(SPAWNED)
         (url,) = await supervisor.hears(STARTED)
         await assert_echoes(url)
@@ -157,8 +176,7 @@ async def test_starts_relays_restarts_and_stops(
             os.kill(int(pid), 0)
 
 
-@pytest.mark.gen_test
-async def test_processes_share_the_clients_port(io_loop, tmp_path):
+async def test_processes_share_the_clients_port(io_loop, control, tmp_path):
     """Each gets some of them, and is called back at a port of its own."""
     conf, _ = checkout(tmp_path, tmp_path)
     async with RecordingBackend() as backend:
@@ -167,7 +185,7 @@ async def test_processes_share_the_clients_port(io_loop, tmp_path):
             "SOCKETDOCK_BACKEND": "http",
             "SOCKETDOCK_MESSAGEURI": backend.url("message"),
         }
-        async with supervisord(with_processes(conf, 2), environment) as supervisor:
+        async with supervisord(adapted(conf, control, 2), environment) as supervisor:
             url, same = await supervisor.hears(STARTED, 2)
             assert url == same
             assert len(set(await supervisor.hears(CALLBACKS, 2))) == 2
@@ -185,6 +203,68 @@ async def test_processes_share_the_clients_port(io_loop, tmp_path):
             for client in clients:
                 assert await asyncio.wait_for(client.recv(), DEADLINE) == b"back"
                 await client.close()
+
+
+async def test_wrong_option_ends_fatal(io_loop, control, tmp_path):
+    """It is started four times, not for ever; supervisorctl shows it."""
+    conf, environment = checkout(tmp_path, tmp_path)
+    conf = adapted(conf, control)
+    environment |= {"SOCKETDOCK_BINDPORT": "nine"}
+    async with supervisord(conf, environment) as supervisor:
+        await supervisor.hears(FATAL)
+        assert len(SPAWNED.findall(supervisor.said)) == 4
+        assert not RUNNING.search(supervisor.said)
+        assert supervisor.said.count("SOCKETDOCK_BINDPORT must be") == 4
+        status = await asyncio.to_thread(supervisorctl, conf, "status")
+    assert re.search(r"socketdock-\d+ +FATAL", status)
+
+
+def supervisorctl(conf: Path, *words: str) -> str:
+    """What it says; its exit status tells of the processes, too."""
+    return subprocess.run(
+        [sys.executable, "-m", "supervisor.supervisorctl", "-c", str(conf), *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    ).stdout
+
+
+@pytest.mark.parametrize("mode", ["w", "a"], ids=[">", ">>"])
+async def test_no_line_of_the_log_is_overwritten_in_a_file(
+    io_loop, mode, control, tmp_path
+):
+    """supervisord's and the relay's lines are whole, and in order."""
+    conf, environment = checkout(tmp_path, tmp_path)
+    environment |= {"SOCKETDOCK_BINDPORT": "0"}
+    log = tmp_path / "log"
+    log.write_text("from before\n")
+    with log.open(mode) as stdout:
+        async with supervisord(
+            adapted(conf, control), environment, stdout
+        ) as supervisor:
+            await eventually(
+                lambda: RUNNING.search(log.read_text()) is not None, LONG
+            )
+            supervisor.process.terminate()
+            assert await asyncio.wait_for(supervisor.process.wait(), 40) == 0
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if not LINE.fullmatch(line)] == (
+        ["from before"] if mode == "a" else []
+    )
+    text = "\n".join(lines)
+    told = [
+        "supervisord started with pid",
+        "spawned: ",
+        '"message":"SocketDock ',
+        "entered RUNNING state",
+        "received SIGTERM",
+        '"message":"stopped"',
+        "(exit status 0)",
+    ]
+    assert [text.count(words) for words in told] == [1] * len(told)
+    assert sorted(told, key=text.index) == told
 
 
 def test_waits_longer_than_the_drain_before_it_kills(tmp_path):
