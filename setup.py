@@ -35,10 +35,14 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",
-    # Bare names in site-packages: meant for an environment of its own.
+    # Bare names in site-packages: docs/decisions/015-names-in-site-packages.md.
     py_modules=["socketdock", "socketdock_options"],
     packages=["backends", "backends.http", "handlers", "handlers.console"],
-    package_data={"handlers.console": ["page/*"]},
+    package_data={
+        "backends": ["py.typed"],
+        "handlers": ["py.typed"],
+        "handlers.console": ["page/*"],
+    },
     data_files=[
         (
             "share/socketdock/conf",
@@ -76,6 +80,7 @@ setup(
         "test": [
             "pytest>=8,<10",  # pytest-tornado's hook marks are gone from 10 on
             "pytest-tornado==0.8.1",
+            "pytest-xdist>=3.6,<4",  # tests in parallel
             "setuptools>=77,<82",  # pytest-tornado imports pkg_resources
             "websockets>=13",
             "websocket-client>=1.8",

@@ -1,11 +1,11 @@
 """What stands behind the relay: the `Backend` interface, and loading one by name.
 
 A backend is a module of this package (`--backend=http` is `backends.http`), or
-any importable module with a dot in its name (`--backend=mycompany.queue`). It
-has one function, `make_backend(relay)`, which returns a `Backend`, and may
-`tornado.options.define` options of its own at import. With a second function,
-`make_check(relay)`, which returns a `Check`, `socketdock check` looks at what it
-needs, too. To write one:
+any importable module with a dot in its name (`--backend=mycompany.queue`), which
+may be in the current folder. It has one function, `make_backend(relay)`, which
+returns a `Backend`, and may `tornado.options.define` options of its own at import.
+With a second function, `make_check(relay)`, which returns a `Check`,
+`socketdock check` looks at what it needs, too. To write one:
 
     from backends import Backend
 
@@ -24,6 +24,7 @@ import abc
 import asyncio
 import importlib
 import importlib.util
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -395,10 +396,17 @@ def names() -> list[str]:
 def load(name: str) -> ModuleType:
     """Import the backend called `name`, which defines its options.
 
+    A name with a dot is looked for in the current folder, too, after all of
+    Python's path: nothing there can take the place of an installed module.
+
     Raises `OptionError` with one sentence: there is no such module, it can't
     be imported, or it is no backend.
     """
-    module_name = name if "." in name else f"{__name__}.{name}"
+    module_name = name
+    if "." not in name:
+        module_name = f"{__name__}.{name}"
+    elif "" not in sys.path:
+        sys.path.append("")  # the current folder
     try:
         found = importlib.util.find_spec(module_name) is not None
     except ModuleNotFoundError as error:
@@ -411,10 +419,7 @@ def load(name: str) -> ModuleType:
     except Exception as error:
         raise OptionError(_import_failure(name, error)) from error
     if not found:
-        raise OptionError(
-            f"there is no backend {name!r}: choose one of {', '.join(names())},"
-            " or give a module's full name, with a dot"
-        )
+        raise OptionError(f"there is no backend {name!r}: {_where_to_look(name)}")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
@@ -424,6 +429,20 @@ def load(name: str) -> ModuleType:
             f"module {module_name} is no backend: no make_backend() in it"
         )
     return module
+
+
+def _where_to_look(name: str) -> str:
+    """What to write instead of a name that no backend has."""
+    if "." in name:
+        return (
+            f"no module {name} in the current folder or on Python's path"
+            " (PYTHONPATH adds folders to it);"
+            f" the built-in ones are {', '.join(names())}"
+        )
+    return (
+        f"choose one of {', '.join(names())},"
+        " or give a module's full name, with a dot"
+    )
 
 
 def _import_failure(name: str, error: Exception) -> str:

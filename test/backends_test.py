@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import websockets
-from project import copy_project
-from service import DEADLINE, PROJECT, Service, refusal
+from project import copy_project, installation, library
+from service import DEADLINE, PROJECT, Service, ended, refusal
 
 SHOUT = """
     from tornado.options import define, options
@@ -109,6 +110,53 @@ async def test_backend_beside_ours(io_loop, tmp_path):
         assert await answer(service, "hello") == "HELLO!"
 
 
+@pytest.mark.gen_test
+async def test_installed_relay_finds_a_backend_in_the_current_folder(
+    io_loop, elsewhere, tmp_path, tmp_path_factory
+):
+    """The console script's own folder is another one."""
+    prefix = installation(tmp_path_factory.getbasetemp())
+    async with Service(
+        "--backend=company.shout",
+        command=[str(prefix / "bin" / "socketdock")],
+        environment={"PYTHONPATH": library(prefix)},
+        cwd=tmp_path,
+    ) as service:
+        assert await answer(service, "hello") == "HELLO!"
+
+
+def test_current_folder_hides_no_module_of_python_s_path(elsewhere, tmp_path):
+    """It comes last, so a folder that others can write to replaces nothing."""
+    here = tmp_path / "here"
+    write_module(here / "company" / "__init__.py", "")
+    write_module(here / "company" / "shout.py", "raise RuntimeError('from here')")
+    write_module(here / "json.py", "raise RuntimeError('from here')")
+    environment = {"PYTHONPATH": f"{elsewhere['PYTHONPATH']}:{PROJECT}"}
+    checked = ended(
+        "--backend=company.shout",
+        "--version",
+        command=(sys.executable, str(PROJECT / "socketdock.py")),
+        cwd=here,
+        **environment,
+    )
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_current_folder_that_is_gone_is_no_traceback(tmp_path):
+    """A backend is looked for everywhere else."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f'rmdir {shlex.quote(str(gone))}; exec "$@"'
+    started = ended(
+        "--backend=company.shout",
+        command=("sh", "-c", command, "-", sys.executable, f"{PROJECT}/socketdock.py"),
+        cwd=gone,
+    )
+    assert started.returncode == 2
+    (line,) = started.stderr.splitlines()
+    assert "there is no backend 'company.shout'" in line
+
+
 @pytest.mark.parametrize("name", ["nothing", "company.nothing", "nothing.at_all"])
 def test_no_such_backend(name, elsewhere):
     """One sentence that names it and those that are there."""
@@ -116,6 +164,7 @@ def test_no_such_backend(name, elsewhere):
     assert f"there is no backend {name!r}" in line
     assert "http, loopback" in line
     assert "failed to import" not in line
+    assert ("the current folder" in line and "PYTHONPATH" in line) == ("." in name)
 
 
 @pytest.mark.parametrize(

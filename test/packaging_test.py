@@ -1,5 +1,6 @@
 """What is installed is what setup.py says, and nothing else."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -36,7 +37,38 @@ def test_wheel_has_two_modules_and_two_packages_with_all_their_modules(names):
         for file in PROJECT.glob("handlers/console/page/*")
     }
     assert len(page) > 5
-    assert shipped == MODULES | modules | page
+    typed = {f"{package}/py.typed" for package in PACKAGES}
+    assert shipped == MODULES | modules | page | typed
+
+
+def test_types_are_there_for_who_writes_a_backend(tmp_path, tmp_path_factory):
+    """mypy reads those of the installed `backends` (PEP 561)."""
+    prefix = installation(tmp_path_factory.getbasetemp())
+    (tmp_path / "mine.py").write_text(BACKEND)
+    mypy = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir=cache", "mine.py"],
+        cwd=tmp_path,
+        # As mypy finds a package of site-packages, and of no other folder.
+        env={**os.environ, "PYTHONPATH": library(prefix)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert mypy.stdout.splitlines() == [
+        'mine.py:6: error: Argument 1 to "send" of "Connection" has incompatible type'
+        ' "int"; expected "str | bytes"  [arg-type]',
+        "Found 1 error in 1 file (checked 1 source file)",
+    ]
+
+
+BACKEND = """
+from backends import Backend, Connection
+
+class CountBackend(Backend):
+    def message(self, connection: Connection, message: str | bytes) -> None:
+        connection.send(len(message))
+"""
 
 
 def test_wheel_has_the_conf_files(names):
