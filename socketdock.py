@@ -602,6 +602,7 @@ async def serve(log: Log) -> int:
         to_clients.leave
         if options.reuse_port and to_clients is not to_backend
         else lambda: None,
+        settle=backend.drain,
     )
     if collector is not None:
         collector.close()

@@ -342,6 +342,14 @@ class Backend(abc.ABC):
         """
         return None
 
+    async def drain(self, timeout: float) -> int:
+        """Wait until nothing is left that could not be told, after the last disconnect.
+
+        At most `timeout` seconds. Returns how many messages are left all the
+        same, of which nobody will be told: the relay then ends with status 1.
+        """
+        return 0
+
     async def close(self) -> None:
         """Let go of what is open. Called once, after the last disconnect."""
         return None

@@ -7,7 +7,7 @@ waits in the whole process, and when nothing more may be read.
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from http import HTTPStatus
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -218,8 +218,12 @@ class ConnectionMap:
         spread: float,
         timeout: float,
         on_refusing: Callable[[], None] = lambda: None,
+        settle: Callable[[float], Awaitable[int]] | None = None,
     ) -> bool:
         """Close every connection with 1001 and wait for the farewells.
+
+        Then for what they leave behind: `settle`, see `Backend.drain`, is given the
+        seconds that are left, and returns how many messages are cut off.
 
         Handshakes are accepted for `delay` seconds more, then `on_refusing` is
         called; the closes are spread evenly over `spread` seconds, so that clients
@@ -232,26 +236,33 @@ class ConnectionMap:
         on_refusing()
         logger.info("draining %d connections", len(self))
         await self._close_all(spread)
+        deadline = self.loop.time() + timeout
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout_at(deadline):
                 while self._connections or self._farewells:
                     self._changed.clear()
                     await self._changed.wait()
+            drained = True
         except TimeoutError:
-            logger.error(
-                "not drained in %g s: %d connections, %d farewells and %d messages"
-                " are cut off",
-                timeout,
-                len(self._connections),
-                len(self._farewells),
-                self._messages,
-            )
-            for connection in self:
-                connection.abort()
-            for task in list(self._farewells):
-                task.cancel()
-            return False
-        return True
+            drained = False
+        left = 0
+        if settle is not None:
+            left = await settle(max(0.0, deadline - self.loop.time()))
+        if drained and not left:
+            return True
+        logger.error(
+            "not drained in %g s: %d connections, %d farewells and %d messages"
+            " are cut off",
+            timeout,
+            len(self._connections),
+            len(self._farewells),
+            self._messages + left,
+        )
+        for connection in self:
+            connection.abort()
+        for task in list(self._farewells):
+            task.cancel()
+        return False
 
     async def _close_all(self, spread: float) -> None:
         loop = self.loop

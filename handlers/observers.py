@@ -89,6 +89,7 @@ class ObservedBackend(Backend):
         # Asked for as they are: nobody has to know of this wrapper.
         self.called_back = backend.called_back  # type: ignore[method-assign]
         self.reload = backend.reload  # type: ignore[method-assign]
+        self.drain = backend.drain  # type: ignore[method-assign]
         self.close = backend.close  # type: ignore[method-assign]
 
     def condition(self) -> Condition:

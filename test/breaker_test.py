@@ -94,3 +94,34 @@ async def test_late_comer_gets_a_probe_that_nobody_took(io_loop):
     await eventually(lambda: breaker._permit)
     assert breaker.take()
     assert not breaker.take()
+
+
+async def test_probe_that_ends_without_an_outcome_is_not_the_last(io_loop):
+    """Nobody learns what would have become of it: another one goes."""
+    breaker = Breaker(QUICK)
+    fail(breaker, 20, 5)
+    await eventually(breaker.take)
+    breaker.record_nothing()
+    await eventually(breaker.take)
+
+
+async def test_waiter_that_raises_keeps_no_other_from_its_turn(io_loop):
+    """Neither at a probe nor when the breaker closes."""
+    breaker = Breaker(QUICK)
+    fail(breaker, 20, 5)
+    turns: list[str] = []
+
+    def break_down() -> None:
+        raise OverflowError("of its own")
+
+    def probe() -> None:
+        if breaker.take():
+            turns.append("probe")
+
+    breaker.wait(break_down)
+    breaker.wait(probe)
+    await eventually(lambda: turns == ["probe"])
+    breaker.wait(break_down)
+    breaker.wait(probe)
+    breaker.record("someone", away=False)
+    assert turns == ["probe", "probe"]

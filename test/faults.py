@@ -236,10 +236,14 @@ class FaultyBackend(Book):
         if how == "refused":
             await self._serve()
 
-    def release(self) -> None:
-        """Answer every request that is held."""
+    def release(
+        self,
+        chosen: Callable[[Attempt], bool] = lambda attempt: True,
+        reply: Reply = OK,
+    ) -> None:
+        """Answer the requests that are held, or those that are chosen."""
         for connection in list(self.connections):
-            connection.answer_held()
+            connection.answer_held(chosen, reply)
 
     def reply_to(self, attempt: Attempt) -> Reply:
         if self.absence == "503":
@@ -318,10 +322,10 @@ class _BackendConnection(asyncio.Protocol):
             # Not at once: asyncio can't bear a write that fails in here.
             asyncio.get_running_loop().call_soon(self._go_on_forever)
 
-    def answer_held(self) -> None:
-        """Answer with 200 what is unanswered."""
-        if self._attempt is not None:
-            self._answer(OK)
+    def answer_held(self, chosen: Callable[[Attempt], bool], reply: Reply) -> None:
+        """Answer what is unanswered, if it is chosen."""
+        if self._attempt is not None and chosen(self._attempt):
+            self._answer(reply)
 
     def reset(self) -> None:
         """End the connection with RST."""

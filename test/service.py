@@ -90,6 +90,18 @@ class Service:
         if error[0] is None and not killed:
             assert status == 0, "\n".join(self.log)
 
+    @contextlib.asynccontextmanager
+    async def stalled(self, seconds: float) -> AsyncIterator[None]:
+        """Stop it as a suspended machine would, for so long and for the block."""
+        self.process.send_signal(signal.SIGSTOP)
+        state = Path(f"/proc/{self.process.pid}/stat")
+        await eventually(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
+        try:
+            yield
+            await asyncio.sleep(seconds)
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
     @property
     def tracebacks(self) -> list[str]:
         """Lines of the log that begin a traceback."""

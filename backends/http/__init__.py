@@ -5,49 +5,35 @@ A message's way: `HTTPBackend.message` → `event` writes the request →
 """
 
 import asyncio
-import itertools
 import logging
 import re
-from collections.abc import Awaitable, Coroutine
-from functools import partial
+from collections.abc import Awaitable
 from pathlib import Path
 
-import orjson
 from tornado.options import Error as OptionError
 from tornado.options import define, options
 
 from backends import (
-    Attempt,
     Backend,
-    BackendAway,
     BackendError,
     Closure,
     Condition,
     Connection,
     ConnectionRefused,
-    EventName,
     Handshake,
     Outcome,
     Relay,
 )
+from backends.http.attempts import Attempts
 from backends.http.breaker import Breaker, Tripping
 from backends.http.check import HTTPCheck
-from backends.http.client import Answer, Client, Target
-from backends.http.credentials import Credentials, CredentialSources
-from backends.http.delivery import (
-    HELD_AFTER_DISCONNECT,
-    Deliveries,
-    Delivery,
-    Patience,
-    attempt_outcome,
-    backoff,
-    is_away,
-    is_failure,
-    is_success,
-    retry_after,
-)
-from backends.http.event import Event, EventWriter
+from backends.http.client import Client, Target
+from backends.http.credentials import CredentialSources
+from backends.http.delivery import Deliveries, Delivery, Patience
+from backends.http.event import EventWriter
+from backends.http.farewells import Farewell, Farewells
 from backends.http.journal import DeadRun, StateDirectory
+from backends.http.verdicts import Verdicts
 
 logger = logging.getLogger(__name__)
 
@@ -95,16 +81,10 @@ define("breaker_first_probe", default=0.5, metavar="SECONDS",
 define("breaker_last_probe", default=5.0, metavar="SECONDS",
        help="and then in longer and longer intervals, up to this")
 
-DISCONNECT_TIMEOUT = 30.0  # seconds for the answer to a disconnect event
 MAX_FAREWELLS_OF_DEAD_RUNS = 64  # under way at once
 FAREWELLS_TIMEOUT = 2.0  # seconds for those to end at the stop
 RETRY_AFTER = "1"  # seconds; the backend may be back by then
 LOST = Closure(1006, "instance lost", "relay", 0.0)
-MAX_REFUSAL_BODY = 4096  # bytes of a refusal's body that the client gets
-
-# A verdict that is passed on to the client; any other is no verdict.
-REFUSALS = frozenset({401, 403, 404, 429})
-REFUSAL_HEADERS = ("content-type", "www-authenticate", "retry-after")
 
 
 class HTTPBackend(Backend):
@@ -115,74 +95,55 @@ class HTTPBackend(Backend):
     def __init__(
         self,
         relay: Relay,
-        message_target: Target,
-        disconnect_target: Target | None,
-        connect_target: Target | None,
         client: Client,
-        sources: CredentialSources,
-        credentials: Credentials,
-        patience: Patience,
-        handshake_timeout: float,
-        disconnect_timeout: float,
-        breaker: Breaker,
+        deliveries: Deliveries,
+        farewells: Farewells,
+        verdicts: Verdicts,
+        credentials: CredentialSources,
         state: StateDirectory | None = None,
     ) -> None:
-        self._events = EventWriter(relay)
         self._observer = relay.observer
-        self._breaker = breaker
-        self._state = state
-        self._message_target = message_target
-        self._disconnect_target = disconnect_target
-        self._connect_target = connect_target
         self._client = client
         self.descriptors = client.max_connections
-        self._sources = sources
-        self._present(credentials)
-        self._handshake_timeout = handshake_timeout
-        self._disconnect_timeout = disconnect_timeout
-        self._deliveries = Deliveries(
-            client, self._events, breaker, message_target, patience, relay.observer
-        )
+        self._deliveries = deliveries
+        self._events = deliveries.events
+        self._breaker = deliveries.breaker
+        self._farewells = farewells
+        self._verdicts = verdicts
+        self._credentials = credentials
+        self.reload()
+        self._state = state
         # Of connections that have sent a message, by id, until all is told.
         self._by_id: dict[str, Delivery] = {}
-        # Held requests of closed connections, and the farewells of dead runs;
+        # Ends of requests that outlive their connection; awaited by drain(),
         # cancelled by close().
         self._ending: set[asyncio.Task[None]] = set()
         self._stopping = False
+        # Cancelled by close().
         self._telling: asyncio.Task[None] | None = None
         if state is not None:
-            self._telling = self._keep(self._tell_of_dead_runs(state))
+            self._telling = asyncio.create_task(self._tell_of_dead_runs(state))
 
     async def connect(
         self, connection: Connection, handshake: Handshake
     ) -> str | None:
         """Ask `--connecturi`; accepted where there is none."""
-        target = self._connect_target
-        if target is None:
+        if self._verdicts.target is None:
             self._remember(connection.id)
             return None
         if not self._breaker.take():  # it was never asked, so nothing else is told
             raise ConnectionRefused(503, {"retry-after": RETRY_AFTER})
         self._remember(connection.id)
+        event = self._events.connect(connection.id, handshake)
         outcome: Outcome = "failed"
         try:
-            answer = await self._attempt(
-                "connect",
-                connection.id,
-                target,
-                self._events.connect(connection.id, handshake),
-                self._handshake_timeout,
-                keep=True,
-            )
-            if answer.status in REFUSALS:
-                outcome = "refused"
-                self._forget(connection.id)
-                raise verdict_of(answer)
-            if not is_success(answer.status):
-                raise BackendError(f"POST {target}: answered {answer.status}")
-            subprotocol = chosen_subprotocol(answer.body)
+            subprotocol = await self._verdicts.ask(connection.id, event)
             outcome = "delivered"
             return subprotocol
+        except ConnectionRefused:
+            outcome = "refused"
+            self._forget(connection.id)
+            raise
         finally:
             self._observer.ended("connect", connection.id, outcome)
 
@@ -206,120 +167,58 @@ class HTTPBackend(Backend):
         """Post to `--disconnecturi`; held requests end a little later."""
         delivery = self._by_id.get(connection.id)
         if delivery is None:
-            await self._tell(connection, closure, None)
+            await self._say(
+                Farewell(self._events, connection.id, closure, connection.trace)
+            )
             return
         delivery.disconnected = True
-        failures = delivery.failures
+        farewell = Farewell(
+            self._events, connection.id, closure, connection.trace, delivery
+        )
         try:
-            await self._tell(connection, closure, delivery)
+            await self._say(farewell)
         finally:
-            if delivery.holding or delivery.failures != failures:
-                self._keep(self._end_held(connection, closure, delivery, failures))
+            if delivery.holding or delivery.failures != farewell.failures:
+                ending = asyncio.create_task(self._end_held(delivery, farewell))
+                self._ending.add(ending)
+                ending.add_done_callback(self._ending.discard)
             else:
                 del self._by_id[connection.id]
 
-    async def _tell(
-        self, connection: Connection, closure: Closure, delivery: Delivery | None
-    ) -> None:
-        """Deliver the disconnect event; raises `BackendError` if it can't be."""
-        undelivered, refused = closure.undelivered, 0
-        if delivery is not None:
-            undelivered += delivery.undelivered
-            refused = delivery.refused
-        event = self._events.disconnect(
-            connection.id, closure, undelivered, refused, connection.trace
-        )
+    async def _say(self, farewell: Farewell) -> None:
+        """Deliver a disconnect event; raises `BackendError` if it can't be."""
         try:
-            await self._deliver_disconnect(connection.id, event)
+            await self._farewells.say(farewell)
         except BackendError:
             if not self._deliveries.closing:  # else the next start tells
-                self._forget(connection.id)
+                self._forget(farewell.connection_id)
             raise
-        self._forget(connection.id)
+        self._forget(farewell.connection_id)
 
-    async def _deliver_disconnect(self, connection_id: str, event: Event) -> None:
-        if self._disconnect_target is None:
-            return
+    async def _end_held(self, delivery: Delivery, farewell: Farewell) -> None:
+        """Let held requests go; what fails before is delivered all the same."""
         try:
-            refused = await self._retry_disconnect(
-                self._disconnect_target, connection_id, event
-            )
-        except BackendError:
-            if not self._deliveries.closing:  # else the next start tells
-                self._observer.given_up(event.id)
-                self._observer.ended("disconnect", connection_id, "failed")
-            raise
-        if refused is None:
-            self._observer.ended("disconnect", connection_id, "delivered")
-        else:
-            self._observer.ended("disconnect", connection_id, "refused")
-            raise refused
-
-    async def _retry_disconnect(
-        self, target: Target, connection_id: str, event: Event
-    ) -> BackendError | None:
-        """Until it is taken, or refused: then the error for the log is returned.
-
-        Raises `BackendError` where it is given up.
-        """
-        loop = asyncio.get_running_loop()
-        deadline = float("inf")
-        for attempt in itertools.count(1):
-            wait = 0.0
-            if not self._breaker.take():
-                deadline = min(deadline, loop.time() + self._disconnect_timeout)
-                if not await self._turn(deadline):
-                    raise BackendAway(f"POST {target}: the backend is away")
-            try:
-                answer = await self._attempt(
-                    "disconnect", connection_id, target, event, DISCONNECT_TIMEOUT
-                )
-            except BackendError as failure:
-                error = failure
-            else:
-                if is_success(answer.status):
-                    return None
-                error = BackendError(f"POST {target}: answered {answer.status}")
-                if not is_failure(answer.status):
-                    return error
-                wait = retry_after(answer) or 0.0
-            if self._deliveries.closing:
-                raise error
-            deadline = min(deadline, loop.time() + self._disconnect_timeout)
-            left = deadline - loop.time()
-            if left <= 0:
-                raise error
-            await asyncio.sleep(min(left, max(backoff(attempt), wait)))
-        raise AssertionError("it never stops counting")
-
-    def _keep(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
-        return task
-
-    async def _turn(self, deadline: float) -> bool:
-        """Wait for the breaker to let an attempt go; False at the deadline."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def call() -> None:
-            # Taken here: the permit is for whoever is called.
-            if not turn.done() and self._breaker.take():
-                turn.set_result(None)
-
-        self._breaker.wait(call)
-        try:
-            async with asyncio.timeout_at(deadline):
-                await asyncio.shield(turn)
-            return True
-        except TimeoutError:
-            return turn.done()  # the permit may have come with the deadline
+            while await delivery.until_failure(farewell.failures):
+                # The backend may have cleaned up before that message came.
+                farewell = farewell.again()
+                try:
+                    await self._say(farewell)
+                except BackendError as error:
+                    self._log_untold(farewell.connection_id, error)
         finally:
-            self._breaker.leave(call)
+            delivery.end()
+            del self._by_id[farewell.connection_id]
+
+    @staticmethod
+    def _log_untold(connection_id: str, error: BackendError) -> None:
+        logger.error(
+            "connection %s: disconnect not told: %s", connection_id, error,
+            extra={"event": "untold", "connection_id": connection_id},
+        )
 
     def _remember(self, connection_id: str) -> None:
         """Before the first event: a crash from here on is told of at the next start."""
-        if self._state is not None and self._disconnect_target is not None:
+        if self._state is not None and self._farewells.target is not None:
             self._state.journal.add(connection_id)
 
     def _forget(self, connection_id: str) -> None:
@@ -331,21 +230,18 @@ class HTTPBackend(Backend):
         room = asyncio.Semaphore(MAX_FAREWELLS_OF_DEAD_RUNS)
 
         async def tell(run: DeadRun, connection_id: str) -> None:
-            event = self._events.disconnect(
-                connection_id, LOST, 0, 0, None, instance=run.instance
+            farewell = Farewell(
+                self._events, connection_id, LOST, None, instance=run.instance
             )
             try:
                 async with room:
                     if self._stopping:
                         return  # the next start tells
-                    await self._deliver_disconnect(connection_id, event)
+                    await self._farewells.say(farewell)
             except BackendError as error:
                 if self._deliveries.closing:
                     return
-                logger.error(
-                    "connection %s: disconnect not told: %s", connection_id, error,
-                    extra={"event": "untold", "connection_id": connection_id},
-                )
+                self._log_untold(connection_id, error)
             run.remove(connection_id)
 
         async with asyncio.TaskGroup() as telling:
@@ -355,27 +251,6 @@ class HTTPBackend(Backend):
                 )
                 for connection_id in run.ids:
                     telling.create_task(tell(run, connection_id))
-
-    async def _end_held(
-        self,
-        connection: Connection,
-        closure: Closure,
-        delivery: Delivery,
-        failures: int,
-    ) -> None:
-        """Let held requests go; what fails before is delivered all the same."""
-        try:
-            while await delivery.until_failure(failures, HELD_AFTER_DISCONNECT):
-                failures = delivery.failures
-                await delivery.quiet()
-                # The backend may have cleaned up before that message came.
-                await self._tell(connection, closure, delivery)
-        except BackendError as error:
-            logger.error("connection %s: disconnect not told: %s", connection.id, error,
-                         extra={"event": "untold", "connection_id": connection.id})
-        finally:
-            delivery.end()
-            self._by_id.pop(connection.id, None)
 
     def called_back(self, connection: Connection) -> None:
         """A sign of life from the backend of this connection."""
@@ -387,17 +262,21 @@ class HTTPBackend(Backend):
         return Condition(
             self._breaker.open_for(),
             self._breaker.untried,
-            self._deliveries.held,
+            self._deliveries.held.overdue,
             self._client.open,
         )
 
     def reload(self) -> None:
         """Read secrets, headers and certificates: all of them count, or none."""
-        self._present(self._sources.read())
-
-    def _present(self, credentials: Credentials) -> None:
+        credentials = self._credentials.read()
         self._events.present(credentials.headers, credentials.signer)
         self._client.trust(credentials.tls)
+
+    async def drain(self, timeout: float) -> int:
+        """Wait for requests that are held; what fails meanwhile goes again."""
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=timeout)
+        return self._deliveries.held.failed
 
     async def close(self) -> None:
         """Close every connection to the backend.
@@ -406,103 +285,17 @@ class HTTPBackend(Backend):
         next start does not repeat them.
         """
         self._stopping = True
+        tasks = list(self._ending)
         if self._telling is not None:
             await asyncio.wait({self._telling}, timeout=FAREWELLS_TIMEOUT)
-        self._deliveries.closing = True
-        for ending in list(self._ending):
-            ending.cancel()
-        await asyncio.gather(*self._ending, return_exceptions=True)
+            tasks.append(self._telling)
+        self._deliveries.closing = self._farewells.closing = True
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.close()
         if self._state is not None:
             self._state.close()
-
-    async def _attempt(
-        self,
-        name: EventName,
-        connection_id: str,
-        target: Target,
-        event: Event,
-        timeout: float,
-        keep: bool = False,
-    ) -> Answer:
-        """One attempt; the breaker and the observer learn what became of it."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        outcome: Answer | BackendError
-        try:
-            outcome = await self._post(target, event, timeout, keep)
-        except BackendError as error:
-            outcome = error
-        self._breaker.record(connection_id, is_away(outcome))
-        answer = outcome if isinstance(outcome, Answer) else None
-        self._observer.attempted(
-            Attempt(
-                name,
-                connection_id,
-                event.id,
-                event.traceparent,
-                attempt_outcome(outcome),
-                answer.status if answer is not None else None,
-                loop.time() - began,
-                str(target),
-                event.trace,
-            )
-        )
-        if isinstance(outcome, BackendError):
-            raise outcome
-        return outcome
-
-    async def _post(
-        self, target: Target, event: Event, timeout: float, keep: bool
-    ) -> Answer:
-        done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-
-        def on_done(outcome: Answer | BackendError) -> None:
-            if done.done():
-                return
-            if isinstance(outcome, BackendError):
-                done.set_exception(outcome)
-            else:
-                done.set_result(outcome)
-
-        exchange = self._client.post(
-            target,
-            partial(self._events.request, target, event),
-            on_done,
-            timeout=timeout,
-            keep=keep,
-        )
-        try:
-            return await done
-        finally:
-            if not done.done() or done.cancelled():
-                exchange.let_go()
-
-
-def verdict_of(answer: Answer) -> ConnectionRefused:
-    """The backend's no, with what of it the client gets."""
-    return ConnectionRefused(
-        answer.status,
-        {
-            name: answer.headers[name]
-            for name in REFUSAL_HEADERS
-            if name in answer.headers
-        },
-        answer.body[:MAX_REFUSAL_BODY],
-    )
-
-
-def chosen_subprotocol(body: bytes) -> str | None:
-    """The `subprotocol` of a connect answer's JSON body, if there is one."""
-    try:
-        verdict = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return None  # "OK", or nothing: a verdict all the same
-    if not isinstance(verdict, dict) or verdict.get("subprotocol") is None:
-        return None
-    if not isinstance(verdict["subprotocol"], str):
-        raise BackendError("the backend's subprotocol is not a string")
-    return verdict["subprotocol"]
 
 
 def target_of(option: str) -> Target | None:
@@ -568,37 +361,43 @@ def make_backend(relay: Relay) -> HTTPBackend:
     """The backend for `--backend=http`, from the options."""
     message_target, disconnect_target, connect_target = targets_of(relay)
     sources = credential_sources(message_target, disconnect_target, connect_target)
+    client = Client(
+        options.max_backend_connections,
+        options.backend_connect_timeout,
+        options.backend_dead_after,
+    )
+    events = EventWriter(relay)
+    breaker = Breaker(
+        Tripping(
+            options.breaker_window,
+            options.breaker_attempts,
+            options.breaker_share,
+            options.breaker_connections,
+            options.breaker_first_probe,
+            options.breaker_last_probe,
+        )
+    )
+    patience = Patience(
+        options.order_wait,
+        options.max_unanswered,
+        options.backend_timeout or None,
+        options.delivery_timeout,
+        options.max_queued_bytes,
+    )
+    attempts = Attempts(client, events, breaker, relay.observer)
     return HTTPBackend(
         relay,
-        message_target,
-        disconnect_target,
-        connect_target,
-        Client(
-            options.max_backend_connections,
-            options.backend_connect_timeout,
-            options.backend_dead_after,
+        client,
+        Deliveries(client, events, breaker, message_target, patience, relay.observer),
+        Farewells(
+            disconnect_target,
+            attempts,
+            breaker,
+            options.disconnect_timeout,
+            relay.observer,
         ),
+        Verdicts(connect_target, attempts, options.handshake_timeout),
         sources,
-        sources.read(),
-        Patience(
-            options.order_wait,
-            options.max_unanswered,
-            options.backend_timeout or None,
-            options.delivery_timeout,
-            options.max_queued_bytes,
-        ),
-        options.handshake_timeout,
-        options.disconnect_timeout,
-        Breaker(
-            Tripping(
-                options.breaker_window,
-                options.breaker_attempts,
-                options.breaker_share,
-                options.breaker_connections,
-                options.breaker_first_probe,
-                options.breaker_last_probe,
-            )
-        ),
         StateDirectory(Path(options.state_dir), relay.instance)
         if options.state_dir
         else None,

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from backends.http.waiting import Waiters
+
 logger = logging.getLogger(__name__)
 
 BUCKET = 1.0  # seconds; attempts are counted in buckets of the window
@@ -52,7 +54,7 @@ class Breaker:
         self._loop = asyncio.get_running_loop()
         self._tripping = tripping
         self._buckets: deque[_Bucket] = deque()
-        self._line: dict[Callable[[], None], None] = {}
+        self._line = Waiters()
         self._between = 0.0  # seconds until the next probe
         self._probe_timer: asyncio.TimerHandle | None = None
         self._permit = False
@@ -77,13 +79,13 @@ class Breaker:
 
     def wait(self, call: Callable[[], None]) -> None:
         """Stand in line, at its end; `call` is called once."""
-        self._line.setdefault(call)
+        self._line.wait(call)
         if self._probe_timer is None and self._permit:
             self._probe()
 
     def leave(self, call: Callable[[], None]) -> None:
         """Stand in line no more."""
-        self._line.pop(call, None)
+        self._line.leave(call)
 
     def record(self, connection_id: str, away: bool) -> None:
         """An attempt has ended: with an answer or otherwise, or `away`."""
@@ -102,6 +104,11 @@ class Breaker:
                 bucket.connections.add(connection_id)
             if self._is_tripped(now):
                 self._open(now)
+
+    def record_nothing(self) -> None:
+        """An attempt has ended, and nobody knows what would have become of it."""
+        if self.open:
+            self._schedule_probe()  # it may have been the probe
 
     def _bucket(self, now: float) -> _Bucket:
         if not self._buckets or now >= self._buckets[-1].began + BUCKET:
@@ -139,9 +146,7 @@ class Breaker:
         if self._probe_timer is not None:
             self._probe_timer.cancel()
             self._probe_timer = None
-        line, self._line = self._line, {}
-        for call in line:
-            call()
+        self._line.call_all()
 
     def _schedule_probe(self) -> None:
         if self._probe_timer is not None:
@@ -156,7 +161,5 @@ class Breaker:
         self._probe_timer = None
         self._permit = True
         while self._permit and self._line:
-            call = next(iter(self._line))
-            del self._line[call]
-            call()
+            self._line.call_first()
         # With nobody in line, the permit is for whoever comes next.

@@ -135,9 +135,14 @@ class Exchange:
         if on_done is not None:
             on_done(outcome)
 
+    @property
+    def in_line(self) -> bool:
+        """Whether it waits for a connection, for the first time or once more."""
+        return self.connection is None
+
     def let_go(self) -> None:
         """Close the request's connection, or give up its place in the line."""
-        self.on_done = self.on_sent = None
+        self.on_done = self.on_sent = self.write = None
         if self.timer is not None:
             self.timer.cancel()
         if self.connection is not None:
@@ -177,6 +182,7 @@ class Client:
         self.on_starved = on_starved
         self.tls: ssl.SSLContext | None = None
         self.open = 0
+        self.moved_at = float("-inf")  # when a line last moved, on the loop's clock
         self._origins: dict[tuple[str, str, int], _Origin] = {}
         self._closed = False
 
@@ -416,6 +422,7 @@ class _Origin:
         while self.waiting:
             exchange = self.waiting.popleft()
             if exchange.on_done is not None:  # neither timed out nor let go
+                self.client.moved_at = self.client.loop.time()
                 return exchange
         return None
 

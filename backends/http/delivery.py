@@ -8,16 +8,15 @@ before anything else, until `delivery_timeout`.
 """
 
 import asyncio
-import heapq
 import logging
 import random
 import time
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
 from http import HTTPStatus
-from itertools import count
 
 from backends import (
     Attempt,
@@ -27,16 +26,21 @@ from backends import (
     Connection,
     Observer,
 )
+from backends.deadlines import after_reading
 from backends.http.breaker import Breaker
-from backends.http.client import Answer, Client, Exchange, Target
+from backends.http.client import Answer, Client, Target
 from backends.http.event import Event, EventWriter
+from backends.http.held import Held, OverdueLine, Request
+from backends.http.waiting import Line
 
 logger = logging.getLogger(__name__)
 
 IMPATIENT_ORDER_WAIT = 0.1  # seconds, once a backend is known to hold answers
 MIN_BACKOFF = 0.2  # seconds before the first retry, at most
 MAX_BACKOFF = 5.0  # seconds between two retries, at most
+MAX_DOUBLINGS = 16  # beyond MAX_BACKOFF, and far below what overflows
 HELD_AFTER_DISCONNECT = 5.0  # seconds that a held request outlives its connection
+MAX_DATE_LENGTH = 64  # characters; those of RFC 9110, section 5.6.7, have 24 to 33
 
 # A gateway's word for a backend that is away (RFC 9110, section 15.6).
 GATEWAY_FAILURES = frozenset(
@@ -122,40 +126,31 @@ class Deliveries:
         self.url = str(target)
         self.patience = patience
         self.closing = False
-        self.held = self.held_bytes = 0  # of overdue messages, in case that they fail
-        self._numbers = count()
-        # Two limits only, so that each line of waiting requests keeps its order.
+        self.held = Held(patience.max_held_bytes, self.loop)
+        # Two waits only, so that each line of requests keeps its order.
         self._lines = {
             wait: OverdueLine(wait, self.loop)
             for wait in (patience.order_wait, IMPATIENT_ORDER_WAIT)
         }
-        # Overdue requests that may be let go, oldest first; some have ended since.
-        self._expendable: list[tuple[float, int, _Request]] = []
-        client.on_starved = self.let_one_go
+        client.on_starved = self.held.let_one_go
 
-    def line(self, wait: float) -> "OverdueLine":
+    def line(self, wait: float) -> OverdueLine:
         """The requests that become overdue after `wait` seconds."""
         return self._lines[wait]
 
-    def on_expendable(self, request: "_Request") -> None:
-        """An overdue request's backend has shown a sign of life since."""
-        heapq.heappush(
-            self._expendable, (request.sent_at, next(self._numbers), request)
-        )
+    def on_sign_of_life(self, request: Request) -> None:
+        """An overdue request may be let go from now on."""
+        self.held.on_sign_of_life(request)
         if self.client.starved:
-            self.let_one_go()
-
-    def let_one_go(self) -> None:
-        """Let go the oldest overdue request of any connection, if there is one."""
-        while self._expendable:
-            _, _, request = heapq.heappop(self._expendable)
-            if request.is_open:
-                request.delivery.let_go(request)
-                return
+            self.held.let_one_go()
 
 
 class Delivery:
-    """One connection's messages on their way to the backend."""
+    """One connection's messages on their way to the backend.
+
+    A message is in the backlog, or open: an attempt is under way. The latest
+    attempt holds back the next (the gate) until it is overdue or over.
+    """
 
     __slots__ = (
         "_answered",
@@ -165,7 +160,7 @@ class Delivery:
         "_connection",
         "_deliveries",
         "_gate",
-        "_not_before",
+        "_line",
         "_open",
         "_order_wait",
         "_quiet",
@@ -182,29 +177,29 @@ class Delivery:
         self._connection = connection
         self._order_wait = deliveries.patience.order_wait
         # To be sent, in their order: what failed before, then what is new.
-        self._backlog: list[_Request] = []
+        self._backlog: list[Request] = []
         # The latest request sent, while it holds back the next.
-        self._gate: _Request | None = None
-        self._open: dict[_Request, None] = {}  # sent and unanswered
+        self._gate: Request | None = None
+        self._open: dict[Request, None] = {}  # under way, in the order sent
         self._answered = 0  # the highest number that was answered
         self._called_back_at = float("-inf")
-        self._not_before = float("-inf")  # when the backlog may go again
         self._timer: asyncio.TimerHandle | None = None
+        self._line: Line | None = None  # where `_pump` waits to be called
         # Done when nothing waits to be sent, nor holds back the next.
         self._quiet: asyncio.Future[None] | None = None
-        # Done when a request has failed or the last one has ended.
+        # Done when a request has ended, or failed.
         self._changed: asyncio.Future[None] | None = None
         self.failures = 0  # of attempts, so far
         self.number = 0  # of the latest message, from 1
         self.refused = 0
-        # Once the disconnect event has been written, given up messages are
-        # counted here, for when it is sent again.
+        # Once the disconnect event is due, given up messages are counted here:
+        # the client's connection has counted its own by then.
         self.disconnected = False
         self.undelivered = 0
 
     def post(self, event: Event) -> "asyncio.Future[None]":
         """Send the next message; the one after it may follow when it is done."""
-        self._backlog.append(_Request(self, self.number, event))
+        self._backlog.append(Request(self, self.number, event))
         self._pump()
         return self.quiet()
 
@@ -220,18 +215,52 @@ class Delivery:
         """Whether requests are unanswered."""
         return bool(self._open)
 
-    async def until_failure(self, before: int, timeout: float) -> bool:
+    @property
+    def settled(self) -> bool:
+        """Whether no message waits to be sent, nor has failed and is unanswered."""
+        return not (self._busy or self._has_failed_open())
+
+    async def settle(self) -> None:
+        """Wait until each message is answered, given up, or overdue without a failure.
+
+        One that has failed and is held again is awaited for
+        `HELD_AFTER_DISCONNECT` seconds: its answer may be held until the
+        backend is told of the disconnect.
+        """
+        failures = -1
+        while failures != self.failures:
+            while self._busy:
+                await self.quiet()
+            failures = self.failures
+            await self.until_failure(failures, self._has_failed_open)
+
+    @property
+    def _busy(self) -> bool:
+        """Whether a message waits to be sent, or holds back the next."""
+        return bool(self._backlog) or self._gate is not None
+
+    def _has_failed_open(self) -> bool:
+        return any(request.attempts for request in self._open)
+
+    async def until_failure(
+        self, before: int, awaited: Callable[[], object] | None = None
+    ) -> bool:
         """Wait while requests are held; whether `failures` is above `before`.
 
-        At most `timeout` seconds, and not after the first failure.
+        At most for `HELD_AFTER_DISCONNECT` seconds, for those that are `awaited`
+        (default: all), and not after the first failure.
         """
-        try:
-            async with asyncio.timeout(timeout):
-                while self._open and self.failures == before:
-                    self._changed = self._deliveries.loop.create_future()
-                    await self._changed
-        except TimeoutError:
-            pass
+        loop = self._deliveries.loop
+        deadline = loop.time() + HELD_AFTER_DISCONNECT
+        awaits = self._open.__len__ if awaited is None else awaited
+        while awaits() and self.failures == before and loop.time() < deadline:
+            self._changed = loop.create_future()
+            # Judged after reading: the answer may have come during a stall.
+            timer = loop.call_at(deadline, after_reading, loop, self._tell_of_change)
+            try:
+                await self._changed
+            finally:
+                timer.cancel()
         return self.failures != before
 
     def called_back(self) -> None:
@@ -243,107 +272,144 @@ class Delivery:
         self._pump()
 
     def end(self) -> None:
-        """Let go of every request that is still held."""
+        """Forget what is left: every request that is held, and what goes again."""
+        for request in self._backlog:
+            self._deliveries.held.discard(request)
+        self._backlog.clear()
+        self._wait_no_more()
         for request in list(self._open):
             self.let_go(request)
 
-    def let_go(self, request: "_Request") -> None:
+    def let_go(self, request: Request) -> None:
         """Close a request's connection: never retried, and not a failure."""
-        self._forget(request)
+        exchange = request.exchange
+        assert exchange is not None
+        self._end_attempt(request)
+        self._deliveries.held.discard(request)
         self._tell_of_attempt(request, "let_go", None)
         self._deliveries.observer.ended("message", self._connection.id, "let_go")
-        assert request.exchange is not None
-        request.exchange.let_go()
+        exchange.let_go()
+        self._tell_of_change()
         self._pump()
 
     def _pump(self) -> None:
-        """Send what may be sent now, and set the timer for what may not."""
-        now = self._deliveries.loop.time()
+        """Send what may be sent now; else wait for what keeps it back.
+
+        Whatever ends such a wait calls this, and so does a timer: what is too
+        late by then has been given up, see `_judge`.
+        """
+        deliveries = self._deliveries
         while self._backlog and self._gate is None:
-            if now < self._not_before:
-                self._wake_at(self._not_before)
+            now = deliveries.loop.time()
+            head = self._backlog[0]
+            if now < head.not_before:
+                self._wait(head.not_before)
                 return
             if self._has_too_many_open():
                 if not self._let_oldest_go():
-                    self._wait_for_room(now)
+                    self._wait(
+                        self._room_deadline(),
+                        deliveries.held if deliveries.held.full else None,
+                    )
                 return  # letting one go has pumped
-            if not self._deliveries.breaker.take():
-                self._wait_for_breaker(now)
-                break
+            if not deliveries.breaker.take():
+                # The backend is away: that counts like an attempt of one's own.
+                head.failed_at = min(head.failed_at, now)
+                self._wait(self._deadline(), deliveries.breaker)
+                return
             self._send(self._backlog.pop(0), now)
         self._tell_if_quiet()
 
     def _has_too_many_open(self) -> bool:
-        deliveries, patience = self._deliveries, self._deliveries.patience
-        return len(self._open) >= patience.max_unanswered or (
-            bool(self._open) and deliveries.held_bytes >= patience.max_held_bytes
+        deliveries = self._deliveries
+        return bool(self._open) and (
+            len(self._open) >= deliveries.patience.max_unanswered
+            or deliveries.held.full
         )
 
-    def _send(self, request: "_Request", now: float) -> None:
+    def _send(self, request: Request, now: float) -> None:
         deliveries = self._deliveries
+        self._wait_no_more()
         request.began_at = now
         self._gate = request
         self._open[request] = None
-        request.is_open = True
-        request.exchange = deliveries.client.post(
+        exchange = request.exchange = deliveries.client.post(
             deliveries.target,
             partial(deliveries.events.request, deliveries.target, request.event),
             on_done=request.on_done,
             on_sent=request.on_sent,
             timeout=deliveries.patience.backend_timeout,
         )
+        if exchange.in_line:
+            self._wait(self._line_deadline(request))
 
     def _tell_if_quiet(self) -> None:
-        if self._quiet is None or self._backlog or self._gate is not None:
+        if self._quiet is None or self._busy:
             return
         quiet, self._quiet = self._quiet, None
         if not quiet.done():
             quiet.set_result(None)
 
-    def on_sent(self, request: "_Request") -> None:
+    def _tell_of_change(self) -> None:
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
+
+    # What becomes of a request.
+
+    def on_sent(self, request: Request) -> None:
         """The kernel has the whole request: its time runs."""
+        self._wait_no_more()  # for a connection
         request.sent_at = self._deliveries.loop.time()
         self._deliveries.line(self._order_wait).add(request)
 
-    def on_overdue(self, request: "_Request") -> None:
+    def on_overdue(self, request: Request) -> None:
         """No answer in time: the next message may go."""
-        request.overdue = True
-        self._deliveries.held += 1
-        self._deliveries.held_bytes += len(request.event.body)
-        if request.exchange is not None:
-            request.exchange.hold()
+        exchange = request.exchange
+        assert exchange is not None
+        if exchange.in_line:  # its kept connection had ended: it was not sent
+            self._wait(self._line_deadline(request))
+            return
+        exchange.hold()
+        self._deliveries.held.add(request)
         # Whoever took it whole and has not reset it is there.
         self._deliveries.breaker.record(self._connection.id, away=False)
         if self._called_back_at >= request.sent_at:
             self._order_wait = IMPATIENT_ORDER_WAIT
-        self._open_gate(request)
+        self._gate = None
         self._on_sign_of_life()
         self._pump()
 
-    def on_done(self, request: "_Request", outcome: Answer | BackendError) -> None:
+    def on_done(self, request: Request, outcome: Answer | BackendError) -> None:
         """An answer came, or none will."""
-        self._forget(request)
-        self._deliveries.breaker.record(self._connection.id, is_away(outcome))
+        self._end_attempt(request)
         self._tell_of_attempt(
             request,
             attempt_outcome(outcome),
             outcome.status if isinstance(outcome, Answer) else None,
         )
         if isinstance(outcome, BackendError):
-            self._on_failed(request, outcome, None)
+            self._on_failed(request, outcome, 0.0)
         elif is_failure(outcome.status):
-            error = BackendError(
-                f"POST {self._deliveries.target}: answered {outcome.status}"
-            )
-            self._on_failed(request, error, retry_after(outcome))
+            error = self._error(f"answered {outcome.status}")
+            self._on_failed(request, error, retry_after(outcome) or 0.0)
         else:
             self._on_answered(request, outcome.status)
-        if self._changed is not None and not self._changed.done():
-            self._changed.set_result(None)
+        # Others may go on now, but nothing of this connection overtakes what failed.
+        self._deliveries.breaker.record(self._connection.id, is_away(outcome))
+        self._tell_of_change()
         self._pump()
 
+    def _end_attempt(self, request: Request) -> None:
+        """Nothing of the attempt that is over is kept."""
+        request.exchange = None
+        request.leave_line()
+        self._open.pop(request, None)
+        if self._gate is request:
+            self._gate = None
+            self._wait_no_more()  # for a connection
+
     def _tell_of_attempt(
-        self, request: "_Request", outcome: AttemptOutcome, status: int | None
+        self, request: Request, outcome: AttemptOutcome, status: int | None
     ) -> None:
         event = request.event
         self._deliveries.observer.attempted(
@@ -360,7 +426,8 @@ class Delivery:
             )
         )
 
-    def _on_answered(self, request: "_Request", status: int) -> None:
+    def _on_answered(self, request: Request, status: int) -> None:
+        self._deliveries.held.discard(request)
         taken = is_success(status)
         self._deliveries.observer.ended(
             "message", self._connection.id, "delivered" if taken else "refused"
@@ -378,19 +445,25 @@ class Delivery:
             self._answered = request.number
             self._on_sign_of_life()
 
-    def _on_failed(
-        self, request: "_Request", error: BackendError, wait: float | None
-    ) -> None:
-        """Back to the head of the queue, or given up with all behind it."""
+    def _on_failed(self, request: Request, error: BackendError, wait: float) -> None:
+        """Back to the head of the queue, or given up with all behind it.
+
+        `wait` is what the backend asked for, in seconds, for this message.
+        """
         if self._deliveries.closing:
+            self._deliveries.held.discard(request)
             return
         now = self._deliveries.loop.time()
         self.failures += 1
-        request.failed(now)
+        self._deliveries.held.on_failed(request)
+        request.attempts += 1
+        request.failed_at = min(request.failed_at, now)
+        request.sent_at = float("inf")
         insort(self._backlog, request, key=lambda request: request.number)
-        deadline = self._deadline()
-        delay = max(backoff(request.attempts), wait or 0.0)
-        self._not_before = min(now + delay, deadline)
+        request.not_before = min(
+            now + max(backoff(request.attempts), wait),
+            request.failed_at + self._deliveries.patience.delivery_timeout,
+        )
         logger.log(
             logging.WARNING if request.attempts == 1 else logging.DEBUG,
             "connection %s: message %d goes again: %s",
@@ -399,23 +472,18 @@ class Delivery:
             error,
             extra={"connection_id": self._connection.id},
         )
-        if now >= deadline:
+        if now >= self._deadline():
             self._give_up(error)
 
-    def _deadline(self) -> float:
-        """When the message at the head is given up, on the loop's clock."""
-        return (
-            self._backlog[0].failed_at + self._deliveries.patience.delivery_timeout
-        )
-
     def _give_up(self, error: BackendError) -> None:
+        """Give up the message at the head, and all behind it."""
         messages = len(self._backlog)
         for request in self._backlog:
+            self._deliveries.held.discard(request)
             if request.attempts:
                 self._deliveries.observer.given_up(request.event.id)
         self._backlog.clear()
-        self._deliveries.breaker.leave(self._pump)
-        self._not_before = float("-inf")
+        self._wait_no_more()
         if self.disconnected:
             self.undelivered += messages
             self._deliveries.observer.ended(
@@ -424,188 +492,127 @@ class Delivery:
         else:
             self._connection.give_up(error, messages)
 
-    def _forget(self, request: "_Request") -> None:
-        if request.is_open and request.overdue:
-            self._deliveries.held -= 1
-            self._deliveries.held_bytes -= len(request.event.body)
-        request.is_open = False
-        self._open.pop(request, None)
-        self._open_gate(request)
-        if request.line is not None:
-            request.line.discard(request)
-
-    def _open_gate(self, request: "_Request") -> None:
-        if self._gate is request:
-            self._gate = None
+    # Signs of life.
 
     def _on_sign_of_life(self) -> None:
+        held = self._deliveries.held
         for request in list(self._open):
-            if not request.expendable and self._is_expendable(request):
-                request.expendable = True
-                self._deliveries.on_expendable(request)
-
-    def _is_expendable(self, request: "_Request") -> bool:
-        return request.overdue and (
-            self._called_back_at >= request.sent_at or self._answered > request.number
-        )
+            if request.overdue and not held.is_expendable(request) and (
+                self._called_back_at >= request.sent_at
+                or self._answered > request.number
+            ):
+                self._deliveries.on_sign_of_life(request)
 
     def _let_oldest_go(self) -> bool:
         for request in self._open:
-            if self._is_expendable(request):
+            if self._deliveries.held.is_expendable(request):
                 self.let_go(request)
                 return True
         return False
 
-    def _wait_for_breaker(self, now: float) -> None:
-        """The backend is away: that counts like an attempt of one's own."""
-        head = self._backlog[0]
-        head.failed_at = min(head.failed_at, now)
-        deadline = self._deadline()
-        if now >= deadline:
-            self._give_up(
-                BackendAway(f"POST {self._deliveries.target}: the backend is away")
-            )
-        else:
-            self._deliveries.breaker.wait(self._pump)
-            self._wake_at(deadline)
+    # Waits, and their deadlines on the loop's clock.
 
-    def _wait_for_room(self, now: float) -> None:
-        """Too many are unanswered, and the backend gives no sign of life."""
+    def _deadline(self) -> float:
+        """When the message at the head is given up."""
+        return self._backlog[0].failed_at + self._deliveries.patience.delivery_timeout
+
+    def _room_deadline(self) -> float:
+        """When too many have been unanswered for too long."""
         oldest = next(iter(self._open))
-        deadline = oldest.sent_at + self._deliveries.patience.delivery_timeout
-        if now >= deadline:
-            self._give_up(
-                BackendError(
-                    f"POST {self._deliveries.target}: too many are unanswered"
-                )
-            )
-            self._tell_if_quiet()
-        else:
-            self._wake_at(deadline)
+        # Sent as a whole, or it would be the gate.
+        return oldest.sent_at + self._deliveries.patience.delivery_timeout
+
+    def _line_deadline(self, request: Request) -> float:
+        """When no connection to the backend has become free for too long."""
+        since = max(request.began_at, self._deliveries.client.moved_at)
+        return since + self._deliveries.patience.delivery_timeout
+
+    def _wait(self, deadline: float, line: Line | None = None) -> None:
+        """Have `_pump` called at `deadline`, or before by `line`."""
+        if self._timer is not None:
+            self._timer.cancel()
+        loop = self._deliveries.loop
+        self._timer = loop.call_at(deadline, after_reading, loop, self._judge)
+        if self._line is not None and self._line is not line:
+            self._line.leave(self._pump)
+        self._line = line
+        if line is not None:
+            line.wait(self._pump)
+
+    def _wait_no_more(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._line is not None:
+            self._line.leave(self._pump)
+            self._line = None
+
+    def _judge(self) -> None:
+        """A wait may have lasted too long; what had come by then has been read."""
+        if self._timer is None:
+            return  # it has ended meanwhile
+        now, gate = self._deliveries.loop.time(), self._gate
+        if gate is not None:
+            self._judge_line(gate, now)
+        elif self._backlog and now >= self._backlog[0].not_before:
+            if self._has_too_many_open():
+                if now >= self._room_deadline():
+                    self._give_up(self._error("too many are unanswered"))
+            elif self._line is self._deliveries.breaker and now >= self._deadline():
+                self._give_up(self._error("the backend is away"))
+        self._pump()
+
+    def _judge_line(self, gate: Request, now: float) -> None:
+        exchange = gate.exchange
+        assert exchange is not None
+        if not exchange.in_line:
+            return
+        if now < self._line_deadline(gate):
+            self._wait(self._line_deadline(gate))  # the line has moved
+            return
+        self._end_attempt(gate)
+        exchange.let_go()
+        self._deliveries.breaker.record_nothing()
+        insort(self._backlog, gate, key=lambda request: request.number)
+        self._give_up(self._error("no connection became free"))
+
+    def _error(self, why: str) -> BackendError:
+        return BackendError(f"POST {self._deliveries.target}: {why}")
 
     def _done(self) -> "asyncio.Future[None]":
         future: asyncio.Future[None] = self._deliveries.loop.create_future()
         future.set_result(None)
         return future
 
-    def _wake_at(self, when: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._deliveries.loop.call_at(when, self._on_time)
-
-    def _on_time(self) -> None:
-        self._timer = None
-        self._pump()
-
 
 def backoff(attempts: int) -> float:
     """Seconds before the next attempt: exponential, with full jitter."""
-    return random.uniform(0.0, min(MAX_BACKOFF, MIN_BACKOFF * 2 ** (attempts - 1)))
+    doublings = min(attempts - 1, MAX_DOUBLINGS)
+    return random.uniform(0.0, min(MAX_BACKOFF, MIN_BACKOFF * 2**doublings))
 
 
 def retry_after(answer: Answer) -> float | None:
-    """Seconds that Retry-After asks for (RFC 9110, section 10.2.3), or None."""
-    value = answer.headers.get("retry-after", "")
+    """Seconds that Retry-After asks for (RFC 9110, section 10.2.3), or None.
+
+    A date counts from the answer's own Date, since clocks differ. Infinite where
+    a number is beyond all that a float holds.
+    """
+    value = answer.headers.get("retry-after", "").strip()
     if value.isascii() and value.isdigit():
         return float(value)
+    until = seconds_of(value)
+    if until is None:
+        return None
+    now = seconds_of(answer.headers.get("date", ""))
+    return max(0.0, until - (time.time() if now is None else now))
+
+
+def seconds_of(date: str) -> float | None:
+    """An HTTP date (RFC 9110, section 5.6.7) in seconds since 1970, or None."""
+    if len(date) > MAX_DATE_LENGTH:
+        return None
     try:
-        date = parsedate_to_datetime(value)
-    except ValueError:
+        parsed = parsedate_to_datetime(date)
+        return None if parsed.tzinfo is None else parsed.timestamp()
+    except (ValueError, OverflowError, TypeError, IndexError):  # as it likes
         return None
-    if date.tzinfo is None:
-        return None
-    return max(0.0, date.timestamp() - time.time())
-
-
-class _Request:
-    """One message on its way, from before it is sent until it is over."""
-
-    __slots__ = (
-        "attempts",
-        "began_at",
-        "delivery",
-        "event",
-        "exchange",
-        "expendable",
-        "failed_at",
-        "is_open",
-        "line",
-        "number",
-        "overdue",
-        "sent_at",
-    )
-
-    def __init__(self, delivery: Delivery, number: int, event: Event) -> None:
-        self.delivery = delivery
-        self.number = number
-        self.event = event
-        self.exchange: Exchange | None = None
-        self.attempts = 0  # that failed
-        self.failed_at = float("inf")  # the first time, on the loop's clock
-        self.began_at = self.sent_at = float("inf")  # the latest attempt
-        self.is_open = False
-        self.overdue = False
-        self.expendable = False
-        self.line: OverdueLine | None = None
-
-    def failed(self, now: float) -> None:
-        """As before it was sent, but for the failure."""
-        self.attempts += 1
-        self.failed_at = min(self.failed_at, now)
-        self.sent_at = float("inf")
-        self.overdue = self.expendable = False
-
-    def on_sent(self) -> None:
-        self.delivery.on_sent(self)
-
-    def on_overdue(self) -> None:
-        self.delivery.on_overdue(self)
-
-    def on_done(self, outcome: Answer | BackendError) -> None:
-        self.delivery.on_done(self, outcome)
-
-
-class OverdueLine:
-    """Requests that become overdue after the same wait, so in the order sent.
-
-    One timer serves them all: a message that is answered in time costs two
-    operations on a dict.
-    """
-
-    def __init__(self, wait: float, loop: asyncio.AbstractEventLoop) -> None:
-        self._wait = wait
-        self._loop = loop
-        self._requests: dict[_Request, None] = {}
-        self._timer: asyncio.TimerHandle | None = None
-
-    def add(self, request: _Request) -> None:
-        """Call `request.on_overdue()` later, unless it is discarded."""
-        if self._wait == float("inf"):
-            return
-        request.line = self
-        self._requests[request] = None
-        if self._timer is None:
-            self._arm(request)
-
-    def discard(self, request: _Request) -> None:
-        """It was answered in time."""
-        self._requests.pop(request, None)
-        request.line = None
-
-    def _arm(self, first: _Request) -> None:
-        self._timer = self._loop.call_at(
-            first.sent_at + self._wait, self._tick
-        )
-
-    def _tick(self) -> None:
-        self._timer = None
-        now = self._loop.time()
-        while self._requests:
-            request = next(iter(self._requests))
-            if request.sent_at + self._wait > now:
-                self._arm(request)
-                return
-            self.discard(request)
-            request.on_overdue()
-
-

@@ -1,0 +1,91 @@
+"""Single attempts of events that have no order to keep: connect, disconnect."""
+
+import asyncio
+from functools import partial
+
+from backends import Attempt, BackendError, EventName, Observer
+from backends.http.breaker import Breaker
+from backends.http.client import Answer, Client, Target
+from backends.http.delivery import attempt_outcome, is_away
+from backends.http.event import Event, EventWriter
+
+
+class Attempts:
+    """Makes them; the breaker and the observer learn what became of each."""
+
+    def __init__(
+        self, client: Client, events: EventWriter, breaker: Breaker, observer: Observer
+    ) -> None:
+        self._client = client
+        self._events = events
+        self._breaker = breaker
+        self._observer = observer
+
+    async def make(
+        self,
+        name: EventName,
+        connection_id: str,
+        target: Target,
+        event: Event,
+        timeout: float,
+        keep: bool = False,
+    ) -> Answer:
+        """Post `event`, and wait at most `timeout` seconds for the answer.
+
+        With `keep`, it has its headers and body. Raises `BackendError` where
+        there is none.
+        """
+        loop = self._client.loop
+        began = loop.time()
+        outcome: Answer | BackendError
+        try:
+            outcome = await self._post(target, event, timeout, keep)
+        except BackendError as error:
+            outcome = error
+        except asyncio.CancelledError:
+            self._breaker.record_nothing()
+            raise
+        self._breaker.record(connection_id, is_away(outcome))
+        answer = outcome if isinstance(outcome, Answer) else None
+        self._observer.attempted(
+            Attempt(
+                name,
+                connection_id,
+                event.id,
+                event.traceparent,
+                attempt_outcome(outcome),
+                answer.status if answer is not None else None,
+                loop.time() - began,
+                str(target),
+                event.trace,
+            )
+        )
+        if isinstance(outcome, BackendError):
+            raise outcome
+        return outcome
+
+    async def _post(
+        self, target: Target, event: Event, timeout: float, keep: bool
+    ) -> Answer:
+        done: asyncio.Future[Answer] = self._client.loop.create_future()
+
+        def on_done(outcome: Answer | BackendError) -> None:
+            if done.done():
+                return
+            if isinstance(outcome, BackendError):
+                done.set_exception(outcome)
+            else:
+                done.set_result(outcome)
+
+        exchange = self._client.post(
+            target,
+            partial(self._events.request, target, event),
+            on_done,
+            timeout=timeout,
+            keep=keep,
+        )
+        try:
+            return await done
+        finally:
+            if not done.done() or done.cancelled():
+                exchange.let_go()

@@ -1,0 +1,163 @@
+"""Disconnect events: after all that can fail, at the stop too."""
+
+import asyncio
+import re
+import signal
+
+import pytest
+from faults import Attempt, FaultyBackend, Reply, leave, talkers
+from service import Service, eventually
+
+pytestmark = pytest.mark.gen_test(timeout=120)
+
+OK = Reply()
+HELD_THEN_FAILS = Reply(503, delay=0.8, headers=("Retry-After: 2",))
+
+
+def first_fails(reply: Reply):
+    """Answer the first message attempt with `reply`, all else with 200."""
+    asked = []
+
+    def decide(attempt: Attempt) -> Reply:
+        asked.append(attempt.kind)
+        return reply if asked == ["message"] else OK
+
+    return decide
+
+
+def kinds(backend: FaultyBackend) -> list[str]:
+    return [attempt.kind for attempt in backend.attempts]
+
+
+@pytest.mark.parametrize("stop", [False, True])
+async def test_held_message_that_failed_goes_before_the_disconnect_event(io_loop, stop):
+    """Whether the client leaves while it waits for its retry, or SIGTERM comes."""
+    async with FaultyBackend(first_fails(HELD_THEN_FAILS)) as backend:
+        async with Service(*backend.flags(), "--order_wait=0.1") as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say()
+            await eventually(lambda: [a.outcome for a in backend.attempts] == ["503"])
+            if stop:
+                service.process.send_signal(signal.SIGTERM)
+                assert await talker.until_closed() == 1001
+                assert await asyncio.wait_for(service.process.wait(), 60) == 0
+            else:
+                await leave([talker])
+                await backend.wait_for("disconnect", 1)
+    assert kinds(backend) == ["message", "message", "disconnect"]
+    assert [meta["undelivered"] for meta in backend.disconnects().values()] == [0]
+
+
+async def test_message_that_fails_at_the_stop_after_the_disconnect_event(io_loop):
+    """It is delivered before the end, and the disconnect event comes again."""
+    reply = Reply(503, delay=2, headers=("Retry-After: 1",))
+    async with FaultyBackend(first_fails(reply)) as backend:
+        async with Service(*backend.flags(), "--order_wait=0.1") as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say()
+            await eventually(lambda: kinds(backend) == ["message"])
+            service.process.send_signal(signal.SIGTERM)
+            await talker.until_closed()
+            assert await asyncio.wait_for(service.process.wait(), 60) == 0
+    assert kinds(backend) == ["message", "disconnect", "message", "disconnect"]
+    assert backend.numbers() == {talker.name: [0]}
+
+
+async def test_failed_message_that_is_held_again_is_awaited(io_loop):
+    """It has failed once: the disconnect event waits for its answer."""
+    replies = iter([HELD_THEN_FAILS, Reply(delay=1.5)])
+
+    def decide(attempt: Attempt) -> Reply:
+        return next(replies) if attempt.kind == "message" else OK
+
+    async with FaultyBackend(decide) as backend:
+        async with Service(*backend.flags(), "--order_wait=0.1") as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say()
+            await eventually(lambda: [a.outcome for a in backend.attempts] == ["503"])
+            await leave([talker])
+            await eventually(lambda: len(backend.attempts) == 2)
+            await backend.wait_for("disconnect", 1)
+            assert [a.outcome for a in backend.attempts[:2]] == ["503", "200"]
+    assert kinds(backend) == ["message", "message", "disconnect"]
+
+
+async def test_message_that_is_held_for_ever_delays_the_disconnect_for_seconds(io_loop):
+    """It has failed before, and a backend may hold it until it is told of the end."""
+    replies = iter([HELD_THEN_FAILS, Reply(fault="hold")])
+
+    def decide(attempt: Attempt) -> Reply:
+        return next(replies) if attempt.kind == "message" else OK
+
+    async with FaultyBackend(decide) as backend:
+        async with Service(*backend.flags(), "--order_wait=0.1") as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say()
+            await eventually(lambda: [a.outcome for a in backend.attempts] == ["503"])
+            await leave([talker])
+            await backend.wait_for("disconnect", 1, 30)
+            backend.release()
+    assert kinds(backend) == ["message", "message", "disconnect"]
+
+
+async def test_given_up_after_the_client_has_left_is_counted(io_loop):
+    """A held message that failed, and then its retries until the deadline."""
+    failing = Reply(503, headers=("Retry-After: 1",))
+
+    def decide(attempt: Attempt) -> Reply:
+        if attempt.kind == "disconnect":
+            return OK
+        return HELD_THEN_FAILS if len(backend.attempts) == 1 else failing
+
+    async with FaultyBackend(decide) as backend:
+        flags = ("--order_wait=0.1", "--delivery_timeout=3")
+        async with Service(*backend.flags(), *flags) as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say()
+            await eventually(lambda: [a.outcome for a in backend.attempts] == ["503"])
+            await leave([talker])
+            await backend.wait_for("disconnect", 1)
+    assert kinds(backend)[-1] == "disconnect"
+    assert [meta["undelivered"] for meta in backend.disconnects().values()] == [1]
+
+
+async def test_failed_message_that_is_cut_off_at_the_stop_is_told(io_loop):
+    """In the log's count, and by exit status 1; also after its disconnect event."""
+
+    def decide(attempt: Attempt) -> Reply:
+        if attempt.kind == "disconnect":
+            return OK
+        if len(backend.attempts) == 1:
+            return Reply(503, delay=1.5)
+        return Reply(503)
+
+    async with FaultyBackend(decide) as backend:
+        flags = ("--order_wait=0.1", "--drain_timeout=4")
+        async with Service(*backend.flags(), *flags) as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say()
+            await eventually(lambda: kinds(backend) == ["message"])
+            service.process.send_signal(signal.SIGTERM)
+            await talker.until_closed()
+            assert await asyncio.wait_for(service.process.wait(), 60) == 1
+            (line,) = [line for line in service.log if "not drained" in line]
+            assert re.search(r" and 1 messages are cut off", line)
+    assert kinds(backend)[:2] == ["message", "disconnect"]
+
+
+async def test_answers_that_are_only_held_do_not_fail_the_stop(io_loop):
+    """They are let go, as always: status 0, also where --drain_timeout is short."""
+
+    def decide(attempt: Attempt) -> Reply:
+        return Reply(fault="hold") if attempt.kind == "message" else OK
+
+    async with FaultyBackend(decide) as backend:
+        flags = ("--order_wait=0.1", "--drain_timeout=2")
+        async with Service(*backend.flags(), *flags) as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say(3)
+            await eventually(lambda: len(backend.attempts) == 3)
+            service.process.send_signal(signal.SIGTERM)
+            await talker.until_closed()
+            assert await asyncio.wait_for(service.process.wait(), 60) == 0
+    assert {a.outcome for a in backend.attempts} == {"let go", "200"}

@@ -1,0 +1,185 @@
+"""Held answers: what is kept for them, and who waits for them to end."""
+
+import asyncio
+import json
+
+import pytest
+from faults import Attempt, FaultyBackend, Reply, Talker, leave, memory, talkers
+from service import DEADLINE, RecordingBackend, Service, eventually
+
+from backends.http.held import OverdueLine
+
+pytestmark = pytest.mark.gen_test(timeout=120)
+
+MIB = 2**20
+HOLD = Reply(fault="hold")
+OK = Reply()
+
+
+def number_of(attempt: Attempt) -> int:
+    """Which message of a `Talker` it is, counted from 0."""
+    return int(attempt.event["message"].split()[1])
+
+
+async def held(service: Service) -> int:
+    """How many messages the relay says are held."""
+    async with RecordingBackend() as caller:
+        answer = await caller.call(f"{service.callback_url}/status", "GET")
+    return json.loads(answer.body)["backend"]["held"]
+
+
+async def until_held(service: Service, number: int) -> None:
+    """Wait until so many messages are held."""
+    async with asyncio.timeout(DEADLINE):
+        while await held(service) != number:
+            await asyncio.sleep(0.05)
+
+
+async def test_nothing_is_kept_of_held_answers_that_have_ended(io_loop):
+    """300 messages of 200 kB, five times: memory is as after the first time."""
+    clients, each = 20, 15
+
+    def decide(attempt: Attempt) -> Reply:
+        # The last one's answer is a sign of life for those before it.
+        is_last = attempt.kind == "message" and number_of(attempt) == each - 1
+        return OK if is_last or attempt.kind == "disconnect" else HOLD
+
+    async with FaultyBackend(decide) as backend:
+        async with Service(*backend.flags(), "--order_wait=0.05") as service:
+
+            async def converse(turn: int, index: int) -> None:
+                padding = " " + "x" * 200_000
+                name = f"{turn}-{index}"
+                talker = await Talker(service.ws_url, name, padding=padding).connect()
+                await talker.say(each)
+                await eventually(lambda: len(backend.numbers()[name]) == 1, 60)
+                await leave([talker])
+
+            after = []
+            for turn in range(5):
+                await asyncio.gather(*(converse(turn, i) for i in range(clients)))
+                await backend.wait_for("disconnect", clients * (turn + 1))
+                backend.release()
+                await until_held(service, 0)
+                after.append(memory(service.process.pid))
+                backend.attempts.clear()
+                backend.accepted.clear()
+            assert after[-1] - after[0] < 100 * MIB
+
+
+@pytest.mark.parametrize("how", ["answered", "let go"])
+async def test_who_waits_for_held_bytes_goes_on_when_they_go(io_loop, how):
+    """At once, not at a deadline."""
+    async with FaultyBackend(lambda attempt: HOLD) as backend:
+        flags = ("--order_wait=0.1", "--max_queued_bytes=250000")
+        flags += ("--max_message_size=250000",)
+        async with Service(*backend.flags("message"), *flags) as service:
+            padding = " " + "x" * 100_000
+            many, one = [
+                await Talker(service.ws_url, name, padding=padding).connect()
+                for name in ("many", "one")
+            ]
+            await many.say(3)  # the third reaches the bound
+            await until_held(service, 3)
+            await one.say(2)
+            await until_held(service, 4)
+            assert len(backend.attempts) == 4
+            if how == "answered":
+                backend.release(lambda a: a.event["message"].startswith("many "))
+            else:
+                await leave([many])  # 5 s after its disconnect event
+            await eventually(lambda: len(backend.attempts) == 5)
+            assert number_of(backend.attempts[-1]) == 1
+            assert one.is_open
+            backend.release()
+            await eventually(lambda: sorted(backend.numbers()["one"]) == [0, 1])
+            await leave([one])
+
+
+async def test_request_that_is_sent_again_at_once_is_counted_once(io_loop):
+    """Its kept connection ended, when the wait had become shorter meanwhile."""
+
+    def decide(attempt: Attempt) -> Reply:
+        if number_of(attempt) == 0:
+            return Reply(delay=0.3)  # two at once: two connections are kept
+        if number_of(attempt) == 2 and len(backend.attempts) == 4:
+            return Reply(fault="reset", delay=0.5)
+        return HOLD
+
+    async with FaultyBackend(decide) as backend, RecordingBackend() as caller:
+        async with Service(*backend.flags("message")) as service:
+            clients = await talkers(service.ws_url, 2)
+            await asyncio.gather(*(client.say() for client in clients))
+            await backend.wait_for("message", 2)
+            talker = clients[0]
+            await talker.say(2)
+            await eventually(lambda: len(backend.attempts) == 4)
+            await caller.call(backend.attempts[3].event["meta"]["send"], body=b"alive")
+            await eventually(lambda: len(backend.attempts) == 5)
+            assert backend.attempts[4].webhook_id == backend.attempts[3].webhook_id
+            await until_held(service, 2)
+            # What else stands in line for longer becomes overdue later than it would.
+            await clients[1].say(1)
+            await until_held(service, 3)
+            backend.release()
+            await until_held(service, 0)
+            await leave(clients)
+
+
+async def test_without_a_connection_or_a_sign_of_life_there_is_a_deadline(io_loop):
+    """All connections are held: --delivery_timeout, then 1013, and it is counted."""
+    async with FaultyBackend(
+        lambda attempt: HOLD if attempt.kind == "message" else OK
+    ) as backend:
+        flags = ("--max_backend_connections=2", "--delivery_timeout=2")
+        async with Service(*backend.flags(), *flags) as service:
+            first = await talkers(service.ws_url, 2, "first")
+            await asyncio.gather(*(client.say() for client in first))
+            await eventually(lambda: len(backend.attempts) == 2)
+            (late,) = await talkers(service.ws_url, 1, "late")
+            await late.say(3)
+            code = await asyncio.wait_for(late.until_closed(), DEADLINE)
+            assert code == 1013
+            assert all(client.is_open for client in first)
+            backend.release()
+            await backend.wait_for("disconnect", 1)
+            (meta,) = backend.disconnects().values()
+            assert (meta["code"], meta["undelivered"]) == (1013, 3)
+            await leave(first)
+
+
+async def test_who_waits_for_a_connection_in_a_line_that_moves_is_not_late(io_loop):
+    """However long it takes: it is no failure of the backend."""
+    async with FaultyBackend(lambda attempt: Reply(delay=0.3)) as backend:
+        flags = ("--max_backend_connections=1", "--delivery_timeout=1")
+        async with Service(*backend.flags("message"), *flags) as service:
+            clients = await talkers(service.ws_url, 10)
+            await asyncio.gather(*(client.say() for client in clients))
+            await backend.wait_for("message", 10)
+            assert all(client.is_open for client in clients)
+            await leave(clients)
+
+
+async def test_one_that_raises_takes_no_neighbor_with_it(io_loop, caplog):
+    """Of requests that become overdue by one timer, each is told."""
+    told = []
+
+    class OneOfMany:
+        def __init__(self, number: int) -> None:
+            self.number = number
+            self.line = None
+            self.sent_at = asyncio.get_running_loop().time()
+
+        def leave_line(self) -> None:
+            pass
+
+        def on_overdue(self) -> None:
+            told.append(self.number)
+            if self.number == 1:
+                raise OverflowError("of its own")
+
+    line = OverdueLine(0.01, asyncio.get_running_loop())
+    for number in range(4):
+        line.add(OneOfMany(number))
+    await eventually(lambda: told == [0, 1, 2, 3])
+    assert caplog.text.count("OverflowError: of its own") == 1
