@@ -28,11 +28,12 @@ from urllib.parse import urlsplit
 from tornado.options import Error as OptionError
 from tornado.options import define, options
 from tornado.routing import Matcher
-from tornado.web import Application, RequestHandler
+from tornado.web import RequestHandler
 
 import backends
 from backends import Backend, Check, Finding, Observer, Relay, Unavailable
 from handlers.admission import Admission
+from handlers.application import RelayApplication
 from handlers.authorization import (
     CallbackTokens,
     OperatorGuard,
@@ -221,7 +222,7 @@ def make_server(
         log_access(method, target, status)
         observer.send_answered(status)
 
-    application = Application(
+    application = RelayApplication(
         routes, default_handler_class=NotFoundHandler, log_function=on_answered
     )
     if websockets_by_tls or options.http_server == "tornado":

@@ -34,6 +34,7 @@ NOT_TOLD = frozenset({
     "sec-websocket-version",
 })
 
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)  # RFC 9110, section 5.6.2
 
 
@@ -51,14 +52,26 @@ def withheld_names(names: Iterable[str]) -> frozenset[str]:
 def told_headers(headers: HTTPHeaders, withheld: frozenset[str]) -> dict[str, str]:
     """The headers for the connect event, by lower-case name, repeated ones joined.
 
-    Without `withheld`, and without those that Connection says are for one hop.
+    Joined by a comma; Cookie by a semicolon, since a comma may be part of a cookie
+    (RFC 6265, section 5.4; RFC 9113, section 8.2.3). Without `withheld`, and without
+    those that Connection says are for one hop.
     """
     for_one_hop = set(members(headers, "Connection"))
     return {
-        name.lower(): ", ".join(headers.get_list(name))
+        name.lower(): ("; " if name == "Cookie" else ", ").join(headers.get_list(name))
         for name in headers
         if name.lower() not in withheld and name.lower() not in for_one_hop
     }
+
+
+def as_uri(text: str) -> str:
+    """A path or query in ASCII: what some clients leave raw is percent-encoded.
+
+    `text` has a character for each byte that came.
+    """
+    if text.isascii():
+        return text
+    return _NOT_ASCII.sub(lambda found: f"%{ord(found[0]):02X}", text)
 
 
 def members(headers: HTTPHeaders, name: str) -> list[str]:

@@ -2,15 +2,30 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any
 
+from tornado.httputil import HTTPHeaders
 from tornado.web import HTTPError, RequestHandler
 
 logger = logging.getLogger(__name__)
 
 PROBLEM_TYPE = "application/problem+json"
+
+# As their standards write them. Case is of no matter, but to some clients.
+SPELLINGS = {
+    "-".join(map(str.capitalize, name.split("-"))): name
+    for name in (
+        "ETag",
+        "Sec-WebSocket-Accept",
+        "Sec-WebSocket-Extensions",
+        "Sec-WebSocket-Protocol",
+        "Sec-WebSocket-Version",
+        "WWW-Authenticate",
+    )
+}
 
 
 def problem_document(status: int, detail: str) -> bytes:
@@ -20,11 +35,23 @@ def problem_document(status: int, detail: str) -> bytes:
     return json.dumps(document).encode()
 
 
+class SpeltHeaders(HTTPHeaders):
+    """Headers of an answer, whose names leave as their standards write them."""
+
+    def get_all(self) -> Iterable[tuple[str, str]]:
+        return [
+            (SPELLINGS.get(name, name), value) for name, value in super().get_all()
+        ]
+
+
 class ProblemHandler(RequestHandler):
     """A handler whose errors are `application/problem+json`."""
 
     def set_default_headers(self) -> None:
-        self.clear_header("Server")
+        headers = SpeltHeaders()
+        for name in ("Content-Type", "Date"):  # of Tornado's, all but Server
+            headers[name] = self._headers[name]
+        self._headers = headers
 
     def problem(self, status: int, detail: str) -> None:
         """Finish with `status` and a document with `title`, `status`, `detail`."""

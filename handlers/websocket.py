@@ -33,7 +33,14 @@ from backends import (
 )
 from handlers.connections import ConnectionMap
 from handlers.frames import Close, CloseCode, FrameError
-from handlers.handshake import NOT_TOLD, flaw, is_key, members, told_headers
+from handlers.handshake import (
+    NOT_TOLD,
+    as_uri,
+    flaw,
+    is_key,
+    members,
+    told_headers,
+)
 from handlers.heartbeat import Heartbeat
 from handlers.lifetimes import Lifetimes
 from handlers.logs import tell
@@ -158,7 +165,18 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             connection.id = self._claim.connection_id
         self._connection_id = connection.id
         self.connections.add(connection)
-        no_close = Close(CloseCode.ABNORMAL, "")
+        try:
+            await self._decide(connection, handshake)
+        except BaseException:  # a bug, ours or the backend's, which may have said yes
+            if connection.state == "connecting":
+                self._abandon(connection, "relay")
+                self._tell("no_verdict", HTTPStatus.INTERNAL_SERVER_ERROR)
+            raise
+
+    async def _decide(
+        self, connection: "ClientConnection", handshake: Handshake
+    ) -> None:
+        """Ask the backend, and answer the handshake as it says."""
         try:
             subprotocol = await self.backend.connect(connection, handshake)
             if subprotocol is not None and subprotocol not in handshake.subprotocols:
@@ -173,17 +191,12 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         except BackendError as error:
             logger.warning("connection %s has no verdict: %s", connection.id, error,
                            extra={"connection_id": connection.id})
-            connection.end(no_close, "relay")
+            self._abandon(connection, "relay")
             self._tell("no_verdict", HTTPStatus.SERVICE_UNAVAILABLE)
             self.problem(HTTPStatus.SERVICE_UNAVAILABLE, "The backend gave no verdict.")
             return
-        except BaseException:  # a bug in the backend, which may have said yes
-            connection.end(no_close, "relay")
-            self._tell("no_verdict", HTTPStatus.INTERNAL_SERVER_ERROR)
-            raise
         if self._peer_gone or self.request.connection is None:
-            connection.end(no_close, "client")
-            self._tell("left", CLIENT_LEFT)
+            self._leave(connection)
             return
         if subprotocol is None:
             subprotocol = next(
@@ -194,11 +207,19 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         try:
             stream = switch(self, subprotocol)
         except StreamClosedError:
-            connection.end(no_close, "client")
-            self._tell("left", CLIENT_LEFT)
+            self._leave(connection)
             return
         self._tell("opened", HTTPStatus.SWITCHING_PROTOCOLS)
         connection.begin(stream, subprotocol, compression)
+
+    def _leave(self, connection: "ClientConnection") -> None:
+        """The client has gone before it could be told that it may come in."""
+        self._abandon(connection, "client")
+        self._tell("left", CLIENT_LEFT)
+
+    def _abandon(self, connection: "ClientConnection", initiator: Initiator) -> None:
+        """End what never opened, and of which the backend may think that it did."""
+        connection.end(Close(CloseCode.ABNORMAL, ""), initiator)
 
     def _is_acceptable(self) -> bool:
         """Check headers and Origin (RFC 6455, section 4.2.1), then the limits."""
@@ -276,8 +297,10 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         headers = self.request.headers
         return Handshake(
             headers=told_headers(headers, self.policy.withheld_headers),
-            path=self.request.path,
-            query=self.request.query if self._claim is None else self._claim.query,
+            path=as_uri(self.request.path),
+            query=as_uri(
+                self.request.query if self._claim is None else self._claim.query
+            ),
             remote_ip=self.remote_ip,
             subprotocols=subprotocols(headers.get_list("Sec-WebSocket-Protocol")),
             trace=trace if self._span is None else self._span.trace,
@@ -296,7 +319,8 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self.set_status(refused.status)
         self.clear_header("Content-Type")
         for name, value in refused.headers.items():
-            self.set_header(name, value)
+            with contextlib.suppress(ValueError):  # it is no header's value
+                self.set_header(name, value)
         self.finish(refused.body)
 
     def _tell(self, outcome: HandshakeOutcome, status: int) -> None:

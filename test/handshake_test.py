@@ -1,13 +1,14 @@
 """What is malformed in a handshake, row by row; docs/bad-input.md is its table."""
 
 import re
+import textwrap
 from dataclasses import dataclass
 
 import pytest
 from faults import tell
-from service import RecordingBackend, Service
+from service import DEADLINE, RecordingBackend, Service, eventually
 from tornado.ioloop import IOLoop
-from wire import KEY, TEXT, frame, handshake
+from wire import DEFLATE, KEY, TEXT, frame, handshake
 
 pytestmark = pytest.mark.gen_test(timeout=30)
 
@@ -246,6 +247,148 @@ async def test_accept_is_made_of_the_key(io_loop, relay):
     ((status, headers, _),) = heard.answers()
     assert status == 101
     assert headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
+
+ODD = """
+    import sys
+
+    from backends import Backend, ConnectionRefused
+
+    class Unspeakable(str):
+        \"\"\"Equals whatever was offered, and can be in no header.\"\"\"
+
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            return True
+
+    class OddBackend(Backend):
+        async def connect(self, connection, handshake):
+            if handshake.query == "refuse":
+                headers = {"WWW-Authenticate": "a\\x01b", "Retry-After": "7"}
+                raise ConnectionRefused(401, headers, b"no")
+            if handshake.query == "fail":
+                raise KeyError(1)
+            return Unspeakable("a\\nb")
+
+        def message(self, connection, message):
+            pass
+
+        async def disconnect(self, connection, closure):
+            print("told", closure.code, closure.initiator, file=sys.stderr)
+
+    def make_backend(relay):
+        return OddBackend()
+"""
+
+
+async def test_bug_in_a_handshake_leaves_nothing(io_loop, tmp_path):
+    """500, and a disconnect event, since the backend may have said yes.
+
+    The connection counts no more: where one may be open, the next is not refused.
+    """
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "__init__.py").touch()
+    (tmp_path / "odd" / "backend.py").write_text(textwrap.dedent(ODD))
+    environment = {"PYTHONPATH": str(tmp_path)}
+    flags = ("--backend=odd.backend", "--max_connections=1")
+    async with Service(*flags, environment=environment) as service:
+        offer = "Sec-WebSocket-Protocol: a"
+        for number, target in enumerate(("/ws", "/ws?fail", "/ws"), 1):
+            request = handshake(offer, line=f"GET {target} HTTP/1.1")
+            heard = await tell(service.ws_url, request, answers=1, deadline=DEADLINE)
+            ((status, headers, _),) = heard.answers()
+            assert status == 500
+            assert headers["content-type"] == "application/problem+json"
+            await eventually(lambda n=number: service.log.count("told 1006 relay") == n)
+            assert len(service.tracebacks) == number
+        service.log.clear()  # of these bugs
+        # What of a refusal can be passed on, is.
+        request = handshake(line="GET /ws?refuse HTTP/1.1")
+        heard = await tell(service.ws_url, request, answers=1, deadline=DEADLINE)
+        ((status, headers, body),) = heard.answers()
+        assert (status, headers["retry-after"], body) == (401, "7", b"no")
+        assert "www-authenticate" not in headers
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+async def test_headers_are_spelt_as_in_their_standards(io_loop, server):
+    """Some clients compare names with regard to case, whatever HTTP says."""
+    flags = (
+        f"--http_server={server}", "--compression", "--callback_token=0123456789abcdef",
+    )
+    async with Service(*flags) as service:
+        heard = await tell(
+            service.ws_url,
+            handshake("Sec-WebSocket-Protocol: a", *DEFLATE),
+            answers=1,
+            deadline=DEADLINE,
+        )
+        for name in ("Accept", "Protocol", "Extensions"):
+            assert f"\r\nSec-WebSocket-{name}: ".encode() in heard.data
+        assert heard.data.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
+        assert b"\r\nUpgrade: websocket\r\n" in heard.data
+        assert b"\r\nConnection: Upgrade\r\n" in heard.data
+        heard = await tell(
+            service.ws_url,
+            instead("Sec-WebSocket-Version: 8"),
+            answers=1,
+            deadline=DEADLINE,
+        )
+        assert b"\r\nSec-WebSocket-Version: 13\r\n" in heard.data
+        get = b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        heard = await tell(service.callback_url, get, answers=1, deadline=DEADLINE)
+        assert b"\r\nWWW-Authenticate: Bearer" in heard.data
+
+
+async def test_raw_bytes_of_a_query_are_told_percent_encoded(io_loop):
+    """UTF-8 as some clients leave it, and any other byte: the event has ASCII."""
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), "--http_server=tornado") as service:
+            for query, told in [
+                ("name=J\xc3\xbcrgen", "name=J%C3%BCrgen"),
+                ("\xff=%41", "%FF=%41"),
+            ]:
+                heard = await tell(
+                    service.ws_url, asking(f"/ws?{query}"), answers=1, deadline=DEADLINE
+                )
+                assert heard.statuses == [101], query
+                assert backend.of("connect")[-1]["meta"]["query"] == told
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+async def test_query_is_passed_on_as_it_came(io_loop, server):
+    """However many fields it has."""
+    async with RecordingBackend() as backend:
+        flags = (*backend.flags(), f"--http_server={server}")
+        async with Service(*flags) as service:
+            for query in ("a=b&" * 5000, "&" * 60_000, "a=%zz&b=%00;c", "?a?"):
+                heard = await tell(
+                    service.ws_url, asking(f"/ws?{query}"), answers=1, deadline=DEADLINE
+                )
+                assert heard.statuses == [101], query[:20]
+                assert backend.of("connect")[-1]["meta"]["query"] == query
+            many = "&x" * 20_000
+            for method, target, status in [
+                ("GET", "/livez", 200),
+                ("GET", "/readyz", 200),
+                ("GET", "/openapi.json", 200),
+                ("GET", "/nowhere", 404),
+                ("GET", f"/socket/{'0' * 32}", 410),
+                ("POST", f"/socket/{'0' * 32}/send", 410),
+                ("GET", "/console/connections", 200),
+            ]:
+                url = f"{service.callback_url}{target}?type=text{many}"
+                assert (await backend.call(url, method)).code == status, target
+
+
+async def test_cookies_are_joined_as_cookies(io_loop, relay):
+    """Several lines of it, as HTTP/2 makes them, are one list of cookies."""
+    request = handshake("Cookie: a=1; b=2,3", "X-Other: 1", "cookie: c=4", "X-Other: 2")
+    assert await relay.status(request) == 101
+    headers = relay.backend.of("connect")[-1]["meta"]["headers"]
+    assert headers["cookie"] == "a=1; b=2,3; c=4"
+    assert headers["x-other"] == "1, 2"
 
 
 GOOD = {

@@ -1,0 +1,93 @@
+"""Tornado's Application, which leaves a query alone until a handler asks for it.
+
+Tornado parses each query as it makes the request, and refuses one with many
+fields before a route could answer. A handshake's query is the backend's to read.
+"""
+
+from collections.abc import Awaitable
+from functools import cached_property
+
+from tornado.escape import parse_qs_bytes
+from tornado.httputil import (
+    HTTPConnection,
+    HTTPHeaders,
+    HTTPMessageDelegate,
+    HTTPServerRequest,
+    RequestStartLine,
+    ResponseStartLine,
+)
+from tornado.web import Application
+
+
+class RelayApplication(Application):
+    """Routes requests of any query."""
+
+    def start_request(
+        self, server_conn: object, request_conn: HTTPConnection
+    ) -> HTTPMessageDelegate:
+        return _Routing(self, server_conn, request_conn)
+
+
+class RequestWithQuery(HTTPServerRequest):
+    """A request whose `query_arguments` are parsed when they are asked for."""
+
+    def __init__(
+        self,
+        start_line: RequestStartLine,
+        headers: HTTPHeaders,
+        connection: HTTPConnection,
+        server_connection: object,
+    ) -> None:
+        path, _, query = start_line.path.partition("?")
+        super().__init__(
+            start_line=start_line._replace(path=path),
+            headers=headers,
+            connection=connection,
+            server_connection=server_connection,
+        )
+        self.uri = start_line.path
+        self.query = query
+        del self.query_arguments  # which are those of no query
+
+    @cached_property
+    def query_arguments(self) -> dict[str, list[bytes]]:  # type: ignore[override]
+        """Values by name; each is kept, the empty ones, too."""
+        return parse_qs_bytes(self.query, keep_blank_values=True)
+
+
+class _Routing(HTTPMessageDelegate):
+    """Finds the handler of one request, and hands on to it."""
+
+    def __init__(
+        self,
+        application: Application,
+        server_connection: object,
+        connection: HTTPConnection,
+    ) -> None:
+        self._application = application
+        self._server_connection = server_connection
+        self._connection = connection
+        self._handler: HTTPMessageDelegate
+
+    def headers_received(
+        self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
+    ) -> Awaitable[None] | None:
+        assert isinstance(start_line, RequestStartLine)
+        kind = RequestWithQuery if "?" in start_line.path else HTTPServerRequest
+        request = kind(
+            start_line=start_line,
+            headers=headers,
+            connection=self._connection,
+            server_connection=self._server_connection,
+        )
+        self._handler = self._application.find_handler(request)
+        return self._handler.headers_received(start_line, headers)
+
+    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
+        return self._handler.data_received(chunk)
+
+    def finish(self) -> None:
+        self._handler.finish()
+
+    def on_connection_close(self) -> None:
+        self._handler.on_connection_close()
