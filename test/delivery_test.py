@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import pytest
 import websockets
+from faults import Attempt, FaultyBackend, Reply, leave, talkers
 from service import (
     DEADLINE,
     RecordingBackend,
@@ -17,7 +18,7 @@ from service import (
 from tornado.web import RequestHandler
 
 from backends.http.client import Answer
-from backends.http.delivery import retry_after
+from backends.http.delivery import MAX_BACKOFF, backoff, retry_after
 
 pytestmark = pytest.mark.gen_test(timeout=90)
 
@@ -523,13 +524,168 @@ async def test_handshakes_probe_too(io_loop):
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [("3", 3.0), ("²", None), ("", None), ("soon", None), ("-1", None)],
+    [("3", 3.0), (" 3\t", 3.0), ("²", None), ("", None), ("soon", None), ("-1", None)],
 )
 async def test_retry_after_is_seconds_or_a_date(io_loop, value, seconds):
     """What is neither is as if it were not there."""
     assert retry_after(Answer(503, {"retry-after": value}, b"")) == seconds
     past = Answer(503, {"retry-after": "Fri, 01 Jan 2021 00:00:00 GMT"}, b"")
     assert retry_after(past) == 0.0
+
+
+FAR = "Thu, 01 Jan 99999999999999999999 00:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        FAR,
+        "Thu, 01 Jan 0000 00:00:00 GMT",
+        "Thu, 99999999999999999999 Jan 2026 00:00:00 GMT",
+        "Thu, 01 Jan 2026 99999999999999999999:00:00 GMT",
+        "Thu, 01 Jan 2026 00:00:00 +99999999999999999999",
+        "Thu, 01 Jan 0001 00:00:00 +2359",
+        "Fri, 31 Dec 9999 23:59:59 -2359",
+        "0 0 0 0 0",
+        "Thu,",
+        ", , , , ,",
+        "Jan",
+        "9" * 5000,
+        "Thu, 01 Jan 2026 " + "0" * 60_000,
+    ],
+)
+async def test_no_date_or_number_of_the_backend_is_too_much(io_loop, value):
+    """Whatever stands in Retry-After or Date, there is an answer to it."""
+    wait = retry_after(Answer(503, {"retry-after": value}, b""))
+    assert wait is None or wait >= 0
+    wait = retry_after(Answer(503, {"retry-after": LATER, "date": value}, b""))
+    assert wait is None or wait >= 0
+
+
+LATER = "Thu, 01 Jan 2026 00:00:07 GMT"
+
+
+@pytest.mark.parametrize(
+    ("date", "seconds"),
+    [
+        ("Thu, 01 Jan 2026 00:00:00 GMT", 7.0),
+        ("Thursday, 01-Jan-26 00:00:02 GMT", 5.0),
+        ("Thu, 01 Jan 2026 01:00:00 GMT", 0.0),
+        (" Thu, 01 Jan 2026 00:00:00 GMT ", 7.0),
+    ],
+)
+async def test_retry_after_s_date_counts_from_the_answer_s_own(io_loop, date, seconds):
+    """The backend's clock may differ from ours."""
+    answer = Answer(503, {"retry-after": LATER, "date": date}, b"")
+    assert retry_after(answer) == seconds
+
+
+@pytest.mark.parametrize("attempts", [1, 1025, 10**9])
+async def test_backoff_is_bounded_for_any_number_of_attempts(io_loop, attempts):
+    """Two to the power of it would not be a number."""
+    assert all(0 <= backoff(attempts) <= MAX_BACKOFF for _ in range(100))
+
+
+async def test_event_that_is_told_to_wait_for_ever_is_not_stuck(io_loop):
+    """A message and a disconnect event go again by their deadlines; exit 0."""
+
+    async def fail_once(handler: RequestHandler, event: dict) -> None:
+        kind = "message" if "message" in event else "disconnect"
+        if len(backend.of(kind)) == 1:
+            handler.set_status(503)
+            handler.set_header("Retry-After", FAR)
+
+    async with RecordingBackend() as backend:
+        backend.answers = {"message": fail_once, "disconnect": fail_once}
+        flags = ("--delivery_timeout=2", "--disconnect_timeout=2")
+        async with Service(*backend.flags("message", "disconnect"), *flags) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("x")
+                await backend.wait_for("message", 2)
+            await backend.wait_for("disconnect", 2)
+    first, second = backend.of("disconnect")
+    assert first["meta"]["undelivered"] == second["meta"]["undelivered"] == 0
+
+
+async def test_retry_after_is_not_shortened_by_another_message_s_failure(io_loop):
+    """The first is told 3 s, the second is lost a little later: both wait."""
+    times: list[tuple[int, float]] = []
+
+    def decide(attempt: Attempt) -> Reply:
+        number = int(attempt.event["message"].split()[1])
+        times.append((number, asyncio.get_running_loop().time()))
+        if len(times) > 2:
+            return Reply()
+        if number == 0:
+            return Reply(503, delay=1, headers=("Retry-After: 3",))
+        return Reply(delay=1.5, fault="reset")
+
+    async with FaultyBackend(decide) as backend:
+        async with Service(*backend.flags("message"), "--order_wait=0.1") as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say(2)
+            await backend.wait_for("message", 2)
+            await leave([talker])
+    assert [number for number, _ in times] == [0, 1, 0, 1]
+    told = times[0][1] + 1
+    assert times[2][1] - told >= 3
+
+
+# After a stall.
+
+
+async def test_answer_that_came_during_a_stall_is_in_time(io_loop):
+    """It is read before the request is taken for overdue: nothing overtakes it."""
+    async with FaultyBackend(lambda attempt: Reply(fault="hold")) as backend:
+        async with Service(*backend.flags("message"), "--order_wait=1.5") as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say(2)
+            await eventually(lambda: len(backend.attempts) == 1)
+            async with service.stalled(2):
+                backend.decide = lambda attempt: Reply()
+                backend.release(reply=Reply(503, headers=("Retry-After: 1",)))
+            await backend.wait_for("message", 2)
+            await leave([talker])
+    assert [int(a.webhook_id.rpartition("-")[2]) for a in backend.attempts] == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--max_unanswered=2"], ["--max_backend_connections=2"]]
+)
+async def test_deadline_that_passed_during_a_stall_finds_answers(io_loop, flags):
+    """Those that came meanwhile are signs of life: nobody gets 1013."""
+    async with FaultyBackend(lambda attempt: Reply(fault="hold")) as backend:
+        flags = [*flags, "--order_wait=0.2", "--delivery_timeout=4"]
+        async with Service(*backend.flags("message"), *flags) as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say(3)
+            await eventually(lambda: len(backend.attempts) == 2)
+            async with service.stalled(5):
+                backend.decide = lambda attempt: Reply()
+                backend.release()
+            await backend.wait_for("message", 3)
+            assert talker.is_open
+            await leave([talker])
+
+
+async def test_message_that_failed_during_a_stall_after_its_disconnect(io_loop):
+    """The 5 s for held requests end only when the failure has been read."""
+    async with FaultyBackend() as backend:
+        backend.decide = lambda attempt: Reply(
+            fault="hold" if attempt.kind == "message" else None
+        )
+        async with Service(*backend.flags(), "--order_wait=0.1") as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say()
+            await eventually(lambda: len(backend.attempts) == 1)
+            await leave([talker])
+            await backend.wait_for("disconnect", 1)
+            async with service.stalled(5.5):
+                backend.decide = lambda attempt: Reply()
+                backend.release(reply=Reply(503))
+            await eventually(lambda: len(backend.attempts) == 4)
+    kinds = [attempt.kind for attempt in backend.attempts]
+    assert kinds == ["message", "disconnect", "message", "disconnect"]
 
 
 async def test_held_messages_are_bounded_in_bytes(io_loop):

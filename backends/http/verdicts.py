@@ -1,5 +1,7 @@
 """The backend's verdict on a handshake: what it was asked, and what it said."""
 
+import re
+
 import orjson
 
 from backends import BackendError, ConnectionRefused
@@ -13,6 +15,7 @@ MAX_REFUSAL_BODY = 4096  # bytes of a refusal's body that the client gets
 # A verdict that is passed on to the client; any other is no verdict.
 REFUSALS = frozenset({401, 403, 404, 429})
 REFUSAL_HEADERS = ("content-type", "www-authenticate", "retry-after")
+CONTROLS = re.compile(r"[\x00-\x1f\x7f]+")
 
 
 class Verdicts:
@@ -48,7 +51,8 @@ def verdict_of(answer: Answer) -> ConnectionRefused:
     return ConnectionRefused(
         answer.status,
         {
-            name: answer.headers[name]
+            # As spaces (RFC 9110, section 5.5), where the backend sent some.
+            name: CONTROLS.sub(" ", answer.headers[name]).strip()
             for name in REFUSAL_HEADERS
             if name in answer.headers
         },
