@@ -20,7 +20,9 @@ import secrets
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
@@ -61,6 +63,7 @@ from handlers.health import (
     ReadyHandler,
     Status,
     StatusHandler,
+    probe,
 )
 from handlers.heartbeat import Heartbeat
 from handlers.lifetimes import Lifetimes
@@ -80,6 +83,7 @@ from handlers.offers import subprotocols
 from handlers.openapi import OpenAPIHandler
 from handlers.origins import AllowedOrigins
 from handlers.paths import ClientPaths, Handshakes
+from handlers.process import end_within, leave, open_standard_streams
 from handlers.protocol import Compression
 from handlers.proxies import TrustedProxies
 from handlers.rates import Rates
@@ -128,6 +132,8 @@ define("event_loop", default="auto", metavar="LOOP",
 LOG_FILE = ("log_file_prefix", "log_file_max_size", "log_file_num_backups",
             "log_rotate_mode", "log_rotate_when", "log_rotate_interval")
 CALLBACK_TLS = ("callback_tls_cert", "callback_tls_key", "callback_client_ca")
+END_GRACE = 0.8  # seconds after the drain's time, then whatever is left is cut off
+STOP_REPORT_INTERVAL = 2.0  # seconds
 DESCRIPTORS = 256  # for callbacks under way, the log, and the process itself
 # A name or an address as they stand in a URL, without brackets.
 HOST = re.compile(r"[\w.:-]+", re.ASCII)
@@ -595,6 +601,10 @@ async def serve(log: Log) -> int:
 
     await stop.wait()
     systemd.stopping()
+    longest = options.drain_delay + options.drain_spread + options.drain_timeout
+    end_at = time.monotonic() + longest + END_GRACE
+    hard_end = end_within(longest + END_GRACE, 1)
+    reporting = asyncio.create_task(report_stop(connections, backend))
     drained = await connections.drain(
         options.drain_delay,
         options.drain_spread,
@@ -605,6 +615,10 @@ async def serve(log: Log) -> int:
         else lambda: None,
         settle=backend.drain,
     )
+    reporting.cancel()
+    status = 0 if drained else 1
+    hard_end.cancel()
+    end_within(max(0.0, end_at - time.monotonic()), status)
     if collector is not None:
         collector.close()
     await tail.close()
@@ -619,7 +633,21 @@ async def serve(log: Log) -> int:
     systemd.close()
     log.close()
     logger.info("stopped")
-    return 0 if drained else 1
+    return status
+
+
+async def report_stop(connections: ConnectionMap, backend: Backend) -> None:
+    """Say every few seconds what the stop waits for, until it is cancelled."""
+    while True:
+        await asyncio.sleep(STOP_REPORT_INTERVAL)
+        away = backend.condition().away
+        logger.info(
+            "stopping: %d connections and %d events for the backend%s are waited for;"
+            " a second signal stops at once",
+            len(connections),
+            connections.pending,
+            "" if away is None else f" (away for {away:.0f} s)",
+        )
 
 
 def save_collecting() -> None:
@@ -800,32 +828,80 @@ def _found_wrong(found: list[Finding]) -> Iterator[None]:
         found.append(Finding("error", str(error)))
 
 
-def main() -> None:
-    """The console script `socketdock`."""
-    words = sys.argv[1:]
-    checking = words[:1] == ["check"]
-    if checking:
-        del words[0]
+def health() -> int:
+    """Say whether the relay with these options serves. Returns the exit status."""
+    host = bindable(options.bindip)
+    if is_wildcard(host):
+        host = "::1" if ":" in host else "127.0.0.1"
+    where = f"port {options.bindport} of {host}"
+    if not options.bindport:
+        why: str | None = "--bindport=0 says not where it listens"
+    else:
+        why = probe(host, options.bindport, bool(options.tls_cert))
+    print(f"{where}: {why or 'ok'}")
+    return int(why is not None)
+
+
+def words_of(process: str) -> list[str]:
+    """The relay's command line in a process, without the program's name.
+
+    In a container that is how its health check knows the flags that it was started
+    with. Raises `OptionError`.
+    """
+    try:
+        content = Path("/proc", process, "cmdline").read_bytes()
+    except (OSError, ValueError):
+        raise OptionError(f"--pid={process}: there is no such process") from None
+    words = os.fsdecode(content).split("\0")[:-1]
+    for number, word in enumerate(words):
+        if Path(word).name in ("socketdock", "socketdock.py"):
+            return words[number + 1 :]
+    raise OptionError(f"--pid={process}: it is not SocketDock")
+
+
+def run(command: str, words: list[str]) -> int:
+    """Do what a command asks for. Returns the exit status; raises `OptionError`."""
     if "--version" in words:
         print(f"SocketDock {__version__}")
-        return
+        return 0
+    if {"--help", "-h", "--help-all", "--help_all"} & set(words):
+        load_backends(words, os.environ)
+        print_help(all_options=not {"--help", "-h"} & set(words))
+        return 0
+    if command == "health" and words[:1] and words[0].startswith("--pid="):
+        words = words_of(words[0].removeprefix("--pid=")) + words[1:]
+    warnings = parse_options(words, os.environ)
+    if command == "health":
+        return health()
+    factory = loop_factory(options.event_loop)
+    if command == "check":
+        return asyncio.Runner(loop_factory=factory).run(check(warnings))
+    log = make_log(words, os.environ)
+    for warning in warnings:
+        logger.warning(warning)
+    return asyncio.Runner(loop_factory=factory).run(serve(log))
+
+
+def main() -> None:
+    """The console script `socketdock`."""
+    open_standard_streams()
+    words = sys.argv[1:]
+    command = words.pop(0) if words[:1] in (["check"], ["health"]) else ""
     try:
-        if {"--help", "-h"} & set(words):
-            load_backends(words, os.environ)
-            print_help()
-            return
-        warnings = parse_options(words, os.environ)
-        if checking:
-            sys.exit(asyncio.run(check(warnings)))
-        log = make_log(words, os.environ)
-        for warning in warnings:
-            logger.warning(warning)
-        with asyncio.Runner(loop_factory=loop_factory(options.event_loop)) as runner:
-            status = runner.run(serve(log))
+        status = run(command, words)
     except OptionError as error:
         print(f"socketdock: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, Unavailable) else USAGE_ERROR)
-    sys.exit(status)
+        # Docker knows 0 and 1 only.
+        passing = isinstance(error, Unavailable) or command == "health"
+        status = 1 if passing else USAGE_ERROR
+    except KeyboardInterrupt:  # before there was anything to drain
+        status = 1
+    except BrokenPipeError:  # `head` has seen enough
+        status = 0
+    except OSError as error:  # a full disk, say, which help is printed to
+        print(f"socketdock: {error}", file=sys.stderr)
+        status = 1
+    leave(status)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,31 @@ OTHER_SPELLINGS = {
     "log-level": "logging",
 }
 
+# What --help shows; all others are for few.
+EVERYDAY = frozenset({
+    "allowed_origins", "backend", "bindip", "bindport", "callback_token_file",
+    "callbackip", "callbackport", "config", "connecturi", "disconnecturi",
+    "externalhostandport", "help", "log_format", "logging", "max_message_size",
+    "messageuri", "state_dir", "tls_cert", "tls_key", "trusted_proxies",
+    "webhook_secret_file", "ws_path",
+})
+USAGE = """\
+Usage: socketdock [--option=value ...]
+       socketdock check [--option=value ...]   what would keep it from its work
+       socketdock health [--option=value ...]  whether the relay with these serves
+       socketdock --version | --help | --help-all
+
+Relays WebSocket clients to a backend that speaks only HTTP. An echo server:
+
+    socketdock --bindport=8765
+
+Each message is POSTed to a backend, which answers by callbacks:
+
+    socketdock --backend=http --messageuri=http://127.0.0.1:8000/message
+
+Every option can be set in the environment as SOCKETDOCK_<OPTION>, too, and in the
+file that --config names; the flag beats both."""
+
 ENVIRONMENT_PREFIX = "SOCKETDOCK_"
 # What Kubernetes injects for services called socketdock, socketdock-metrics and so
 # on (kubernetes.io/docs/concepts/services-networking/service/#environment-variables).
@@ -265,12 +290,18 @@ def _is_secret(option: Any) -> bool:
 
 def _nearest(name: str, start: str = "--") -> str:
     """A question for whoever meant another option, in the case of `name`."""
-    known = [option.replace("-", "_") for option in options._options]
-    known += OTHER_SPELLINGS
-    if name.isupper():
-        known = [option.replace("-", "_").upper() for option in known]
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {start}{near[0]}?" if near else ""
+    known = {option.replace("-", "_"): option.replace("-", "_")
+             for option in options._options}
+    known |= {other.replace("-", "_"): other for other in OTHER_SPELLINGS}
+    given = name.lower().replace("-", "_")
+    longer = [option for option in known if option.startswith(f"{given}_")]
+    near = difflib.get_close_matches(given, longer, n=1, cutoff=0.0) or (
+        difflib.get_close_matches(given, known, n=1)
+    )
+    if not near:
+        return ""
+    meant = near[0].upper() if name.isupper() else known[near[0]]
+    return f"; did you mean {start}{meant}?"
 
 
 def _set(name: str, value: Any, where: str) -> Any:
@@ -412,19 +443,20 @@ def limits() -> dict[str, float | str]:
     return {name: "inf" if v == float("inf") else v for name, v in found.items()}
 
 
-def print_help() -> None:
-    """Print every option, grouped by the module that defines it."""
-    print("Usage: socketdock [check] [--option=value ...]\n")
-    print("Relays WebSocket clients to a backend that speaks only HTTP. Every option")
-    print(f"can be set in the environment as {ENVIRONMENT_PREFIX}<OPTION>, too, and in")
-    print("the file that --config names; the flag beats both.")
+def print_help(all_options: bool) -> None:
+    """Print the options that most relays need, or each one by its purpose."""
+    print(USAGE)
     groups: dict[str, list[Any]] = {}
     for option in options._options.values():
-        groups.setdefault(_module_of(option.group_name), []).append(option)
+        everyday = option.name.replace("-", "_") in EVERYDAY
+        if everyday or all_options:
+            module = _module_of(option.group_name) if all_options else "options"
+            groups.setdefault(module, []).append(option)
     for module in sorted(groups, key=lambda name: (name != "socketdock", name)):
-        print(f"\n{module}:\n")
+        print(f"\n{_purpose_of(module)}:\n")
         for option in sorted(groups[module], key=lambda option: option.name):
-            flag = f"--{option.name}" + (f"={option.metavar}" if option.metavar else "")
+            metavar = (option.metavar or "").rstrip("0")  # of "0 or more"
+            flag = f"--{option.name}" + (f"={metavar}" if metavar else "")
             default = "" if option.default in (None, "", []) else (
                 f" [{option.default}]"
             )
@@ -432,6 +464,19 @@ def print_help() -> None:
             print(f"  {flag:<37} {lines[0]}")
             for line in lines[1:]:
                 print(f"{'':40}{line}")
+    if not all_options:
+        print("\n--help-all prints all others, too.")
+
+
+def _purpose_of(module: str) -> str:
+    """The first line of what a module says of itself, and its name."""
+    if module == "options":
+        return "Everyday options"
+    if module == "socketdock":
+        return "The service (socketdock)"
+    told = (getattr(sys.modules.get(module), "__doc__", None) or "").strip()
+    purpose = told.partition("\n")[0].rstrip(".:,")
+    return f"{purpose} ({module})" if purpose else module
 
 
 def _module_of(file_name: str) -> str:

@@ -26,7 +26,7 @@ define("callback_token", multiple=True, metavar="TOKENS",
        help="tokens, one of which each callback must bring (Authorization: "
             "Bearer); several at once, to change them; none: callbacks need none")
 define("callback_token_file", type=str, metavar="PATH",
-       help="file of more of them, one a line; re-read on SIGHUP")
+       help="file of tokens that callbacks must bring, one a line; re-read on SIGHUP")
 
 MIN_TOKEN_LENGTH = 16  # characters; 96 bits where they are random base64
 MAX_TOKEN_FILE = 64 * 1024  # bytes

@@ -1,6 +1,8 @@
 """What probes ask, and what operators see at a glance."""
 
+import http.client
 import json
+import ssl
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -17,6 +19,35 @@ from handlers.problem import ProblemHandler
 define("ready_breaker_timeout", default=0.0, metavar="SECONDS",
        help="/readyz is 503, too, once the backend has been away for that long; "
             "0: whatever the backend does")
+
+
+PROBE_TIMEOUT = 2.0  # seconds for each step of a probe
+
+
+def probe(address: str, port: int, tls: bool) -> str | None:
+    """Ask the relay at an address for `/livez`: why it does not serve, else None.
+
+    Straight, whatever proxy the environment names. Whose certificate it is does
+    not matter: it is asked at an address that it may not name.
+    """
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    connection = (
+        http.client.HTTPSConnection(
+            address, port, timeout=PROBE_TIMEOUT, context=context
+        )
+        if tls
+        else http.client.HTTPConnection(address, port, timeout=PROBE_TIMEOUT)
+    )
+    try:
+        connection.request("GET", "/livez")
+        status = connection.getresponse().status
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    finally:
+        connection.close()
+    return None if status == 200 else f"it answers {status}"
 
 
 class LiveHandler(ProblemHandler):

@@ -13,6 +13,7 @@ import logging.config
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -37,6 +38,7 @@ define("log_config", type=str, metavar="PATH",
 
 MAX_LINE = 16 * 1024  # bytes; Docker and containerd cut longer ones in pieces
 UNFILLED = " (can't be filled in)"  # behind a message with the wrong arguments
+COMPLAINT_INTERVAL = 60.0  # seconds that all was written before there is a new one
 SILENT = logging.CRITICAL + 1  # the level of `none`
 
 # What every record has, and what is not for others; the rest is of its line alone.
@@ -157,6 +159,11 @@ class TextFormatter(LogFormatter):
             record.msg, record.args = _printable(message), None
         return super().format(record)
 
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """In local time, as ISO 8601 has it: 2026-11-25T09:30:00.123+01:00."""
+        local = datetime.fromtimestamp(record.created).astimezone()
+        return local.isoformat(timespec="milliseconds")
+
     def formatException(self, ei: _ExcInfo) -> str:
         return _printable(super().formatException(ei), kept="\n")
 
@@ -189,6 +196,29 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """There is no other place to tell of it."""
+
+
+class Complaint:
+    """Says on stderr that lines can't be written, once while that lasts.
+
+    In place of a handler's `handleError`, which prints a traceback for each line.
+    """
+
+    def __init__(self) -> None:
+        self._failed_at = float("-inf")  # seconds, monotonic
+
+    def __call__(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        failed_at, self._failed_at = self._failed_at, time.monotonic()
+        if self._failed_at - failed_at < COMPLAINT_INTERVAL:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            print(
+                f"socketdock: can't write to the log, lines are lost:"
+                f" {_why(error or ValueError(record.msg))}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def tell(about: logging.Logger, message: str, fields: Mapping[str, Any]) -> None:
@@ -229,10 +259,11 @@ class Log:
         self._path = config
         self._config: dict[str, Any] | None = None
         self._repeats = Repeats()
+        self._complaint = Complaint()
         if config is None:
             _write_to([*channels, *[StderrHandler()] * to_stderr], format_name)
         self._apply()
-        self._count_repeats()
+        self._attach()
         logging.captureWarnings(True)
         logging.getLogger("tornado.general").addFilter(hush_peers)
 
@@ -258,16 +289,19 @@ class Log:
         except Exception as error:  # of whatever class the file names
             if self._config is not None:
                 logging.config.dictConfig(self._config)
-                self._count_repeats()
+                self._attach()
             cause = error.__cause__ or error
             kind = Unavailable if isinstance(cause, OSError) else OptionError
             raise kind(f"--log_config={self._path}: {_why(error)}") from None
         self._config = config
 
-    def _count_repeats(self) -> None:
+    def _attach(self) -> None:
+        """Have each handler count repeats, and complain once when it can't write."""
         for each in (logging.root, *logging.root.manager.loggerDict.values()):
             for handler in getattr(each, "handlers", ()):
                 handler.addFilter(self._repeats)
+                if type(handler).handleError is logging.Handler.handleError:
+                    handler.handleError = self._complaint
 
     def reload(self) -> None:
         """Read the level again, and the file for `logging.config`.
@@ -276,7 +310,7 @@ class Log:
         """
         before = logging.root.level
         settings = self._apply()
-        self._count_repeats()
+        self._attach()
         after = logging.root.level
         if after != before:
             logging.root.setLevel(min(before, after))  # so that it is told

@@ -415,7 +415,7 @@ async def test_no_token_is_ever_shown(io_loop):
                 told += (await ask(service, "GET", path, header)).body
         await eventually(lambda: sum("/nothing" in line for line in service.log) == 2)
     text = subprocess.check_output(
-        [sys.executable, "socketdock.py", tokens, "--help"], cwd=PROJECT, timeout=30
+        [sys.executable, "socketdock.py", tokens, "--help-all"], cwd=PROJECT, timeout=30
     )
     shown = told + text + "\n".join(service.log).encode()
     assert OLD.encode() not in shown

@@ -92,7 +92,7 @@ async def test_its_option_comes_from_the_file_too(io_loop, elsewhere, tmp_path):
 def test_help_lists_the_option_of_the_backend_that_is_asked_for(elsewhere):
     """Under its module's name."""
     text = subprocess.check_output(
-        [sys.executable, "socketdock.py", "--backend=company.shout", "--help"],
+        [sys.executable, "socketdock.py", "--backend=company.shout", "--help-all"],
         cwd=PROJECT,
         env={**os.environ, **elsewhere},
         text=True,

@@ -20,7 +20,10 @@ UNITS = {"SECONDS": "seconds", "BYTES": "bytes", "COUNT": "number"}
 def options_in_help():
     """Name, metavar and default of each option, in the order of --help."""
     text = subprocess.check_output(
-        [sys.executable, "socketdock.py", "--help"], cwd=PROJECT, text=True, timeout=30
+        [sys.executable, "socketdock.py", "--help-all"],
+        cwd=PROJECT,
+        text=True,
+        timeout=30,
     )
     for flag in re.split(r"^  --", text, flags=re.MULTILINE)[1:]:
         words = " ".join(flag.partition("\n\n")[0].split())

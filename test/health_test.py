@@ -2,12 +2,18 @@
 
 import asyncio
 import json
+import re
+import signal
+import socket
 
 import pytest
 import websockets
+import yaml
 from authorization_test import ask
+from certificates import Authority
 from faults import ScriptedBackend
-from service import DEADLINE, Service, refusal
+from programs import leave_out
+from service import DEADLINE, PROJECT, Service, ended, refusal
 from tornado.web import Application
 
 from backends.loopback import LoopbackBackend
@@ -145,3 +151,96 @@ async def test_somebody_has_to_find_out_that_the_backend_is_back(io_loop):
 def test_option_has_a_range():
     """As others that are in seconds."""
     assert "seconds" in refusal("--ready_breaker_timeout=-1")
+
+
+# `socketdock health`.
+
+
+def healthy(service: Service, *flags: str) -> tuple[int, str]:
+    """Exit status and sentence, with the relay's environment."""
+    asked = ended(
+        "health",
+        *flags,
+        **{**service.environment, "http_proxy": "http://127.0.0.1:1",
+           "https_proxy": "http://127.0.0.1:1"},
+    )
+    assert asked.stderr == ""
+    return asked.returncode, asked.stdout
+
+
+@pytest.mark.parametrize("bindip", ["127.0.0.1", "127.0.0.2", "0.0.0.0", "::", "::1"])
+@pytest.mark.parametrize("source", ["flags", "environment", "file", "process"])
+async def test_health_asks_where_the_relay_listens(io_loop, tmp_path, bindip, source):
+    """By whatever source it is told, past a proxy that the environment names."""
+    if ":" in bindip and not has_ipv6():
+        leave_out("IPv6")
+    async with Service(f"--bindip={bindip}") as service:
+        port = re.search(r":(\d+)/", service.ws_url)[1]
+        flags = {
+            "flags": [f"--bindip={bindip}", f"--bindport={port}"],
+            "process": [f"--pid={service.process.pid}", f"--bindport={port}"],
+        }
+        if source == "environment":
+            service.environment |= {
+                "SOCKETDOCK_BINDIP": bindip, "SOCKETDOCK_BINDPORT": port
+            }
+        elif source == "file":
+            conf = tmp_path / "conf"
+            conf.write_text(f"bindip = {bindip!r}\nbindport = {port}\n")
+            flags["file"] = [f"--config={conf}"]
+        status, said = healthy(service, *flags.get(source, []))
+        assert (status, said.endswith(": ok\n")) == (0, True)
+
+
+async def test_health_speaks_tls(io_loop, tmp_path):
+    """Whose certificate it is does not matter."""
+    server = Authority(tmp_path).server("relay.example")
+    async with Service(f"--tls_cert={server.both}") as service:
+        port = re.search(r":(\d+)/", service.ws_url)[1]
+        status, _ = healthy(
+            service, f"--pid={service.process.pid}", f"--bindport={port}"
+        )
+        assert status == 0
+        status, _ = healthy(service, f"--bindport={port}")
+        assert status == 1
+
+
+@pytest.mark.parametrize(
+    "flags", [["--bindport=1"], ["--bindport=0"], ["--pid=0"], ["--pid=self"],
+              ["--no_such_option"], ["--bindip=no..host"]]
+)
+def test_health_of_no_relay_is_one(flags):
+    """Docker has no other number for it; one sentence says why."""
+    asked = ended("health", *flags)
+    assert asked.returncode == 1
+    assert len((asked.stdout + asked.stderr).splitlines()) == 1
+
+
+async def test_health_of_a_relay_that_hangs_is_one(io_loop):
+    """Within seconds."""
+    async with Service() as service:
+        port = re.search(r":(\d+)/", service.ws_url)[1]
+        service.process.send_signal(signal.SIGSTOP)
+        try:
+            status, said = healthy(service, f"--bindport={port}")
+        finally:
+            service.process.send_signal(signal.SIGCONT)
+    assert (status, "timed out" in said) == (1, True)
+
+
+def test_image_and_compose_ask_health():
+    """Of process 1, whose command line has what neither file nor environment has."""
+    command = '["socketdock", "health", "--pid=1"]'
+    assert f"CMD {command}" in (PROJECT / "Dockerfile").read_text()
+    compose = yaml.safe_load((PROJECT / "conf" / "compose.yaml").read_text())
+    for relay in ("relay-1", "relay-2"):
+        test = compose["services"][relay]["healthcheck"]["test"]
+        assert test == ["CMD", "socketdock", "health", "--pid=1"]
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True

@@ -407,7 +407,7 @@ def test_help_shows_no_secret(tmp_path):
     conf = tmp_path / "conf"
     conf.write_text(f"callback_token = '{mark('file')}'\n")
     shown = ended(
-        "--help",
+        "--help-all",
         f"--config={conf}",
         SOCKETDOCK_CALLBACK_TOKEN=mark("environment"),
         SOCKETDOCK_WEBHOOK_SECRET=as_webhook_secret(mark("secret")),

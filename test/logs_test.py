@@ -668,3 +668,13 @@ def test_line_whose_arguments_do_not_fit_is_a_line():
     record = logging.LogRecord("here", 30, "", 0, "of %d %s", ("x",), None)
     for formatter in (JSONFormatter(), TextFormatter(color=False)):
         assert "of %d %s (can't be filled in)" in formatter.format(record)
+
+
+@pytest.mark.gen_test
+async def test_text_has_dates_of_iso_8601(io_loop):
+    """With milliseconds and the offset of local time."""
+    async with Service(environment={"TZ": "Asia/Kolkata"}) as service:
+        pass
+    stamp = r"\[I (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+05:30) \w+:\d+\] "
+    for line in service.log:
+        assert re.match(stamp, line), line

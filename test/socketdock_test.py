@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -230,7 +231,7 @@ async def test_what_kubernetes_injects_is_not_even_that(io_loop):
 @pytest.mark.gen_test
 async def test_empty_variable_counts_as_not_set(io_loop, tmp_path):
     """For every option alike: what the file says holds, or the default."""
-    names = re.findall(r"^  --(\w+)", ended("--help").stdout, flags=re.MULTILINE)
+    names = re.findall(r"^  --(\w+)", ended("--help-all").stdout, flags=re.MULTILINE)
     environment = {
         f"SOCKETDOCK_{name.upper()}": " " if name == "bindip" else ""
         for name in names
@@ -329,6 +330,7 @@ async def test_options_of_another_backend_are_named(io_loop):
         ("--bindprot=1", ("--bindprot", "--bindport")),
         ("--message-url=http://x", ("--message-url", "--message-uri")),
         ("--no_such_thing_at_all", ("--no_such_thing_at_all",)),
+        ("--log-file=x", ("--log-file", "--log_file_prefix")),
         ("-v", ("-v",)),
         ("http", ("http",)),
     ],
@@ -487,14 +489,14 @@ def test_log_file_that_cannot_be_opened():
 # --help.
 
 
-def test_help_lists_every_option_grouped_by_module():
-    """Ours first, each backend's and each handler's under the module's name."""
-    help_text = ended("--help")
+def test_help_all_lists_every_option_by_purpose():
+    """Ours first, each backend's and each handler's under what its module is for."""
+    help_text = ended("--help-all")
     assert help_text.returncode == 0
     assert help_text.stderr == ""
     groups: dict[str, set[str]] = {}
     for line in help_text.stdout.splitlines():
-        if heading := re.fullmatch(r"([a-z.]+):", line):
+        if heading := re.fullmatch(r"[A-Z].* \(([a-z._]+)\):", line):
             group = groups.setdefault(heading[1], set())
         elif option := re.match(r"  --(\w+)", line):
             group.add(option[1])
@@ -509,6 +511,39 @@ def test_help_lists_every_option_grouped_by_module():
         defined = set(re.findall(r'^define\("(\w+)"', file.read_text(), flags=re.M))
         assert groups.pop(name, set()) == defined, name
     assert set(groups) == {"tornado.log", "tornado.options"}
+    assert not re.search(r"=(BYTES|COUNT)0", help_text.stdout)
+
+
+def test_help_shows_what_most_relays_need():
+    """Two examples, options that there are, and where the others are."""
+    everyday, complete = ended("--help"), ended("--help-all")
+    assert everyday.returncode == 0
+    shown = re.findall(r"^  --(\w+)", everyday.stdout, flags=re.MULTILINE)
+    assert set(shown) < set(re.findall(r"^  --(\w+)", complete.stdout, re.MULTILINE))
+    assert {"backend", "messageuri", "bindport"} < set(shown)
+    assert everyday.stdout.count("\n    socketdock ") == 2
+    assert "--help-all" in everyday.stdout
+    assert len(everyday.stdout.splitlines()) < 80
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--help-all"], ["--version"],
+                                   ["check", "--bindport=0"]])
+def test_what_is_printed_may_be_cut_or_not_be_printed(words):
+    """`| head` and a full disk: no traceback."""
+    command = [*SOCKETDOCK, *words]
+    piped = subprocess.run(
+        ["sh", "-c", '"$@" | true', "sh", *command],
+        cwd=PROJECT, capture_output=True, text=True, timeout=DEADLINE, check=False,
+    )
+    assert piped.stderr == ""
+    with open("/dev/full", "w") as full:
+        printed = subprocess.run(
+            command, cwd=PROJECT, stdout=full, stderr=subprocess.PIPE, text=True,
+            timeout=DEADLINE, check=False,
+        )
+    assert printed.returncode == 1
+    for line in printed.stderr.splitlines():
+        assert line.startswith("socketdock: ") and "No space left on device" in line
 
 
 # Start and stop.

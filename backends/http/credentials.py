@@ -22,7 +22,7 @@ define("webhook_secret", multiple=True, metavar="SECRETS",
        help="secrets that sign each event (Standard Webhooks: whsec_ and base64); "
             "several at once, to change them; none: not signed")
 define("webhook_secret_file", type=str, metavar="PATH",
-       help="file of more of them, one a line; re-read on SIGHUP")
+       help="file of secrets that sign each event, one a line; re-read on SIGHUP")
 define("backend_headers_file", type=str, metavar="PATH",
        help="file of headers that each event gets, such as a gateway's "
             "credentials: Name: value, one a line; re-read on SIGHUP")

@@ -1,0 +1,144 @@
+"""The process: its standard streams, what it says while it stops, and its end."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import websockets
+from service import DEADLINE, PROJECT, RecordingBackend, Service, eventually, withhold
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+# A backend that leaves a thread behind, as one does that resolves a name.
+LEAVES_A_THREAD = """
+import threading, time
+from backends import Backend
+
+class LeavingBackend(Backend):
+    async def message(self, connection, message):
+        connection.send(message)
+        threading.Thread(target=time.sleep, args=(60,)).start()
+
+    async def close(self):
+        {on_close}
+
+def make_backend(relay):
+    return LeavingBackend()
+"""
+
+
+@pytest.mark.parametrize("event_loop", ["uvloop", "asyncio"])
+@pytest.mark.parametrize("closed", ["0", "1", "2", "0 1 2"])
+async def test_closed_standard_streams_change_nothing(io_loop, event_loop, closed):
+    """No socket gets their numbers, with which libuv aborts at the stop."""
+    closing = " ".join(f"{number}>&-" for number in closed.split())
+    flags = f"--event_loop={event_loop} --bindport=0"
+    # Where stderr is closed its port can't be read: the kernel knows it.
+    relay = await asyncio.create_subprocess_exec(
+        "sh", "-c", f'exec "$0" socketdock.py {flags} {closing}', sys.executable,
+        cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    await eventually(lambda: listening_ports(relay.pid) != [])
+    (port,) = listening_ports(relay.pid)
+    for number in closed.split():
+        assert os.readlink(f"/proc/{relay.pid}/fd/{number}") == "/dev/null"
+    async with websockets.connect(f"ws://127.0.0.1:{port}/ws") as client:
+        await client.send("hello")
+        assert await client.recv() == "hello"
+        relay.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(relay.wait(), DEADLINE) == 0
+
+
+def listening_ports(pid: int) -> list[int]:
+    """Where a process listens, by /proc."""
+    try:
+        links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+    except OSError:
+        return []
+    with open(f"/proc/{pid}/net/tcp") as table:
+        rows = [row.split() for row in table][1:]
+    return [
+        int(row[1].partition(":")[2], 16)
+        for row in rows
+        if row[3] == "0A" and f"socket:[{row[9]}]" in links
+    ]
+
+
+@pytest.mark.parametrize(
+    ("on_close", "status"),
+    [("pass", 0), ("time.sleep(60)", 0), ("await asyncio.sleep(60)", 0)],
+    ids=["thread", "blocked loop", "await"],
+)
+async def test_nothing_outlives_the_drain(io_loop, tmp_path, on_close, status):
+    """A thread, a blocked loop, or what is awaited; the drain's status stays."""
+    source = LEAVES_A_THREAD.format(on_close=on_close)
+    (tmp_path / "leaving").mkdir()
+    (tmp_path / "leaving" / "__init__.py").write_text("")
+    (tmp_path / "leaving" / "backend.py").write_text(f"import asyncio\n{source}")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    flags = ("--backend=leaving.backend", "--drain_timeout=1")
+    async with Service(*flags, environment=environment) as service:
+        async with websockets.connect(service.ws_url) as client:
+            await client.send("hello")
+            assert await client.recv() == "hello"
+        service.process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(service.process.wait(), DEADLINE) == status
+    cut_off = [line for line in service.log if "has not ended in time" in line]
+    assert bool(cut_off) is (on_close != "pass")
+
+
+async def test_stop_says_what_it_waits_for(io_loop):
+    """Every few seconds, and that a second signal does not wait."""
+    async with RecordingBackend() as backend:
+        answered = withhold(backend, "disconnect")
+        async with Service(*backend.flags("message", "disconnect")) as service:
+            async with websockets.connect(service.ws_url):
+                pass
+            await backend.wait_for("disconnect", 1)
+            service.process.send_signal(signal.SIGINT)
+            await eventually(lambda: len(said(service)) >= 2)
+            answered.set()
+            assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
+    assert said(service)[0].endswith(
+        "stopping: 0 connections and 1 events for the backend are waited for;"
+        " a second signal stops at once"
+    )
+
+
+def said(service: Service) -> list[str]:
+    return [line for line in service.log if "stopping: " in line]
+
+
+@pytest.mark.parametrize("source", ["--log_file_prefix", "--log_config"])
+async def test_full_disk_under_the_log_is_one_complaint(io_loop, tmp_path, source):
+    """Not a traceback a line; the relay goes on."""
+    log = tmp_path / "log"
+    log.symlink_to("/dev/full")
+    value = log
+    if source == "--log_config":
+        value = tmp_path / "log.json"
+        value.write_text(
+            '{"version": 1, "root": {"handlers": ["file"], "level": "INFO"},'
+            ' "handlers": {"file": {"class": "logging.FileHandler",'
+            f' "filename": "{log}"}}}}}}'
+        )
+    relay = await asyncio.create_subprocess_exec(
+        sys.executable, "socketdock.py", "--bindport=0", f"{source}={value}",
+        cwd=PROJECT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )
+    await eventually(lambda: listening_ports(relay.pid) != [])
+    (port,) = listening_ports(relay.pid)
+    for _ in range(5):  # each is two lines
+        async with websockets.connect(f"ws://127.0.0.1:{port}/ws") as client:
+            await client.send("hello")
+            assert await client.recv() == "hello"
+    relay.send_signal(signal.SIGTERM)
+    _, told = await asyncio.wait_for(relay.communicate(), DEADLINE)
+    assert relay.returncode == 0
+    (line,) = told.decode().splitlines()
+    assert line.startswith("socketdock: can't write to the log, lines are lost: ")
+    assert line.endswith("No space left on device")
