@@ -14,6 +14,8 @@ from typing import NamedTuple
 from tornado.util import _websocket_mask as unmask
 from tornado.util import _websocket_mask_python
 
+from handlers.inflate import DEFLATE_TAIL, BadStream, Inflater
+
 UNMASKS_IN_C = unmask is not _websocket_mask_python
 
 FIN = 0x80
@@ -22,19 +24,6 @@ RSV23 = 0x30
 MASKED = 0x80
 MAX_CONTROL_PAYLOAD = 125  # bytes; RFC 6455, section 5.5
 MAX_CLOSE_REASON = MAX_CONTROL_PAYLOAD - 2  # bytes, after the code
-
-# Stripped from, and restored to, each compressed message (RFC 7692, 7.2.1).
-DEFLATE_TAIL = b"\x00\x00\xff\xff"
-# An empty last block: a stream that was whole ends with it, one that was cut short
-# takes it for data.
-DEFLATE_END = b"\x03\x00"
-# What may stand behind the last block: nothing, since it was DEFLATE_END; or that,
-# where the message's own last block was its last one (RFC 7692, section 7.2.3.4).
-BEHIND_LAST_BLOCK = (
-    b"",
-    DEFLATE_TAIL + DEFLATE_END,
-    b"\x00" + DEFLATE_TAIL + DEFLATE_END,
-)
 
 
 class Opcode(IntEnum):
@@ -104,16 +93,15 @@ class FrameParser:
     """Turns a client's bytes into messages and control frames.
 
     `max_message_size` bounds a message in bytes, decompressed and with all its
-    fragments. `compressed` says that permessage-deflate was agreed on, without
-    context takeover from the client.
+    fragments. `inflater` is there where permessage-deflate was agreed on.
     """
 
     __slots__ = (
         "_buffer",
-        "_compressed",
         "_decompress",
         "_first",
         "_fragments",
+        "_inflater",
         "_mask",
         "_max_message_size",
         "_needed",
@@ -124,9 +112,9 @@ class FrameParser:
         "_utf8",
     )
 
-    def __init__(self, max_message_size: int, compressed: bool = False) -> None:
+    def __init__(self, max_message_size: int, inflater: Inflater | None = None) -> None:
         self._max_message_size = max_message_size
-        self._compressed = compressed
+        self._inflater = inflater
         # A header, or a whole control frame, of which a part has come.
         self._buffer = bytearray()
         self._needed = 2  # bytes until it can be taken
@@ -251,7 +239,7 @@ class FrameParser:
             return
         if opcode > Opcode.BINARY:
             raise FrameError(CloseCode.PROTOCOL_ERROR, "unknown opcode")
-        if first & RSV1 and (not self._compressed or opcode == Opcode.CONTINUATION):
+        if first & RSV1 and (self._inflater is None or opcode == Opcode.CONTINUATION):
             raise FrameError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
         if (opcode == Opcode.CONTINUATION) != (self._opcode is not None):
             raise FrameError(CloseCode.PROTOCOL_ERROR, "wrong continuation")
@@ -301,19 +289,15 @@ class FrameParser:
 
     def _inflate(self, payload: bytes) -> bytes:
         """Decompress one message, never making more than one byte too many."""
-        inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+        assert self._inflater is not None
         try:
-            message = inflater.decompress(
-                payload + DEFLATE_TAIL + DEFLATE_END, self._max_message_size + 1
-            )
-        except zlib.error:
+            message = self._inflater.inflate(payload, self._max_message_size)
+        except BadStream:
             raise FrameError(
                 CloseCode.INVALID_DATA, "bad compressed data"
             ) from None
         if len(message) > self._max_message_size:
             raise FrameError(CloseCode.TOO_BIG, "message too big")
-        if not inflater.eof or inflater.unused_data not in BEHIND_LAST_BLOCK:
-            raise FrameError(CloseCode.INVALID_DATA, "bad compressed data")
         return message
 
 

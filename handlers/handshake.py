@@ -88,10 +88,11 @@ def is_key(key: str) -> bool:
         return False
 
 
-def flaw(request: HTTPServerRequest) -> str | None:
+def flaw(request: HTTPServerRequest, extensible: bool) -> str | None:
     """What makes a handshake malformed, as one sentence; None where nothing does.
 
-    Its key is not looked at here.
+    Its key is not looked at here, nor are extensions where it is not `extensible`:
+    where none is agreed on, it is of no matter what was offered.
     """
     headers = request.headers
     if request.body or "Transfer-Encoding" in headers:
@@ -103,7 +104,8 @@ def flaw(request: HTTPServerRequest) -> str | None:
     except ValueError:
         return "Sec-WebSocket-Protocol is no list of tokens."
     try:
-        extensions(headers.get_list("Sec-WebSocket-Extensions"))
+        if extensible:
+            extensions(headers.get_list("Sec-WebSocket-Extensions"))
     except ValueError:
         return "Sec-WebSocket-Extensions is no list of extensions."
     return None

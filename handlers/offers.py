@@ -6,20 +6,21 @@ compression.
 
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 _TOKEN = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)  # RFC 9110, section 5.6.2
+_QUOTED_PAIR = re.compile(r"\\(.)")  # RFC 9110, section 5.6.4
 _WINDOW_BITS = re.compile(r"8|9|1[0-5]")  # RFC 7692, section 7.1.2
 # zlib makes no raw stream with a window of 8 bits.
 _SERVER_WINDOW_BITS = re.compile(r"9|1[0-5]")
 
 
 class Extension(NamedTuple):
-    """One offer; a parameter without a value has None."""
+    """One offer; a parameter without a value has None. It may be there twice."""
 
     name: str
-    parameters: Mapping[str, str | None]
+    parameters: Sequence[tuple[str, str | None]]
 
 
 class Deflate(NamedTuple):
@@ -51,12 +52,17 @@ def extensions(lines: Iterable[str]) -> list[Extension]:
 def agree_on_deflate(offered: Iterable[Extension]) -> Deflate | None:
     """The answer to the first acceptable offer of permessage-deflate, or None.
 
-    Both directions go without context takeover (RFC 7692, section 7.1.1), so
-    that an idle connection holds no window of 32 KiB and more.
+    An offer with a parameter that is unknown, wrong or there twice is declined, as
+    if it had not been made (RFC 7692, section 7). Both directions go without context
+    takeover (section 7.1.1), so that an idle connection holds no window of 32 KiB
+    and more.
     """
-    for name, parameters in offered:
-        if name == "permessage-deflate" and all(
-            _is_acceptable(*parameter) for parameter in parameters.items()
+    for name, listed in offered:
+        parameters = dict(listed)
+        if (
+            name == "permessage-deflate"
+            and len(parameters) == len(listed)
+            and all(_is_acceptable(*parameter) for parameter in listed)
         ):
             answer = (
                 "permessage-deflate; server_no_context_takeover;"
@@ -87,17 +93,15 @@ def _members(lines: Iterable[str]) -> Iterable[str]:
 def _extension(member: str) -> Extension:
     name, *pairs = (part.strip(" \t") for part in member.split(";"))
     _check_token(name)
-    parameters: dict[str, str | None] = {}
+    parameters: list[tuple[str, str | None]] = []
     for pair in pairs:
         key, equals, value = (part.strip(" \t") for part in pair.partition("="))
         _check_token(key)
         if equals:
             if len(value) > 1 and value[0] == value[-1] == '"':
-                value = value[1:-1]  # which must be a token, too
+                value = _QUOTED_PAIR.sub(r"\1", value[1:-1])  # a token, too
             _check_token(value)
-        if key in parameters:
-            raise ValueError(f"{key} is there twice")
-        parameters[key] = value if equals else None
+        parameters.append((key, value if equals else None))
     return Extension(name, parameters)
 
 

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tornado.iostream import IOStream
@@ -32,6 +32,7 @@ from handlers.frames import (
     deflate,
     frame,
 )
+from handlers.inflate import Contexts, Inflater
 from handlers.offers import agree_on_deflate, extensions
 from handlers.stream import ClientStream
 
@@ -48,11 +49,13 @@ class Compression:
     """permessage-deflate's settings (zlib): level 1 to 9, memory level 1 to 9.
 
     `window_bits`, 9 to 15, is what a client may ask for (RFC 7692, 7.1.2.1).
+    `contexts` are those of all clients.
     """
 
     level: int = 6
     mem_level: int = 8
     window_bits: int = zlib.MAX_WBITS
+    contexts: Contexts = field(default_factory=Contexts)
 
 
 class Client(Protocol):
@@ -104,7 +107,9 @@ class ClientProtocol:
         as are usual."""
         self._client = client
         self._compression = compression
-        self._parser = FrameParser(max_message_size, compression is not None)
+        self._parser = FrameParser(
+            max_message_size, Inflater(compression.contexts) if compression else None
+        )
         self._read_chunk = min(read_chunk or READ_CHUNK, READ_CHUNK)
         self._stream: ClientStream
         self._close_timer: asyncio.TimerHandle | None = None

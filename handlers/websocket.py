@@ -244,7 +244,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             self._turn_away(
                 HTTPStatus.BAD_REQUEST, "Sec-WebSocket-Key is not 16 bytes."
             )
-        elif (malformed := flaw(self.request)) is not None:
+        elif malformed := flaw(self.request, self.policy.compression is not None):
             self._turn_away(HTTPStatus.BAD_REQUEST, malformed)
         elif not self._is_origin_allowed(headers.get_list("Origin")):
             self._turn_away(HTTPStatus.FORBIDDEN, "This origin may not connect.")

@@ -39,6 +39,7 @@ from handlers.frames import (
     Received,
     deflate_bound,
 )
+from handlers.inflate import Contexts, Inflater
 
 LIMIT = 1000  # bytes of a message
 HEADER = 14  # bytes, at most
@@ -142,7 +143,7 @@ def parse(
     pieces: list[bytes], compressed: bool
 ) -> tuple[list[Received], tuple[int, str] | None]:
     """All that is received, and the violation that ended it."""
-    parser = FrameParser(LIMIT, compressed)
+    parser = FrameParser(LIMIT, Inflater(Contexts()) if compressed else None)
     received: list[Received] = []
     try:
         for piece in pieces:

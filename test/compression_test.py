@@ -1,0 +1,140 @@
+"""permessage-deflate as clients really speak it: contexts that are kept, odd offers."""
+
+import gc
+import os
+import zlib
+
+import pytest
+from faults import tell
+from service import DEADLINE, RecordingBackend, Service
+from wire import CLOSE, DEFLATE, TEXT, deflated, frame, handshake
+
+from handlers.inflate import WINDOW, BadStream, Contexts, Inflater
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+RSV1 = 4
+NORMAL = frame(CLOSE, b"\x03\xe8")
+
+
+class KeepingClient:
+    """Compresses as Mojolicious does: one stream, whatever it was told."""
+
+    def __init__(self) -> None:
+        self._deflater = zlib.compressobj(8, zlib.DEFLATED, -15)
+
+    def payload(self, message: bytes) -> bytes:
+        data = self._deflater.compress(message)
+        return (data + self._deflater.flush(zlib.Z_SYNC_FLUSH))[:-4]
+
+
+async def test_client_that_keeps_its_context_is_understood(io_loop):
+    """Though it was told not to; so is one that obeys, for any number of messages."""
+    texts = ["hello", "hello", '{"type": "ping"}', '{"type": "pong"}', ""]
+    texts += [f'{{"type": "ping", "number": {n}}}' for n in range(200)]
+    texts += ["x" * 100_000, os.urandom(30_000).hex(), "x" * 100_000, "hello again"]
+    async with RecordingBackend() as backend:
+        flags = (*backend.flags("message", "disconnect"), "--compression")
+        async with Service(*flags) as service:
+            for visit, payload in enumerate((KeepingClient().payload, deflated), 1):
+                frames = [frame(TEXT, payload(text.encode()), rsv=RSV1)
+                          for text in texts]
+                # What is not compressed is no part of the context.
+                frames.insert(1, frame(TEXT, b"hello"))
+                heard = await tell(
+                    service.ws_url,
+                    handshake(*DEFLATE),
+                    b"".join(frames),
+                    NORMAL,
+                    deadline=DEADLINE,
+                )
+                assert b"client_no_context_takeover" in heard.data
+                assert heard.data.endswith(b"\x88\x02\x03\xe8")
+                ends = await backend.wait_for("disconnect", visit)
+                assert ends[-1]["meta"]["code"] == 1000
+                got = [event["message"] for event in backend.of("message")]
+                assert got[-len(texts) - 1 :] == [texts[0], "hello", *texts[1:]]
+
+
+async def test_stream_that_is_bad_with_its_context_too_is_1007(io_loop):
+    """A reference to what was never sent, or bytes that are no stream."""
+    client = KeepingClient()
+    first = client.payload(b"hello hello")
+    client.payload(b"something that the relay does not get to see")
+    late = client.payload(b"something that the relay does not get to see")
+    async with Service("--compression") as service:
+        for bad in (late, b"\x07\xff"):
+            heard = await tell(
+                service.ws_url,
+                handshake(*DEFLATE),
+                frame(TEXT, first, rsv=RSV1),
+                frame(TEXT, bad, rsv=RSV1),
+                deadline=DEADLINE,
+            )
+            assert b"\x88\x15\x03\xefbad compressed data" in heard.data
+
+
+def test_context_is_kept_of_whom_it_is_needed():
+    """Others' are dropped first; what was shown outlives what may yet be shown."""
+    contexts = Contexts(4 * WINDOW)
+    noise = [os.urandom(WINDOW) for _ in range(6)]
+    shown = [(Inflater(contexts), KeepingClient()) for _ in range(2)]
+    for (inflater, client), text in zip(shown, noise, strict=False):
+        for _ in range(2):
+            message = inflater.inflate(client.payload(text[:1000]), WINDOW)
+            assert message == text[:1000]
+    presumed = [Inflater(contexts) for _ in range(6)]
+    for inflater, text in zip(presumed, noise, strict=True):
+        assert inflater.inflate(deflated(text), WINDOW) == text
+    kept = [len(inflater.context) for inflater in presumed]
+    assert kept == [0, 0, 0, WINDOW, WINDOW, WINDOW]
+    assert contexts.kept == sum(kept) + 2 * 2000
+    for (inflater, client), text in zip(shown, noise, strict=False):
+        assert inflater.inflate(client.payload(text[:1000]), WINDOW) == text[:1000]
+
+
+def test_context_of_a_client_that_goes_is_gone_at_once():
+    """Nobody has to say so, and the collector is not needed."""
+    contexts = Contexts(2 * WINDOW)
+    gc.disable()
+    try:
+        for _ in range(10):
+            inflater = Inflater(contexts)
+            inflater.inflate(deflated(os.urandom(WINDOW)), WINDOW)
+        stays, client = Inflater(contexts), KeepingClient()
+        for _ in range(3):
+            assert stays.inflate(client.payload(b"a message"), WINDOW) == b"a message"
+    finally:
+        gc.enable()
+    del inflater
+    assert contexts.kept == len(stays.context)
+
+
+def test_client_that_compresses_each_message_alone_is_found_out():
+    """Behind a window's worth nothing is kept, and references are no more taken."""
+    contexts = Contexts()
+    inflater, client = Inflater(contexts), KeepingClient()
+    for _ in range(3):
+        inflater.inflate(deflated(os.urandom(WINDOW)), WINDOW)
+    assert (contexts.kept, inflater.context) == (0, b"")
+    client.payload(b"a message")
+    with pytest.raises(BadStream):
+        inflater.inflate(client.payload(b"a message"), WINDOW)
+
+
+async def test_without_compression_no_extension_matters(io_loop):
+    """What is offered, well or badly, is not looked at where nothing is agreed on."""
+    async with Service() as service:
+        for offer in (
+            "permessage-deflate; client_max_window_bits; client_max_window_bits",
+            "permessage-deflate; =1",
+            'x; y="1 2"',
+            "permessage deflate",
+            ";" * 1000,
+            "x; y=\xb2",
+        ):
+            request = handshake(f"Sec-WebSocket-Extensions: {offer}")
+            heard = await tell(service.ws_url, request, answers=1, deadline=DEADLINE)
+            ((status, headers, _),) = heard.answers()
+            assert status == 101, offer
+            assert "sec-websocket-extensions" not in headers
