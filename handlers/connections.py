@@ -6,6 +6,7 @@ waits in the whole process, and when nothing more may be read.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from http import HTTPStatus
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from tornado.options import define
 
 from backends import Observer
+from backends.deadlines import after_reading
 from handlers.admission import RETRY_AFTER, Admission, Refusal, RefusalLog
 from handlers.frames import CloseCode, FrameError
 
@@ -237,18 +239,18 @@ class ConnectionMap:
         logger.info("draining %d connections", len(self))
         await self._close_all(spread)
         deadline = self.loop.time() + timeout
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
-                while self._connections or self._farewells:
-                    self._changed.clear()
-                    await self._changed.wait()
-            drained = True
-        except TimeoutError:
-            drained = False
+                await self._emptied()
+        if self._connections or self._farewells:
+            # What ends them may have come already.
+            read = self.loop.create_future()
+            after_reading(self.loop, lambda: read.set_result(None))
+            await read
         left = 0
         if settle is not None:
             left = await settle(max(0.0, deadline - self.loop.time()))
-        if drained and not left:
+        if not self._connections and not self._farewells and not left:
             return True
         logger.error(
             "not drained in %g s: %d connections, %d farewells and %d messages"
@@ -263,6 +265,11 @@ class ConnectionMap:
         for task in list(self._farewells):
             task.cancel()
         return False
+
+    async def _emptied(self) -> None:
+        while self._connections or self._farewells:
+            self._changed.clear()
+            await self._changed.wait()
 
     async def _close_all(self, spread: float) -> None:
         loop = self.loop

@@ -143,6 +143,13 @@ class FrameParser:
         Raises `FrameError` at the first violation, after which nothing more
         may be fed.
         """
+        return (received for received in self.frames(data) if received is not None)
+
+    def frames(self, data: bytes) -> Iterator[Received | None]:
+        """As `feed`, and None for a frame that completes nothing.
+
+        So whoever reads can stop after any number of frames, empty ones too.
+        """
         buffer = self._buffer
         if buffer:
             buffer += data
@@ -153,9 +160,7 @@ class FrameParser:
         position, end = 0, len(data)
         if self._remaining:
             position = min(self._remaining, end)
-            received = self._take_part(data[:position])
-            if received is not None:
-                yield received
+            yield self._take_part(data[:position])
         while position < end:
             start = position
             if end - position < 2:
@@ -192,9 +197,7 @@ class FrameParser:
                 return
             payload = unmask(mask, data[position : position + length])
             position += length
-            received = self._take(first, payload)
-            if received is not None:
-                yield received
+            yield self._take(first, payload)
         if position < end:
             buffer += data[position:] if position else data
 

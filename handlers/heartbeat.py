@@ -5,33 +5,36 @@ messages are merely waiting for a slow backend; one timer serves them all here.
 """
 
 import asyncio
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import islice, takewhile
 from typing import Protocol
+
+from backends.deadlines import after_reading
+
+logger = logging.getLogger(__name__)
 
 
 class Pinged(Protocol):
     """What is pinged: a `ClientConnection`."""
 
-    @property
-    def last_heard(self) -> float:
-        """When its peer sent anything, on the loop's clock."""
+    def beat(self) -> None:
+        """Send a ping."""
 
-    @property
-    def reading_paused(self) -> bool:
-        """Whether it reads nothing now, a pong neither."""
+    def is_silent(self, since: float) -> bool:
+        """Whether no sign of life came since `since`, when it was pinged."""
 
-    def beat(self) -> None: ...
-
-    def vanish(self) -> None: ...
+    def vanish(self) -> None:
+        """Give it up."""
 
 
 class Heartbeat:
     """Pings each connection every `interval` seconds; 0 turns it off.
 
-    A peer from which nothing at all came within `timeout` seconds of a ping
-    is reported by `vanish()`. Any byte counts, since a pong has to wait behind
-    a large message that is on its way.
+    A peer that shows no sign of life within `timeout` seconds of a ping is given
+    up. It says itself what a sign is: any byte that comes, since a pong has to wait
+    behind a large message that is on its way, or that is taken, since a ping has to.
     """
 
     def __init__(self, interval: float, timeout: float) -> None:
@@ -71,20 +74,31 @@ class Heartbeat:
 
     def _tick(self) -> None:
         self._timer = None
-        now = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if self._due(self._pinged_at, now - self._timeout):
+            # Signs of life may have come already.
+            after_reading(loop, partial(self._judge, now))
+        else:
+            self._ping(now)
+
+    def _judge(self, now: float) -> None:
         for connection in self._due(self._pinged_at, now - self._timeout):
-            pinged_at = self._pinged_at.pop(connection)
-            if connection.last_heard < pinged_at and not connection.reading_paused:
-                connection.vanish()
+            # One may have ended with another one.
+            pinged_at = self._pinged_at.pop(connection, None)
+            if pinged_at is not None:
+                _guarded(partial(_judge, connection, pinged_at))
+        self._ping(now)
+
+    def _ping(self, now: float) -> None:
         for connection in self._due(self._ping_at, now):
-            del self._ping_at[connection]
-            self._ping_at[connection] = now + self._interval
-            if connection.reading_paused:
+            if self._ping_at.pop(connection, None) is None:
                 continue
-            connection.beat()
+            self._ping_at[connection] = now + self._interval
             if self._timeout > 0:
                 self._pinged_at.setdefault(connection, now)
-        self._arm(now)
+            _guarded(connection.beat)
+        self._arm(asyncio.get_running_loop().time())
 
     @staticmethod
     def _due(times: Mapping[Pinged, float], now: float) -> list[Pinged]:
@@ -92,6 +106,19 @@ class Heartbeat:
             connection
             for connection, _ in takewhile(lambda item: item[1] <= now, times.items())
         ]
+
+
+def _judge(connection: Pinged, pinged_at: float) -> None:
+    if connection.is_silent(pinged_at):
+        connection.vanish()
+
+
+def _guarded(act: Callable[[], None]) -> None:
+    """So that a bug with one connection is none of the others'."""
+    try:
+        act()
+    except Exception:
+        logger.exception("bug in a ping")
 
 
 def _first(times: Mapping[Pinged, float]) -> list[float]:

@@ -5,14 +5,19 @@ limits, and looks only at those whose time may have come.
 """
 
 import asyncio
+import logging
 import random
 from typing import Protocol
 
 from tornado.options import define
 
+from backends.deadlines import after_reading
+
+logger = logging.getLogger(__name__)
+
 define("idle_timeout", default=0.0, metavar="SECONDS",
-       help="longest that a client may go without a message either way; then it is "
-            "closed with 1001; 0: forever")
+       help="longest that a client may go without a message, or a part of one, "
+            "either way; then it is closed with 1001; 0: forever")
 define("max_lifetime", default=0.0, metavar="SECONDS",
        help="longest that a connection may last; then it is closed with 1001, "
             "some a little sooner; 0: forever")
@@ -28,7 +33,7 @@ class Mortal(Protocol):
 
     @property
     def last_message_at(self) -> float:
-        """When a message went either way, on the loop's clock."""
+        """When a message, or a part of one, went either way, on the loop's clock."""
 
     @property
     def busy(self) -> bool:
@@ -53,6 +58,8 @@ class Lifetimes:
         # on the loop's clock.
         self._turns: dict[int, dict[Mortal, float]] = {}
         self._turn_of: dict[Mortal, int] = {}
+        # Those whose turn has come, until what has come from them was read.
+        self._due: dict[Mortal, float] = {}
         self._last_turn = 0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -62,13 +69,14 @@ class Lifetimes:
             return
         now = asyncio.get_running_loop().time()
         ends_at = now + self._max_lifetime * (1 - JITTER * random.random())
-        if self._timer is None:
+        if self._timer is None and not self._due:
             self._last_turn = self._turn_at(now)
             self._arm()
         self._look_at(connection, min(now + self._idle_timeout, ends_at), ends_at)
 
     def discard(self, connection: Mortal) -> None:
         """Watch it no more."""
+        self._due.pop(connection, None)
         turn = self._turn_of.pop(connection, None)
         if turn is not None:
             self._turns[turn].pop(connection)
@@ -98,10 +106,24 @@ class Lifetimes:
         now = asyncio.get_running_loop().time()
         last, self._last_turn = self._last_turn, self._turn_at(now)
         for turn in range(last + 1, self._last_turn + 1):
-            for connection, ends_at in self._turns.pop(turn, {}).items():
+            due = self._turns.pop(turn, {})
+            self._due.update(due)
+            for connection in due:
                 del self._turn_of[connection]
+        if self._due:
+            after_reading(asyncio.get_running_loop(), self._judge_all)
+        elif self._turns:
+            self._arm()
+
+    def _judge_all(self) -> None:
+        now = asyncio.get_running_loop().time()
+        while self._due:
+            connection, ends_at = self._due.popitem()
+            try:
                 self._judge(connection, ends_at, now)
-        if self._turns:
+            except Exception:  # a bug with one is none of the others'
+                logger.exception("bug in a lifetime")
+        if self._turns and self._timer is None:
             self._arm()
 
     def _judge(self, connection: Mortal, ends_at: float, now: float) -> None:

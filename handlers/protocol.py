@@ -3,7 +3,9 @@
 Tornado's own protocol class decides what a frame means in one private method,
 and gets it wrong in places (docs/decisions/002-own-frame-reading.md), so this is
 one of our own; `handlers.frames` knows the frames, `handlers.stream` the socket,
-and `handlers.websocket` what to do with the messages.
+`handlers.closing` how it ends, and `handlers.websocket` what to do with the messages.
+It has no state of its own: `Client.state` says whether it is open, and only what
+there is to do until it is closed stands here.
 """
 
 import asyncio
@@ -12,21 +14,23 @@ import contextlib
 import hashlib
 import logging
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from tornado.iostream import IOStream
 from tornado.web import RequestHandler
 
 from backends import ConnectionClosed
+from handlers.closing import Closing
 from handlers.frames import (
     Close,
+    CloseCode,
     FrameError,
     FrameParser,
     Opcode,
     Ping,
-    Pong,
     Received,
     close_payload,
     deflate,
@@ -34,14 +38,22 @@ from handlers.frames import (
 )
 from handlers.inflate import Contexts, Inflater
 from handlers.offers import agree_on_deflate, extensions
-from handlers.stream import ClientStream
+from handlers.stream import ClientStream, client_stream
+from handlers.uptake import Outgoing
 
 logger = logging.getLogger(__name__)
 
 READ_CHUNK = 64 * 1024  # bytes taken from the stream at a time
-CLOSE_TIMEOUT = 2.0  # seconds for the peer to answer a close frame
 ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
-FAIR_SHARE = 4  # chunks of one busy client before the others have their turn
+# What one busy client may send before the others have their turn, in bytes; each
+# frame costs some as well, so that tiny and empty ones are no way around it.
+FAIR_SHARE = 4 * READ_CHUNK
+FRAME_COST = FAIR_SHARE // 64
+# Bytes of messages that are read while there is no room for them, so that the pings
+# between and behind them are answered.
+READ_AHEAD = READ_CHUNK
+
+State = Literal["connecting", "open", "closing", "closed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +73,18 @@ class Compression:
 class Client(Protocol):
     """Whom the protocol tells what happens: a `ClientConnection`."""
 
+    @property
+    def state(self) -> State:
+        """That of the connection; everything here goes by it."""
+
+    @property
+    def patience(self) -> float:
+        """Longest that it may take nothing, in seconds."""
+
+    @property
+    def read_ahead(self) -> int:
+        """Bytes that may be read while there is no room."""
+
     def on_open(self) -> None: ...
 
     def on_heard(self, size: int, at_once: bool) -> None: ...
@@ -71,28 +95,45 @@ class Client(Protocol):
 
     def room(self) -> asyncio.Future[None] | None: ...
 
+    def on_leaving(self) -> None: ...
+
     def on_failed(self, error: FrameError) -> None: ...
 
     def on_closed(self, peer: Close | None) -> None: ...
+
+
+class ReadAhead:
+    """Messages that were read while there was no room, until there is.
+
+    `left` is how many bytes more may be read or kept.
+    """
+
+    __slots__ = ("left", "messages")
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+        self.messages: deque[str | bytes] = deque()
+
+    def add(self, message: str | bytes) -> None:
+        """Keep a message; the one that exceeds the bound as well."""
+        self.messages.append(message)
+        self.left -= len(message)
 
 
 class ClientProtocol:
     """Reads frames in bulk, writes each in one piece, closes by the book."""
 
     __slots__ = (
+        "_ahead",
         "_client",
-        "_close_timer",
+        "_closing",
         "_compression",
-        "_discarding",
-        "_is_over",
         "_kept",
         "_latest_ping",
         "_parser",
-        "_peer_close",
         "_pong",
         "_read_chunk",
         "_received",
-        "_said_close",
         "_stream",
     )
 
@@ -112,14 +153,11 @@ class ClientProtocol:
         )
         self._read_chunk = min(read_chunk or READ_CHUNK, READ_CHUNK)
         self._stream: ClientStream
-        self._close_timer: asyncio.TimerHandle | None = None
-        self._discarding = False
-        self._said_close = False  # our close frame is on its way
-        self._peer_close: Close | None = None  # where it came first
-        self._is_over = False
+        self._closing: Closing | None = None  # from the first close frame on
         self._kept = 0  # bytes of a message that is not whole, as the client was told
-        # What `FrameParser.feed` has yet to yield, while there is no room for it.
-        self._received: Iterator[Received] | None = None
+        # What `FrameParser.frames` has yet to yield of the last chunk.
+        self._received: Iterator[Received | None] | None = None
+        self._ahead: ReadAhead | None = None  # while there is no room
         # Only the latest of the pings that came while a pong is on its way is
         # answered (RFC 6455, section 5.5.3), so that pongs don't pile up.
         self._pong: asyncio.Future[None] | None = None
@@ -127,12 +165,11 @@ class ClientProtocol:
 
     def begin(self, stream: IOStream) -> None:
         """The 101 was written to `stream`: its socket is taken over."""
-        self._stream = ClientStream(stream, self._on_readable, self.abort)
+        self._stream = client_stream(stream, self._on_readable, self._on_lost)
         try:
             self._client.on_open()
-        except BaseException:
-            self.abort()
-            raise
+        except Exception:
+            self._on_bug("opening a connection")
         if self._stream.closed:
             self.abort()
             return
@@ -143,108 +180,218 @@ class ClientProtocol:
     # Reading.
 
     def _on_readable(self) -> None:
-        """Take what has come; a busy client's share of one turn, no more."""
+        if self._received is None:  # else what was read before goes on by itself
+            self._read_on(at_once=False)
+
+    def _go_on(self) -> None:
+        if not self._stream.closed and (self._ahead is None or self._ahead.left > 0):
+            self._read_on(at_once=True)
+
+    def _read_on(self, at_once: bool) -> None:
         try:
-            for chunk in range(FAIR_SHARE):
-                # What fills a chunk is followed by what is there already.
-                if not self._read(at_once=chunk > 0):
+            self._read_share(at_once)
+        except Exception:
+            self._on_bug("reading from a client")
+
+    def _read_share(self, at_once: bool) -> None:
+        """Take what has come, up to a client's share of one turn of the loop.
+
+        `at_once` says that it was there before we asked.
+        """
+        stream, share = self._stream, FAIR_SHARE
+        is_full = True
+        while share > 0:
+            if self._received is None:
+                ahead = self._ahead
+                size = self._read_chunk
+                if ahead is not None:
+                    size = min(size, ahead.left)
+                data = stream.read(size)
+                if not data:
+                    # After a failed write there is no more than what has come.
+                    if data is not None or stream.lost:
+                        self._end()
                     return
-        except Exception:
-            logger.exception("bug in reading from a client")
-            self.abort()
-            return
-        if self._stream.pending:
-            self._stream.loop.call_soon(self._go_on_reading)
-
-    def _read(self, at_once: bool) -> bool:
-        """Take one chunk; whether there may be another one at once."""
-        data = self._stream.read(self._read_chunk)
-        if data is None:
-            return False
-        if not data:
-            self.abort()
-            return False
-        self._client.on_heard(len(data), at_once)
-        if self._discarding:
-            return True
-        self._received = self._parser.feed(data)
-        self._take()
-        kept = 0 if self._discarding else self._parser.kept
-        if kept != self._kept and not self._is_over:
-            self._kept = kept
-            self._client.on_kept(kept)
-        return self._received is None and not self._is_over and (
-            len(data) == self._read_chunk or self._stream.pending
-        )
-
-    def _go_on_reading(self) -> None:
-        if self._received is None and not self._is_over:
-            self._on_readable()
-
-    def _on_room(self, room: "asyncio.Future[None]") -> None:
-        if self._is_over:
-            return
-        try:
-            if self._discarding:
-                self._received = None
-            else:
-                self._take()
-            if self._received is not None or self._is_over:
+                self._client.on_heard(len(data), at_once)
+                # What fills a chunk is followed by what is there already.
+                at_once, is_full = True, len(data) == size
+                share -= len(data)
+                if ahead is not None:
+                    ahead.left -= len(data)
+                if self._closing is None or not self._closing.discarding:
+                    self._received = self._parser.frames(data)
+            if self._received is not None:
+                share = self._take(share)
+                self._note_kept()
+            if stream.closed:
                 return
-            self._stream.start_reading()
-            # Whoever may go on finds what came meanwhile at once.
-            self._read(at_once=True)
-        except Exception:
-            logger.exception("bug in reading from a client")
-            self.abort()
-            return
-        if self._stream.pending:
-            self._stream.loop.call_soon(self._go_on_reading)
+            if self._is_ahead_enough():
+                stream.stop_reading()
+                return
+            if self._received is None and not (
+                is_full or stream.pending or stream.lost
+            ):
+                return
+        if self._received is not None or stream.pending or stream.lost:
+            stream.loop.call_soon(self._go_on)
 
-    def _take(self) -> None:
-        """Hand on what was read, as long as there is room for it.
+    def _take(self, share: int) -> int:
+        """Hand on what was read, or keep it until there is room for it.
 
-        The rest waits, and nothing is read meanwhile, so that a queue is exceeded
-        by no more than the message at hand.
+        Returns what is left of `share`; at 0 the rest of `_received` has to wait.
         """
         assert self._received is not None
         try:
-            while (room := self._client.room()) is None:
-                received = next(self._received, None)
-                if received is None:
-                    self._received = None
-                    return
+            for received in self._received:
+                share -= FRAME_COST
                 if isinstance(received, (str, bytes)):
-                    self._client.on_message(received)
+                    if self._compression is not None:
+                        share -= len(received)
+                    self._take_message(received)
                 elif isinstance(received, Ping):
                     self._send_pong(received.payload)
                 elif isinstance(received, Close):
-                    self._received = None
                     self._on_close_frame(received)
-                    return
-                else:
-                    assert isinstance(received, Pong)  # on_heard() was all it is for
-        except FrameError as error:
+                if self._received is None or (
+                    self._ahead is not None and self._is_ahead_enough()
+                ):
+                    return share
+                if share <= 0:
+                    return 0
             self._received = None
-            self._discarding = True
+            if self._ahead is None:
+                self._wait_for_room()
+        except FrameError as error:
             self._client.on_failed(error)
+        return share
+
+    def _take_message(self, message: str | bytes) -> None:
+        if self._ahead is None:
+            self._wait_for_room()
+        if self._ahead is None:
+            self._client.on_message(message)
+        else:
+            self._ahead.add(message)
+
+    def _note_kept(self) -> None:
+        kept = self._parser.kept
+        if kept != self._kept and not self._stream.closed:
+            self._kept = kept
+            self._client.on_kept(kept)
+
+    def _is_ahead_enough(self) -> bool:
+        """Whether nothing more may be read until there is room."""
+        return self._ahead is not None and self._ahead.left <= 0
+
+    def _wait_for_room(self) -> None:
+        """Keep messages from now on, unless there is room for them.
+
+        Raises `FrameError` where the client has sent too much for too long.
+        """
+        room = self._client.room()
+        if room is not None:
+            self._ahead = ReadAhead(self._client.read_ahead)
+            room.add_done_callback(self._on_room)
+
+    def _on_room(self, room: "asyncio.Future[None]") -> None:
+        ahead = self._ahead
+        if ahead is None:  # it ends: what was kept is handed on already
             return
-        self._stream.stop_reading()
-        room.add_done_callback(self._on_room)
+        try:
+            while (wait := self._client.room()) is None:
+                if not ahead.messages:
+                    self._ahead = None
+                    self._stream.start_reading()
+                    # Whoever may go on finds what came meanwhile at once.
+                    self._read_on(at_once=True)
+                    return
+                self._client.on_message(ahead.messages.popleft())
+                if self._ahead is None:
+                    return
+            wait.add_done_callback(self._on_room)
+        except FrameError as error:
+            self._client.on_failed(error)
+        except Exception:
+            self._on_bug("reading from a client")
+
+    def _stop_taking(self) -> None:
+        """Hand on what was read ahead, room or not, and look at nothing more."""
+        self._received = None
+        ahead, self._ahead = self._ahead, None
+        while ahead is not None and ahead.messages:
+            self._client.on_message(ahead.messages.popleft())
+
+    def _end(self) -> None:
+        """The peer has ended the connection, or it is lost, and all was read."""
+        self._stop_taking()
+        self.abort()
 
     def _on_close_frame(self, close: Close) -> None:
-        if not self._said_close:
-            self._peer_close = close
+        self._stop_taking()
+        if self._stream.closed:
+            return
+        if self._closing is None:
+            self._client.on_leaving()
             # "When sending a Close frame in response, the endpoint typically
             # echos the status code it received" (RFC 6455, section 5.5.1).
-            self._write_close(close_payload(close.code))
-        self._stream.stop_reading()
-        if not self.bytes_waiting:
+            closing = self._write_close(close_payload(close.code))
+            closing.peer = close
+        # Mostly the peer has sent nothing more, and closing loses nothing.
+        stream = self._stream
+        if stream.closes_cleanly and not stream.waiting and not stream.read(READ_CHUNK):
+            self.abort()
+        else:
+            self._discard()
+
+    def _discard(self) -> None:
+        """Read nothing more of what comes: only until the peer has taken all.
+
+        It is read all the same, since closing a socket with unread bytes resets it,
+        and what is under way would be lost.
+        """
+        assert self._closing is not None
+        if self._closing.discarding:
+            return
+        if self._stream.lost:
             self.abort()
             return
-        # What waits is to reach the kernel before the socket goes.
-        self._arm_close_timer()
-        self._stream.drained().add_done_callback(lambda drained: self.abort())
+        self._closing.discarding = True
+        self._parser = FrameParser(0)  # what the other one kept is nobody's any more
+        self._note_kept()
+        self._stream.start_reading()
+        self._closing.shut_down()
+        self._closing.watch()
+
+    def _on_lost(self) -> None:
+        """A write has failed: what the kernel still has is read, then it is over.
+
+        The peer may have sent messages, and a close frame, before it went.
+        """
+        self._client.on_leaving()
+        if self._closing is not None and self._closing.discarding:
+            self.abort()
+        else:
+            self._go_on()
+
+    def _on_over(self) -> None:
+        """The peer has had its time to answer our close frame."""
+        if self._is_ahead_enough():
+            # Its answer may stand behind messages for which there is no room.
+            self._stop_taking()
+            self._discard()
+        else:
+            self.abort()
+
+    def _on_bug(self, where: str) -> None:
+        logger.exception("bug in %s", where)
+        self._ahead = None
+        try:
+            self._client.on_failed(
+                FrameError(CloseCode.INTERNAL_ERROR, "internal error")
+            )
+        except Exception:
+            logger.exception("bug in closing a connection")
+            self.abort()
 
     # Writing.
 
@@ -273,11 +420,6 @@ class ClientProtocol:
         """Bytes that were written and that the kernel has not taken."""
         return self._stream.waiting
 
-    @property
-    def bytes_taken(self) -> int:
-        """Bytes that the kernel has taken since the handshake."""
-        return self._stream.taken
-
     def drained(self) -> "asyncio.Future[None]":
         """Done when the kernel has taken all that was written before.
 
@@ -285,14 +427,18 @@ class ClientProtocol:
         """
         return self._stream.drained()
 
+    def outgoing(self) -> Outgoing:
+        """What is under way to the peer."""
+        return self._stream.outgoing()
+
     def send_ping(self) -> None:
-        """Send a ping, unless frames wait: the peer is too slow to see it."""
-        if not self.is_closing() and not self.bytes_waiting:
+        """Send a ping, unless frames wait: they would keep it back."""
+        if not self.bytes_waiting:
             with contextlib.suppress(ConnectionClosed):
                 self._stream.write(frame(Opcode.PING, b""))
 
     def _send_pong(self, payload: bytes) -> None:
-        if self._said_close:
+        if self._client.state != "open":
             return
         if self._pong is not None:
             self._latest_ping = payload
@@ -310,55 +456,39 @@ class ClientProtocol:
 
     # Closing.
 
-    def is_closing(self) -> bool:
-        """Whether either side has begun to close."""
-        return self._is_over or self._said_close or self._stream.closed
-
     def close(self, code: int, reason: str) -> None:
-        """Send a close frame; the socket goes after the answer or 2 seconds."""
-        if self.is_closing():
-            return
-        self._write_close(close_payload(code, reason))
-        self._arm_close_timer()
+        """Send a close frame; the socket goes after the answer, or see `Closing`."""
+        self._write_close(close_payload(code, reason)).watch()
 
     def fail(self, code: int, reason: str) -> None:
-        """Send a close frame, then read nothing more of what the peer sends.
-
-        What it sends is discarded for a while, since closing a socket with
-        unread bytes resets it, and the close frame would be lost.
-        """
-        self._discarding = True
-        self._parser = FrameParser(0)  # what the other one kept is nobody's any more
-        self.close(code, reason)
-        if self._stream.closed or self.bytes_waiting:
+        """Send a close frame, if none was sent, then look at nothing that comes."""
+        self._stop_taking()
+        if self._stream.closed:
             return
-        try:
-            self._stream.shut_down()
-        except OSError:
-            self.abort()
+        if self._closing is None:
+            self._write_close(close_payload(code, reason))
+        self._discard()
+
+    def give_up(self) -> None:
+        """Write nothing more; the socket goes when what has come was read."""
+        self._stream.lose()
 
     def abort(self) -> None:
-        """Close the socket at once; the client hears of the end a little later."""
-        if self._is_over:
+        """Close the socket at once."""
+        self._stop_taking()
+        if self._client.state == "closed":
             return
-        self._is_over = True
-        self._received = None
-        if self._close_timer is not None:
-            self._close_timer.cancel()
-            self._close_timer = None
+        closing, self._closing = self._closing, None
+        if closing is not None:
+            closing.cancel()
         self._stream.close()
-        self._stream.loop.call_soon(self._client.on_closed, self._peer_close)
+        self._client.on_closed(None if closing is None else closing.peer)
 
-    def _write_close(self, payload: bytes) -> None:
-        self._said_close = True
+    def _write_close(self, payload: bytes) -> Closing:
         with contextlib.suppress(ConnectionClosed):  # the stream tells of its end
             self._stream.write(frame(Opcode.CLOSE, payload))
-
-    def _arm_close_timer(self) -> None:
-        if self._close_timer is None:
-            self._close_timer = self._stream.loop.call_later(
-                CLOSE_TIMEOUT, self.abort
-            )
+        self._closing = Closing(self._stream, self._client.patience, self._on_over)
+        return self._closing
 
 
 def agree_on_compression(

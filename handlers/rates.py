@@ -96,8 +96,15 @@ class Throttle:
             raise FrameError(CloseCode.POLICY, "rate exceeded")
         loop = asyncio.get_running_loop()
         self._held = loop.create_future()
-        self._timer = loop.call_at(credit_at, self._resume)
+        self._timer = loop.call_at(credit_at, self._on_credit, credit_at)
         return self._held
+
+    def _on_credit(self, credit_at: float) -> None:
+        if self._pushing_since is not None:
+            # By how much we are late is no time in which the client pushed.
+            late = asyncio.get_running_loop().time() - credit_at
+            self._pushing_since += max(0.0, late)
+        self._resume()
 
     def release(self) -> None:
         """Hold nothing more: the connection ends."""

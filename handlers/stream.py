@@ -6,6 +6,7 @@ to wait, and a tenth of the memory (docs/decisions/010-own-streams.md).
 """
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from collections import deque
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from tornado.iostream import IOStream
 
 from backends import ConnectionClosed
+from handlers.uptake import Outgoing, outgoing
 
 # What a socket raises that has nothing to read, or takes nothing, now.
 NOT_NOW = (
@@ -22,14 +24,27 @@ NOT_NOW = (
     ssl.SSLWantReadError,
     ssl.SSLWantWriteError,
 )
+RECORD = 16 * 1024  # bytes; the most that one record of TLS holds (RFC 8446, 5.1)
+
+
+def client_stream(
+    stream: IOStream, on_readable: Callable[[], None], on_lost: Callable[[], None]
+) -> "ClientStream":
+    """Take the socket out of `stream`, plain or TLS."""
+    is_tls = isinstance(stream.socket, ssl.SSLSocket)
+    return (TLSClientStream if is_tls else ClientStream)(stream, on_readable, on_lost)
 
 
 class ClientStream:
     """Calls `on_readable` when there is something to read, while it is asked to.
 
-    `on_lost` is called, in a turn of the loop of its own, when a write has found
-    that the peer is gone.
+    `on_lost` is called, in a turn of the loop of its own, when a write has failed.
+    Nothing leaves from then on (`lost`), but what came before can still be read.
+    Only `close` closes the socket.
     """
+
+    # Whether the kernel goes on after `close`, where nothing is unread.
+    closes_cleanly = True
 
     __slots__ = (
         "_on_lost",
@@ -41,6 +56,7 @@ class ClientStream:
         "_waiting",
         "closed",
         "loop",
+        "lost",
         "taken",
     )
 
@@ -56,6 +72,7 @@ class ClientStream:
         self._on_lost = on_lost
         self._reading = False
         self.closed = stream.closed()
+        self.lost = False
         self.taken = 0  # bytes that the kernel has taken
         # Bytes that were written and that the kernel has not taken.
         self._unsent: bytearray | None = None
@@ -109,25 +126,24 @@ class ClientStream:
     @property
     def pending(self) -> bool:
         """Whether there are bytes to read of which the kernel does not know."""
-        return bool(self._unread) or (
-            isinstance(self._sock, ssl.SSLSocket) and self._sock.pending() > 0
-        )
+        return bool(self._unread)
+
+    def outgoing(self) -> Outgoing:
+        """What is under way to the peer, by its kernel's word; a system call."""
+        return outgoing(self._sock, self.taken, self.waiting)
 
     def write(self, data: bytes) -> "asyncio.Future[None] | None":
         """None once the kernel has all of it; else a future that is done then.
 
         It fails with `ConnectionClosed`, which is raised where that is known.
         """
-        if self.closed:
+        if self.closed or self.lost:
             raise ConnectionClosed
         if not self._unsent:
             try:
-                sent = self._sock.send(data)
-            except NOT_NOW:
-                sent = 0
+                sent = self._send(data)
             except OSError as error:
-                self.loop.call_soon(self._on_lost)
-                self.close()
+                self.lose()
                 raise ConnectionClosed from error
             self.taken += sent
             if sent == len(data):
@@ -140,7 +156,7 @@ class ClientStream:
     def drained(self) -> "asyncio.Future[None]":
         """Done when the kernel has taken all that was written before."""
         drained: asyncio.Future[None] = self.loop.create_future()
-        if self.closed:
+        if self.closed or self.lost:
             _fail(drained)
         elif not self._unsent:
             drained.set_result(None)
@@ -150,26 +166,46 @@ class ClientStream:
             self._waiting.append((self.taken + len(self._unsent), drained))
         return drained
 
+    def lose(self) -> None:
+        """Write nothing more: it can't be done, or the peer is taken for gone."""
+        if not self.closed and not self.lost:
+            self.lost = True
+            self._drop_unsent()
+            self.loop.call_soon(self._tell_of_loss)
+
+    def _tell_of_loss(self) -> None:
+        self._on_lost()
+
     def shut_down(self) -> None:
-        """Say that nothing more will be written. Raises `OSError`; not for TLS."""
-        if not isinstance(self._sock, ssl.SSLSocket):  # it can't be half closed
+        """Say that nothing more will be written. May be called again."""
+        with contextlib.suppress(OSError):  # reading will find that the peer is gone
             self._sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Close the socket at once; whoever waits hears of it."""
         if self.closed:
             return
-        self.closed = True
         self.stop_reading()
-        if self._unsent:
-            self.loop.remove_writer(self._sock)
+        self.closed = True
+        self._drop_unsent()
         self._sock.close()
         self._on_readable = self._on_lost = _tell_nobody
+
+    def _drop_unsent(self) -> None:
+        if self._unsent:
+            self.loop.remove_writer(self._sock)
         self._unsent = None
         waiting, self._waiting = self._waiting, None
         for _, sent in waiting or ():
             if not sent.done():
                 _fail(sent)
+
+    def _send(self, data: bytes | bytearray | memoryview) -> int:
+        """How many bytes of `data` the kernel takes now. Raises `OSError`."""
+        try:
+            return self._sock.send(data)
+        except NOT_NOW:
+            return 0
 
     def _send_later(self, data: bytes | memoryview) -> None:
         if not self._unsent:
@@ -181,13 +217,9 @@ class ClientStream:
     def _on_writable(self) -> None:
         assert self._unsent
         try:
-            sent = self._sock.send(self._unsent)
-        except NOT_NOW:
-            return
+            sent = self._send(self._unsent)
         except OSError:
-            on_lost = self._on_lost
-            self.close()
-            on_lost()
+            self.lose()
             return
         self.taken += sent
         del self._unsent[:sent]
@@ -200,6 +232,57 @@ class ClientStream:
                 waiter.set_result(None)
         if not self._waiting:
             self._waiting = None
+
+
+class TLSClientStream(ClientStream):
+    """The same by TLS, which can't be half closed, and says goodbye.
+
+    A record at a time, since TLS takes either all or nothing of one write.
+    """
+
+    closes_cleanly = False  # the peer's close_notify is still to come
+
+    __slots__ = ()
+    _sock: ssl.SSLSocket
+
+    @property
+    def pending(self) -> bool:
+        """Whether something was decrypted that the loop can't see."""
+        return bool(self._unread) or self._sock.pending() > 0
+
+    def shut_down(self) -> None:
+        """Send close_notify (RFC 8446, section 6.1), then end the connection's half.
+
+        What comes afterwards is good for being discarded only.
+        """
+        if self._goodbye():
+            super().shut_down()
+
+    def close(self) -> None:
+        """Close the socket at once, with close_notify where there is room for it."""
+        if not self.closed and not self.lost and not self._unsent:
+            self._goodbye()
+        super().close()
+
+    def _goodbye(self) -> bool:
+        """Whether close_notify has left, or can't any more. It never blocks."""
+        try:
+            self._sock.unwrap()
+        except ssl.SSLWantWriteError:
+            return False
+        except (OSError, ValueError):  # the peer's has not come; there is no TLS left
+            pass
+        return True
+
+    def _send(self, data: bytes | bytearray | memoryview) -> int:
+        sent = 0
+        with memoryview(data) as rest:
+            while sent < len(data):
+                taken = super()._send(rest[sent : sent + RECORD])
+                if not taken:
+                    break
+                sent += taken
+        return sent
 
 
 def _tell_nobody() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Any
 
 from tornado.iostream import IOStream, StreamClosedError
 from tornado.options import define
@@ -31,6 +31,8 @@ from backends import (
     SendBufferFull,
     TraceContext,
 )
+from backends.deadlines import after_reading
+from handlers.closing import CLOSE_TIMEOUT
 from handlers.connections import ConnectionMap
 from handlers.frames import Close, CloseCode, FrameError
 from handlers.handshake import (
@@ -48,8 +50,10 @@ from handlers.offers import subprotocols
 from handlers.origins import AllowedOrigins
 from handlers.problem import ProblemHandler
 from handlers.protocol import (
+    READ_AHEAD,
     ClientProtocol,
     Compression,
+    State,
     agree_on_compression,
     switch,
 )
@@ -57,6 +61,7 @@ from handlers.proxies import TrustedProxies
 from handlers.rates import Rates, Throttle
 from handlers.tickets import Claim, Tickets
 from handlers.trace import HandshakeSpan, Tracer, trace_context
+from handlers.uptake import Uptake
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +90,8 @@ define("connection_queue_bytes", default=1024 * 1024, metavar="BYTES",
             "message may always wait")
 
 NEVER = float("inf")  # on the loop's clock
+STALL_LOOKS = 8  # at a client that is slow, within `--send_timeout`
 CLIENT_LEFT = 499  # what nginx logs, where there was nobody left to answer
-
-State = Literal["connecting", "open", "closing", "closed"]
-
 
 @dataclass(frozen=True, slots=True)
 class ClientPolicy:
@@ -348,6 +351,10 @@ class ClientConnection:
 
     Made before the handshake is decided. It keeps nothing of the handshake but
     what others ask for: there may be a hundred thousand that are idle.
+
+    `state` is the only one that a connection has: what may be sent, read and
+    pinged goes by it. It is `closing` from the first close frame on, of either
+    side, and from the first write that failed; `closed` when the socket is gone.
     """
 
     __slots__ = (
@@ -367,9 +374,10 @@ class ClientConnection:
         "_queued_bytes",
         "_room",
         "_stall_timer",
-        "_taken_before",
+        "_taken_at",
         "_throttle",
         "_undelivered",
+        "_uptake",
         "backend",
         "bytes_in",
         "bytes_out",
@@ -414,7 +422,7 @@ class ClientConnection:
         self.state: State = "connecting"
         self.connected_at = datetime.now(UTC)
         self._began = self.last_heard = self._last_sent = self._now()
-        self._last_received = self._began  # a whole message
+        self._last_received = self._began  # a message, or a part of one
         self.messages_in = self.messages_out = self.bytes_in = self.bytes_out = 0
         self.subprotocol: str | None = None
         self._protocol: ClientProtocol | None = None
@@ -439,8 +447,11 @@ class ClientConnection:
         self._full = False
         self._throttle: Throttle | None = None
         self._idle: asyncio.Future[None] | None = None
+        # How it takes what is under way to it, while it was seen to be slow; and
+        # when it was last seen to have taken some, on the loop's clock.
         self._stall_timer: asyncio.TimerHandle | None = None
-        self._taken_before = 0
+        self._uptake: Uptake | None = None
+        self._taken_at = self._began
 
     def begin(
         self,
@@ -543,9 +554,21 @@ class ClientConnection:
         return self._room is not None and not self._room.done()
 
     @property
+    def patience(self) -> float:
+        """Longest that it may take nothing of what waits for it, in seconds."""
+        return self.policy.send_timeout
+
+    @property
+    def read_ahead(self) -> int:
+        """Bytes that may be read while there is no room: none above a rate."""
+        return 0 if self._throttle is not None else READ_AHEAD
+
+    @property
     def last_message_at(self) -> float:
-        """When a message went either way, on the loop's clock."""
-        return max(self._last_received, self._last_sent)
+        """When a message, or a part of one, went either way, on the loop's clock."""
+        self._look_at_uptake()
+        taken_at = self._taken_at if self._uptake is None else self._uptake.taken_at
+        return max(self._last_received, self._last_sent, taken_at)
 
     @property
     def busy(self) -> bool:
@@ -557,14 +580,20 @@ class ClientConnection:
 
     def on_kept(self, size: int) -> None:
         """So many bytes are kept of a message that is not whole yet."""
+        if size:
+            self._last_received = self.last_heard
         self.connections.keep(self, size)
+
+    def on_leaving(self) -> None:
+        """The client's close frame came before ours, or a write has failed."""
+        self._begin_closing(None)
 
     def on_failed(self, error: FrameError) -> None:
         """The client broke the protocol, or a rule, or its message has no room."""
         logger.info("connection %s: %s (%d)", self.id, error.reason, error.code, extra={
             "event": "fail", "connection_id": self.id, "code": error.code
         })
-        self._begin_closing(error.code, error.reason, "relay")
+        self._begin_closing((error.code, error.reason, "relay"))
         assert self._protocol is not None
         self._protocol.fail(error.code, error.reason)
 
@@ -685,6 +714,7 @@ class ClientConnection:
         self._last_sent = self._now()
         self.connections.observer.sent(self, message, size)
         if sent is not None and self._stall_timer is None:
+            self._look_at_uptake()
             self._watch_for_stall()
         return sent
 
@@ -708,10 +738,12 @@ class ClientConnection:
             self._early_close = self._early_close or (code, reason, initiator)
             return
         protocol = self._protocol
-        if self.state != "open" or protocol is None or protocol.is_closing():
+        if self.state != "open" or protocol is None:
             return
-        self._begin_closing(code, reason, initiator)
-        if protocol.bytes_waiting >= self.policy.max_send_buffer:
+        self._begin_closing((code, reason, initiator))
+        if protocol.bytes_waiting >= self.policy.max_send_buffer and (
+            self._look_at_uptake() or 0.0
+        ) >= CLOSE_TIMEOUT:
             protocol.abort()  # a close frame would wait behind all of it
         else:
             protocol.close(code, reason)
@@ -731,59 +763,119 @@ class ClientConnection:
             self._protocol.abort()
 
     def beat(self) -> None:
-        """Send a ping."""
+        """Send a ping, and note what stands before it."""
         if self._protocol is not None:
+            self._look_at_uptake()
             self._protocol.send_ping()
 
+    def is_silent(self, since: float) -> bool:
+        """Whether no sign of life came since the beat at `since`.
+
+        What comes from it is one, and so is what its kernel acknowledges, but for
+        the ping, unless its answer can't be seen.
+        """
+        protocol = self._protocol
+        if self.last_heard >= since or protocol is None:
+            return False
+        stalled = self._look_at_uptake()
+        if stalled is None:
+            taken_at = max(self._taken_at, self._last_sent)
+            return taken_at < since and not self.reading_paused
+        if self._taken_at >= since:
+            return False
+        # A slow client's kernel answers that it has no room: only nobody does not.
+        return protocol.outgoing().quiet >= self._now() - since or (
+            stalled >= self.policy.send_timeout
+        )
+
     def vanish(self) -> None:
-        """Cut off a peer that answers no ping."""
-        self._begin_closing(CloseCode.ABNORMAL, "ping timeout", "relay")
-        self.abort()
+        """Give up a peer that shows no sign of life, once what it sent was read."""
+        protocol = self._protocol
+        if self.state == "open" and protocol is not None:
+            self._begin_closing((CloseCode.ABNORMAL, "ping timeout", "relay"))
+            protocol.give_up()
+
+    def _look_at_uptake(self) -> float | None:
+        """For how many seconds it has taken nothing of what is under way to it.
+
+        None: nothing is under way.
+        """
+        if self._protocol is None:
+            return None
+        now = self._now()
+        acknowledged, under_way, _ = self._protocol.outgoing()
+        if not under_way:
+            if self._uptake is not None:
+                self._uptake = None
+                self._taken_at = now
+            return None
+        if self._uptake is None:
+            self._uptake = Uptake(acknowledged, now)
+            return 0.0
+        stalled = self._uptake.look(acknowledged, now)
+        self._taken_at = max(self._taken_at, self._uptake.taken_at)
+        return stalled
 
     def _watch_for_stall(self) -> None:
         """Close with 1008 a client that takes nothing for `send_timeout`."""
-        protocol = self._protocol
-        self._stall_timer = None
-        if protocol is None or not protocol.bytes_waiting:
-            return
-        self._taken_before = protocol.bytes_taken
         self._stall_timer = self.connections.loop.call_later(
-            self.policy.send_timeout, self._on_stall_time
+            self.policy.send_timeout / STALL_LOOKS, self._look_for_stall
         )
 
-    def _on_stall_time(self) -> None:
-        protocol = self._protocol
-        if protocol is not None and protocol.bytes_waiting and (
-            protocol.bytes_taken == self._taken_before
-        ):
-            self._stall_timer = None
+    def _look_for_stall(self) -> None:
+        self._stall_timer = None
+        if self._is_stalled():
+            # What it took meanwhile may be seen only now.
+            after_reading(self.connections.loop, self._judge_stall)
+        elif self._frames_wait():
+            self._watch_for_stall()
+
+    def _judge_stall(self) -> None:
+        if self._is_stalled():
             logger.info("connection %s takes nothing", self.id, extra={
                 "event": "stall", "connection_id": self.id
             })
-            self._begin_closing(CloseCode.POLICY, "slow consumer", "relay")
-            protocol.abort()  # its buffer is full: a close frame can't reach it
-        else:
+            self._begin_closing((CloseCode.POLICY, "slow consumer", "relay"))
+            self.abort()  # its buffer is full: a close frame can't reach it
+        elif self._frames_wait() and self._stall_timer is None:
             self._watch_for_stall()
+
+    def _frames_wait(self) -> bool:
+        protocol = self._protocol
+        return (
+            self.state == "open" and protocol is not None and protocol.bytes_waiting > 0
+        )
+
+    def _is_stalled(self) -> bool:
+        return self._frames_wait() and (
+            (self._look_at_uptake() or 0.0) >= self.policy.send_timeout
+        )
 
     # The end.
 
-    def _begin_closing(self, code: int, reason: str, initiator: Initiator) -> None:
-        self.state = "closing"
-        if self._closing is None:
-            self._closing = (code, reason, initiator)
-        if self._throttle is not None:
-            self._throttle.release()
+    def _begin_closing(self, closing: tuple[int, str, Initiator] | None) -> None:
+        """Be `closing` from now on; `closing` is ours where this side began.
 
-    def end(self, close: Close | None = None, initiator: Initiator = "relay") -> None:
-        """Forget the connection; tell the backend of its `close`, if there is one."""
-        self.state = "closed"
-        self.connections.keep(self, 0)
-        self.connections.remove(self)
+        Whatever is decided after that changes nothing.
+        """
+        if self.state != "open":
+            return
+        self.state = "closing"
+        self._closing = closing
         self.heartbeat.discard(self)
         self.lifetimes.discard(self)
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
+        if self._throttle is not None:
+            self._throttle.release()
+
+    def end(self, close: Close | None = None, initiator: Initiator = "relay") -> None:
+        """Forget the connection; tell the backend of its `close`, if there is one."""
+        self._begin_closing(None)
+        self.state = "closed"
+        self.connections.keep(self, 0)
+        self.connections.remove(self)
         if close is None:
             return
         duration = self._now() - self._began

@@ -9,7 +9,7 @@ from tornado.ioloop import IOLoop
 from tornado.web import Application
 
 import socketdock
-from backends import Backend
+from backends import Backend, Observer
 from handlers.admission import Admission
 from handlers.authorization import CallbackTokens
 from handlers.connections import ConnectionMap
@@ -160,6 +160,30 @@ async def test_process_that_is_full_reads_no_more(
         await client.close()
     await eventually(lambda: len(backend.told) == 2)
     assert connections.pending == 0
+
+
+async def test_bug_in_reading_closes_with_1011(
+    io_loop, app, http_server, http_port, caplog
+):
+    """It is the relay's fault, and is told as such; others are not harmed."""
+    connections, backend = app.settings["connections"], app.settings["backend"]
+
+    class BuggyObserver(Observer):
+        def received(self, connection, message, size) -> None:
+            if message == "boom":
+                raise RuntimeError("a bug")
+
+    connections.observer = BuggyObserver()
+    other = await connect(http_port)
+    client = await connect(http_port)
+    await client.send("boom")
+    assert await close_code(client) == 1011
+    await eventually(lambda: backend.told == [1011])
+    assert len(connections) == 1
+    backend.release.set()
+    await other.send("fine")
+    await eventually(lambda: next(iter(connections)).messages_in == 1)
+    await other.close()
 
 
 async def test_readiness_ends_with_the_stop_signal(

@@ -1,0 +1,301 @@
+"""Slow clients: who lives, who is idle, and who takes nothing any more."""
+
+import asyncio
+import contextlib
+import signal
+import ssl
+import statistics
+import time
+
+import pytest
+import websockets
+from certificates import Authority
+from service import DEADLINE, RecordingBackend, Service, withhold
+from slow import SlowClient
+from wire import BINARY, CLOSE, CONTINUATION, TEXT, frame
+
+pytestmark = pytest.mark.gen_test(timeout=90)
+
+LOOPS = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+LARGE = 4 * 2**20
+NORMAL = frame(CLOSE, b"\x03\xe8")
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+def whole(size: int):
+    """Whether that many bytes of messages were read."""
+    return lambda data: len(data) >= size
+
+
+# Who takes nothing.
+
+
+@LOOPS
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+async def test_steady_slow_reader_is_not_closed(io_loop, authority, loop, tls):
+    """It takes less in --send_timeout than what makes its socket writable."""
+    flags = ["--send_timeout=2", "--callbackport=0", f"--event_loop={loop}"]
+    context = None
+    if tls:
+        flags.append(f"--tls_cert={authority.server().both}")
+        context = ssl.create_default_context(cafile=str(authority.path))
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            with await SlowClient.connect(service.ws_url, tls=context) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                large = asyncio.create_task(
+                    backend.call(event["meta"]["send"], body=bytes(LARGE))
+                )
+                await client.read(rate=120_000, seconds=8)
+                await client.read(until=whole(LARGE + 10))
+                assert (await large).code in (200, 410)  # it took its time
+                await client.send(NORMAL)
+                await client.read()
+            (event,) = await backend.wait_for("disconnect", 1)
+    assert client.frames() == [(BINARY, bytes(LARGE)), (CLOSE, b"\x03\xe8")]
+    assert (event["meta"]["code"], event["meta"]["initiator"]) == (1000, "client")
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+async def test_reader_that_stops_is_closed_with_1008(io_loop, authority, tls):
+    """After --send_timeout from when it took the last bytes."""
+    flags = ["--send_timeout=1.5", "--callbackport=0"]
+    context = None
+    if tls:
+        flags.append(f"--tls_cert={authority.server().both}")
+        context = ssl.create_default_context(cafile=str(authority.path))
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            with await SlowClient.connect(service.ws_url, tls=context) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                large = asyncio.create_task(
+                    backend.call(event["meta"]["send"], body=bytes(LARGE))
+                )
+                await client.read(rate=200_000, seconds=3)
+                stopped = time.monotonic()
+                (event,) = await backend.wait_for("disconnect", 1)
+                took = time.monotonic() - stopped
+                assert (await large).code == 410
+    assert (event["meta"]["code"], event["meta"]["initiator"]) == (1008, "relay")
+    assert 1 < took < 10
+
+
+# Who lives.
+
+
+@LOOPS
+async def test_client_that_is_fed_all_the_time_is_not_cut(io_loop, loop):
+    """No ping was sent, since frames waited: what it takes is its sign of life."""
+    flags = ("--ping_interval=1", "--ping_timeout=1", f"--event_loop={loop}")
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            with await SlowClient.connect(service.ws_url) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                feeding = asyncio.create_task(
+                    backend.call(event["meta"]["send"], body=bytes(LARGE))
+                )
+                await client.read(rate=300_000, seconds=5)
+                assert client.end is None
+                # All the rest, in less than a ping and its answer may take.
+                await client.read(until=whole(LARGE + 10))
+                await client.send(NORMAL)
+                await client.read()
+                assert (await feeding).code == 200
+            (event,) = await backend.wait_for("disconnect", 1)
+    assert (event["meta"]["code"], event["meta"]["initiator"]) == (1000, "client")
+
+
+@LOOPS
+async def test_ping_behind_bytes_in_the_kernel_has_no_deadline(io_loop, loop):
+    """The kernel has all of the message, and the client has yet to read it."""
+    flags = ("--ping_interval=1", "--ping_timeout=1", f"--event_loop={loop}")
+    size = 1_500_000
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            with await SlowClient.connect(service.ws_url) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                answer = await backend.call(event["meta"]["send"], body=bytes(size))
+                assert answer.code == 200
+                await client.read(rate=250_000, seconds=5)
+                assert client.end is None
+                await client.send(NORMAL)
+                await client.read()
+            (event,) = await backend.wait_for("disconnect", 1)
+    assert (event["meta"]["code"], event["meta"]["initiator"]) == (1000, "client")
+    assert client.frames()[0] == (BINARY, bytes(size))
+
+
+async def test_client_that_stopped_with_bytes_under_way_is_found(io_loop):
+    """It takes nothing, and says nothing: it does not stay for its last message."""
+    flags = ("--ping_interval=0.5", "--ping_timeout=1", "--send_timeout=2")
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            with await SlowClient.connect(service.ws_url) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                answer = await backend.call(event["meta"]["send"], body=bytes(10**6))
+                assert answer.code == 200
+                (event,) = await backend.wait_for("disconnect", 1)
+                assert client.end is None
+    meta = event["meta"]
+    assert (meta["code"], meta["reason"]) == (1006, "ping timeout")
+    assert 2 <= meta["duration"] < 10
+
+
+async def test_client_is_pinged_while_reading_is_paused(io_loop):
+    """One whose kernel takes the pings lives, as long as no answer can be read."""
+    flags = ("--ping_interval=0.3", "--ping_timeout=0.3", "--messages_per_second=0.05",
+             "--rate_patience=60")
+    async with Service(*flags) as service:
+        with await SlowClient.connect(service.ws_url) as client:
+            await client.send(frame(TEXT, b"x") * 4)
+            pings = b"\x89\0" * 6
+            await client.read(until=lambda data: data.endswith(pings), seconds=DEADLINE)
+            assert client.data.endswith(pings)
+
+
+@LOOPS
+async def test_pings_of_clients_are_answered_while_the_backend_is_slow(io_loop, loop):
+    """Messages wait, and those behind them do; a ping behind them does not."""
+    flags = ("--connection_queue_messages=4", "--order_wait=inf",
+             "--backend_timeout=60", f"--event_loop={loop}")
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            let_go = withhold(backend, "message")
+            async with websockets.connect(service.ws_url) as client:
+                for number in range(50):
+                    await client.send(str(number))
+                for _ in range(3):
+                    await asyncio.wait_for(await client.ping(), DEADLINE)
+                assert len(backend.of("message")) == 1
+                let_go.set()
+                await backend.wait_for("message", 50)
+    messages = [event["message"] for event in backend.of("message")]
+    assert messages == [str(number) for number in range(50)]
+
+
+@LOOPS
+async def test_messages_that_are_read_ahead_are_bounded(io_loop, loop):
+    """A client that goes on sending has to wait, and nothing is lost."""
+    flags = ("--connection_queue_messages=1", "--order_wait=inf",
+             "--backend_timeout=60", f"--event_loop={loop}")
+    text, number = b"x" * 100_000, 80
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            let_go = withhold(backend, "message")
+            with await SlowClient.connect(service.ws_url) as client:
+                sending = asyncio.create_task(
+                    client.send(frame(TEXT, text) * number + NORMAL)
+                )
+                await backend.wait_for("message", 1)
+                done, _ = await asyncio.wait({sending}, timeout=1)
+                assert not done  # 8 MB would be in the relay
+                let_go.set()
+                (event,) = await backend.wait_for("disconnect", 1)
+                await sending
+    assert len(backend.of("message")) == number
+    assert (event["meta"]["code"], event["meta"]["undelivered"]) == (1000, 0)
+
+
+# After a stall.
+
+
+@LOOPS
+async def test_clients_that_answered_during_a_stall_stay(io_loop, loop):
+    """SIGSTOP for longer than pings may take, and than clients may be idle."""
+    flags = ("--ping_interval=1", "--ping_timeout=1", "--idle_timeout=2.5",
+             f"--event_loop={loop}")
+    async with Service(*flags) as service, contextlib.AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(
+                websockets.connect(service.ws_url, ping_interval=None)
+            )
+            for _ in range(20)
+        ]
+        # One ping at least is on its way when the process stops.
+        began = time.monotonic()
+        while time.monotonic() - began < 1.2:
+            await asyncio.gather(*(client.send("before") for client in clients))
+            await asyncio.gather(*(client.recv() for client in clients))
+        service.process.send_signal(signal.SIGSTOP)
+        for _ in range(5):
+            await asyncio.sleep(0.8)  # the stall
+            await asyncio.gather(*(client.send("meanwhile") for client in clients))
+        service.process.send_signal(signal.SIGCONT)
+        for client in clients:
+            for _ in range(5):
+                assert await asyncio.wait_for(client.recv(), DEADLINE) == "meanwhile"
+            await client.send("after")
+            assert await asyncio.wait_for(client.recv(), DEADLINE) == "after"
+
+
+# Who is idle.
+
+
+async def test_message_that_is_under_way_is_no_idleness(io_loop):
+    """A byte of it is enough; and when no more come, the time runs."""
+    async with Service("--idle_timeout=1", "--ping_interval=0") as service:
+        with await SlowClient.connect(service.ws_url) as client:
+            await client.send(frame(TEXT, b"a", fin=False))
+            for _ in range(8):
+                await asyncio.sleep(0.35)  # between two bytes
+                await client.send(frame(CONTINUATION, b"a", fin=False))
+            await client.send(frame(CONTINUATION, b"a"))
+            await client.read()
+    assert client.frames() == [(TEXT, b"a" * 10), (CLOSE, b"\x03\xe9idle")]
+
+
+async def test_slow_download_is_no_idleness(io_loop):
+    """The kernel has all of the message, and the client takes it bit by bit."""
+    size = 1_200_000
+    flags = ("--idle_timeout=1", "--ping_interval=0")
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            with await SlowClient.connect(service.ws_url) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                await backend.call(event["meta"]["send"], body=bytes(size))
+                await client.read(rate=300_000)
+    assert client.frames() == [(BINARY, bytes(size)), (CLOSE, b"\x03\xe9idle")]
+    assert client.end == "end"
+
+
+# A fair share.
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [frame(CONTINUATION, b"", fin=False), frame(CONTINUATION, b"x", fin=False)],
+    ids=["empty", "tiny"],
+)
+@LOOPS
+async def test_tiny_frames_delay_nobody(io_loop, loop, flood):
+    """Ten clients send nothing but fragments; an echo takes no longer for it."""
+    chunk = flood * (2**18 // len(flood))
+
+    async def push(client: SlowClient) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                await asyncio.to_thread(client.sock.sendall, chunk)
+
+    async with Service(f"--event_loop={loop}") as service:
+        async with contextlib.AsyncExitStack() as stack:
+            pushing = []
+            for _ in range(10):
+                client = await SlowClient.connect(service.ws_url)
+                stack.enter_context(client)
+                await client.send(frame(BINARY, b"", fin=False))
+                pushing.append(asyncio.create_task(push(client)))
+            other = await stack.enter_async_context(websockets.connect(service.ws_url))
+            delays = []
+            for _ in range(30):
+                began = time.monotonic()
+                await other.send("x")
+                await asyncio.wait_for(other.recv(), DEADLINE)
+                delays.append(time.monotonic() - began)
+            for task in pushing:
+                task.cancel()
+    # 20 ms is what it is to be; the machine may be busy.
+    assert statistics.median(delays) < 0.1, delays
