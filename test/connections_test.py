@@ -16,6 +16,7 @@ from handlers.connections import ConnectionMap
 from handlers.health import Readiness
 from handlers.heartbeat import Heartbeat
 from handlers.lifetimes import Lifetimes
+from handlers.paths import ClientPaths
 from handlers.tickets import Tickets
 from handlers.websocket import ClientPolicy
 
@@ -45,18 +46,17 @@ async def make_application(**bounds: int) -> Application:
     shared = {"connections": connections, "backend": backend}
     readiness = Readiness(connections, backend, 0.0)
     readiness.started = True
-    routes = [
-        *socketdock.client_routes(
-            heartbeat=Heartbeat(0, 0),
-            lifetimes=lifetimes,
-            policy=ClientPolicy(),
-            tickets=Tickets(),
-            **shared,
-        ),
-        *socketdock.callback_routes(
+    routes = socketdock.client_routes(
+        ClientPaths(["/ws"]),
+        socketdock.callback_routes(
             "", CallbackTokens(), readiness, max_message_size=1000, **shared
         ),
-    ]
+        heartbeat=Heartbeat(0, 0),
+        lifetimes=lifetimes,
+        policy=ClientPolicy(),
+        tickets=Tickets(),
+        **shared,
+    )
     return Application(
         routes,
         connections=connections,
