@@ -14,8 +14,8 @@ from soaking.visits import CLOSE_READ, Babbling, Closing, Visit
 # Seconds that the relay may take to read an answer, on a busy machine, before what
 # it sends can be held against it.
 HEARD = 1.5
-# Seconds that a retry may come early: clocks are read at both ends.
-EARLY = 0.05
+# Seconds that a retry may come early: a busy loop looks at its clock before that.
+EARLY = 0.3
 # Two requests on two connections may reach the backend the wrong way round when it
 # is busy itself.
 SAME_MOMENT = 0.5
@@ -211,8 +211,11 @@ class Audit:
             if a.ended < attempt.arrived
             and self._stalls.running(a.ended, attempt.arrived) > HEARD
         ]
+        given_up = attempt.arrived - self._delivery_timeout + HEARD
         if attempt.kind == "disconnect":
             undelivered = attempt.event["meta"]["undelivered"]
+            if attempt.event["meta"].get("reason") == "instance lost":
+                return  # with what was in its memory
             # What failed after the event was sent is delivered behind it.
             ahead = [label(a) for a in waiting if a.ended < replay.disconnected]
             if len(ahead) > undelivered:
@@ -222,7 +225,7 @@ class Audit:
                 )
             return
         for other in waiting:
-            if spoken(other) < spoken(attempt):
+            if spoken(other) < spoken(attempt) and replay.since(other) > given_up:
                 yield f"{label(attempt)} overtook {label(other)}, which had failed"
 
     def _is_failed(self, attempt: Attempt) -> bool:
@@ -247,6 +250,10 @@ class _Replay:
         self.failed: dict[str, Attempt] = {}  # messages whose latest attempt did
         self.highest: Attempt | None = None  # the last message that came
         self.disconnected = float("inf")  # when the first disconnect event came
+
+    def since(self, attempt: Attempt) -> float:
+        """When the first attempt of that message ended."""
+        return self.by_id[attempt.webhook_id][0].ended
 
     def add(self, attempt: Attempt, failed: bool) -> None:
         self.by_id[attempt.webhook_id].append(attempt)
