@@ -16,9 +16,9 @@ from soaking.visits import CLOSE_READ, Babbling, Closing, Visit
 HEARD = 1.5
 # Seconds that a retry may come early: a busy loop looks at its clock before that.
 EARLY = 0.3
-# Two requests on two connections may reach the backend the wrong way round when it
-# is busy itself.
-SAME_MOMENT = 0.5
+# Seconds that a request on a new connection may wait to be read, when the backend,
+# which is the soak itself, is busy: one on a kept connection may come before it.
+SAME_MOMENT = 1.0
 SLOW = 1008  # the close code of who takes nothing
 DISCONNECT_TIMEOUT = 300.0  # seconds; the relay's default
 
@@ -142,7 +142,7 @@ class Audit:
 
     def delivery_flaws(self, attempts: list[Attempt]) -> Iterator[str]:
         """Replay one connection's attempts in the order in which they came."""
-        replay = _Replay()
+        replay = _Replay(attempts)
         for attempt in attempts:
             if attempt.kind == "connect":
                 continue
@@ -210,6 +210,7 @@ class Audit:
             for a in replay.failed.values()
             if a.ended < attempt.arrived
             and self._stalls.running(a.ended, attempt.arrived) > HEARD
+            and replay.next_of(a) - attempt.arrived > SAME_MOMENT
         ]
         given_up = attempt.arrived - self._delivery_timeout + HEARD
         if attempt.kind == "disconnect":
@@ -245,7 +246,10 @@ class Audit:
 class _Replay:
     """One connection's attempts so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, attempts: Iterable[Attempt]) -> None:
+        self._arrivals: dict[str, list[float]] = defaultdict(list)
+        for attempt in attempts:
+            self._arrivals[attempt.webhook_id].append(attempt.arrived)
         self.by_id: dict[str, list[Attempt]] = defaultdict(list)
         self.failed: dict[str, Attempt] = {}  # messages whose latest attempt did
         self.highest: Attempt | None = None  # the last message that came
@@ -254,6 +258,11 @@ class _Replay:
     def since(self, attempt: Attempt) -> float:
         """When the first attempt of that message ended."""
         return self.by_id[attempt.webhook_id][0].ended
+
+    def next_of(self, attempt: Attempt) -> float:
+        """When the event came again; for ever where it did not."""
+        later = (at for at in self._arrivals[attempt.webhook_id] if at > attempt.arrived)
+        return min(later, default=float("inf"))
 
     def add(self, attempt: Attempt, failed: bool) -> None:
         self.by_id[attempt.webhook_id].append(attempt)
