@@ -19,6 +19,7 @@ EARLY = 0.3
 # Seconds that a request on a new connection may wait to be read, when the backend,
 # which is the soak itself, is busy: one on a kept connection may come before it.
 SAME_MOMENT = 1.0
+HELD_AFTERWARDS = 5.0  # seconds; an answer is held so long behind the farewell
 SLOW = 1008  # the close code of who takes nothing
 DISCONNECT_TIMEOUT = 300.0  # seconds; the relay's default
 
@@ -99,7 +100,12 @@ class Audit:
         self, visit: Visit, meta: dict[str, Any], attempts: list[Attempt]
     ) -> Iterator[str]:
         """Each message came to an end of which the backend or the event knows."""
-        settled = {spoken(a) for a in attempts if self._is_settled(a)}
+        told = [a.ended for a in self._by_connection[meta["connection_id"]]
+                if a.kind == "disconnect" and a.accepted]
+        let_go = min(told, default=float("inf")) + HELD_AFTERWARDS
+        settled = {
+            spoken(a) for a in attempts if self._is_settled(a) or a.ended > let_go
+        }
         known = len(settled) + meta["undelivered"]
         seen = {spoken(attempt) for attempt in attempts}
         if known < len(seen):
@@ -212,7 +218,9 @@ class Audit:
             and self._stalls.running(a.ended, attempt.arrived) > HEARD
             and replay.next_of(a) - attempt.arrived > SAME_MOMENT
         ]
-        given_up = attempt.arrived - self._delivery_timeout + HEARD
+        deadline = attempt.arrived - self._delivery_timeout + HEARD
+        # With the one at the head all behind it were.
+        given_up = any(replay.since(a) < deadline for a in replay.failed.values())
         if attempt.kind == "disconnect":
             undelivered = attempt.event["meta"]["undelivered"]
             if attempt.event["meta"].get("reason") == "instance lost":
@@ -226,7 +234,7 @@ class Audit:
                 )
             return
         for other in waiting:
-            if spoken(other) < spoken(attempt) and replay.since(other) > given_up:
+            if spoken(other) < spoken(attempt) and not given_up:
                 yield f"{label(attempt)} overtook {label(other)}, which had failed"
 
     def _is_failed(self, attempt: Attempt) -> bool:
@@ -261,7 +269,8 @@ class _Replay:
 
     def next_of(self, attempt: Attempt) -> float:
         """When the event came again; for ever where it did not."""
-        later = (at for at in self._arrivals[attempt.webhook_id] if at > attempt.arrived)
+        arrivals = self._arrivals[attempt.webhook_id]
+        later = (at for at in arrivals if at > attempt.arrived)
         return min(later, default=float("inf"))
 
     def add(self, attempt: Attempt, failed: bool) -> None:
