@@ -189,7 +189,7 @@ class Audit:
             not replay.by_id[attempt.webhook_id]
             and highest is not None
             and spoken(attempt) < spoken(highest)
-            and attempt.arrived - highest.arrived > SAME_MOMENT
+            and self._stalls.running(highest.arrived, attempt.arrived) > SAME_MOMENT
         ):
             yield f"{label(attempt)} came first after {label(highest)}"
 
@@ -216,7 +216,7 @@ class Audit:
             for a in replay.failed.values()
             if a.ended < attempt.arrived
             and self._stalls.running(a.ended, attempt.arrived) > HEARD
-            and replay.next_of(a) - attempt.arrived > SAME_MOMENT
+            and self._stalls.running(attempt.arrived, replay.next_of(a)) > SAME_MOMENT
         ]
         deadline = attempt.arrived - self._delivery_timeout + HEARD
         # With the one at the head all behind it were.
