@@ -160,6 +160,59 @@ async def test_who_waits_for_a_connection_in_a_line_that_moves_is_not_late(io_lo
             await leave(clients)
 
 
+async def test_answer_from_before_a_retry_is_no_sign_of_life_for_it(io_loop):
+    """The first message is held again after the second was answered: it stays."""
+
+    def decide(attempt: Attempt) -> Reply:
+        number = number_of(attempt)
+        if number == 0 and len(backend.attempts) == 1:
+            return Reply(503, delay=0.5, headers=("Retry-After: 1",))
+        return HOLD if number in (0, 2) else OK
+
+    async with FaultyBackend(decide) as backend:
+        flags = ("--order_wait=0.1", "--max_unanswered=2")
+        async with Service(*backend.flags("message"), *flags) as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say(2)
+            await eventually(
+                lambda: [a.outcome for a in backend.attempts] == ["503", "200"]
+            )
+            await talker.say(2)
+            await eventually(lambda: len(backend.attempts) == 4)
+            await until_held(service, 2)
+            backend.release()
+            await backend.wait_for("message", 4)
+            await leave([talker])
+    assert [number_of(a) for a in backend.attempts] == [0, 1, 0, 2, 3]
+
+
+async def test_held_requests_of_one_that_has_left_are_let_go_one_by_one(io_loop):
+    """The disconnect event was answered, and connections are short: the oldest goes."""
+    outcomes: list[str] = []
+
+    def decide(attempt: Attempt) -> Reply:
+        if attempt.kind == "disconnect":
+            return OK
+        if attempt.event["message"].startswith("other 1"):
+            outcomes.extend(a.outcome for a in backend.attempts[:2])
+        return HOLD
+
+    async with FaultyBackend(decide) as backend:
+        flags = ("--order_wait=0.1", "--max_backend_connections=3")
+        async with Service(*backend.flags(), *flags) as service:
+            gone = await Talker(service.ws_url, "gone").connect()
+            other = await Talker(service.ws_url, "other").connect()
+            await gone.say(2)
+            await until_held(service, 2)
+            await leave([gone])
+            await backend.wait_for("disconnect", 1)
+            await other.say(2)
+            await eventually(lambda: bool(outcomes))
+            assert outcomes == ["let go", "hold"]
+            backend.release()
+            await leave([other])
+
+
 async def test_one_that_raises_takes_no_neighbor_with_it(io_loop, caplog):
     """Of requests that become overdue by one timer, each is told."""
     told = []

@@ -115,11 +115,10 @@ class HTTPBackend(Backend):
         self._state = state
         # Of connections that have sent a message, by id, until all is told.
         self._by_id: dict[str, Delivery] = {}
-        # Ends of requests that outlive their connection; awaited by drain(),
-        # cancelled by close().
+        # Ends of requests that outlive their connection, and the farewells of dead
+        # runs; awaited by drain(), cancelled by close().
         self._ending: set[asyncio.Task[None]] = set()
         self._stopping = False
-        # Cancelled by close().
         self._telling: asyncio.Task[None] | None = None
         if state is not None:
             self._telling = asyncio.create_task(self._tell_of_dead_runs(state))
@@ -177,6 +176,8 @@ class HTTPBackend(Backend):
         )
         try:
             await self._say(farewell)
+            if self._farewells.target is not None:
+                delivery.told()
         finally:
             if delivery.holding or delivery.failures != farewell.failures:
                 ending = asyncio.create_task(self._end_held(delivery, farewell))
@@ -273,23 +274,27 @@ class HTTPBackend(Backend):
         self._client.trust(credentials.tls)
 
     async def drain(self, timeout: float) -> int:
-        """Wait for requests that are held; what fails meanwhile goes again."""
-        if self._ending:
-            await asyncio.wait(self._ending, timeout=timeout)
-        return self._deliveries.held.failed
-
-    async def close(self) -> None:
-        """Close every connection to the backend.
+        """Wait for requests that are held; what fails meanwhile goes again.
 
         Farewells of dead runs that are under way may end first, so that the
         next start does not repeat them.
         """
         self._stopping = True
-        tasks = list(self._ending)
+        deadline = self._client.loop.time() + timeout
         if self._telling is not None:
-            await asyncio.wait({self._telling}, timeout=FAREWELLS_TIMEOUT)
-            tasks.append(self._telling)
+            await asyncio.wait(
+                {self._telling}, timeout=min(timeout, FAREWELLS_TIMEOUT)
+            )
+        if self._ending:
+            left = max(0.0, deadline - self._client.loop.time())
+            await asyncio.wait(self._ending, timeout=left)
+        return self._deliveries.held.failed
+
+    async def close(self) -> None:
+        """Close every connection to the backend; what was not told stays so."""
+        self._stopping = True
         self._deliveries.closing = self._farewells.closing = True
+        tasks = [*self._ending, *([self._telling] if self._telling else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -153,7 +153,6 @@ class Delivery:
     """
 
     __slots__ = (
-        "_answered",
         "_backlog",
         "_called_back_at",
         "_changed",
@@ -181,7 +180,6 @@ class Delivery:
         # The latest request sent, while it holds back the next.
         self._gate: Request | None = None
         self._open: dict[Request, None] = {}  # under way, in the order sent
-        self._answered = 0  # the highest number that was answered
         self._called_back_at = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
         self._line: Line | None = None  # where `_pump` waits to be called
@@ -270,6 +268,10 @@ class Delivery:
             self._order_wait = IMPATIENT_ORDER_WAIT
         self._on_sign_of_life()
         self._pump()
+
+    def told(self) -> None:
+        """The backend has answered the disconnect event: a sign of life."""
+        self._on_sign_of_life()
 
     def end(self) -> None:
         """Forget what is left: every request that is held, and what goes again."""
@@ -373,10 +375,10 @@ class Delivery:
         self._deliveries.held.add(request)
         # Whoever took it whole and has not reset it is there.
         self._deliveries.breaker.record(self._connection.id, away=False)
+        self._gate = None
         if self._called_back_at >= request.sent_at:
             self._order_wait = IMPATIENT_ORDER_WAIT
-        self._gate = None
-        self._on_sign_of_life()
+            self._deliveries.on_sign_of_life(request)
         self._pump()
 
     def on_done(self, request: Request, outcome: Answer | BackendError) -> None:
@@ -441,9 +443,8 @@ class Delivery:
                 status,
                 extra={"connection_id": self._connection.id, "status": status},
             )
-        if request.number > self._answered:
-            self._answered = request.number
-            self._on_sign_of_life()
+        if self._open:
+            self._on_sign_of_life(before=request.number)
 
     def _on_failed(self, request: Request, error: BackendError, wait: float) -> None:
         """Back to the head of the queue, or given up with all behind it.
@@ -494,12 +495,14 @@ class Delivery:
 
     # Signs of life.
 
-    def _on_sign_of_life(self) -> None:
+    def _on_sign_of_life(self, before: float = float("inf")) -> None:
+        """What is overdue may be let go, of messages `before` that number."""
         held = self._deliveries.held
         for request in list(self._open):
-            if request.overdue and not held.is_expendable(request) and (
-                self._called_back_at >= request.sent_at
-                or self._answered > request.number
+            if (
+                request.overdue
+                and request.number < before
+                and not held.is_expendable(request)
             ):
                 self._deliveries.on_sign_of_life(request)
 

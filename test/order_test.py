@@ -1,0 +1,173 @@
+"""Random backends: whatever they do, order holds and each message is accounted for.
+
+More seeds: `ORDER_SEEDS=100:140 pytest test/order_test.py`.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+from collections import defaultdict
+
+import pytest
+import websockets
+from faults import Attempt, FaultyBackend, Reply, Talker, talkers
+from service import Service
+
+pytestmark = pytest.mark.gen_test(timeout=180)
+
+CLIENTS = 70
+# Seconds in which the relay may have sent an event that crossed a failure on its way.
+CROSSING = 1.0
+FIRST, _, LAST = os.environ.get("ORDER_SEEDS", "1:3").partition(":")
+
+MESSAGE_REPLIES = [
+    Reply(), Reply(delay=0.3), Reply(delay=0.8), Reply(500), Reply(429), Reply(400),
+    Reply(503, headers=("Retry-After: 2",)), Reply(fault="reset"), Reply(fault="hold"),
+    Reply(503, delay=0.5, headers=("Retry-After: 3",)), Reply(503, delay=0.8),
+    Reply(fault="reset", delay=0.6), Reply(502, delay=1.2, headers=("Retry-After: 2",)),
+]
+DISCONNECT_REPLIES = [
+    Reply(delay=0.5), Reply(503), Reply(503, headers=("Retry-After: 2",)),
+    Reply(fault="reset"), Reply(500, delay=0.3),
+]
+
+
+class TimedBackend(FaultyBackend):
+    """Fails at random until it is told to stop, and notes when what happened."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(self._decide)
+        self._rng = rng
+        self._replies = rng.sample(MESSAGE_REPLIES, 6)
+        self._share = rng.choice([0.2, 0.5, 0.8])
+        self.failing = True
+        # By id() of an attempt, which `attempts` keeps, on the loop's clock.
+        self.came: dict[int, float] = {}
+        self.ended: dict[int, float] = {}
+
+    def _decide(self, attempt: Attempt) -> Reply:
+        if not self.failing or self._rng.random() > self._share:
+            return Reply()
+        return self._rng.choice(
+            self._replies if attempt.kind == "message" else DISCONNECT_REPLIES
+        )
+
+    def enter(self, attempt: Attempt) -> None:
+        self.came[id(attempt)] = asyncio.get_running_loop().time()
+        super().enter(attempt)
+
+    def settle(self, attempt: Attempt, outcome: str) -> None:
+        self.ended[id(attempt)] = asyncio.get_running_loop().time()
+        super().settle(attempt, outcome)
+
+
+def number_of(attempt: Attempt) -> float:
+    """Its place in the order of its connection's events."""
+    if attempt.kind == "disconnect":
+        return float("inf")
+    return int(attempt.webhook_id.rpartition("-")[2])
+
+
+def failed(attempt: Attempt) -> bool:
+    """Whether the attempt has ended, and the event has to go again."""
+    return attempt.outcome in ("lost", "429") or attempt.outcome.startswith("5")
+
+
+def overtakes(backend: TimedBackend, events: list[Attempt]) -> list[str]:
+    """Which of a connection's events came while one before them waited to go again."""
+    found = []
+    for index, attempt in enumerate(events):
+        if not failed(attempt):
+            continue
+        since = backend.ended[id(attempt)] + CROSSING
+        again = next(
+            (a for a in events[index + 1 :] if a.webhook_id == attempt.webhook_id), None
+        )
+        until = backend.came[id(again)] if again is not None else since
+        found += [
+            f"{later.webhook_id} while {attempt.webhook_id} had failed"
+            for later in events
+            if number_of(later) > number_of(attempt)
+            and since < backend.came[id(later)] < until
+        ]
+    return found
+
+
+def unaccounted(events: list[Attempt], sent: int) -> list[str]:
+    """What is wrong in the account of a connection that said `sent` messages."""
+    ends: dict[str, set[str]] = defaultdict(set)
+    metas = []
+    for attempt in events:
+        if attempt.kind == "message":
+            ends[attempt.webhook_id].add(attempt.outcome)
+        elif attempt.accepted:
+            metas.append(attempt.event["meta"])
+    if not metas:
+        return ["no disconnect event"]
+    if events[-1].kind != "disconnect":
+        return ["a message came last"]
+    taken = sum(bool(outcomes & {"200", "400"}) for outcomes in ends.values())
+    settled = sum(bool(o & {"200", "400", "let go"}) for o in ends.values())
+    undelivered = metas[-1]["undelivered"]
+    if not sent - settled <= undelivered <= sent - taken:
+        return [f"{sent} sent, {taken} to {settled} settled, {undelivered} undelivered"]
+    refused = sum("400" in outcomes for outcomes in ends.values())
+    if refused != metas[-1]["refused"]:
+        return [f"{refused} refused, {metas[-1]['refused']} told"]
+    return []
+
+
+async def visit(talker: Talker, rng: random.Random) -> None:
+    """Talk a little; some leave then, the others stay."""
+    for _ in range(rng.randint(1, 6)):
+        try:
+            await talker.say(rng.randint(1, 2))
+        except websockets.ConnectionClosed:
+            return
+        await asyncio.sleep(rng.uniform(0, 0.4))  # its pace
+    if rng.random() < 0.6:
+        await talker.client.close()
+
+
+@pytest.mark.parametrize("seed", range(int(FIRST), int(LAST or FIRST) + 1))
+async def test_order_and_account_hold_whatever_the_backend_does(io_loop, seed):
+    """Holds, failures, resets and Retry-After; clients that leave, and the stop."""
+    rng = random.Random(seed)
+    async with TimedBackend(rng) as backend:
+        flags = [
+            *backend.flags(),
+            f"--order_wait={rng.choice([0.1, 0.1, 1])}",
+            f"--delivery_timeout={rng.choice([4, 60])}",
+            f"--max_unanswered={rng.choice([2, 16])}",
+            f"--max_backend_connections={rng.choice([100, 4096])}",
+            "--drain_timeout=60",
+        ]
+        async with Service(*flags) as service:
+            clients = await talkers(service.ws_url, CLIENTS)
+            await asyncio.gather(
+                *(visit(talker, random.Random(rng.random())) for talker in clients)
+            )
+            service.process.send_signal(signal.SIGTERM)
+            ends = [talker.until_closed() for talker in clients]
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*ends), rng.uniform(0.5, 4))
+            backend.failing = False
+            status = await asyncio.wait_for(service.process.wait(), 90)
+            assert status == 0, service.log
+        by_connection: dict[str, list[Attempt]] = defaultdict(list)
+        for attempt in backend.attempts:
+            by_connection[attempt.connection_id].append(attempt)
+        names = backend.names()
+        sent = {talker.name: talker.sent for talker in clients}
+        wrong = {
+            (names[connection_id], what)
+            for connection_id, events in by_connection.items()
+            for what in (
+                *overtakes(backend, events),
+                *unaccounted(events, sent[names[connection_id]]),
+            )
+        }
+        assert not wrong
+        assert len(by_connection) == CLIENTS
