@@ -207,7 +207,6 @@ def operator_routes(
 def make_server(
     routes: Routes,
     bounds: RequestBounds,
-    websockets_by_tls: bool,
     observer: Observer,
     quick: Callable[[Request], Quick | None] = lambda request: None,
     tracing: "Tracing | None" = None,
@@ -231,7 +230,7 @@ def make_server(
     application = RelayApplication(
         routes, default_handler_class=NotFoundHandler, log_function=on_answered
     )
-    if websockets_by_tls or options.http_server == "tornado":
+    if options.http_server == "tornado":
         return TornadoServer(application, bounds)
     return RequestServer(application, bounds, quick, on_quickly_answered)
 
@@ -557,7 +556,6 @@ async def serve(log: Log) -> int:
             make_server(
                 client_routes(paths, for_backend, **for_clients),
                 bounds(policy),
-                to_clients.has_tls,
                 observers,
                 quick,
                 tracing,
@@ -568,13 +566,12 @@ async def serve(log: Log) -> int:
             make_server(
                 client_routes(paths, [], **for_clients),
                 bounds(),
-                to_clients.has_tls,
                 observers,
             )
         )
         to_backend.serve(
             make_server(
-                for_backend, bounds(policy), False, observers, quick, tracing
+                for_backend, bounds(policy), observers, quick, tracing
             )
         )
     log.begin()

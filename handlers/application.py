@@ -67,7 +67,7 @@ class _Routing(HTTPMessageDelegate):
         self._application = application
         self._server_connection = server_connection
         self._connection = connection
-        self._handler: HTTPMessageDelegate
+        self._handler = HTTPMessageDelegate()  # nobody, until a handler is found
 
     def headers_received(
         self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders

@@ -1,19 +1,21 @@
-"""An HTTP/1.1 server on asyncio protocols, in front of the same `Application`.
+"""An HTTP/1.1 server on plain sockets, in front of the same `Application`.
 
 httptools parses, in C, what Tornado's own server parses in Python; handlers see
 no difference. A send, which is what a backend asks for all day, is answered
 straight from the parser where `quick` knows the answer, and by its handler where
-not. `handlers.listener` accepts the connections. See docs/decisions/009.
+not. `handlers.listener` accepts the connections, `handlers.sockets` reads and
+writes them. See docs/decisions/009.
+
+A connection parses one request at a time: what comes behind it stays as bytes, and
+is bounded, until that request has been answered and the answer has been taken.
 """
 
 import asyncio
 import logging
-import os
 import re
 import socket
 import ssl
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -31,15 +33,23 @@ from tornado.httputil import (
 from tornado.iostream import IOStream, StreamClosedError
 from tornado.web import Application
 
+from backends.deadlines import after_reading
+from handlers.sockets import READ_SIZE, SocketConnection
+
 logger = logging.getLogger(__name__)
 
 IDLE_TIMEOUT = 120.0  # seconds between two requests of one connection
 ANSWER_TIMEOUT = 60.0  # seconds for an answer to be taken
 LINGER_TIMEOUT = 2.0  # seconds in which a peer may see why it is closed
 TICK = 0.5  # seconds between two looks at who is late
-MAX_PIPELINED = 16  # requests of one connection that wait for the one before
+STALL = 1.0  # seconds by which a tick is late where nobody was served meanwhile
+# Bytes of one connection behind the request at hand; then reading stops.
+MAX_AHEAD = READ_SIZE
+MAX_HEADERS = 1000  # of one request, trailers included: each takes its time
+PIECES_PER_TURN = 16  # that one connection parses before others have their turn
 
 SWITCHING_PROTOCOLS = 101
+EMPTY_LINE = b"\r\n\r\n"
 LINE_END = re.compile(r"[\r\n\0]")
 
 
@@ -69,11 +79,17 @@ class QuickAnswer(Protocol):
 
 
 class Request:
-    """One request as it comes in; `headers` are as on the wire."""
+    """One request as it comes in; `headers` are as on the wire.
+
+    `upgrade` says that it asks for another protocol, by its headers or by CONNECT.
+    """
 
     __slots__ = (
+        "chunked",
         "chunks",
         "complete",
+        "declared",
+        "fields",
         "headers",
         "keep_alive",
         "length",
@@ -89,15 +105,24 @@ class Request:
         self.method = self.version = ""
         self.target = b""
         self.headers: list[tuple[bytes, bytes]] = []
-        self.size = 0  # bytes of its line and headers
+        self.fields = 0  # of its headers and trailers
+        # Bytes of a head that is not whole; then those since its body last grew.
+        self.size = 0
         self.chunks: list[bytes] = []
+        self.declared = 0  # bytes of its body, by Content-Length
         self.length = 0  # bytes of its body so far
-        self.complete = self.keep_alive = self.upgrade = False
+        self.chunked = self.complete = self.keep_alive = self.upgrade = False
         self.quick: Quick | None = None  # what answers it without a handler
 
     def body(self) -> bytes:
         """All of it."""
         return self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+
+    def head_size(self) -> int:
+        """Bytes of its target and headers, colons and line ends included."""
+        return len(self.target) + sum(
+            len(name) + len(value) + 4 for name, value in self.headers
+        )
 
     def framing(self) -> list[tuple[bytes, bytes]]:
         """The headers that say where its body ends, if it has one."""
@@ -120,6 +145,61 @@ class Request:
 Quick = Callable[[bytes], QuickAnswer | Awaitable[QuickAnswer] | None]
 
 
+class Mortal(Protocol):
+    """What `Deadlines` ends."""
+
+    deadline: float  # on the loop's clock
+
+    def abort(self) -> None:
+        """Close at once."""
+
+
+class Deadlines:
+    """Ends connections whose deadline has passed, by one timer for all of them.
+
+    Time in which the whole process stood still (SIGSTOP, a suspended machine)
+    counts against nobody, and what has come by then is read first.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.connections: set[Mortal] = set()
+        self._loop = loop
+        self._next = 0.0  # tick, on the loop's clock
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, connection: Mortal) -> None:
+        """Look after a connection until it is discarded from `connections`."""
+        self.connections.add(connection)
+        if self._timer is None:
+            self._wait()
+
+    def close(self) -> None:
+        """Look after nobody any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _wait(self) -> None:
+        self._next = self._loop.time() + TICK
+        self._timer = self._loop.call_at(self._next, self._tick)
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        late_by = now - self._next
+        if late_by > STALL:
+            for connection in self.connections:
+                connection.deadline += late_by
+        if any(connection.deadline < now for connection in self.connections):
+            after_reading(self._loop, self._judge)
+        self._timer = None
+        if self.connections:
+            self._wait()
+
+    def _judge(self) -> None:
+        now = self._loop.time()
+        for connection in [c for c in self.connections if c.deadline < now]:
+            connection.abort()
+
+
 class RequestServer:
     """Serves requests on the sockets that it is given.
 
@@ -140,10 +220,7 @@ class RequestServer:
         self.log = log
         # Kept, since asking for it is a system call (getpid) before Python 3.12.
         self.loop = asyncio.get_running_loop()
-        self.connections: set[RequestConnection] = set()
-        self._ticking: asyncio.TimerHandle | None = None
-        # While their TLS handshakes go on; they end by themselves.
-        self._beginning: set[asyncio.Task[None]] = set()
+        self.deadlines = Deadlines(self.loop)
         self._second = 0
         self._date = b""
 
@@ -151,42 +228,15 @@ class RequestServer:
         self, accepted: socket.socket, address: Any, tls: ssl.SSLContext | None
     ) -> None:
         """Serve a connection that was accepted."""
-        task = self.loop.create_task(self._begin(accepted, tls))
-        self._beginning.add(task)
-        task.add_done_callback(self._beginning.discard)
-
-    async def _begin(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
-        connection = RequestConnection(self, "https" if tls else "http")
+        remote_ip = address[0] if isinstance(address, tuple) else ""
         try:
-            await self.loop.connect_accepted_socket(
-                lambda: connection,
-                sock,
-                ssl=tls,
-                ssl_handshake_timeout=self.bounds.header_timeout if tls else None,
-                ssl_shutdown_timeout=LINGER_TIMEOUT if tls else None,
-            )
-        except OSError as error:  # TLS failed, or the peer has gone
+            connection = RequestConnection(self, accepted, remote_ip, tls)
+        except OSError as error:  # it has gone already
             logger.debug("no connection: %s", getattr(error, "reason", error))
-            sock.close()
-        except asyncio.CancelledError:
-            # Its first request may be at work already, and uvloop now closes the
-            # transport without a word to its protocol.
-            connection.connection_lost(None)
-            raise
-
-    def add(self, connection: "RequestConnection") -> None:
-        """Look after a connection's deadlines."""
-        self.connections.add(connection)
-        if self._ticking is None:
-            self._ticking = self.loop.call_later(TICK, self._tick)
-
-    def _tick(self) -> None:
-        now = self.loop.time()
-        for connection in [c for c in self.connections if c.deadline < now]:
-            connection.abort()
-        self._ticking = None
-        if self.connections:
-            self._ticking = self.loop.call_later(TICK, self._tick)
+            accepted.close()
+            return
+        self.deadlines.add(connection)
+        connection.start_reading()
 
     def date(self) -> bytes:
         """The `Date` header, which changes once a second."""
@@ -198,14 +248,9 @@ class RequestServer:
 
     async def close_all_connections(self) -> None:
         """Close them at once."""
-        await asyncio.sleep(0)  # for each that begins to have its socket in hand
-        for task in list(self._beginning):
-            task.cancel()
-        await asyncio.gather(*self._beginning, return_exceptions=True)
-        for connection in list(self.connections):
+        for connection in list(self.deadlines.connections):
             connection.abort()
-        if self._ticking is not None:
-            self._ticking.cancel()
+        self.deadlines.close()
 
 
 @dataclass(slots=True)
@@ -216,316 +261,509 @@ class _Context:
     protocol: str
 
 
-class RequestConnection(asyncio.Protocol, HTTPConnection):
-    """One connection: requests in their order, each answered before the next."""
+class RequestConnection(SocketConnection):
+    """One connection: requests in their order, each answered before the next.
 
-    def __init__(self, server: RequestServer, protocol: str) -> None:
-        self.context = _Context("", protocol)
-        self.deadline = float("inf")  # on the loop's clock; late, it is closed
+    What was read waits in `_inbox`. A piece of it, which ends one request at most,
+    goes to the parser when the request before was answered and the peer has taken
+    the answer. So a peer can have no more kept here than one request, of which a
+    handler bounds the body, and `MAX_AHEAD` bytes.
+    """
+
+    __slots__ = (
+        "_answering",
+        "_broken",
+        "_closing",
+        "_ended",
+        "_exchange",
+        "_inbox",
+        "_parser",
+        "_partial",
+        "_request",
+        "_resuming",
+        "_server",
+        "_taken",
+        "_turning",
+        "context",
+        "deadline",
+    )
+
+    def __init__(
+        self,
+        server: RequestServer,
+        accepted: socket.socket,
+        remote_ip: str,
+        tls: ssl.SSLContext | None,
+    ) -> None:
+        super().__init__(server.loop, accepted, tls)
+        self.context = _Context(remote_ip, "https" if tls else "http")
+        # On the loop's clock; late, it is closed.
+        self.deadline = self._now() + server.bounds.header_timeout
         self._server = server
-        self._transport: Any = None
-        self._parser: Any = None  # while it is connected, since it calls back here
-        self._reading: Request | None = None  # whose end has not come
+        # It refers to us, and goes when the connection does.
+        self._parser: Any = httptools.HttpRequestParser(self)
         self._resuming = False  # the parser reads what stands in for a head
-        self._waiting: deque[Request] = deque()
-        self._unparsed: bytearray | None = None  # behind a request to upgrade
+        self._inbox = bytearray()  # what was read and not parsed
+        self._turning = False  # the next turn of the loop goes on with it
+        self._partial: Request | None = None  # whose end was not parsed
+        # At hand: its head was parsed, and it is not answered. With a handler its
+        # `Exchange` does that, without one perhaps a task.
+        self._request: Request | None = None
+        self._exchange: Exchange | None = None
+        self._answering: asyncio.Task[None] | None = None
         self._broken = b""  # the last answer, to what is no HTTP
         self._ended = False  # the peer says nothing more
-        self._closing = self._reading_paused = self._writing_paused = False
+        self._closing = False  # what still comes is dropped
         # For whom writes more while the peer has not taken what was written.
         self._taken: asyncio.Future[None] | None = None
 
-        # Of the request that is being answered.
-        self._current: Request | None = None
-        self._delegate: HTTPMessageDelegate | None = None
-        self._prepared = False
-        self._answered = False  # its start is on its way
-        self._chunked = False
-        self._keep_alive = False
-        self._switch = b""  # a 101, which leaves with the socket
-        self._body_limit = 0
-        self._on_close: Callable[[], None] | None = None
-        self._sending: asyncio.Task[None] | None = None
+    # What the socket tells.
 
-    # What the transport tells.
+    def room(self) -> int:
+        return READ_SIZE if self._closing else MAX_AHEAD - len(self._inbox)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
-        self._parser = httptools.HttpRequestParser(self)
-        peer = transport.get_extra_info("peername")
-        self.context.remote_ip = peer[0] if isinstance(peer, tuple) else ""
-        self.deadline = self._now() + self._server.bounds.header_timeout
-        self._server.add(self)
-
-    def data_received(self, data: bytes) -> None:
+    def on_data(self, data: bytes) -> None:
         if self._closing or self._broken:
             return
-        if self._unparsed is not None:
-            self._unparsed += data
-            self._pause_if_full()
-        else:
-            self._parse(data)
-            self._pump()
+        if (
+            self._inbox
+            or self._request is not None
+            or self._unsent is not None
+            or self._end_of_piece(data) != len(data)
+        ):
+            self._inbox += data
+            self._advance()
+            return
+        # One request as a rule, and all of it: this is the fast path.
+        self._parse(data)
+        if self._request is not None:
+            self._serve()
+        if self._request is not None or self._broken:
+            self._settle()
 
-    def eof_received(self) -> bool:
+    def on_end(self) -> None:
         """A peer that has said all may still hear the answer; not by TLS."""
-        if self._closing or self._unparsed is not None or self._has_tls():
-            return False
         self._ended = True
-        reading, self._reading = self._reading, None
-        if reading is not None:
-            if reading is self._current:
-                return False
-            if self._waiting and self._waiting[-1] is reading:
-                self._waiting.pop()
-        return self._current is not None or bool(self._waiting)
+        request = self._request
+        if self._closing or self.has_tls or (request is not None and request.upgrade):
+            self.abort()  # who asked for another protocol has left
+        else:
+            self._advance()
 
-    def connection_lost(self, error: Exception | None) -> None:
-        self._server.connections.discard(self)
-        self._closing = True
-        self._waiting.clear()
-        if self._sending is not None:
-            self._sending.cancel()
-        if self._taken is not None and not self._taken.done():
-            self._taken.set_exception(StreamClosedError())
-            self._taken.exception()  # whoever does not await it need not hear of it
-        if self._current is not None:
-            self._tell_of_close(self._current)
-        self._delegate = self._on_close = None
-        self._parser = None
-
-    def _tell_of_close(self, request: Request) -> None:
-        delegate, on_close = self._delegate, self._on_close
-        self._delegate = self._on_close = None
-        if delegate is not None and not request.complete:
-            delegate.on_connection_close()
-        elif on_close is not None:
-            on_close()
-
-    def pause_writing(self) -> None:
-        self._writing_paused = True
-        self.deadline = self._now() + ANSWER_TIMEOUT
-
-    def resume_writing(self) -> None:
-        self._writing_paused = False
+    def on_sent(self) -> None:
         taken, self._taken = self._taken, None
         if taken is not None and not taken.done():
             taken.set_result(None)
-        self._pump()
+        if self._closing:
+            self._say_end()
+            return
+        self._set_deadline()
+        self._advance()
 
-    def _has_tls(self) -> bool:
-        return self._transport.get_extra_info("sslcontext") is not None
+    def on_lost(self) -> None:
+        self.abort()
+
+    # From one request to the next.
+
+    def _may_parse(self) -> bool:
+        """Whether what comes next is wanted now."""
+        request, exchange = self._request, self._exchange
+        return not (
+            self._closing
+            or self._broken
+            or self.sending
+            or (request is not None and request.complete)
+            or (exchange is not None and not exchange.prepared)
+        )
+
+    def _end_of_piece(self, data: bytes | bytearray) -> int:
+        """How many bytes the parser may have, for one request at most to end there.
+
+        A request's head and its chunks end with an empty line, and a body of a
+        given length where it says. What may be the beginning of an empty line waits
+        for the rest of it.
+        """
+        partial = self._partial
+        if partial is not None and partial.length < partial.declared:
+            return min(len(data), partial.declared - partial.length)
+        end = data.find(EMPTY_LINE) + len(EMPTY_LINE)
+        if end < len(EMPTY_LINE):
+            return len(data) - _begun(data)
+        if end < len(data) and data[-1] not in b"\r\n" and (
+            data.find(EMPTY_LINE, end) < 0
+        ):
+            return len(data)  # behind it is at most its body, or half a head
+        return end
+
+    def _advance(self) -> None:
+        """Parse what has come, as far as it is wanted now."""
+        inbox = self._inbox
+        for _ in range(PIECES_PER_TURN):
+            if not inbox or self._turning or not self._may_parse():
+                break
+            end = self._end_of_piece(inbox)
+            if not end:
+                break
+            piece = bytes(inbox[:end])
+            del inbox[:end]
+            self._parse(piece)
+            self._serve()
+        else:
+            self._turn()
+        self._settle()
+
+    def _turn(self) -> None:
+        """Go on when others have had their turn."""
+        if not self._turning:
+            self._turning = True
+            self.loop.call_soon(self._on_turn)
+
+    def _on_turn(self) -> None:
+        self._turning = False
+        if not self.closed:
+            self._advance()
+
+    def _serve(self) -> None:
+        """Answer the request at hand, as far as it has come."""
+        request = self._request
+        if request is None or self._answering is not None:
+            return
+        if self._exchange is not None:
+            self._exchange.go_on()
+            return
+        if request.quick is not None:
+            if request.complete:
+                answer = request.quick(request.body())
+                if answer is not None:
+                    self._answer(request, answer)
+                    return
+            elif request.length <= self._server.bounds.max_body_size:
+                return
+        self._exchange = Exchange(self, self._server, request)
+        self._exchange.begin()
+
+    def _answer(
+        self, request: Request, answer: QuickAnswer | Awaitable[QuickAnswer]
+    ) -> None:
+        """Without a handler."""
+        if isinstance(answer, Awaitable):
+            self.deadline = float("inf")
+            self._answering = self.loop.create_task(self._answer_later(request, answer))
+            return
+        server = self._server
+        self.send(answer.start + server.date() + answer.rest)
+        server.log(request.method, request.target.decode("latin-1"), answer.status)
+        self.on_answered(keep_alive=True)
+
+    async def _answer_later(
+        self, request: Request, answer: Awaitable[QuickAnswer]
+    ) -> None:
+        answered = await answer
+        self._answering = None
+        self._answer(request, answered)
+        self._settle()
+
+    def on_answered(self, keep_alive: bool) -> None:
+        """The answer to the request at hand was written: the next one's turn."""
+        request = self._request
+        self._request = self._exchange = None
+        if self._closing:
+            return
+        if request is None or not keep_alive:
+            self.close()
+            return
+        self._set_deadline()
+        if self._inbox or self._ended or self._broken:
+            self._turn()
+
+    def on_prepared(self) -> None:
+        """A handler wants the body of the request at hand."""
+        self._advance()
+
+    def _set_deadline(self) -> None:
+        """That of what the peer is to do next."""
+        request, bounds = self._request, self._server.bounds
+        if self._unsent is not None:
+            timeout = ANSWER_TIMEOUT
+        elif request is None:
+            is_late = self._partial is not None
+            timeout = bounds.header_timeout if is_late else IDLE_TIMEOUT
+        else:
+            timeout = float("inf") if request.complete else bounds.body_timeout
+        self.deadline = self._now() + timeout
+
+    def _settle(self) -> None:
+        """All has been done that can be done now."""
+        if self._closing:
+            return
+        stuck = self._ended and not self._turning and self._may_parse()
+        if self._request is None:
+            if self._broken and not self._turning:
+                self.write(self._broken)
+                self.close()
+            elif stuck:
+                self.close()
+        elif stuck:  # the end of its body never comes
+            self.abort()
+        elif self._request.complete and not self.sending:
+            self.deadline = float("inf")  # all that is said waits for us
+        if self._closing or self._ended:
+            return
+        if len(self._inbox) < MAX_AHEAD:
+            self.start_reading()
+        else:
+            self.stop_reading()
 
     # What the parser tells.
 
-    def _parse(self, data: bytes) -> None:
-        before = self._reading
-        length = before.length if before is not None else 0
+    def _parse(self, piece: bytes) -> None:
+        before = self._partial
+        length, size = (0, 0) if before is None else (before.length, before.size)
         try:
-            self._parser.feed_data(data)
+            self._parser.feed_data(piece)
         except httptools.HttpParserUpgrade as upgrade:
-            self._after_upgrade(data[upgrade.args[0] :])
+            self._inbox[:0] = piece[upgrade.args[0] :]
+            self._after_upgrade()
             return
         except httptools.HttpParserError:
             self._break(b"400 Bad Request")
             return
-        reading = self._reading
-        if reading is None:
-            return
-        bounds = self._server.bounds
-        if reading is not before:
-            if not reading.version:
+        partial, bounds = self._partial, self._server.bounds
+        if partial is not None:
+            if partial.version and (partial is not before or partial.length != length):
+                partial.size = 0
+            else:
+                # All of it is of a head that is not whole, or of one line behind
+                # it: a chunk's extension or a trailer.
+                partial.size += len(piece)
+            if partial is not before and not partial.version:
                 latest = self._now() + bounds.header_timeout
                 self.deadline = min(self.deadline, latest)
-        elif reading.length == length:
-            # All of it is of one line: a header, a chunk's extension or a trailer.
-            reading.size += len(data)
-            if reading.size > bounds.max_header_size:
-                self._break(b"431 Request Header Fields Too Large")
+        if size + len(piece) <= bounds.max_header_size:
+            return  # as nearly always
+        request = self._request
+        if request is not None and request.head_size() > bounds.max_header_size:
+            self._request = None
+        elif partial is None or partial.size <= bounds.max_header_size:
+            return
+        self._break(b"431 Request Header Fields Too Large")
 
     def on_message_begin(self) -> None:
         if not self._resuming:
-            self._reading = Request()
+            self._partial = Request()
 
     def on_url(self, target: bytes) -> None:
-        if not self._resuming and self._reading is not None:
-            self._reading.target += target
+        if not self._resuming and self._partial is not None:
+            self._partial.target += target
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        request = self._reading
+        request = self._partial
         if self._resuming or request is None:
             return
-        if not request.version:  # else it is a trailer, and nobody's
-            request.headers.append((name, value.strip(b" \t")))
-        request.size += len(name) + len(value) + 4  # with the colon and the line's end
-        if request.size + len(request.target) > self._server.bounds.max_header_size:
+        request.fields += 1
+        if request.fields > MAX_HEADERS:
             self._break(b"431 Request Header Fields Too Large")
             raise ValueError("too many headers")  # for the parser to stop
+        if request.version:
+            return  # a trailer is nobody's
+        value = value.strip(b" \t")
+        request.headers.append((name, value))
+        # By length first: it is rarely one of these.
+        if len(name) == 14 and name.lower() == b"content-length":
+            request.declared = int(value)
+        elif len(name) == 7 and name.lower() == b"upgrade":
+            request.upgrade = True
+        elif len(name) == 17 and name.lower() == b"transfer-encoding":
+            if request.chunked or value.lower() != b"chunked":
+                raise ValueError("a coding that nobody here decodes")
+            request.chunked = True
 
     def on_headers_complete(self) -> None:
-        request = self._reading
+        request = self._partial
         if self._resuming or request is None:
             return
         parser = self._parser
         request.method = parser.get_method().decode("latin-1")
         request.version = parser.get_http_version()
-        request.keep_alive = parser.should_keep_alive()
-        request.upgrade = parser.should_upgrade()
         if request.version not in ("1.0", "1.1"):
             raise ValueError("no version of ours")
+        # A proxy that tunnels upgrades goes by the request: whatever but 101 we
+        # answer, what follows comes from a client that speaks past the proxy.
+        asks = request.upgrade or request.method == "CONNECT"
+        request.keep_alive = parser.should_keep_alive() and not asks
+        request.upgrade = parser.should_upgrade()
         request.quick = self._server.quick(request)
-        self._waiting.append(request)
+        self._request = request
         self.deadline = self._now() + self._server.bounds.body_timeout
 
     def on_body(self, body: bytes) -> None:
-        request = self._reading
+        request = self._partial
         if request is not None and not self._closing:
             request.chunks.append(body)
             request.length += len(body)
 
     def on_message_complete(self) -> None:
-        request = self._reading
+        request = self._partial
         if self._resuming or request is None:
             return
         if request.upgrade and request.framing():
             return  # its body follows, whatever the parser thinks
         request.complete = True
-        self._reading = None
+        self._partial = None
 
-    def _after_upgrade(self, data: bytes) -> None:
+    def _after_upgrade(self) -> None:
         """Behind a request to upgrade the parser stops.
 
         One with a body is for no protocol of ours: "A server MAY ignore a
         received Upgrade header field" (RFC 9110, section 7.8).
         """
-        request = self._reading
-        self._parser = httptools.HttpRequestParser(self)
+        request = self._request
         if request is None:
-            self._unparsed = bytearray(data)
+            return
+        request.upgrade = request.method == "GET"
+        if request.complete:
             return
         if request.method != "POST":
             self._break(b"400 Bad Request")
             return
-        request.upgrade = False
         framing = b"".join(b"%b: %b\r\n" % header for header in request.framing())
+        self._parser = httptools.HttpRequestParser(self)
         self._resuming = True
         try:
             self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % framing)
         except httptools.HttpParserError:
             self._break(b"400 Bad Request")
-            return
         finally:
             self._resuming = False
-        self._parse(data)
 
     def _break(self, status: bytes) -> None:
-        """Nothing more can be read: the last answer, after those that are due."""
-        if self._broken:
+        """Nothing more can be read: the last answer, after the one that is due."""
+        if self._broken or self._closing:
             return
         logger.debug("malformed request: %s", status.decode())
         self._broken = b"HTTP/1.1 %b\r\nConnection: close\r\n\r\n" % status
-        reading, self._reading = self._reading, None
-        if reading is None:
+        partial, self._partial = self._partial, None
+        if partial is not None and partial is self._request:
+            self.give_up(status)
+
+    def give_up(self, status: bytes) -> None:
+        """The request at hand can't be completed: `status`, if it has no answer."""
+        exchange, self._exchange = self._exchange, None
+        self._request = None
+        if exchange is not None:
+            exchange.tell_of_close()
+        if exchange is None or not exchange.answered:
+            self.write(b"HTTP/1.1 %b\r\nConnection: close\r\n\r\n" % status)
+        self.close()
+
+    # Writing, and the end.
+
+    def write(self, data: bytes) -> "asyncio.Future[None]":
+        """Done when more may be written, at once for all but long answers."""
+        was_sending = self.sending
+        self.send(data)
+        if not self.sending:
+            return _done(self.loop)
+        if not was_sending:
+            self.deadline = self._now() + ANSWER_TIMEOUT
+        if self._taken is None or self._taken.done():
+            self._taken = self.loop.create_future()
+        return self._taken
+
+    def take_stream(self) -> IOStream:
+        """The socket, with what was read of it behind the request at hand.
+
+        Raises `StreamClosedError` where it has gone.
+        """
+        if self._closing:
+            raise StreamClosedError
+        inbox, unsent = self._inbox, self._unsent
+        stream = IOStream(self.take_socket(), max_buffer_size=2 * MAX_AHEAD)
+        stream._read_buffer += inbox
+        stream._read_buffer_size += len(inbox)
+        if unsent:
+            stream._write_buffer.append(bytes(unsent))
+        self._forget()
+        return stream
+
+    def close(self) -> None:
+        """Close, when what was written has been taken; drop what still comes.
+
+        Closing a socket with unread bytes resets it, and the peer would not see
+        its answer (RFC 9112, section 9.6).
+        """
+        if self._closing:
             return
-        if reading is self._current:
-            self._give_up(reading)
-        elif self._waiting and self._waiting[-1] is reading:
-            self._waiting.pop()
+        self._closing = True
+        self._inbox.clear()
+        if not self.sending:
+            self._say_end()
 
-    def _give_up(self, request: Request) -> None:
-        """The request at hand can't be completed."""
-        answered = self._answered
-        self._tell_of_close(request)
-        self._current = None
-        self._waiting.clear()
-        if not answered:
-            self._transport.write(self._broken)
-        self._linger()
-
-    # From one request to the next.
-
-    def _pump(self) -> None:
-        """Go on with the request at hand, and begin those that wait."""
-        if self._current is not None and self._prepared:
-            self._go_on(self._current)
-        while (
-            self._current is None
-            and self._waiting
-            and not (self._closing or self._writing_paused)
-        ):
-            request = self._waiting[0]
-            answer = None
-            if request.quick is not None:
-                if request.complete:
-                    answer = request.quick(request.body())
-                elif request.length <= self._server.bounds.max_body_size:
-                    break
-            self._waiting.popleft()
-            if answer is None:
-                self._begin(request)
-            elif isinstance(answer, Awaitable):
-                self._current = request
-                self._sending = self._server.loop.create_task(
-                    self._answer_later(request, answer)
-                )
-            else:
-                self._answer(request, answer)
-        if self._closing or self._writing_paused:
+    def _say_end(self) -> None:
+        if self._ended:
+            self.abort()
             return
-        if self._current is not None or self._waiting:
-            if self._reading is None:  # all that is said waits for us
-                self.deadline = float("inf")
-        elif self._broken:
-            self._transport.write(self._broken)
-            self._linger()
-            return
-        elif self._ended:
-            self.close()
-            return
-        elif self._reading is None and self._answered:
-            self.deadline = self._now() + IDLE_TIMEOUT
-        self._pause_if_full()
+        self.shut_down()
+        self.start_reading()
+        self.deadline = self._now() + LINGER_TIMEOUT
 
-    def _pause_if_full(self) -> None:
-        full = len(self._waiting) > MAX_PIPELINED or (
-            self._unparsed is not None
-            and len(self._unparsed) > self._server.bounds.max_header_size
-        )
-        if full == self._reading_paused or self._ended or self._transport.is_closing():
-            return
-        self._reading_paused = full
-        if full:
-            self._transport.pause_reading()
-        else:
-            self._transport.resume_reading()
+    def abort(self) -> None:
+        """Close at once."""
+        if not self.closed:
+            self.close_socket()
+            self._forget()
 
-    # Without a handler.
+    def _forget(self) -> None:
+        """The socket is no longer ours; whoever waits for it is told."""
+        self._closing = True
+        self._server.deadlines.connections.discard(self)
+        self._parser = None
+        self._inbox = bytearray()
+        exchange, self._exchange = self._exchange, None
+        self._request = self._partial = None
+        if exchange is not None:
+            # A handler's fault must not be that of who ends many connections.
+            self.loop.call_soon(exchange.tell_of_close)
+        if self._answering is not None:
+            self._answering.cancel()
+        if self._taken is not None and not self._taken.done():
+            _fail(self._taken)
 
-    def _answer(self, request: Request, answer: QuickAnswer) -> None:
-        server = self._server
-        self._answered = True
-        self._transport.write(answer.start + server.date() + answer.rest)
-        server.log(request.method, request.target.decode("latin-1"), answer.status)
+    def _now(self) -> float:
+        return self.loop.time()
 
-    async def _answer_later(
-        self, request: Request, answer: Awaitable[QuickAnswer]
+
+class Exchange(HTTPConnection):
+    """One request and its answer by a handler, which sees an `HTTPConnection`."""
+
+    def __init__(
+        self, connection: RequestConnection, server: RequestServer, request: Request
     ) -> None:
-        self._answer(request, await answer)
-        self._current = self._sending = None
-        self._pump()
-
-    # With a handler, which sees an `HTTPConnection`.
-
-    def _begin(self, request: Request) -> None:
-        self._current = request
-        self._prepared = self._answered = self._chunked = False
+        self.context = connection.context
+        self.prepared = False  # the handler wants the body
+        self.answered = False  # the answer's start is on its way
+        self._connection = connection
+        self._application = server.application
+        self._request = request
+        self._delegate: HTTPMessageDelegate | None = None
+        self._on_close: Callable[[], None] | None = None
+        self._body_limit = server.bounds.max_body_size
         self._keep_alive = request.keep_alive
-        self._body_limit = self._server.bounds.max_body_size
+        self._chunked = False
+        self._switch = b""  # a 101, which leaves with the socket
+
+    @property
+    def _is_over(self) -> bool:
+        return self._connection._exchange is not self
+
+    def begin(self) -> None:
+        """Hand the head to a handler."""
+        request = self._request
         headers = HTTPHeaders()
         try:
             for name, value in request.headers:
                 headers.add(name.decode("latin-1"), value.decode("latin-1"))
-            self._delegate = self._server.application.start_request(self, self)
+            self._delegate = self._application.start_request(self, self)
             ready = self._delegate.headers_received(
                 RequestStartLine(
                     request.method,
@@ -536,55 +774,64 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
             )
         except HTTPInputError:
             self._delegate = self._on_close = None
-            self._refuse(request, b"400 Bad Request")
+            self._connection.give_up(b"400 Bad Request")
             return
         if ready is None:
-            self._on_ready(request)
+            self._prepare()
         else:
-            asyncio.ensure_future(ready).add_done_callback(
-                lambda _: self._on_ready(request)
-            )
+            asyncio.ensure_future(ready).add_done_callback(lambda _: self._on_ready())
 
-    def _on_ready(self, request: Request) -> None:
-        if request is not self._current:
-            return
-        self._prepared = True
-        if not (self._answered or request.complete) and request.expects_continue():
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._go_on(request)
+    def _on_ready(self) -> None:
+        if not self._is_over:
+            self._prepare()
+            self._connection.on_prepared()
 
-    def _go_on(self, request: Request) -> None:
-        delegate = self._delegate
-        if delegate is None:
+    def _prepare(self) -> None:
+        self.prepared = True
+        request = self._request
+        if not (self.answered or request.complete) and request.expects_continue():
+            self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Hand over what has come of the body."""
+        request, delegate = self._request, self._delegate
+        if delegate is None or not self.prepared:
             return
         chunks, request.chunks = request.chunks, []
         for chunk in chunks:
             delegate.data_received(chunk)
-        if self._closing or request is not self._current:
+        if self._is_over:
             return
         if request.length > self._body_limit:
-            self._refuse(request, b"413 Content Too Large")
+            self._connection.give_up(b"413 Content Too Large")
         elif request.complete:
             self._delegate = None
             delegate.finish()
 
-    def _refuse(self, request: Request, status: bytes) -> None:
-        """It is malformed as a whole, or too large for a handler that keeps it."""
-        self._reading = request
-        self._broken = b""  # if so, it was by what came behind this one
-        self._break(status)
+    def tell_of_close(self) -> None:
+        """The peer has gone, or the request can't be completed."""
+        delegate, on_close = self._delegate, self._on_close
+        self._delegate = self._on_close = None
+        if delegate is not None and not self._request.complete:
+            delegate.on_connection_close()
+        elif on_close is not None:
+            on_close()
+
+    # What handlers call.
 
     def set_close_callback(self, callback: Callable[[], None] | None) -> None:
         """Call it when the peer goes before it is answered."""
         self._on_close = callback
 
     def set_max_body_size(self, size: int) -> None:
-        """Of the request at hand, in bytes."""
+        """In bytes."""
         self._body_limit = size
 
     def set_body_timeout(self, timeout: float) -> None:
-        """Of the request at hand, in seconds from now."""
-        self.deadline = self._now() + timeout
+        """In seconds from now."""
+        if not self._is_over:
+            self._connection.deadline = self._connection.loop.time() + timeout
 
     def write_headers(
         self,
@@ -592,12 +839,12 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
         headers: HTTPHeaders,
         chunk: bytes | None = None,
     ) -> "asyncio.Future[None]":
-        """Answer the request at hand; with its body, or the body's first part."""
+        """Answer; with the body, or the body's first part."""
         assert isinstance(start_line, ResponseStartLine)
-        request = self._current
-        if self._closing or request is None:
-            return _closed(self._server.loop)
-        self._answered = True
+        connection, request = self._connection, self._request
+        if self._is_over:
+            return _closed(connection.loop)
+        self.answered = True
         status = start_line.code
         self._keep_alive &= headers.get("Connection", "").lower() != "close"
         self._chunked = (
@@ -607,121 +854,73 @@ class RequestConnection(asyncio.Protocol, HTTPConnection):
             and status >= 200
             and request.method != "HEAD"
         )
+        if status != SWITCHING_PROTOCOLS and not self._keep_alive:
+            add_option(headers, "close")
+        elif request.version == "1.0":
+            headers["Connection"] = "keep-alive"
+        if self._chunked:
+            headers["Transfer-Encoding"] = "chunked"
         lines = [f"HTTP/1.1 {status} {start_line.reason}"]
         lines += (f"{name}: {value}" for name, value in headers.get_all())
-        if self._chunked:
-            lines.append("Transfer-Encoding: chunked")
-        if status == SWITCHING_PROTOCOLS:
-            pass
-        elif not self._keep_alive:
-            if "Connection" not in headers:
-                lines.append("Connection: close")
-        elif request.version == "1.0":
-            lines.append("Connection: keep-alive")
         if any(map(LINE_END.search, lines)):
             raise ValueError("a header has a line's end in it")
         data = "\r\n".join((*lines, "", "")).encode("latin-1")
         if status == SWITCHING_PROTOCOLS:
             self._switch = data
-            return _done(self._server.loop)
-        return self._write(data + self._part(chunk or b""))
+            return _done(connection.loop)
+        return connection.write(data + self._part(chunk or b""))
 
     def write(self, chunk: bytes) -> "asyncio.Future[None]":
         """Another part of the answer's body."""
-        if self._closing or self._current is None:
-            return _closed(self._server.loop)
-        return self._write(self._part(chunk))
+        if self._is_over:
+            return _closed(self._connection.loop)
+        return self._connection.write(self._part(chunk))
 
     def finish(self) -> None:
-        """The answer is complete: the next request's turn."""
-        request = self._current
-        if self._closing or request is None or self._switch:
+        """The answer is complete."""
+        if self._is_over or self._switch:
             return
         if self._chunked:
-            self._transport.write(b"0\r\n\r\n")
-        self._current = self._delegate = self._on_close = None
-        if not request.complete or not self._keep_alive:
-            if request.complete:
-                self.close()
-            else:
-                self._linger()
-            return
-        if self._unparsed is not None:  # it was not upgraded
-            data, self._unparsed = bytes(self._unparsed), None
-            self._parse(data)
-        self._pump()
+            self._connection.write(b"0\r\n\r\n")
+        self._delegate = self._on_close = None
+        self._connection.on_answered(self._keep_alive and self._request.complete)
 
     def detach(self) -> IOStream:
         """Hand over the socket, with what was read of it and what has to leave.
 
         Raises `StreamClosedError` where it has gone.
         """
-        if self._closing or self._transport.is_closing():
+        if self._is_over:
             raise StreamClosedError
-        self._transport.pause_reading()
-        try:
-            # The transport closes its own descriptor, whenever it does.
-            fd = os.dup(self._transport.get_extra_info("socket").fileno())
-        except OSError as error:
-            self.abort()
-            raise StreamClosedError(error) from error
-        stream = IOStream(
-            socket.socket(fileno=fd),
-            max_buffer_size=2 * self._server.bounds.max_header_size,
-        )
-        if self._unparsed:
-            stream._read_buffer += self._unparsed
-            stream._read_buffer_size += len(self._unparsed)
-        self._current = self._delegate = self._on_close = None
-        self.abort()
-        stream.write(self._switch)
-        return stream
+        self._delegate = self._on_close = None
+        self._connection.send(self._switch)
+        return self._connection.take_stream()
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        if not self._is_over:
+            self._connection.abort()
 
     def _part(self, chunk: bytes) -> bytes:
         if self._chunked and chunk:
             return b"%x\r\n%b\r\n" % (len(chunk), chunk)
         return chunk
 
-    def _write(self, data: bytes) -> "asyncio.Future[None]":
-        """Done when more may be written, at once for all but long answers."""
-        self._transport.write(data)
-        if not self._writing_paused:
-            return _done(self._server.loop)
-        if self._taken is None or self._taken.done():
-            self._taken = self._server.loop.create_future()
-        return self._taken
 
-    # The end.
+def _begun(data: bytes | bytearray) -> int:
+    """How many bytes at the end of `data` may be the beginning of an empty line."""
+    for size in range(len(EMPTY_LINE) - 1, 0, -1):
+        if data.endswith(EMPTY_LINE[:size]):
+            return size
+    return 0
 
-    def close(self) -> None:
-        """Close, when what was written has left."""
-        self._closing = True
-        self.deadline = self._now() + ANSWER_TIMEOUT
-        self._transport.close()
 
-    def abort(self) -> None:
-        """Close at once."""
-        self._closing = True
-        self._server.connections.discard(self)
-        self._transport.abort()
-
-    def _linger(self) -> None:
-        """Close for writing, and drop what still comes.
-
-        Closing a socket with unread bytes resets it, and the peer would not
-        see its answer (RFC 9112, section 9.6).
-        """
-        if self._ended or self._has_tls():
-            self.close()
-            return
-        self._closing = True
-        self._transport.write_eof()
-        if self._reading_paused:
-            self._transport.resume_reading()
-        self.deadline = self._now() + LINGER_TIMEOUT
-
-    def _now(self) -> float:
-        return self._server.loop.time()
+def add_option(headers: HTTPHeaders, option: str) -> None:
+    """Name one more option in `Connection` (RFC 9110, section 7.6.1)."""
+    options = [each for each in headers.get_list("Connection") if each]
+    if option not in map(str.lower, options):
+        options.append(option)
+    headers["Connection"] = ", ".join(options)
 
 
 def _done(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
@@ -732,6 +931,10 @@ def _done(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
 
 def _closed(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
     future: asyncio.Future[None] = loop.create_future()
+    _fail(future)
+    return future
+
+
+def _fail(future: "asyncio.Future[None]") -> None:
     future.set_exception(StreamClosedError())
     future.exception()  # whoever does not await it need not hear of it
-    return future

@@ -700,7 +700,8 @@ async def test_refusal_injects_nothing(answered, row, name):
     )
     status, headers, body = await shake_hands(answered)
     assert status in (401, 503)
-    ours = {"content-type", "date", "content-length", "www-authenticate", "retry-after"}
+    ours = {"content-type", "date", "content-length", "connection",
+            "www-authenticate", "retry-after"}
     assert ours.issuperset(headers)
     assert body in (b"no", b"") or status == 503
     answered.is_well()

@@ -1,0 +1,27 @@
+"""Peers that send without end and read nothing, in the short form of `attacks.py`."""
+
+import pytest
+from attacks import PEERS, attack, doors
+from service import Service
+
+pytestmark = pytest.mark.gen_test(timeout=90)
+
+COUNT = 60  # peers at once
+# What one may take: bytes ahead, a head, an answer, and what the kernel is not told of.
+EACH = 512 * 1024
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+@pytest.mark.parametrize("door", ["clients", "callbacks"])
+async def test_peers_that_read_nothing_take_little_memory(io_loop, server, door):
+    """And a client is served meanwhile; each kind in turn, at one relay."""
+    flags = ("--callbackport=0", f"--http_server={server}")
+    # A body may be as large as a message, and is kept until it is whole.
+    flags += ("--max_message_size=262144",)
+    async with Service(*flags) as service:
+        await attack(service, doors(service)[door], "empty lines", COUNT, 0.2)
+        for kind in PEERS:
+            found = await attack(service, doors(service)[door], kind, COUNT, 0.4)
+            assert found.during - found.before < COUNT * EACH, (kind, found)
+            assert found.sent > 0, kind
+            assert found.longest_echo < 10, (kind, found)

@@ -1,0 +1,372 @@
+"""The HTTP servers: each answers alike, reads what it has to and no more.
+
+Every test runs over both of them, at one listener for all.
+"""
+
+import asyncio
+import contextlib
+import random
+import signal
+import socket
+import ssl
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import websockets
+from certificates import Authority
+from faults import Heard, tell
+from service import DEADLINE, RecordingBackend, Service, eventually
+from tornado.ioloop import IOLoop
+from wire import KEY, TEXT, frame, handshake
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+SERVERS = ("fast", "tornado")
+
+
+@pytest.fixture(scope="module")
+def io_loop(module_io_loop: IOLoop) -> IOLoop:
+    """One loop for all tests: they share processes."""
+    return module_io_loop
+
+
+@pytest.fixture(scope="module")
+def relays(io_loop, shared) -> dict[str, Service]:
+    """A relay of each server, whose backend echoes."""
+
+    async def begin() -> dict[str, Service]:
+        return {
+            server: await shared.enter_async_context(
+                Service(f"--http_server={server}")
+            )
+            for server in SERVERS
+        }
+
+    return io_loop.run_sync(begin)
+
+
+@pytest.fixture(params=SERVERS)
+def relay(relays, request) -> Service:
+    """One of them."""
+    return relays[request.param]
+
+
+LIVEZ = b"GET /livez HTTP/1.1\r\nHost: relay\r\n\r\n"
+STATUS = b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n"
+SEND = b"POST /socket/" + b"0" * 32 + b"/send HTTP/1.1\r\nHost: relay\r\n"
+UPGRADE = "Upgrade: websocket"
+
+
+def asking(line: str, *headers: str) -> bytes:
+    """A request for another protocol."""
+    return handshake(*headers, line=line)
+
+
+# Whatever but 101 these get, a proxy that tunnels upgrades passes all that follows.
+REFUSED_UPGRADES = {
+    "wrong-version": handshake(
+        "Sec-WebSocket-Version: 12", without="Sec-WebSocket-Version"
+    ),
+    "no-key": handshake(without="Sec-WebSocket-Key"),
+    "no-connection-header": handshake(without="Connection"),
+    "another-protocol": handshake("Upgrade: h2c", without="Upgrade"),
+    "origin-not-allowed": handshake("Origin: https://other.example"),
+    "two-hosts": handshake("Host: other.example"),
+    "http-1.0": asking("GET /ws HTTP/1.0", "Connection: keep-alive"),
+    "livez": asking("GET /livez HTTP/1.1"),
+    "no-such-path": asking("GET /nothing HTTP/1.1"),
+    "operators": asking("GET /status HTTP/1.1"),
+    "callbacks": asking("GET /socket/" + "0" * 32 + " HTTP/1.1"),
+    "send": asking("POST /socket/" + "0" * 32 + "/send HTTP/1.1", "Content-Length: 0"),
+    "send-with-body": asking(
+        "POST /socket/" + "0" * 32 + "/send HTTP/1.1", "Content-Length: 2"
+    )
+    + b"hi",
+    "head": asking("HEAD /ws HTTP/1.1"),
+    "connect": b"CONNECT relay:80 HTTP/1.1\r\nHost: relay:80\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("row", REFUSED_UPGRADES)
+async def test_answer_to_a_refused_upgrade_ends_the_connection(relay, row):
+    """And nothing behind it is read: it may come from a client past a proxy."""
+    heard = await tell(relay.ws_url, REFUSED_UPGRADES[row] + STATUS + LIVEZ)
+    assert heard.ended
+    assert b'"uptime"' not in heard.data
+    assert heard.data.count(b"HTTP/1.1 ") == 1, heard
+    head = heard.data.partition(b"\r\n\r\n")[0].decode().lower()
+    if " 400 " not in head.partition("\r\n")[0]:
+        options = [x for x in head.split("\r\n") if x.startswith("connection:")]
+        assert len(options) == 1 and "close" in options[0], head
+
+
+async def test_nothing_that_comes_later_is_read_either(relay):
+    """When the answer has been read already."""
+    parts = urlsplit(relay.ws_url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    writer.write(REFUSED_UPGRADES["wrong-version"])
+    async with asyncio.timeout(DEADLINE):
+        assert b" 426 " in await reader.readuntil(b"\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            writer.write(STATUS)
+            assert b"uptime" not in await reader.read()
+    writer.close()
+
+
+async def test_frame_in_the_packet_of_a_request_and_a_handshake_is_kept(relay):
+    """However many requests stand before, and however it is cut."""
+    hello = frame(TEXT, b"hello")
+    for data in (
+        LIVEZ + handshake() + hello,
+        LIVEZ * 3 + handshake() + hello + hello[:3],
+        SEND + b"Content-Length: 2\r\n\r\nhi" + handshake() + hello,
+    ):
+        for cut in (0, 40, len(data) - 8, len(data) - 2):
+            heard = await tell(
+                relay.ws_url, data[:cut], data[cut:], answers=99, deadline=0.5
+            )
+            assert heard.data.endswith(b"\x81\x05hello"), (cut, heard)
+
+
+EXPECT = ("100-continue", "100-Continue", "100-CONTINUE")
+
+
+@pytest.mark.parametrize("spelling", EXPECT)
+async def test_expectation_is_met_in_any_spelling(relay, spelling):
+    """The body comes when it is asked for (RFC 9110, section 10.1.1)."""
+    parts = urlsplit(relay.ws_url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    writer.write(SEND + f"Expect: {spelling}\r\nContent-Length: 2\r\n\r\n".encode())
+    async with asyncio.timeout(DEADLINE):
+        assert b" 100 " in await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"hi")
+        assert b" 410 " in await reader.readuntil(b"\r\n\r\n")
+    writer.close()
+
+
+@pytest.mark.parametrize("target", ["/ws?name=\xfc", "/ws?name=\u00fc", "/l\u00efvez"])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+async def test_bytes_that_are_no_url_s_are_400(relay, target, encoding):
+    """In the query too: the client has to escape them (RFC 3986, section 2)."""
+    line = b"GET " + target.encode(encoding) + b" HTTP/1.1"
+    request = handshake().replace(b"GET /ws HTTP/1.1", line)
+    heard = await tell(relay.ws_url, request)
+    assert heard.ended and heard.statuses == [400]
+
+
+# What both have to take, and what both have to refuse, made at random.
+
+LINES = [
+    b"GET /livez HTTP/1.1", b"HEAD /livez HTTP/1.1", b"GET /livez HTTP/1.0",
+    b"GET /livez?a=%FF&b HTTP/1.1", b"GET http://relay/livez HTTP/1.1",
+    b"POST /socket/" + b"0" * 32 + b"/send HTTP/1.1",
+    b"POST /socket/" + b"0" * 32 + b"/send?type=none HTTP/1.1",
+    b"DELETE /socket/" + b"0" * 32 + b" HTTP/1.1", b"GET /nothing HTTP/1.1",
+    b"PUT /livez HTTP/1.1", b"OPTIONS * HTTP/1.1", b"PATCH /status HTTP/1.1",
+    b"GET /ws HTTP/1.1", b"GET /livez HTTP/1.2", b"GET /livez HTTP/2.0",
+    b"GET /livez?\xff HTTP/1.1", b"GET /livez?a|b^c HTTP/1.1", b"GET livez HTTP/1.1",
+    b'GET /livez?"<>`{}\\ HTTP/1.1', b"GET /livez# HTTP/1.1", b"GET /\x7f HTTP/1.1",
+]
+HEADERS = [
+    b"Host: relay", b"Host: relay", b"host:relay", b"Host: relay:80", b"Host:",
+    b"Host: a b", b"Connection: close", b"Connection: keep-alive",
+    b"Connection: Close, X", b"Connection: x, close", b"Content-Length: 0",
+    b"Content-Length: 3", b"Content-Length: 03", b"Content-Length: 3, 3",
+    b"Content-Length: +3", b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip",
+    b"Expect: 100-continue", b"Expect: 100-Continue", b"Expect: x",
+    b"X: a\tb", b"X: \xfc", b"X:", b"X: a\x01b", b"X : y", b"Content-Type: text/plain",
+    b"X: a\x00b", b"Upgrade: websocket", b"Upgrade: h2c", b"Connection: Upgrade",
+    b"Authorization: Bearer x", b"Accept-Encoding: gzip", b"Content-Encoding: gzip",
+    b"X: " + b"y" * 3000,
+]
+BODIES = [
+    b"", b"abc", b"abcdef", b"3\r\nabc\r\n0\r\n\r\n", b"0\r\nX: y\r\n\r\n",
+    b"3;x=y\r\nabc\r\n0\r\n\r\n", b"3\r\nabcX\r\n0\r\n\r\n",
+]
+
+
+def anything(dice: random.Random) -> bytes:
+    """A request that some take and some don't."""
+    headers = dice.choices(HEADERS, k=dice.randint(0, 3))
+    if dice.random() < 0.8:
+        headers.insert(dice.randint(0, len(headers)), b"Host: relay")
+    head = b"\r\n".join([dice.choice(LINES), *headers])
+    return head + b"\r\n\r\n" + dice.choice(BODIES)
+
+
+def outcome(heard: Heard) -> tuple[bytes, bool]:
+    """What has to be the same: the first final answer's status, and the end."""
+    head, _, rest = heard.data.partition(b"\r\n\r\n")
+    return (rest if head.startswith(b"HTTP/1.1 100 ") else head)[:12], heard.ended
+
+
+async def test_both_servers_answer_alike(relays):
+    """Requests at random, and one by the book behind each."""
+    dice = random.Random(11)
+    requests = [anything(dice) for _ in range(600)]
+    differing = []
+
+    async def ask(request: bytes) -> None:
+        heard = [
+            await tell(
+                relays[server].ws_url,
+                request + LIVEZ,
+                # Who asks for another protocol and hangs up has left.
+                half_close=b"Upgrade: " not in request,
+                deadline=DEADLINE,
+            )
+            for server in SERVERS
+        ]
+        if outcome(heard[0]) != outcome(heard[1]):
+            differing.append((request, *(h.data[:200] for h in heard)))
+
+    for start in range(0, len(requests), 10):
+        await asyncio.gather(*map(ask, requests[start : start + 10]))
+    assert not differing, f"{len(differing)}: {differing[:12]}"
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 35, 350])
+async def test_head_is_measured_once_however_it_comes(relay, pieces):
+    """35 kB are within a limit of 64 KiB."""
+    head = LIVEZ[:-2] + b"".join(b"X-%05d: %b\r\n" % (n, b"y" * 89) for n in range(350))
+    request = head + b"\r\n"
+    size = -(-len(request) // pieces)
+    parts = urlsplit(relay.ws_url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    writer.transport.get_extra_info("socket").setsockopt(
+        socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+    )
+    async with asyncio.timeout(DEADLINE):
+        for start in range(0, len(request), size):
+            writer.write(request[start : start + size])
+            await asyncio.sleep(0.001)  # so that it comes in a segment of its own
+        assert b" 200 " in await reader.readline()
+    writer.close()
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 70])
+async def test_head_above_the_limit_is_refused_however_it_comes(relay, pieces):
+    """With 431, or the end."""
+    head = LIVEZ[:-2] + b"".join(b"X-%05d: %b\r\n" % (n, b"y" * 89) for n in range(700))
+    request = head + b"\r\n"
+    size = -(-len(request) // pieces)
+    heard = await tell(
+        relay.ws_url, *(request[at : at + size] for at in range(0, len(request), size))
+    )
+    assert heard.ended and {431}.issuperset(heard.statuses)
+
+
+# A process that stands still.
+
+
+@contextlib.asynccontextmanager
+async def stopped(service: Service):
+    """Its process, until the block ends; longer than any deadline it has."""
+    pid = service.process.pid
+    service.process.send_signal(signal.SIGSTOP)
+    await eventually(lambda: Path(f"/proc/{pid}/stat").read_text().split()[2] == "T")
+    try:
+        yield
+        await asyncio.sleep(3)  # the time in which its deadlines pass
+    finally:
+        service.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_requests_whose_rest_came_while_it_stood_still_are_served(
+    io_loop, server
+):
+    """Heads and bodies, and by TLS."""
+    flags = ("--header_timeout=1.5", "--body_timeout=1.5", f"--http_server={server}")
+    body = b"x" * 1_000_000
+    halves = {
+        "head": (LIVEZ[:20], LIVEZ[20:], b" 200 "),
+        "body": (SEND + b"Content-Length: 1000000\r\n\r\nx", body[1:], b" 410 "),
+        "nothing": (b"", LIVEZ, b" 200 "),
+    }
+    async with Service(*flags) as service:
+        parts = urlsplit(service.ws_url)
+        streams = []
+        for first, rest, expected in halves.values():
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+            writer.write(first)
+            await writer.drain()
+            streams.append((reader, writer, rest, expected))
+        # The relay has read what came before this answer.
+        assert (await tell(service.ws_url, LIVEZ, answers=1)).statuses == [200]
+        async with stopped(service):
+            for _, writer, rest, _ in streams:
+                writer.write(rest)
+        for reader, writer, _, expected in streams:
+            line = await asyncio.wait_for(reader.readline(), DEADLINE)
+            assert expected in line, line
+            writer.close()
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_tls_handshakes_go_on_after_it_stood_still(io_loop, server, tmp_path):
+    """The client's hello came in time, and its answer can't come before the relay's."""
+    authority = Authority(tmp_path)
+    certificate = authority.server()
+    context = ssl.create_default_context(cafile=str(authority.path))
+    flags = (f"--tls_cert={certificate.both}", "--header_timeout=1.5")
+    async with Service(*flags, f"--http_server={server}") as service:
+        parts = urlsplit(service.ws_url)
+        sock = socket.create_connection((parts.hostname, parts.port))
+        async with stopped(service):
+            opening = asyncio.create_task(
+                asyncio.open_connection(sock=sock, ssl=context,
+                                        server_hostname="127.0.0.1")
+            )
+        reader, writer = await asyncio.wait_for(opening, DEADLINE)
+        writer.write(LIVEZ)
+        assert b" 200 " in await asyncio.wait_for(reader.readline(), DEADLINE)
+        writer.close()
+
+
+async def test_deadline_is_not_renewed_by_a_byte_now_and_then(io_loop):
+    """Nor by more requests from a peer that takes no answer."""
+    async with Service("--header_timeout=1.5", "--body_timeout=1.5") as service:
+        parts = urlsplit(service.ws_url)
+        for first in (b"GET /livez HTTP/1.1\r\n", SEND + b"Content-Length: 99\r\n\r\n"):
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+            writer.write(first)
+            ended = asyncio.create_task(reader.read())
+            async with asyncio.timeout(DEADLINE):
+                while not ended.done():
+                    writer.write(b"x")
+                    await asyncio.sleep(0.2)  # between two bytes
+            writer.close()
+
+
+async def test_half_closed_connection_gets_every_answer(relays):
+    """In the order of the requests, however many there are."""
+    url = relays["fast"].ws_url
+    heard = await tell(url, LIVEZ * 40, half_close=True, deadline=DEADLINE)
+    assert heard.ended and heard.statuses == [200] * 40
+
+
+async def test_wss_and_http_by_tls_on_one_connection(io_loop, tmp_path):
+    """A handshake follows a request; the socket passes on with its encryption."""
+    authority = Authority(tmp_path)
+    certificate = authority.server()
+    context = ssl.create_default_context(cafile=str(authority.path))
+    async with Service(f"--tls_cert={certificate.both}") as service:
+        parts = urlsplit(service.ws_url)
+        reader, writer = await asyncio.open_connection(
+            parts.hostname, parts.port, ssl=context
+        )
+        writer.write(LIVEZ + handshake() + frame(TEXT, b"hello"))
+        async with asyncio.timeout(DEADLINE):
+            assert b" 200 " in await reader.readuntil(b"ok\n")
+            assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
+            assert await reader.readexactly(7) == b"\x81\x05hello"
+        writer.close()
+        async with RecordingBackend():
+            async with websockets.connect(service.ws_url, ssl=context) as client:
+                await client.send(KEY)
+                assert await client.recv() == KEY
