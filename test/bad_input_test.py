@@ -463,7 +463,6 @@ NO_ANSWER = {
     "switching-protocols": (
         b"HTTP/1.1 101 Yes\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
     ),
-    "both-lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n" + CHUNKED + LAST,
     "different-lengths": b"HTTP/1.1 200 OK\r\n" + lengths(b"2", b"3") + b"\r\nOK",
     "negative-length": b"HTTP/1.1 200 OK\r\n" + lengths(b"-1") + b"\r\nOK",
     "length-with-plus": b"HTTP/1.1 200 OK\r\n" + lengths(b"+2") + b"\r\nOK",
@@ -471,9 +470,6 @@ NO_ANSWER = {
     "length-of-31-digits": (
         b"HTTP/1.1 200 OK\r\n" + lengths(b"1" + b"0" * 30) + b"\r\nOK"
     ),
-    "header-without-colon": b"HTTP/1.1 200 OK\r\nnothing\r\n" + EMPTY,
-    "header-with-bad-name": b"HTTP/1.1 200 OK\r\n(X): x\r\n" + EMPTY,
-    "nul-in-header": b"HTTP/1.1 200 OK\r\nX: a\0b\r\n" + EMPTY,
     "endless-header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**20,
     "endless-headers": b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 100_000,
     "interim-answers-only": b"HTTP/1.1 103 Early Hints\r\n\r\n" * 10_000,
@@ -501,6 +497,10 @@ NO_ANSWER = {
 ACCEPTED = {
     "no-reason": b"HTTP/1.1 200\r\n" + EMPTY,
     "http-1.0": b"HTTP/1.0 200 OK\r\n\r\nOK" + CUT_OFF,
+    "both-lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n" + CHUNKED + LAST,
+    "header-without-colon": b"HTTP/1.1 200 OK\r\nnothing\r\n" + EMPTY,
+    "header-with-bad-name": b"HTTP/1.1 200 OK\r\n(X): x\r\n" + EMPTY,
+    "nul-in-header": b"HTTP/1.1 200 OK\r\nX: a\0b\r\n" + EMPTY,
     "unknown-2xx": b"HTTP/1.1 299 Fine\r\n" + EMPTY,
     "interim-answers-first": (
         b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK

@@ -64,17 +64,18 @@ def serving(serve=None, answer: bytes = OK, **options):
 async def test_name_with_a_dead_family_is_reached_by_the_other(io_loop, monkeypatch):
     """Happy eyeballs: IPv6 is named first and refuses, IPv4 answers."""
 
-    async def resolve(host, port, family=0, **kwargs):
-        stream = (socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
-        addresses = [
+    stream = (socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+
+    def look_up(host, port, *args, flags=0, **kwargs):
+        if flags & socket.AI_NUMERICHOST:
+            raise socket.gaierror(socket.EAI_NONAME, "no IP address")
+        return [
             (socket.AF_INET6, *stream, ("::1", port, 0, 0)),
             (socket.AF_INET, *stream, ("127.0.0.1", port)),
         ]
-        # uvloop asks once more, for the one that it connects to.
-        return [address for address in addresses if family in (0, address[0])]
 
     async with serving() as port, using() as client:
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
         answer = await post(client, f"http://backend.example:{port}/")
         assert answer.status == 200
 
@@ -204,6 +205,220 @@ async def test_request_is_sent_when_the_kernel_has_all_of_it(io_loop):
         assert (await asyncio.wait_for(done, 10)).status == 200
 
 
+HEADS = {
+    "several-lines": (b"X: one;\n two\r\n", True),
+    "control-character": (b"X: \1\r\n", True),
+    "bad-name": (b"X Y: z\r\n", False),
+    "no-colon": (b"nonsense\r\n", False),
+    "same-length-twice": (b"Content-Length: 2\r\n", False),
+}
+
+
+@pytest.mark.parametrize("row", HEADS)
+async def test_odd_header_does_not_cost_the_answer(io_loop, row):
+    """Its connection is used again only where nobody can misunderstand its end."""
+    line, is_kept = HEADS[row]
+    answer = OK.replace(b"\r\n", b"\r\n" + line, 1)
+    made = 0
+
+    async def on_client(reader, writer) -> None:
+        nonlocal made
+        made += 1
+        await answer_all(answer, reader, writer)
+
+    async with serving(on_client) as port, using() as client:
+        for number in range(1, 4):
+            got = await post(client, f"http://127.0.0.1:{port}/", keep=True)
+            assert (got.status, got.body) == (200, b"OK")
+            assert made == (1 if is_kept else number)
+
+
+async def test_what_is_smuggled_behind_a_doubtful_answer_is_nobodys(io_loop):
+    """With two lengths: the body may hold what looks like the next answer."""
+    answer = (
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"0\r\n\r\nHTTP/1.1 500 Smuggled\r\nContent-Length: 0\r\n\r\n"
+    )
+    async with serving(answer=answer) as port, using(max_connections=1) as client:
+        outcomes = await asyncio.gather(
+            *(post(client, f"http://127.0.0.1:{port}/") for _ in range(5))
+        )
+        assert [outcome.status for outcome in outcomes] == [200] * 5
+
+
+async def test_idle_connection_makes_room_for_another_origin(io_loop):
+    """Which waits since before it became idle."""
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def held(reader, writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        asked.set()
+        await go_on.wait()
+        await answer_one(reader, writer)
+
+    async def answer_one(reader, writer) -> None:
+        writer.write(OK)
+        await reader.read()
+
+    async with serving(held) as one, serving() as other:
+        async with using(max_connections=1) as client:
+            first = asyncio.create_task(post(client, f"http://127.0.0.1:{one}/"))
+            await asyncio.wait_for(asked.wait(), 10)
+            second = asyncio.create_task(post(client, f"http://127.0.0.1:{other}/"))
+            await eventually(lambda: client.starved)
+            go_on.set()
+            assert (await first).status == (await second).status == 200
+
+
+@pytest.mark.parametrize("most", [1, 3])
+async def test_busy_origin_leaves_room_for_another(io_loop, most):
+    """However many requests wait for the first one."""
+    async with serving() as one, serving() as other, using(max_connections=most) as c:
+        answers = 0
+
+        def count(outcome: object) -> None:
+            nonlocal answers
+            if isinstance(outcome, Answer):  # else it is being closed
+                answers += 1
+                go_on()
+
+        def go_on() -> None:
+            c.post(Target.parse(f"http://127.0.0.1:{one}/"), lambda: REQUEST, count)
+
+        for _ in range(20):
+            go_on()
+        for _ in range(3):
+            assert (await post(c, f"http://127.0.0.1:{other}/")).status == 200
+        assert answers > 0
+
+
+async def test_408_on_a_kept_connection_is_its_end(io_loop):
+    """The request goes again at once; on a new connection 408 is an answer."""
+    late = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"
+    made = 0
+
+    async def on_client(reader, writer) -> None:
+        nonlocal made
+        made += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK if made < 3 else late)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(late)
+
+    async with serving(on_client) as port, using() as client:
+        url = f"http://127.0.0.1:{port}/"
+        assert (await post(client, url)).status == 200
+        assert (await post(client, url)).status == 200
+        assert made == 2
+        assert (await post(client, url)).status == 408  # on the second and the third
+        assert made == 3
+
+
+async def test_connection_is_not_used_beyond_its_age(io_loop):
+    """An answer that is under way is waited for."""
+    made, asked, go_on = 0, asyncio.Event(), asyncio.Event()
+
+    async def on_client(reader, writer) -> None:
+        nonlocal made
+        made += 1
+        if made == 2:
+            await reader.readuntil(b"\r\n\r\n")
+            asked.set()
+            await go_on.wait()
+            writer.write(OK)
+        await answer_all(OK, reader, writer)
+
+    async with serving(on_client) as port, using(connection_age=1.0) as client:
+        url = f"http://127.0.0.1:{port}/"
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while made < 2:
+            held = asyncio.create_task(post(client, url))
+            await asyncio.wait({held, asyncio.ensure_future(asked.wait())},
+                               return_when=asyncio.FIRST_COMPLETED)
+        assert loop.time() - began >= 0.8  # it was used until then
+        began = loop.time()
+        await eventually(lambda: loop.time() > began + 1)  # the second one's age
+        go_on.set()
+        assert (await held).status == 200
+        await eventually(lambda: client.open == 0)
+
+
+async def test_slow_reader_is_not_dead(io_loop):
+    """Writing may take as long as it takes, while the peer takes something."""
+    body = b"POST / HTTP/1.1\r\nContent-Length: 8388608\r\n\r\n" + bytes(2**23)
+
+    async def on_client(reader, writer) -> None:
+        left = len(body)
+        while left:
+            left -= len(await reader.readexactly(min(left, 2**18)))
+            await asyncio.sleep(0.15)  # as slow as it is
+        writer.write(OK)
+
+    async with serving(on_client, limit=2**16) as port, using(dead_after=2) as client:
+        done = asyncio.get_running_loop().create_future()
+        target = Target.parse(f"http://127.0.0.1:{port}/")
+        client.post(target, lambda: body, done.set_result)
+        outcome = await asyncio.wait_for(done, 25)
+        assert isinstance(outcome, Answer), outcome
+
+
+async def test_reader_that_stops_is_dead(io_loop):
+    """Its kernel takes what it has room for, and then nothing more."""
+    body = b"POST / HTTP/1.1\r\nContent-Length: 67108864\r\n\r\n" + bytes(2**26)
+    go_on = asyncio.Event()
+
+    async def on_client(reader, writer) -> None:
+        await go_on.wait()
+        writer.transport.abort()
+
+    async with serving(on_client) as port, using(dead_after=0.5) as client:
+        done = asyncio.get_running_loop().create_future()
+        target = Target.parse(f"http://127.0.0.1:{port}/")
+        client.post(target, lambda: body, done.set_result)
+        outcome = await asyncio.wait_for(done, 10)
+        go_on.set()
+        assert "not taken in 0.5 s" in str(outcome)
+
+
+async def test_callback_with_a_fault_takes_no_other_with_it(io_loop, caplog):
+    """Neither the next request on its connection, nor those that wait."""
+
+    def fail(outcome: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    async with serving() as port, using(max_connections=1) as client:
+        url = f"http://127.0.0.1:{port}/"
+        target = Target.parse(url)
+        for on_done, on_sent in ((fail, None), (lambda outcome: None, lambda: fail(0))):
+            client.post(target, lambda: REQUEST, on_done, on_sent)
+        client.on_starved = lambda: fail(0)
+        others = await asyncio.gather(*(post(client, url) for _ in range(3)))
+        assert [outcome.status for outcome in others] == [200] * 3
+        client.post(target, lambda: REQUEST, fail)
+        assert client.open == 1
+    failed = [record for record in caplog.records if record.exc_info]
+    assert len(failed) > 3
+
+
+async def test_request_that_cannot_be_made_is_an_error(io_loop, caplog):
+    """Those behind it are sent."""
+
+    def broken() -> bytes:
+        raise RuntimeError("a fault of ours")
+
+    async with serving() as port, using(max_connections=1) as client:
+        url = f"http://127.0.0.1:{port}/"
+        for _ in range(2):  # on a new connection, and on a kept one
+            done = asyncio.get_running_loop().create_future()
+            client.post(Target.parse(url), broken, done.set_result)
+            outcomes = await asyncio.gather(
+                asyncio.wait_for(done, 10), post(client, url)
+            )
+            assert "no request could be made" in str(outcomes[0])
+            assert outcomes[1].status == 200
+
+
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory):
     """Vouches for the servers of these tests."""
@@ -240,6 +455,76 @@ async def test_plain_http_server_is_no_https_backend(io_loop):
     ):
         with pytest.raises(BackendAway, match="TLS: the backend speaks another"):
             await post(client, f"https://localhost:{port}/")
+
+
+@pytest.mark.parametrize("how", ["closed", "reset"])
+async def test_hang_up_in_the_tls_handshake_says_so(io_loop, how):
+    """A server that ends the connection as soon as it is greeted."""
+
+    async def on_client(reader, writer) -> None:
+        await reader.read(1)
+        if how == "reset":
+            writer.transport.abort()
+
+    async with (
+        serving(on_client) as port,
+        using(tls=ssl.create_default_context()) as client,
+    ):
+        with pytest.raises(BackendAway, match="TLS: the connection was closed in the"):
+            await post(client, f"https://localhost:{port}/")
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+async def test_413_before_the_body_is_the_answer(io_loop, authority, version):
+    """On a connection that is new, whose end must not be taken for TLS's."""
+    context = authority.server("localhost").server_context()
+    context.maximum_version = ssl.TLSVersion[version]
+    size = 2**23
+    body = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
+    answer = b"HTTP/1.1 413 No\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+    async def on_client(reader, writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+
+    trust = ssl.create_default_context(cafile=authority.path)
+    async with serving(on_client, ssl=context) as port, using(tls=trust) as client:
+        for _ in range(5):
+            done = asyncio.get_running_loop().create_future()
+            target = Target.parse(f"https://localhost:{port}/")
+            client.post(target, lambda: body, done.set_result)
+            outcome = await asyncio.wait_for(done, 10)
+            assert isinstance(outcome, Answer), outcome
+            assert outcome.status == 413
+
+
+async def test_dot_behind_a_name_is_for_dns_alone(io_loop, authority, monkeypatch):
+    """Host, SNI and certificate know none."""
+    context = authority.server("backend.example").server_context()
+    heads, greeted, asked = [], [], []
+
+    def look_up(host, port, *args, flags=0, **kwargs):
+        if flags & socket.AI_NUMERICHOST:
+            raise socket.gaierror(socket.EAI_NONAME, "no IP address")
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    async def on_client(reader, writer) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(OK)
+
+    context.sni_callback = lambda _, name, __: greeted.append(name)
+    trust = ssl.create_default_context(cafile=authority.path)
+    async with serving(on_client, ssl=context) as port, using(tls=trust) as client:
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        target = Target.parse(f"https://backend.example.:{port}/")
+        request = f"POST / HTTP/1.1\r\nHost: {target.authority}\r\n\r\n".encode()
+        done = asyncio.get_running_loop().create_future()
+        client.post(target, lambda: request, done.set_result)
+        outcome = await asyncio.wait_for(done, 10)
+        assert isinstance(outcome, Answer), outcome
+        assert (asked, greeted) == (["backend.example."], ["backend.example"])
+        assert f"Host: backend.example:{port}\r\n".encode() in heads[0]
 
 
 async def test_request_that_is_let_go_gives_its_place_back(io_loop, authority):
@@ -304,6 +589,12 @@ async def test_connections_of_before_are_used_no_more(io_loop, authority):
         ("http:///message", "no host"),
         ("http://user:pass@x/", "user name"),
         ("http://x:99999/", "port"),
+        ("http://x:0/", "port"),
+        ("http://x:00/", "port"),
+        ("http://./", "no host"),
+        ("http://stra\u00dfe.example/", "give the one with xn--"),
+        ("http://" + "\u00fc" * 70 + ".example/", "give it with xn--"),
+        ("http://x/\u00e9", "percent-encode"),
         ("http://x/a b", "percent-encode"),
         ("http://x/\r\nEvil: 1", "percent-encode"),
         ("http://x/é", "percent-encode"),
@@ -313,3 +604,21 @@ async def test_bad_url_says_why(io_loop, url, why):
     """Each has its own sentence."""
     with pytest.raises(ValueError, match=why):
         Target.parse(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("http://B\u00dcCHER.example/", "xn--bcher-kva.example"),
+        ("http://\u4f8b\u3048\u3002\u30c6\u30b9\u30c8/", "xn--r8jz45g.xn--zckzah"),
+        ("http://xn--strae-oqa.example:80/", "xn--strae-oqa.example"),
+        ("http://[2001:DB8::1]/", "[2001:db8::1]"),
+        ("http://name./", "name"),
+        ("http://name:/", "name"),
+        ("https://name:443/", "name"),
+        ("https://name:80/", "name:80"),
+    ],
+)
+async def test_host_is_named_as_it_is_known(io_loop, url, host):
+    """International names are encoded; a dot at the end is DNS's."""
+    assert Target.parse(url).authority == host

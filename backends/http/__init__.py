@@ -62,6 +62,9 @@ define("backend_connect_timeout", default=5.0, metavar="SECONDS",
        help="longest wait for a connection to the backend: name, TCP and TLS")
 define("backend_dead_after", default=60.0, metavar="SECONDS",
        help="a backend's host that vanished without a word is noticed by then")
+define("backend_connection_age", default=300.0, metavar="SECONDS",
+       help="no request is sent on an older connection to the backend, so that "
+            "changes of DNS and new servers are found; 0: on any")
 define("max_backend_connections", default=4096, metavar="COUNT",
        help="most connections to the backend at once, held answers included")
 
@@ -370,6 +373,7 @@ def make_backend(relay: Relay) -> HTTPBackend:
         options.max_backend_connections,
         options.backend_connect_timeout,
         options.backend_dead_after,
+        options.backend_connection_age or float("inf"),
     )
     events = EventWriter(relay)
     breaker = Breaker(

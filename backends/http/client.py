@@ -1,30 +1,41 @@
 """A small HTTP/1.1 client: POSTs over pooled keep-alive connections.
 
 Of our own, since delivery needs what no library tells: when a request has left
-whole, and how to let one go (docs/decisions/003-own-http-client.md). Parsing is
-httptools', racing IPv6 against IPv4 is aiohappyeyeballs'.
+whole, and how to let one go (docs/decisions/003-own-http-client.md). `response`
+reads what comes back, `resolver` looks names up, and racing IPv6 against IPv4 is
+aiohappyeyeballs'.
 """
 
 import asyncio
+import fcntl
+import itertools
+import logging
+import random
 import socket
 import ssl
+import struct
+import termios
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from types import TracebackType
+from typing import cast
 from urllib.parse import urlsplit
 
 import aiohappyeyeballs
-import httptools
 
 from backends import BackendAway, BackendError
+from backends.deadlines import after_reading
+from backends.http.resolver import Resolver
+from backends.http.response import MAX_HEAD_SIZE, MalformedResponse, ResponseReader
+
+logger = logging.getLogger(__name__)
 
 MAX_CONNECTING = 128  # TCP handshakes under way at once to one origin
 ADDRESSES_TTL = 5.0  # seconds for which a name's addresses are used again
 IDLE_TIMEOUT = 60.0  # seconds; a connection unused for that long is closed
 HAPPY_EYEBALLS_DELAY = 0.25  # seconds; RFC 8305, section 8
-MAX_HEADERS_SIZE = 64 * 1024  # bytes of an answer before its body
-MAX_KEPT_BODY = 64 * 1024  # bytes of a body that is used; the rest is dropped
 MAX_DROPPED_BODY = 1024 * 1024  # bytes; beyond, the connection is closed
 BODY_TIMEOUT = 5.0  # seconds from an answer's headers to its end; then likewise
 KEEPALIVE_PROBES = 3
@@ -32,11 +43,21 @@ MAX_KEEPALIVE = 32767  # seconds; tcp(7)
 # Seconds after a TLS handshake in which its end is taken for the backend's verdict.
 VERDICT_TIME = 2.0
 TLS_SHUTDOWN_TIMEOUT = 1.0  # seconds for the peer's close_notify; its place waits
+MIN_AGE_SHARE = 0.8  # of the connection age, so that not all are replaced at once
+PROGRESS_CHECKS = 4  # within dead_after; after so many without progress a peer is dead
+STALL = 0.5  # seconds that a timer may be late; beyond, the process was stopped
+# In which IDNA 2003, as in Python, and IDNA 2008, as in browsers, name other hosts.
+AMBIGUOUS_IN_IDNA = "\u00df\u03c2\u200c\u200d"
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to POST: an http(s) URL in the parts that a request needs."""
+    """Where to POST: an http(s) URL in the parts that a request needs.
+
+    `host` is as DNS takes it: international names are encoded, and a dot at the
+    end, which keeps the resolver's search list away, is kept.
+    """
 
     scheme: str
     host: str
@@ -46,21 +67,26 @@ class Target:
     @classmethod
     def parse(cls, url: str) -> "Target":
         """Raises `ValueError` with what is wrong with `url`."""
-        if not url.isascii() or any(c <= " " or c == "\x7f" for c in url):
+        if any(c <= " " or c == "\x7f" for c in url):
             raise ValueError("it has characters that a URL must percent-encode")
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https"):
+        if parts.scheme not in DEFAULT_PORTS:
             raise ValueError("it is not an http:// or https:// URL")
-        if not parts.hostname:
-            raise ValueError("it has no host")
         if parts.username is not None or parts.password is not None:
             raise ValueError("it has a user name or a password in it")
-        try:
-            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        except ValueError:
-            raise ValueError("its port is not a number from 1 to 65535") from None
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        return cls(parts.scheme, parts.hostname, port, path)
+        if not path.isascii():
+            raise ValueError("it has characters that a URL must percent-encode")
+        if not (parts.hostname or "").strip("."):
+            raise ValueError("it has no host")
+        host = encoded_host(parts.hostname or "")
+        try:
+            port = parts.port
+        except ValueError:
+            port = 0
+        if port == 0:
+            raise ValueError("its port is not a number from 1 to 65535")
+        return cls(parts.scheme, host, port or DEFAULT_PORTS[parts.scheme], path)
 
     @property
     def origin(self) -> tuple[str, str, int]:
@@ -68,15 +94,37 @@ class Target:
         return self.scheme, self.host, self.port
 
     @property
+    def server_name(self) -> str:
+        """The host as a certificate, SNI (RFC 6066, section 3) and Host name it."""
+        return self.host.removesuffix(".")
+
+    @property
     def authority(self) -> str:
         """The Host header's value (RFC 9110, section 7.2)."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        default = {"http": 80, "https": 443}[self.scheme]
-        return host if self.port == default else f"{host}:{self.port}"
+        name = self.server_name
+        host = f"[{name}]" if ":" in name else name
+        if self.port == DEFAULT_PORTS[self.scheme]:
+            return host
+        return f"{host}:{self.port}"
 
     def __str__(self) -> str:
         """Without the query, which may hold a secret."""
         return f"{self.scheme}://{self.authority}{self.path.partition('?')[0]}"
+
+
+def encoded_host(host: str) -> str:
+    """An international host name as DNS has it (`xn--…`).
+
+    Raises `ValueError` where that cannot be told, with what to write instead.
+    """
+    if host.isascii():
+        return host
+    if not set(AMBIGUOUS_IN_IDNA).isdisjoint(host):
+        raise ValueError("its host has several encodings; give the one with xn--")
+    try:
+        return host.encode("idna").decode("ascii")
+    except UnicodeError:
+        raise ValueError("its host cannot be encoded; give it with xn--") from None
 
 
 @dataclass(slots=True)
@@ -133,7 +181,7 @@ class Exchange:
             self.timer.cancel()
             self.timer = None
         if on_done is not None:
-            on_done(outcome)
+            call_alone(on_done, outcome)
 
     @property
     def in_line(self) -> bool:
@@ -145,6 +193,7 @@ class Exchange:
         self.on_done = self.on_sent = self.write = None
         if self.timer is not None:
             self.timer.cancel()
+            self.timer = None
         if self.connection is not None:
             self.connection.close()
 
@@ -155,7 +204,14 @@ class Exchange:
     def sent(self) -> None:
         """The kernel has taken the last byte."""
         if self.on_sent is not None:
-            self.on_sent()
+            call_alone(self.on_sent)
+
+    @property
+    def may_go_again(self) -> bool:
+        """Whether a connection that ended before an answer costs it nothing."""
+        return (
+            not self.resent and self.on_done is not None and self.write is not None
+        )
 
 
 class Client:
@@ -164,7 +220,9 @@ class Client:
     `max_connections` bounds those open or being opened, over all origins;
     beyond it requests wait in line, and `on_starved` is called for each, so
     that somebody may let one go. `connect_timeout` covers name, TCP and TLS.
-    A peer that is gone without a word is noticed within `dead_after` seconds.
+    A peer that is gone without a word is noticed within `dead_after` seconds. No
+    request is sent on a connection that is older than `connection_age` seconds,
+    so that changes of DNS and new servers are found.
     """
 
     def __init__(
@@ -172,6 +230,7 @@ class Client:
         max_connections: int,
         connect_timeout: float,
         dead_after: float,
+        connection_age: float = float("inf"),
         on_starved: Callable[[], None] = lambda: None,
     ) -> None:
         # Kept, since asking for it is a system call (getpid) before Python 3.12.
@@ -179,12 +238,15 @@ class Client:
         self.max_connections = max_connections
         self.connect_timeout = connect_timeout
         self.dead_after = dead_after
+        self.connection_age = connection_age
         self.on_starved = on_starved
         self.tls: ssl.SSLContext | None = None
         self.open = 0
         self.moved_at = float("-inf")  # when a line last moved, on the loop's clock
+        self.count = itertools.count(1)  # of connections, ever opened
+        self.resolver = Resolver()
         self._origins: dict[tuple[str, str, int], _Origin] = {}
-        self._closed = False
+        self.closed = False
 
     def post(
         self,
@@ -203,9 +265,15 @@ class Client:
         the connection lives. `keep` asks for the answer's headers and body.
         """
         exchange = Exchange(target, write, on_done, on_sent, keep)
+        if self.closed:
+            self.loop.call_soon(exchange.finish, stopped(target))
+            return exchange
         if timeout is not None:
             exchange.timer = self.loop.call_later(
-                timeout, self._on_timeout, exchange, timeout
+                timeout,
+                after_reading,
+                self.loop,
+                partial(self._on_timeout, exchange, timeout),
             )
         origin = self._origins.get(target.origin)
         if origin is None:
@@ -232,7 +300,7 @@ class Client:
 
     async def close(self) -> None:
         """Close every connection; what is under way ends with an error."""
-        self._closed = True
+        self.closed = True
         for origin in self._origins.values():
             await origin.close()
 
@@ -242,16 +310,39 @@ class Client:
             if origin.idle:
                 origin.idle.pop().close()
                 return
-        self.on_starved()
+        call_alone(self.on_starved)
 
     def on_slot_free(self) -> None:
-        """A connection ended: whoever waits may open another."""
-        if not self._closed:
-            for origin in self._origins.values():
+        """A connection ended: whoever waits may open another, the poorest first.
+
+        Of those that have as many, whoever has opened none for the longest time.
+        """
+        if not self.closed:
+            for origin in sorted(
+                self._origins.values(), key=lambda each: (each.size(), each.opened_at)
+            ):
                 origin.connect_for_waiting()
+
+    def needs_room(self, origin: "_Origin") -> bool:
+        """Whether a free connection to `origin` has to end for another origin.
+
+        All origins are to have as many as they need, or equally many, without
+        connections that are opened and closed in turn.
+        """
+        if self.open < self.max_connections:
+            return False
+        size = origin.size()
+        return any(
+            other.waiting
+            and other is not origin
+            and (not origin.waiting or other.size() == 0 or other.size() < size - 1)
+            for other in self._origins.values()
+        )
 
     @staticmethod
     def _on_timeout(exchange: Exchange, timeout: float) -> None:
+        if exchange.timer is None:
+            return  # what was read meanwhile was the answer
         exchange.timer = None
         connection = exchange.connection
         exchange.finish(
@@ -275,7 +366,11 @@ class _Origin:
         self._expiry: asyncio.TimerHandle | None = None  # one for all that are idle
         self._addresses: Sequence[aiohappyeyeballs.AddrInfoType] = ()
         self._resolved_at = float("-inf")
-        self._resolving: asyncio.Future[None] | None = None
+        self.opened_at = 0  # a count of the client's connections, at its last one
+
+    def size(self) -> int:
+        """Connections that are open or being opened."""
+        return len(self.idle) + len(self.busy) + len(self._connecting)
 
     @property
     def tls(self) -> ssl.SSLContext | None:
@@ -289,6 +384,7 @@ class _Origin:
             if connection.is_usable():
                 connection.send(exchange)
                 return
+            connection.close()
         self.waiting.append(exchange)
         self.connect_for_waiting()
 
@@ -302,24 +398,14 @@ class _Origin:
                 self.client.make_room()
                 return
             self.client.open += 1
+            self.opened_at = next(self.client.count)
             task = loop.create_task(self._connect())
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
 
     async def _connect(self) -> None:
         try:
-            try:
-                async with asyncio.timeout(self.client.connect_timeout):
-                    connection = await self._open()
-            except TimeoutError:
-                raise BackendAway(
-                    f"no connection in {self.client.connect_timeout:g} s"
-                ) from None
-            except ssl.SSLError as error:
-                raise BackendAway(tls_failure(error)) from error
-            except (OSError, ValueError) as error:  # the latter: no name for DNS
-                why = getattr(error, "strerror", None) or error
-                raise BackendAway(f"cannot connect: {why}") from error
+            connection = await self._open()
             if not connection.adopt():
                 raise BackendAway(connection.why_lost())
         except BaseException as error:
@@ -332,58 +418,74 @@ class _Origin:
             if not isinstance(error, BackendAway):
                 raise
             return
+        self._ends_connecting()  # before its connection may end, and free a place
         self._hand_on(connection)
 
-    def _slot_free(self) -> None:
+    def _ends_connecting(self) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._connecting.discard(task)
+
+    def _slot_free(self) -> None:
+        self._ends_connecting()
         self.client.open -= 1
         self.client.loop.call_soon(self.client.on_slot_free)
 
     async def _open(self) -> "_Connection":
-        addresses = await self._resolve()
-        sock = await aiohappyeyeballs.start_connection(
-            addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY, interleave=1
-        )
+        """Raises `BackendAway` with the step that failed, and why."""
+        seconds = self.client.connect_timeout
+        late = "DNS has not answered"
+        try:
+            async with RunningTime(self.client.loop, seconds):
+                addresses = await self._resolve()
+                late = "the host has not answered"
+                sock = await aiohappyeyeballs.start_connection(
+                    addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY, interleave=1
+                )
+                late = "the TLS handshake has not ended"
+                return await self._converse(sock)
+        except TimeoutError:
+            raise BackendAway(f"no connection in {seconds:g} s: {late}") from None
+        except (OSError, UnicodeError) as error:  # the latter: no name for DNS
+            raise BackendAway(why_not_connected(error)) from error
+
+    async def _converse(self, sock: socket.socket) -> "_Connection":
+        """Make a connection of a socket that is connected, by TLS for https."""
+        tls = self.tls
+        assert tls is not None or self.target.scheme == "http"
         try:
             watch(sock, self.client.dead_after)
-            tls = self.tls
-            assert tls is not None or self.target.scheme == "http"
             _, connection = await self.client.loop.create_connection(
                 lambda: _Connection(self, tls),
                 sock=sock,
                 ssl=tls,
-                server_hostname=self.target.host if tls else None,
+                server_hostname=self.target.server_name if tls else None,
                 ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT if tls else None,
             )
-        except BaseException:
+        except BaseException as error:
             sock.close()
+            if tls is not None and is_hang_up(error):
+                raise BackendAway(TLS_HANG_UP) from error
             raise
         return connection
 
     async def _resolve(self) -> Sequence[aiohappyeyeballs.AddrInfoType]:
-        """The host's addresses; one look-up at a time."""
+        """The host's addresses; those of a moment ago are used again."""
         loop = self.client.loop
-        while loop.time() > self._resolved_at + ADDRESSES_TTL:
-            if self._resolving is not None:
-                await asyncio.shield(self._resolving)
-                continue
-            self._resolving = loop.create_future()
-            try:
-                self._addresses = await loop.getaddrinfo(
-                    self.target.host, self.target.port, type=socket.SOCK_STREAM
-                )
-                self._resolved_at = loop.time()
-            finally:
-                self._resolving.set_result(None)
-                self._resolving = None
+        if loop.time() > self._resolved_at + ADDRESSES_TTL:
+            self._addresses = await self.client.resolver.resolve(
+                self.target.host, self.target.port
+            )
+            self._resolved_at = loop.time()
         return self._addresses
 
     def on_free(self, connection: "_Connection") -> None:
         """A connection has finished its exchange."""
         self.busy.discard(connection)
-        self._hand_on(connection)
+        if self.client.needs_room(self):
+            connection.close()
+        else:
+            self._hand_on(connection)
 
     def close_stale(self) -> None:
         """Close the idle connections that are not usable any more."""
@@ -395,13 +497,15 @@ class _Origin:
     def _hand_on(self, connection: "_Connection") -> None:
         if not connection.is_usable():
             connection.close()
-            return
-        if (exchange := self._next_waiting()) is not None:
+        elif (exchange := self._next_waiting()) is not None:
             connection.send(exchange)
+        elif self.client.needs_room(self):
+            connection.close()
         else:
             self._keep_idle(connection)
 
     def _keep_idle(self, connection: "_Connection") -> None:
+        connection.kept = True
         connection.idle_since = self.client.loop.time()
         self.idle.append(connection)
         if self._expiry is None:
@@ -436,8 +540,11 @@ class _Origin:
 
     def resend(self, exchange: Exchange) -> None:
         """Send once more, on a connection that is new."""
-        exchange.resent = True
         exchange.connection = None
+        if self.client.closed:
+            exchange.finish(stopped(exchange.target))
+            return
+        exchange.resent = True
         for connection in self.idle:  # as stale as the one that failed, likely
             connection.close()
         self.idle.clear()
@@ -456,7 +563,7 @@ class _Origin:
             connection.close()
         self.idle.clear()
         while (exchange := self._next_waiting()) is not None:
-            exchange.finish(BackendError(f"POST {exchange.target}: the relay stops"))
+            exchange.finish(stopped(exchange.target))
 
 
 class _Connection(asyncio.Protocol):
@@ -467,32 +574,26 @@ class _Connection(asyncio.Protocol):
         self._tls = tls
         self._why_lost = ""  # where TLS told
         self._transport: asyncio.Transport | None = None
-        self._made_at = 0.0  # on the loop's clock
-        self._parser: Any = httptools.HttpResponseParser(self)
+        self._made_at = 0.0  # on the loop's clock, as the next one
+        self._retire_at = 0.0  # no request is sent from then on
+        self._response = ResponseReader()
         self._exchange: Exchange | None = None
         self._adopted = False  # the origin counts it, and hears of its end
-        self._used = False
+        self.kept = False  # used before, or idle: the server may have closed it
         self._paused = False
-        self._send_timer: asyncio.TimerHandle | None = None
+        self._progress: _Progress | None = None  # while the kernel has not taken all
         self.idle_since = 0.0  # on the loop's clock
         self._body_timer: asyncio.TimerHandle | None = None
-        self._reset()
-
-    def _reset(self) -> None:
-        self._started = False  # a byte of an answer came
-        self._has_headers = False
-        self._complete = False
-        self._keep_alive = False
-        self._status = 0
-        self._headers: dict[str, str] = {}
-        self._body: list[bytes] = []
-        self._size = 0
 
     # The transport's callbacks.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none
-        self._made_at = self._origin.client.loop.time()
+        client = self._origin.client
+        self._made_at = client.loop.time()
+        self._retire_at = self._made_at + client.connection_age * random.uniform(
+            MIN_AGE_SHARE, 1
+        )
         # So that writing pauses exactly while the kernel has not taken all. A
         # TLS transport pauses at its limit, a plain one above it; what TLS has
         # handed to its own transport (64 KiB at most) counts as sent.
@@ -503,36 +604,41 @@ class _Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
-        if self._send_timer is not None:
-            self._send_timer.cancel()
-            self._send_timer = None
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
         if self._exchange is not None:
             self._exchange.sent()
 
     def data_received(self, data: bytes) -> None:
-        if self._exchange is None and not self._has_headers:
+        response, exchange = self._response, self._exchange
+        if exchange is None:
             self.close()  # an answer that nobody asked for
             return
-        self._started = True
-        self._size += len(data)
         try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            if not self._has_headers:
-                self._fail(BackendError, "not an HTTP answer")
+            response.feed(data)
+        except MalformedResponse as error:
+            self._fail(BackendError, str(error))
             self.close()
             return
-        if self._complete:
-            self._answer()
-        elif not self._has_headers:
-            if self._size > MAX_HEADERS_SIZE:
-                self._fail(BackendError, "the answer's headers are too long")
-                self.close()
-        elif self._size > MAX_DROPPED_BODY + MAX_HEADERS_SIZE:
+        if not response.has_head:
+            return
+        if exchange.timer is not None:
+            exchange.timer.cancel()  # the body has a limit of its own
+            exchange.timer = None
+        if response.status == 408 and self.kept and exchange.may_go_again:
+            # The server's word for a kept connection that it ends for lack of
+            # a request (RFC 9110, section 15.5.9).
+            self._exchange = None
+            self.close()
+            self._origin.busy.discard(self)
+            self._origin.resend(exchange)
+        elif response.complete or response.size > MAX_DROPPED_BODY + MAX_HEAD_SIZE:
             self._answer()
         elif self._body_timer is None:
-            self._body_timer = self._origin.client.loop.call_later(
-                BODY_TIMEOUT, self._answer
+            loop = self._origin.client.loop
+            self._body_timer = loop.call_later(
+                BODY_TIMEOUT, after_reading, loop, self._on_body_timeout
             )
 
     def eof_received(self) -> bool:
@@ -542,69 +648,28 @@ class _Connection(asyncio.Protocol):
         self._transport = None
         if isinstance(error, ssl.SSLError):
             self._why_lost = tls_failure(error)
-        for timer in (self._send_timer, self._body_timer):
-            if timer is not None:
-                timer.cancel()
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
         exchange = self._exchange
         if exchange is None:
             pass
-        elif self._used and not self._started and not exchange.resent and (
-            exchange.on_done is not None and exchange.write is not None
-        ):
+        elif self.kept and not self._response.started and exchange.may_go_again:
             # The server closed an idle connection while the request was on
             # its way (RFC 9112, section 9.3.1): nobody has seen it.
             self._exchange = None
             self._origin.on_lost(self)
             self._origin.resend(exchange)
+            self._response.end()
             return
-        elif self._has_headers:
+        elif self._response.has_head:
             # Its body ended with the connection, or was cut: the status stands.
             self._answer()
         else:
             self._fail(BackendAway, self.why_lost())
+        self._response.end()
         if self._adopted:
             self._origin.on_lost(self)
-
-    # The parser's callbacks.
-
-    def on_message_begin(self) -> None:
-        if self._complete:  # at its first byte, which would spoil the next answer
-            raise ValueError("a second answer, which nobody asked for")
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._has_headers:
-            return  # a trailer: nothing there is of use
-        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
-        if key in self._headers:  # as one list (RFC 9110, section 5.3)
-            text = f"{self._headers[key]}, {text}"
-        self._headers[key] = text
-
-    def on_headers_complete(self) -> None:
-        status = self._parser.get_status_code()
-        if status < 100:
-            raise ValueError("no status (RFC 9110, section 15)")
-        if status >= 200:
-            self._status = status
-            self._has_headers = True
-            if self._exchange is not None and self._exchange.timer is not None:
-                self._exchange.timer.cancel()  # the body has a limit of its own
-                self._exchange.timer = None
-        elif status == 101:
-            raise ValueError("switching protocols was not asked for")
-        else:  # an interim response (RFC 9110, section 15.2): the answer follows
-            self._headers = {}
-
-    def on_body(self, body: bytes) -> None:
-        exchange = self._exchange
-        if exchange is not None and exchange.keep:
-            kept = sum(map(len, self._body))
-            if kept < MAX_KEPT_BODY:
-                self._body.append(body[: MAX_KEPT_BODY - kept])
-
-    def on_message_complete(self) -> None:
-        self._complete = self._has_headers
-        # Here only: the parser forgets the framing when the message is over.
-        self._keep_alive = self._parser.should_keep_alive()
 
     # What the origin asks.
 
@@ -617,10 +682,10 @@ class _Connection(asyncio.Protocol):
         """What to say of a connection that has ended before its answer had."""
         if self._why_lost:
             return self._why_lost
-        if self._started:
+        if self._response.started:
             return "connection lost in the answer's middle"
         age = self._origin.client.loop.time() - self._made_at
-        if self._tls is not None and age < VERDICT_TIME and not self._used:
+        if self._tls is not None and age < VERDICT_TIME and not self.kept:
             # By TLS 1.3 a client learns only when it reads that its certificate is
             # not taken, and not even then where the connection was reset.
             return "TLS: connection lost at once: it may want a client certificate"
@@ -632,23 +697,31 @@ class _Connection(asyncio.Protocol):
             self._transport is not None
             and not self._transport.is_closing()
             and self._tls is self._origin.tls
+            and self._origin.client.loop.time() < self._retire_at
         )
 
     def send(self, exchange: Exchange) -> None:
         """Write one request."""
         assert self._transport is not None and exchange.write is not None
-        self._reset()
+        self._response.begin(exchange.keep)
         self._exchange = exchange
         self._origin.busy.add(self)
         exchange.connection = self
-        self._transport.write(exchange.write())
-        loop = self._origin.client.loop
+        try:
+            self._transport.write(exchange.write())
+        except Exception:
+            logger.exception("POST %s: no request could be made", exchange.target)
+            self._why_lost = "no request could be made"
+            exchange.write = None  # nor is it tried again
+            self.close()
+            return
+        client = self._origin.client
         if self._paused:
-            self._send_timer = loop.call_later(
-                self._origin.client.dead_after, self._on_send_timeout
+            self._progress = _Progress(
+                client.loop, self._transport, client.dead_after, self._on_no_progress
             )
         elif exchange.on_sent is not None:
-            loop.call_soon(exchange.sent)
+            client.loop.call_soon(exchange.sent)
 
     def close(self) -> None:
         """Close, letting what was written leave."""
@@ -663,11 +736,11 @@ class _Connection(asyncio.Protocol):
         if self._body_timer is not None:
             self._body_timer.cancel()
             self._body_timer = None
+        response = self._response
         exchange, self._exchange = self._exchange, None
-        answer = Answer(self._status, self._headers, b"".join(self._body))
-        self._has_headers = False
-        self._used = True
-        if self._complete and self._keep_alive and not self._paused:
+        answer = Answer(response.status, response.headers, response.body)
+        self.kept = True
+        if response.complete and response.reusable and not self._paused:
             self._origin.on_free(self)
         else:
             self.close()
@@ -675,18 +748,129 @@ class _Connection(asyncio.Protocol):
             exchange.connection = None
             exchange.finish(answer)
 
+    def _on_body_timeout(self) -> None:
+        if self._body_timer is not None:
+            self._answer()
+
     def _fail(self, kind: type[BackendError], why: str) -> None:
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.connection = None
             exchange.finish(kind(f"POST {exchange.target}: {why}"))
 
-    def _on_send_timeout(self) -> None:
-        self._fail(
-            BackendAway, f"not taken in {self._origin.client.dead_after:g} s"
-        )
+    def _on_no_progress(self) -> None:
+        self._fail(BackendAway, f"not taken in {self._origin.client.dead_after:g} s")
         if self._transport is not None:
             self._transport.abort()
+
+
+class _Progress:
+    """Watches whether a peer takes what waits to be sent.
+
+    `on_none` is called once nothing was taken for `dead_after` seconds, in which
+    the process ran: a stall of it makes one check late, not all.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        transport: asyncio.Transport,
+        dead_after: float,
+        on_none: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._transport = transport
+        self._pause = dead_after / PROGRESS_CHECKS
+        self._on_none = on_none
+        self._waiting = self._measure()
+        self._in_vain = 0  # checks without progress so far
+        self._timer = loop.call_later(self._pause, self._check)
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self._timer.cancel()
+
+    def _measure(self) -> tuple[int, int]:
+        """Bytes that wait here, and those that the peer's kernel has not got."""
+        sock = self._transport.get_extra_info("socket")
+        unacknowledged = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+        return (
+            self._transport.get_write_buffer_size(),
+            struct.unpack("i", unacknowledged)[0],
+        )
+
+    def _check(self) -> None:
+        before, self._waiting = self._waiting, self._measure()
+        self._in_vain = self._in_vain + 1 if self._waiting == before else 0
+        if self._in_vain < PROGRESS_CHECKS:
+            self._timer = self._loop.call_later(self._pause, self._check)
+        else:
+            self._on_none()
+
+
+class RunningTime:
+    """As `asyncio.timeout`, but a stall of the process begins the time anew.
+
+    What is awaited takes several steps, of which the peer's next one may wait in
+    the socket, and those behind it are still to come.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._loop = loop
+        self._seconds = seconds
+        self._scope = asyncio.timeout(None)
+
+    async def __aenter__(self) -> None:
+        await self._scope.__aenter__()
+        self._begin()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self._timer.cancel()
+        await self._scope.__aexit__(kind, error, where)
+
+    def _begin(self) -> None:
+        due = self._loop.time() + self._seconds
+        self._timer = self._loop.call_at(due, self._end, due)
+
+    def _end(self, due: float) -> None:
+        if self._loop.time() > due + STALL:
+            self._begin()
+        else:
+            self._scope.reschedule(self._loop.time())
+
+
+def stopped(target: Target) -> BackendError:
+    """What becomes of a request when the client is closed."""
+    return BackendError(f"POST {target}: the relay stops")
+
+
+def call_alone(callback: Callable[..., None], *arguments: object) -> None:
+    """Call it; where it has a fault, those that are called after it go on."""
+    try:
+        callback(*arguments)
+    except Exception:
+        logger.exception("a callback failed")
+
+
+TLS_HANG_UP = "TLS: the connection was closed in the handshake"
+
+
+def is_hang_up(error: BaseException) -> bool:
+    """Whether a TLS handshake failed since the peer, or the network, ended it."""
+    return isinstance(error, ConnectionError | ssl.SSLEOFError)
+
+
+def why_not_connected(error: OSError | UnicodeError) -> str:
+    """One line, whatever the error does not say."""
+    if isinstance(error, ssl.SSLError):
+        return tls_failure(error)
+    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return f"cannot connect: {why}"
 
 
 def tls_failure(error: ssl.SSLError) -> str:

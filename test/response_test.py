@@ -1,0 +1,168 @@
+"""Responses in every odd but readable form, and where a doubt ends the connection."""
+
+import pytest
+
+from backends.http.response import MalformedResponse, ResponseReader
+
+OK = b"HTTP/1.1 200 OK\r\n"
+BODY = b"Content-Length: 2\r\n\r\nOK"
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n2\r\nOK\r\n0\r\n\r\n"
+
+# What follows is read as every client reads it: the connection goes on.
+PLAIN = {
+    "usual": OK + BODY,
+    "chunked": OK + CHUNKED,
+    "value-of-several-lines": OK + b"X: default-src a;\n script-src b\r\n" + BODY,
+    "folded-value": OK + b"X: one\r\n\ttwo\r\n" + BODY,
+    "lf-only": b"HTTP/1.1 200 OK\nX: y\nContent-Length: 2\n\nOK",
+    "lf-only-chunked": b"HTTP/1.1 200 OK\n" + CHUNKED,
+    "control-characters": OK + bytes(range(1, 9)).join([b"X: a", b"b\r\n"]) + BODY,
+    "nul": OK + b"X: a\0b\r\n" + BODY,
+    "delete": OK + b"X: a\x7fb\r\n" + BODY,
+    "latin-1": OK + b"X: \xe9\xff\r\n" + BODY,
+    "empty-value": OK + b"X:\r\n" + BODY,
+    "no-space": OK + b"X:y\r\nContent-Length:2\r\n\r\nOK",
+    "no-reason": b"HTTP/1.1 200\r\n" + BODY,
+    "no-reason-but-a-space": b"HTTP/1.1 200 \r\n" + BODY,
+    "reason-in-utf-8": b"HTTP/1.1 200 \xc3\xa9\r\n" + BODY,
+    "empty-line-first": b"\r\n" + OK + BODY,
+    "interim": b"HTTP/1.1 100 Continue\r\n\r\n" + OK + BODY,
+    "folded-interim": b"HTTP/1.1 103 Hints\r\nLink: a\r\n b\r\n\r\n" + OK + BODY,
+    "many-headers": OK + b"X: y\r\n" * 10_000 + BODY,
+    "long-header": OK + b"X: " + b"y" * 60_000 + b"\r\n" + BODY,
+}
+
+# The status and the body count, then the connection ends.
+DOUBTFUL = {
+    "value-of-several-lines-that-are-not-folded": OK + b"X: one;\ntwo\r\n" + BODY,
+    "carriage-return": OK + b"X: a\rb\r\n" + BODY,
+    "space-before-colon": OK + b"X : y\r\n" + BODY,
+    "space-in-name": OK + b"X Y: z\r\n" + BODY,
+    "separators-in-name": OK + b"X(Y)[z]@: a\r\n" + BODY,
+    "latin-1-in-name": OK + b"X\xe9: a\r\n" + BODY,
+    "no-colon": OK + b"nonsense\r\n" + BODY,
+    "no-name": OK + b": value\r\n" + BODY,
+    "lower-case-protocol": b"http/1.1 200 ok\r\n" + BODY,
+    "minor-version": b"HTTP/1.2 200 OK\r\n" + BODY,
+    "version-without-minor": b"HTTP/1 200 OK\r\n" + BODY,
+    "two-spaces": b"HTTP/1.1  200  OK\r\n" + BODY,
+    "http-1.0": b"HTTP/1.0 200 OK\r\n" + BODY,
+    "odd-interim": b"HTTP/1.1 103 Hints\r\nLink : a\r\n\r\n" + OK + BODY,
+    "interim-then-odd": b"HTTP/1.1 100 Continue\r\n\r\n" + OK + b"a b: c\r\n" + BODY,
+    "length-twice": OK + b"Content-Length: 2\r\n" + BODY,
+    "length-as-list": OK + b"Content-Length: 2, 2\r\n\r\nOK",
+    "space-before-colon-of-length": OK + b"Content-Length : 2\r\n\r\nOK",
+    "coding-twice": OK + b"Transfer-Encoding: chunked\r\n" + CHUNKED,
+    "space-before-colon-of-coding": OK + CHUNKED.replace(b":", b" :", 1),
+    "length-and-coding": OK + b"Content-Length: 5\r\n" + CHUNKED,
+    "coding-and-length": OK + CHUNKED.replace(b"\r\n", b"\r\nContent-Length: 5\r\n", 1),
+    "coding-of-http-1.0": (
+        b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n" + CHUNKED
+    ),
+    "identity": OK + b"Transfer-Encoding: identity\r\n" + BODY,
+    "end": OK + b"Connection: close\r\n" + BODY,
+    "odd-end": OK + b"Connection : close\r\n" + BODY,
+    "more-than-was-told": OK + BODY + b"OK",
+    "second-response": OK + BODY + b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n",
+    "second-behind-an-odd-one": OK + b"a b: c\r\n" + BODY + OK + BODY,
+}
+
+# They end with the connection: no more is known of their bodies.
+UNENDED = {
+    "no-length": OK + b"\r\nOK",
+    "unknown-coding": OK + b"Transfer-Encoding: xchunked\r\n\r\nOK",
+    "coding-with-a-nul": OK + b"Transfer-Encoding: chunked\0\r\n\r\nOK",
+    "odd-and-no-length": OK + b"a b: c\r\n\r\nOK",
+}
+
+NONE = {
+    "another-protocol": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "no-status": b"HTTP/1.1 OK\r\n" + BODY,
+    "status-of-two-digits": b"HTTP/1.1 20 OK\r\n" + BODY,
+    "status-of-four-digits": b"HTTP/1.1 2000 OK\r\n" + BODY,
+    "status-below-100": b"HTTP/1.1 099 OK\r\n" + BODY,
+    "switching": b"HTTP/1.1 101 Yes\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n",
+    "odd-switching": b"HTTP/1.1 101 Yes\r\na b: c\r\n\r\n",
+    "endless-header": OK + b"X: " + b"x" * 2**17,
+    "endless-odd-header": OK + b"a b: " + b"x" * 2**17,
+    "endless-interim": b"HTTP/1.1 103 Hints\r\n\r\n" * 10_000,
+    "different-lengths": OK + b"Content-Length: 3\r\n" + BODY,
+    "different-lengths-as-list": OK + b"Content-Length: 2, 3\r\n\r\nOK",
+    "negative-length": OK + b"Content-Length: -2\r\n\r\nOK",
+    "length-of-words": OK + b"Content-Length: two\r\n\r\nOK",
+    "length-of-letters-that-int-reads": OK + b"Content-Length: 0_2\r\n\r\nOK",
+    "length-beyond-64-bits": OK + b"Content-Length: " + b"9" * 30 + b"\r\n\r\nOK",
+    "empty-length": OK + b"Content-Length:\r\n\r\nOK",
+}
+
+
+def read(data: bytes, *, size: int, keep: bool = True) -> ResponseReader:
+    """A reader that was fed all of it, in pieces of that size."""
+    reader = ResponseReader()
+    reader.begin(keep)
+    for start in range(0, len(data), size):
+        reader.feed(data[start : start + size])
+        if reader.complete:
+            break
+    return reader
+
+
+@pytest.fixture(params=[1, 7, 2**20])
+def size(request) -> int:
+    """Each response comes whole, and byte by byte."""
+    return request.param
+
+
+@pytest.mark.parametrize("row", PLAIN)
+def test_tolerable_response_is_read_and_another_may_follow(row, size):
+    """What does not touch the framing costs nothing."""
+    reader = read(PLAIN[row], size=max(size, len(PLAIN[row]) // 1000))
+    assert (reader.status, reader.body) == (200, b"OK")
+    assert reader.complete and reader.reusable
+
+
+@pytest.mark.parametrize("row", DOUBTFUL)
+def test_doubtful_response_is_read_and_none_may_follow(row, size):
+    """Somebody else may see its end in another place."""
+    reader = read(DOUBTFUL[row], size=size)
+    assert (reader.status, reader.body) == (200, b"OK")
+    assert reader.complete
+    # What follows in another segment ends the connection as unasked for.
+    assert not reader.reusable or row.startswith(("more", "second-response"))
+
+
+@pytest.mark.parametrize("row", UNENDED)
+def test_response_without_an_end_is_read_until_the_connections(row, size):
+    """Of an odd one nobody waits for a body that is not wanted."""
+    reader = read(UNENDED[row], size=size)
+    assert (reader.status, reader.body) == (200, b"OK")
+    assert reader.has_head and not reader.complete
+    if row.startswith("odd"):
+        assert read(UNENDED[row], size=size, keep=False).complete
+
+
+@pytest.mark.parametrize("row", NONE)
+def test_what_is_no_response_is_malformed(row, size):
+    """It says nothing that could be believed, or too much."""
+    with pytest.raises(MalformedResponse):
+        read(NONE[row], size=max(size, len(NONE[row]) // 1000))
+
+
+def test_headers_are_known_of_an_odd_response_too():
+    """Without the spaces around them, in one list where they are repeated."""
+    odd = b"a b: c\r\nX : \t one \t\r\nx: t\0w\ro\r\nRetry-After:  3 \r\n"
+    headers = read(OK + odd + BODY, size=2**20).headers
+    assert (headers["x"], headers["retry-after"]) == ("one, t w o", "3")
+
+
+def test_white_space_around_a_value_is_none_of_it():
+    """RFC 9110, section 5.5."""
+    headers = read(OK + b"Retry-After: \t3 \t\r\n" + BODY, size=2**20).headers
+    assert headers["retry-after"] == "3"
+
+
+def test_response_after_an_interim_one_that_was_odd_has_its_own_headers():
+    """Those of a 103 are not the final one's."""
+    hints = b"HTTP/1.1 103 Hints\r\nX: hint\r\na b: c\r\n\r\n"
+    headers = read(hints + OK + BODY, size=2**20).headers
+    assert "x" not in headers
