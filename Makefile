@@ -1,5 +1,5 @@
 # make run    the relay, with an echo server behind it: ARGS="--backend=http ..."
-# make test   every test: ARGS="-k callback"
+# make test   every test, in parallel; some: ARGS="-k callback"
 # make demo   one exchange between a client and an HTTP backend, to watch
 # make soak   random faults for five minutes, each message accounted for; then the
 #             console in a browser for five minutes under load (not with ARGS):
@@ -19,45 +19,24 @@ ARGS ?=
 FUZZ ?= 40
 
 BIN = .venv/bin
+IS_NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # npm writes them; the tests with Node need what stands beside them.
 NODE_MODULES = test/interop/node_modules/.package-lock.json \
     examples/express_backend/node_modules/.package-lock.json
-
-# What the defaults leave unused, and the tests that run over it once more.
-OTHERWISE = --event_loop=asyncio --http_server=tornado
-OTHERWISE_TESTS = $(patsubst %,test/%_test.py,websocket frames callback handshake \
-    authorization bad_input delivery signing backend_tls tls)
 
 .PHONY: run test demo soak screenshots bench fuzz conformance lint clean
 
 run: .venv/run.stamp
 	@exec $(BIN)/python socketdock.py $(ARGS)
 
+# Without what npm installs, the tests that need it are left out, and say so.
 test: .venv/test.stamp
-	@if command -v npm >/dev/null && [ -e test/interop/package.json ]; then \
-	    $(MAKE) --no-print-directory $(NODE_MODULES); \
+	@if command -v npm >/dev/null; then \
+	    $(MAKE) --no-print-directory --keep-going $(NODE_MODULES) || \
+	        echo "npm failed, so the tests with Node.js are left out." >&2; \
 	fi
-	@status=0; $(BIN)/python -m pytest $(ARGS) || status=$$?; \
-	[ -n "$(ARGS)" ] || TEST_FLAGS="$(OTHERWISE)" $(BIN)/python -m pytest -q \
-	    $(OTHERWISE_TESTS) || status=$$?; \
-	command -v node >/dev/null && command -v npm >/dev/null || \
-	    echo "Left out: tests with Node.js, since node or npm is missing" \
-	        "(Debian: apt-get install nodejs npm)."; \
-	command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
-	    command -v google-chrome >/dev/null || \
-	    echo "Left out: tests with Chromium, since it is missing" \
-	        "(Debian: apt-get install chromium)."; \
-	PATH=$$PATH:/usr/sbin; \
-	command -v haproxy >/dev/null && command -v nginx >/dev/null || \
-	    echo "Left out: tests behind HAProxy or nginx, since one is missing" \
-	        "(Debian: apt-get install haproxy nginx)."; \
-	command -v promtool >/dev/null || \
-	    echo "Left out: tests of the alerts and the dashboard, since promtool is" \
-	        "missing (Debian: apt-get install prometheus)."; \
-	command -v systemd-analyze >/dev/null || \
-	    echo "Left out: a test of the systemd unit, since systemd-analyze is" \
-	        "missing (Debian: apt-get install systemd)."; \
-	exit $$status
+	@exec $(BIN)/python test/run.py $(ARGS)
 
 demo: .venv/run.stamp
 	@exec $(BIN)/python examples/demo.py
@@ -93,21 +72,40 @@ clean:
 	rm -rf bench/peers/node_modules supervisord.pid
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+# pip is the last thing that `venv` puts there, so that where it is, the rest is. A .venv
+# that was moved with its folder, or whose Python is gone or too old, is made anew.
+ifneq ($(shell .venv/bin/python -c "$(IS_NEW_ENOUGH)" 2>/dev/null && \
+    grep -qsF "$$(pwd -P)/.venv/bin/" .venv/bin/pip && echo usable),usable)
+.PHONY: .venv/bin/pip .venv/run.stamp .venv/test.stamp .venv/bench.stamp
+endif
 
-.venv/run.stamp: setup.py pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+.venv/bin/pip:
+	@"$(PYTHON)" -c "$(IS_NEW_ENOUGH)" 2>/dev/null || { \
+	    echo "SocketDock needs Python 3.11 or newer, but $(PYTHON) is:" \
+	        "$$("$(PYTHON)" --version 2>&1). Name another one:" \
+	        "make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	    exit 1; \
+	}
+	@"$(PYTHON)" -c "import ensurepip" 2>/dev/null || { \
+	    echo "$(PYTHON) can't make an environment. On Debian:" \
+	        "apt-get install $(notdir $(PYTHON))-venv" >&2; \
+	    exit 1; \
+	}
+	"$(PYTHON)" -m venv --clear .venv
+
+.venv/run.stamp: setup.py pyproject.toml | .venv/bin/pip
+	$(PIP) -e .
 	@touch $@
 
-.venv/test.stamp: setup.py pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+.venv/test.stamp: setup.py pyproject.toml | .venv/bin/pip
+	$(PIP) -e '.[test]'
 	@touch .venv/run.stamp $@
 
-.venv/bench.stamp: setup.py pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+.venv/bench.stamp: setup.py pyproject.toml | .venv/bin/pip
+	$(PIP) -e '.[bench]'
 	@touch .venv/run.stamp $@
 
 %/node_modules/.package-lock.json: %/package.json %/package-lock.json
-	npm ci --prefix $* --no-audit --no-fund --loglevel=error
+	npm ci --prefix $* --no-audit --no-fund --loglevel=error \
+	    --fetch-retries=1 --fetch-timeout=30000
 	@touch $@

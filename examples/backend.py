@@ -1,11 +1,11 @@
 """A backend for SocketDock in nothing but the standard library.
 
-    python examples/backend.py --port=8000
+    python3 examples/backend.py --port=8000
 
 It prints every event, and answers each message by a callback to its client.
 `examples/demo.py` runs it; so may you, beside a relay of your own:
 
-    python socketdock.py --backend=http \\
+    .venv/bin/socketdock --backend=http \\
         --connecturi=http://127.0.0.1:8000/connect \\
         --messageuri=http://127.0.0.1:8000/message \\
         --disconnecturi=http://127.0.0.1:8000/disconnect

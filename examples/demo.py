@@ -1,6 +1,6 @@
 """One exchange through the relay, from a client to a backend and back, shown.
 
-    python examples/demo.py
+    .venv/bin/python examples/demo.py
 
 Starts `examples/backend.py`, `socketdock.py --backend=http` and a WebSocket
 client, all on free ports of 127.0.0.1, prints what went over the wire, and

@@ -1,12 +1,13 @@
 """A chat in Flask, behind SocketDock: what one client sends, all of them get.
 
-    pip install flask standardwebhooks
-    WEBHOOK_SECRET=whsec_... CALLBACK_TOKEN=... python examples/flask_backend.py
+    .venv/bin/python -m pip install flask standardwebhooks
+    WEBHOOK_SECRET=whsec_... CALLBACK_TOKEN=... \\
+        .venv/bin/python examples/flask_backend.py
 
 and beside it, with the same two in SOCKETDOCK_WEBHOOK_SECRET and
 SOCKETDOCK_CALLBACK_TOKEN:
 
-    python socketdock.py --backend=http \\
+    .venv/bin/socketdock --backend=http \\
         --connecturi=http://127.0.0.1:8000/connect \\
         --messageuri=http://127.0.0.1:8000/message \\
         --disconnecturi=http://127.0.0.1:8000/disconnect

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -70,3 +71,18 @@ async def cancel_what_is_left() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.async_test_timeout = 60.0
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say why tests were skipped: to `make test` in the file LEFT_OUT, or here."""
+    skipped: dict[str, int] = {}
+    for report in terminalreporter.getreports("skipped"):
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        skipped[reason] = skipped.get(reason, 0) + 1
+    lines = [f"{count} tests, since {reason}" for reason, count in skipped.items()]
+    if path := os.environ.get("LEFT_OUT"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    else:
+        for line in lines:
+            terminalreporter.write_line(f"Left out: {line}")

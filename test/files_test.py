@@ -61,3 +61,11 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, certificate, name,
     line = refusal(*HTTP, *also, f"--{name}={path}", status=1)
     assert str(path) in line
     assert line.endswith(f": {why.get(kind, 'it is not a regular file')}")
+
+
+@pytest.mark.gen_test
+async def test_dev_null_is_a_file_with_nothing_in_it(io_loop):
+    """`--config=/dev/null` keeps conf/socketdock.conf from being read."""
+    async with Service("--config=/dev/null") as service:
+        async with websockets.connect(service.ws_url):
+            pass

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import shlex
 import signal
 import socket
 import sys
@@ -16,12 +17,12 @@ from websockets.protocol import State
 
 from handlers.server import RequestBounds, RequestServer
 
-HARD = "ulimit -n {0}; exec " + sys.executable + ' socketdock.py "$@"'
+RELAY = f'exec {shlex.quote(sys.executable)} socketdock.py "$@"'
 
 
 def limited(files, *flags):
     """A service that may have so many files open."""
-    return Service(*flags, command=["bash", "-c", HARD.format(files), "-"])
+    return Service(*flags, command=["bash", "-c", f"ulimit -n {files}; {RELAY}", "-"])
 
 
 def processor_time(service):
@@ -69,10 +70,8 @@ async def test_limit_on_files_below_the_connections_is_told_at_the_start(io_loop
 @pytest.mark.gen_test
 async def test_soft_limit_on_files_is_raised(io_loop):
     """Up to the hard one, as far as it is needed."""
-    soft = "ulimit -Sn 64; exec " + sys.executable + ' socketdock.py "$@"'
-    async with Service(
-        "--max_connections=300", command=["bash", "-c", soft, "-"]
-    ) as service:
+    soft = ["bash", "-c", f"ulimit -Sn 64; {RELAY}", "-"]
+    async with Service("--max_connections=300", command=soft) as service:
         limits = Path(f"/proc/{service.process.pid}/limits")
         await eventually(lambda: soft_limit(limits.read_text()) >= 300)
         assert not any("ulimit" in line for line in service.log)

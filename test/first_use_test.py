@@ -1,0 +1,24 @@
+"""README's way, by test/first_use.py: in short, on one Python."""
+
+import subprocess
+import sys
+
+import pytest
+from programs import leave_out
+from service import PROJECT
+
+
+def test_who_follows_readme_gets_an_answer():
+    """`make run`, a client; a backend, the relay, a client: in a new clone."""
+    ended = subprocess.run(
+        [sys.executable, "test/first_use.py"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    if ended.returncode and "No matching distribution" in ended.stderr:
+        leave_out("the package index can't be reached")
+    if ended.returncode:
+        pytest.fail(ended.stdout + ended.stderr, pytrace=False)

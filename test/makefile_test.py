@@ -1,0 +1,161 @@
+"""`make` where something is missing: one sentence, and nothing that stays wrong."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from programs import program
+from service import PROJECT
+
+VENV = ".venv/bin/pip"  # the target that makes the environment, and nothing more
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """What `make` reads of the project, in a path with a space."""
+    tree = tmp_path / "my socketdock"
+    for name in (
+        "Makefile", "setup.py", "pyproject.toml", "test/run.py",
+        "test/interop/package.json", "test/interop/package-lock.json",
+        "examples/express_backend/package.json",
+        "examples/express_backend/package-lock.json",
+    ):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PROJECT / name, tree / name)
+    return tree
+
+
+def make(
+    tree: Path, *words: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    return subprocess.run(
+        ["make", f"PYTHON={sys.executable}", *words],
+        cwd=tree,
+        env={**inherited, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def assert_usable(tree: Path) -> None:
+    """pip runs, in this folder, on a Python that is there."""
+    version = subprocess.run(
+        [tree / VENV, "--version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert str(tree) in version.stdout, version.stderr
+
+
+def test_python_without_venv_is_one_sentence_and_leaves_nothing(tree, tmp_path):
+    """As on Debian without python3-venv; once that is there, the next one works."""
+    (tmp_path / "ensurepip.py").write_text("raise ImportError")
+    made = make(tree, VENV, PYTHONPATH=str(tmp_path))
+    assert made.returncode == 2
+    assert "apt-get install python" in made.stderr
+    assert "-venv" in made.stderr
+    assert not (tree / ".venv").exists()
+
+    made = make(tree, VENV)
+    assert made.returncode == 0, made.stderr
+    assert_usable(tree)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `.venv` as make leaves it, in a folder of its own; copied, it has moved."""
+    folder = tmp_path_factory.mktemp("made")
+    python(folder, "-m", "venv", ".venv")
+    return folder / ".venv"
+
+
+def python(cwd: Path, *words: str) -> None:
+    subprocess.run([sys.executable, *words], cwd=cwd, check=True, timeout=60)
+
+
+def put(environment: Path, tree: Path) -> None:
+    """Have it in `tree` as if it had been made there."""
+    shutil.copytree(environment, tree / ".venv", symlinks=True)
+    pip = tree / VENV
+    pip.write_text(pip.read_text().replace(str(environment.parent), str(tree)))
+
+
+def half_made(environment: Path, tree: Path) -> None:
+    put(environment, tree)
+    (tree / VENV).unlink()
+
+
+def moved(environment: Path, tree: Path) -> None:
+    shutil.copytree(environment, tree / ".venv", symlinks=True)
+
+
+def without_its_python(environment: Path, tree: Path) -> None:
+    put(environment, tree)
+    for name in (tree / ".venv" / "bin").glob("python*"):
+        name.unlink()
+        name.symlink_to("/nowhere/python3")
+
+
+@pytest.mark.parametrize("spoil", [half_made, moved, without_its_python])
+def test_environment_that_can_not_be_used_is_made_anew(tree, environment, spoil):
+    """And all is installed in it again, whatever the stamps say."""
+    spoil(environment, tree)
+    (tree / ".venv" / "run.stamp").touch()
+    made = make(tree, "--dry-run", "run")
+    assert "-m venv --clear .venv" in made.stdout
+    assert "pip install" in made.stdout
+
+
+def test_environment_that_can_be_used_is_left_as_it_is(tree, environment):
+    """Nothing is installed twice."""
+    put(environment, tree)
+    (tree / ".venv" / "run.stamp").touch()
+    made = make(tree, "--dry-run", "run")
+    assert "venv --clear" not in made.stdout
+    assert "pip install" not in made.stdout
+
+
+def test_python_that_is_too_old_is_told_so(tree, tmp_path):
+    """Not what pip says of it, after a while."""
+    old = tmp_path / "python3.10"
+    old.write_text("#!/bin/sh\n[ $1 = --version ] && echo Python 3.10.13\n")
+    old.chmod(0o755)
+    made = make(tree, "run", f"PYTHON={old}")
+    assert made.returncode == 2
+    assert "needs Python 3.11 or newer" in made.stderr
+    assert "Python 3.10.13" in made.stderr
+    assert not (tree / ".venv").exists()
+
+
+def test_python_that_is_missing_is_told_so(tree):
+    """With what to do."""
+    made = make(tree, "run", "PYTHON=python3.99")
+    assert made.returncode == 2
+    assert "needs Python 3.11 or newer" in made.stderr
+    assert "make PYTHON=" in made.stderr
+
+
+def test_tests_run_without_npm_s_registry(tree, environment, tmp_path):
+    """Those with Node.js are left out, and a line says so."""
+    program("nodejs npm", "npm")
+    put(environment, tree)
+    (tree / ".venv" / "test.stamp").touch()
+    made = make(
+        tree, "test", "ARGS=--version",
+        npm_config_registry="http://127.0.0.1:9/",
+        npm_config_cache=str(tmp_path / "cache"),
+        npm_config_fetch_retry_mintimeout="10",
+        PYTHONPATH=str(Path(pytest.__file__).parent.parent),
+    )
+    assert made.returncode == 0, made.stderr
+    assert "the tests with Node.js are left out" in made.stderr
+    assert "pytest " in made.stdout + made.stderr
