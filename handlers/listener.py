@@ -56,6 +56,12 @@ ACCEPT_PAUSE = 0.2  # seconds, where the process or the machine has run out
 # Descriptors that no connection is accepted into: what is open already needs some,
 # to hand over a socket, to reach the backend or to read a file.
 KEPT_DESCRIPTORS = 16
+# Those of Mozilla's intermediate profile, version 5.7: of TLS 1.2 the suites with
+# forward secrecy and authenticated encryption; 1.3 has no others. Before Python 3.15
+# groups can't be named but for a single one: OpenSSL's own choice begins with the
+# first two of these, and has X448, P-521 and finite fields besides.
+CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
+GROUPS = "X25519:prime256v1:secp384r1"
 WARNING_INTERVAL = 60.0  # seconds between two warnings of that
 
 
@@ -71,6 +77,9 @@ class TLSFiles:
         """Read them. Raises `OptionError` with one sentence."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers(CIPHERS)
+        if hasattr(context, "set_groups"):  # from Python 3.15 on
+            context.set_groups(GROUPS)
         paths = [path for path in (self.certificate, self.key) if path]
         files = " and ".join(paths)
         for path in paths:

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
@@ -329,13 +330,31 @@ class _BackendConnection(asyncio.Protocol):
 
     def reset(self) -> None:
         """End the connection with RST."""
-        self._settle("lost")
+        self._settle("let go" if self._has_been_left() else "lost")
         if self._latest is not None:
             self._latest.doubtful = True
         sock = self._transport.get_extra_info("socket")
         with contextlib.suppress(OSError):  # the peer has ended it already
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         self._transport.abort()
+
+    def _has_been_left(self) -> bool:
+        """Whether the relay has closed the connection, unheard so far.
+
+        While a request is unanswered it sends nothing else: by TLS its farewell,
+        close_notify, which is as good as the end.
+        """
+        fileno = self._transport.get_extra_info("socket").fileno()
+        if fileno < 0:
+            return True
+        with socket.socket(fileno=os.dup(fileno)) as sock:
+            try:
+                sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
+            except OSError:
+                return True
+        return True
 
     def _settle(self, outcome: str) -> None:
         attempt, self._attempt = self._attempt, None

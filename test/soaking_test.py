@@ -54,22 +54,25 @@ FAULTLESS = {
     "answered as its connection was reset": [
         message(0, 0, doubtful=True), message(0, 1),
     ],
+    "on a new connection, which waits": [
+        message(0, 0, "503"), message(1, 3.2), message(0, 3.4),
+    ],
     "on its way when the other failed": [
         message(0, 0, "503", took=1), message(1, 1.2), message(0, 2),
     ],
 }  # fmt: skip
 
 FAULTY = {
-    "overtook message 0": [message(0, 0, "503", took=1), message(1, 4), message(0, 5)],
+    "overtook message 0": [message(0, 0, "503", took=1), message(1, 4), message(0, 6)],
     "its disconnect event, with 0 undelivered, overtook message 0": [
-        message(0, 0, "503"), disconnect(4), message(0, 5),
+        message(0, 0, "503"), disconnect(4), message(0, 6),
     ],
     "came again, though it was answered 200": [message(0, 0), message(0, 1)],
     "came again, though it was answered 400": [message(0, 0, "400"), message(0, 1)],
     "came again after 0.99 s, told 3": [
         message(0, 0, "503", retry_after=3), message(0, 1),
     ],
-    "message 0 came first after message 1": [message(1, 0), message(0, 1)],
+    "message 0 came first after message 1": [message(1, 0), message(0, 2)],
 }  # fmt: skip
 
 
@@ -99,7 +102,7 @@ def test_nobody_is_judged_by_time_in_which_it_did_not_run() -> None:
     """A message that was sent before a stall may come to be looked at after it."""
     stalls = Stalls()
     stalls.add(1.1, 4)
-    overtaken = [message(0, 0, "503", took=1), message(1, 4.5), message(0, 5)]
+    overtaken = [message(0, 0, "503", took=1), message(1, 4.5), message(0, 6)]
     assert len(flaws(*overtaken)) == 1
     assert flaws(*overtaken, stalls=stalls) == []
 

@@ -149,6 +149,53 @@ async def test_old_versions_of_tls_are_refused(io_loop, authority, server, versi
 
 
 @pytest.mark.gen_test
+async def test_only_authenticated_encryption_is_agreed_on(io_loop, authority, server):
+    """Of TLS 1.2, for both listeners: no suite with CBC, no key exchange but ECDHE."""
+    every = trusting(authority)
+    every.set_ciphers("ALL:@SECLEVEL=0")
+    suites = {
+        suite["name"]
+        for suite in every.get_ciphers()
+        if suite["protocol"] == "TLSv1.2" and suite["auth"] == "auth-ecdsa"
+    }
+    good = {
+        f"ECDHE-ECDSA-{cipher}"
+        for cipher in ("AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305")
+    }
+    assert good < suites and "ECDHE-ECDSA-AES128-SHA256" in suites
+    flags = (
+        f"--tls_cert={server.both}",
+        "--callbackport=0",
+        f"--callback_tls_cert={server.both}",
+    )
+    async with Service(*flags) as service:
+        for url in (service.ws_url, service.callback_url):
+            taken = set()
+            for suite in sorted(suites):
+                one = trusting(authority)
+                one.set_ciphers(f"{suite}:@SECLEVEL=0")
+                one.maximum_version = ssl.TLSVersion.TLSv1_2
+                try:
+                    await serial_number(url, one)
+                except (ssl.SSLError, ConnectionResetError):
+                    continue
+                else:
+                    taken.add(suite)
+            assert taken == good
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("group", ["X25519", "prime256v1", "secp384r1"])
+async def test_usual_groups_are_agreed_on(io_loop, authority, server, group):
+    """Those of Mozilla's intermediate profile, which every browser has one of."""
+    async with Service(f"--tls_cert={server.both}") as service:
+        one = trusting(authority)
+        one.set_ecdh_curve(group)
+        one.minimum_version = ssl.TLSVersion.TLSv1_3
+        assert await serial_number(service.ws_url, one)
+
+
+@pytest.mark.gen_test
 async def test_hangup_changes_the_certificate_and_drops_no_connection(
     io_loop, authority, tmp_path
 ):

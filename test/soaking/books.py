@@ -14,11 +14,12 @@ from soaking.visits import CLOSE_READ, Babbling, Closing, Visit
 # Seconds that the relay may take to read an answer, on a busy machine, before what
 # it sends can be held against it.
 HEARD = 1.5
-# Seconds that a retry may come early: clocks are read at both ends.
-EARLY = 0.05
-# Two requests on two connections may reach the backend the wrong way round when it
-# is busy itself.
-SAME_MOMENT = 0.5
+# Seconds that a retry may come early: a busy loop looks at its clock before that.
+EARLY = 0.3
+# Seconds that a request on a new connection may wait to be read, when the backend,
+# which is the soak itself, is busy: one on a kept connection may come before it.
+SAME_MOMENT = 1.0
+HELD_AFTERWARDS = 5.0  # seconds; an answer is held so long behind the farewell
 SLOW = 1008  # the close code of who takes nothing
 DISCONNECT_TIMEOUT = 300.0  # seconds; the relay's default
 
@@ -99,7 +100,12 @@ class Audit:
         self, visit: Visit, meta: dict[str, Any], attempts: list[Attempt]
     ) -> Iterator[str]:
         """Each message came to an end of which the backend or the event knows."""
-        settled = {spoken(a) for a in attempts if self._is_settled(a)}
+        told = [a.ended for a in self._by_connection[meta["connection_id"]]
+                if a.kind == "disconnect" and a.accepted]
+        let_go = min(told, default=float("inf")) + HELD_AFTERWARDS
+        settled = {
+            spoken(a) for a in attempts if self._is_settled(a) or a.ended > let_go
+        }
         known = len(settled) + meta["undelivered"]
         seen = {spoken(attempt) for attempt in attempts}
         if known < len(seen):
@@ -142,7 +148,7 @@ class Audit:
 
     def delivery_flaws(self, attempts: list[Attempt]) -> Iterator[str]:
         """Replay one connection's attempts in the order in which they came."""
-        replay = _Replay()
+        replay = _Replay(attempts)
         for attempt in attempts:
             if attempt.kind == "connect":
                 continue
@@ -183,7 +189,7 @@ class Audit:
             not replay.by_id[attempt.webhook_id]
             and highest is not None
             and spoken(attempt) < spoken(highest)
-            and attempt.arrived - highest.arrived > SAME_MOMENT
+            and self._stalls.running(highest.arrived, attempt.arrived) > SAME_MOMENT
         ):
             yield f"{label(attempt)} came first after {label(highest)}"
 
@@ -210,9 +216,15 @@ class Audit:
             for a in replay.failed.values()
             if a.ended < attempt.arrived
             and self._stalls.running(a.ended, attempt.arrived) > HEARD
+            and self._stalls.running(attempt.arrived, replay.next_of(a)) > SAME_MOMENT
         ]
+        deadline = attempt.arrived - self._delivery_timeout + HEARD
+        # With the one at the head all behind it were.
+        given_up = any(replay.since(a) < deadline for a in replay.failed.values())
         if attempt.kind == "disconnect":
             undelivered = attempt.event["meta"]["undelivered"]
+            if attempt.event["meta"].get("reason") == "instance lost":
+                return  # with what was in its memory
             # What failed after the event was sent is delivered behind it.
             ahead = [label(a) for a in waiting if a.ended < replay.disconnected]
             if len(ahead) > undelivered:
@@ -222,7 +234,7 @@ class Audit:
                 )
             return
         for other in waiting:
-            if spoken(other) < spoken(attempt):
+            if spoken(other) < spoken(attempt) and not given_up:
                 yield f"{label(attempt)} overtook {label(other)}, which had failed"
 
     def _is_failed(self, attempt: Attempt) -> bool:
@@ -242,11 +254,24 @@ class Audit:
 class _Replay:
     """One connection's attempts so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, attempts: Iterable[Attempt]) -> None:
+        self._arrivals: dict[str, list[float]] = defaultdict(list)
+        for attempt in attempts:
+            self._arrivals[attempt.webhook_id].append(attempt.arrived)
         self.by_id: dict[str, list[Attempt]] = defaultdict(list)
         self.failed: dict[str, Attempt] = {}  # messages whose latest attempt did
         self.highest: Attempt | None = None  # the last message that came
         self.disconnected = float("inf")  # when the first disconnect event came
+
+    def since(self, attempt: Attempt) -> float:
+        """When the first attempt of that message ended."""
+        return self.by_id[attempt.webhook_id][0].ended
+
+    def next_of(self, attempt: Attempt) -> float:
+        """When the event came again; for ever where it did not."""
+        arrivals = self._arrivals[attempt.webhook_id]
+        later = (at for at in arrivals if at > attempt.arrived)
+        return min(later, default=float("inf"))
 
     def add(self, attempt: Attempt, failed: bool) -> None:
         self.by_id[attempt.webhook_id].append(attempt)
