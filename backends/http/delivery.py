@@ -216,7 +216,7 @@ class Delivery:
     @property
     def settled(self) -> bool:
         """Whether no message waits to be sent, nor has failed and is unanswered."""
-        return not (self._busy or self._has_failed_open())
+        return not (self.busy or self._has_failed_open())
 
     async def settle(self) -> None:
         """Wait until each message is answered, given up, or overdue without a failure.
@@ -227,13 +227,13 @@ class Delivery:
         """
         failures = -1
         while failures != self.failures:
-            while self._busy:
+            while self.busy:
                 await self.quiet()
             failures = self.failures
             await self.until_failure(failures, self._has_failed_open)
 
     @property
-    def _busy(self) -> bool:
+    def busy(self) -> bool:
         """Whether a message waits to be sent, or holds back the next."""
         return bool(self._backlog) or self._gate is not None
 
@@ -264,6 +264,8 @@ class Delivery:
     def called_back(self) -> None:
         """The backend called back to this connection: a sign of life."""
         self._called_back_at = self._deliveries.loop.time()
+        if not self._open:
+            return
         if any(request.overdue for request in self._open):
             self._order_wait = IMPATIENT_ORDER_WAIT
         self._on_sign_of_life()
@@ -279,8 +281,8 @@ class Delivery:
             self._deliveries.held.discard(request)
         self._backlog.clear()
         self._wait_no_more()
-        for request in list(self._open):
-            self.let_go(request)
+        while self._open:
+            self.let_go(next(iter(self._open)))
 
     def let_go(self, request: Request) -> None:
         """Close a request's connection: never retried, and not a failure."""
@@ -346,7 +348,7 @@ class Delivery:
             self._wait(self._line_deadline(request))
 
     def _tell_if_quiet(self) -> None:
-        if self._quiet is None or self._busy:
+        if self._quiet is None or self.busy:
             return
         quiet, self._quiet = self._quiet, None
         if not quiet.done():

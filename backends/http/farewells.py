@@ -59,8 +59,8 @@ class Farewell:
 
     @property
     def ready(self) -> bool:
-        """Whether it may be sent now."""
-        return self._delivery is None or self._delivery.settled
+        """Whether it may be sent once it has waited until then."""
+        return self._delivery is None or not self._delivery.busy
 
     async def until_ready(self) -> None:
         """Wait until it may be sent."""
