@@ -418,9 +418,10 @@ def parse_closing(body: bytes) -> tuple[int, str]:
     if not body.strip():
         return CloseCode.NORMAL, ""
     try:
-        closing = json.loads(body)
+        # Not of bytes, of which it would guess the encoding (RFC 8259, section 8.1).
+        closing = json.loads(body.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        raise ValueError("The body is not JSON.") from None
+        raise ValueError("The body is not JSON in UTF-8.") from None
     if not isinstance(closing, dict):
         raise ValueError("The body is not a JSON object.")
     code = closing.get("code", CloseCode.NORMAL)

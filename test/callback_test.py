@@ -68,6 +68,12 @@ async def test_send_makes_the_frame_of_its_type(
         ("PUT", "/send", b"x", {}, 405),
         ("POST", "/disconnect", b"{", {}, 400),
         ("POST", "/disconnect", b"[]", {}, 400),
+        ("POST", "/disconnect", '{"code": 3000}'.encode("utf-16"), {}, 400),
+        ("POST", "/disconnect", '{"code": 3000}'.encode("utf-32-be"), {}, 400),
+        ("POST", "/disconnect", b'{"code": 1e999}', {}, 400),
+        ("POST", "/disconnect", b'{"code": ' + b"9" * 5000 + b"}", {}, 400),
+        ("POST", "/disconnect", b'{"code": NaN}', {}, 400),
+        ("POST", "/disconnect", b"[" * 100_000, {}, 400),
         ("POST", "/disconnect", b'{"code": 1005}', {}, 400),
         ("POST", "/disconnect", b'{"code": 1006}', {}, 400),
         ("POST", "/disconnect", b'{"code": true}', {}, 400),
@@ -285,6 +291,8 @@ async def test_closing_connection_is_gone(io_loop):
         # JSON has one kind of number (RFC 8259, section 6).
         ("POST", "/disconnect", b'{"code": 3000.0}', 200, 3000, ""),
         ("POST", "/disconnect", b'{"code": 4e3}', 200, 4000, ""),
+        # A byte order mark (RFC 8259, section 8.1: parsers may ignore it).
+        ("POST", "/disconnect", b'\xef\xbb\xbf{"code": 3001}', 200, 3001, ""),
         ("DELETE", "", None, 204, 1000, ""),
     ],
 )
