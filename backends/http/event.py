@@ -151,6 +151,7 @@ class EventWriter:
                 f"Host: {target.authority}\r\n"
                 f"User-Agent: {self._user_agent}\r\n"
                 "Accept: */*\r\n"
+                "Accept-Encoding: identity\r\n"
                 "Content-Type: application/json; charset=utf-8\r\n"
             ).encode() + self._headers
         return head

@@ -2,13 +2,13 @@
 
 import re
 
-import orjson
-
 from backends import BackendError, ConnectionRefused
 from backends.http.attempts import Attempts
 from backends.http.client import Answer, Target
+from backends.http.content import decoded, parsed_json
 from backends.http.delivery import is_success
 from backends.http.event import Event
+from backends.http.response import MAX_KEPT_BODY, MalformedResponse
 
 MAX_REFUSAL_BODY = 4096  # bytes of a refusal's body that the client gets
 
@@ -43,11 +43,22 @@ class Verdicts:
             raise verdict_of(answer)
         if not is_success(answer.status):
             raise BackendError(f"POST {target}: answered {answer.status}")
-        return chosen_subprotocol(answer.body)
+        try:
+            body = decoded(answer.headers, answer.body, MAX_KEPT_BODY)
+        except MalformedResponse as error:
+            raise BackendError(f"POST {target}: {error}") from error
+        return chosen_subprotocol(body)
 
 
 def verdict_of(answer: Answer) -> ConnectionRefused:
-    """The backend's no, with what of it the client gets."""
+    """The backend's no, with what of it the client gets.
+
+    A body that cannot be decoded is left out: the status says enough.
+    """
+    try:
+        body = decoded(answer.headers, answer.body, MAX_KEPT_BODY)
+    except MalformedResponse:
+        body = b""
     return ConnectionRefused(
         answer.status,
         {
@@ -56,15 +67,15 @@ def verdict_of(answer: Answer) -> ConnectionRefused:
             for name in REFUSAL_HEADERS
             if name in answer.headers
         },
-        answer.body[:MAX_REFUSAL_BODY],
+        body[:MAX_REFUSAL_BODY],
     )
 
 
 def chosen_subprotocol(body: bytes) -> str | None:
     """The `subprotocol` of a connect answer's JSON body, if there is one."""
     try:
-        verdict = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        verdict = parsed_json(body)
+    except ValueError:
         return None  # "OK", or nothing: a verdict all the same
     if not isinstance(verdict, dict) or verdict.get("subprotocol") is None:
         return None

@@ -1,0 +1,119 @@
+"""Bodies of responses: codings that nobody asked for, and byte order marks."""
+
+import asyncio
+import gzip
+import zlib
+
+import pytest
+import websockets
+from faults import ScriptedBackend
+from service import Service
+
+from backends.http.content import decoded, parsed_json
+from backends.http.response import MalformedResponse
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+JSON = b'{"subprotocol": "b"}'
+RAW = zlib.compressobj(wbits=-15)
+CODED = {
+    "identity": ("identity", JSON),
+    "gzip": ("gzip", gzip.compress(JSON)),
+    "x-gzip": ("X-GZip", gzip.compress(JSON)),
+    "deflate": ("deflate", zlib.compress(JSON)),
+    "raw-deflate": ("deflate", RAW.compress(JSON) + RAW.flush()),
+    "two": ("deflate, gzip", gzip.compress(zlib.compress(JSON))),
+}
+BAD = {
+    "unknown": ("br", JSON),
+    "not-gzip": ("gzip", JSON),
+    "not-deflate": ("deflate", b"\xff" + JSON),
+    "cut-off": ("gzip", gzip.compress(JSON)[:-9]),
+    "bomb": ("gzip", gzip.compress(bytes(2**24))),
+    "bomb-in-a-bomb": ("gzip, gzip", gzip.compress(gzip.compress(bytes(2**24)))),
+    "too-many": ("gzip, gzip, gzip", JSON),
+}
+
+
+@pytest.mark.parametrize("row", CODED)
+def test_coding_is_undone(row):
+    """However it is spelled, and none is none."""
+    coding, body = CODED[row]
+    assert decoded({"content-encoding": coding}, body, 1000) == JSON
+    assert decoded({"content-encoding": coding}, b"", 1000) == b""
+
+
+@pytest.mark.parametrize("row", BAD)
+def test_body_that_cannot_be_decoded_is_malformed(row):
+    """Nor does it take more memory than it may."""
+    coding, body = BAD[row]
+    with pytest.raises(MalformedResponse):
+        decoded({"content-encoding": coding}, body, 1000)
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+)
+def test_json_is_read_with_a_mark_and_without(encoding):
+    """RFC 8259, section 8.1: a parser may ignore it."""
+    assert parsed_json(JSON.decode().encode(encoding)) == {"subprotocol": "b"}
+    with pytest.raises(ValueError):
+        parsed_json("OK".encode(encoding))
+    with pytest.raises(ValueError):
+        parsed_json(b"\xff\xfe\x00")
+
+
+def answer(body: bytes, *lines: str, status: int = 200) -> bytes:
+    """A response with these headers and that body."""
+    head = "".join(f"{line}\r\n" for line in lines)
+    return (
+        f"HTTP/1.1 {status} So\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
+
+
+async def verdict(said: bytes) -> tuple[int, str | bytes | None]:
+    """What a client gets of it: a status, and a subprotocol or a body."""
+    async with ScriptedBackend(lambda kind: said) as backend:
+        async with Service(*backend.flags("connect", "message")) as service:
+            offers = [websockets.Subprotocol(name) for name in "ab"]
+            try:
+                client = await websockets.connect(service.ws_url, subprotocols=offers)
+            except websockets.InvalidStatus as refused:
+                return refused.response.status_code, refused.response.body
+            async with client:
+                return 101, client.subprotocol
+
+
+async def test_verdict_is_decoded(io_loop):
+    """One that says yes and one that says no."""
+    coded = gzip.compress(JSON)
+    assert await verdict(answer(coded, "Content-Encoding: gzip")) == (101, "b")
+    assert await verdict(answer(b"\xef\xbb\xbf" + JSON)) == (101, "b")
+    no = answer(gzip.compress(b"no"), "Content-Encoding: gzip", status=403)
+    assert await verdict(no) == (403, b"no")
+
+
+async def test_verdict_that_cannot_be_decoded_is_none(io_loop):
+    """A no without its body is a no all the same."""
+    assert (await verdict(answer(JSON, "Content-Encoding: br")))[0] == 503
+    no = answer(b"no", "Content-Encoding: br", status=403)
+    assert await verdict(no) == (403, b"")
+
+
+async def test_request_asks_for_no_coding(io_loop):
+    """Of each event."""
+    heads = []
+
+    async def on_relay(reader, writer):
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.close()
+
+    server = await asyncio.start_server(on_relay, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    flags = ("--backend=http", f"--messageuri=http://127.0.0.1:{port}/",
+             f"--connecturi=http://127.0.0.1:{port}/")
+    async with server, Service(*flags) as service:
+        with pytest.raises(websockets.InvalidStatus):
+            await websockets.connect(service.ws_url)
+    assert b"\r\nAccept-Encoding: identity\r\n" in heads[0]
