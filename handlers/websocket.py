@@ -32,7 +32,7 @@ from backends import (
     TraceContext,
 )
 from backends.deadlines import after_reading
-from handlers.closing import CLOSE_TIMEOUT
+from handlers.closing import CLOSE_TIMEOUT, LINGER_TIMEOUT
 from handlers.connections import ConnectionMap
 from handlers.frames import Close, CloseCode, FrameError
 from handlers.handshake import (
@@ -90,6 +90,7 @@ define("connection_queue_bytes", default=1024 * 1024, metavar="BYTES",
             "message may always wait")
 
 NEVER = float("inf")  # on the loop's clock
+SLOW_READER = 40_000  # bytes per second; whoever is slower may be taken for gone
 STALL_LOOKS = 8  # at a client that is slow, within `--send_timeout`
 CLIENT_LEFT = 499  # what nginx logs, where there was nobody left to answer
 
@@ -358,6 +359,7 @@ class ClientConnection:
     """
 
     __slots__ = (
+        "_answered",
         "_began",
         "_closing",
         "_delivered_size",
@@ -452,6 +454,7 @@ class ClientConnection:
         self._stall_timer: asyncio.TimerHandle | None = None
         self._uptake: Uptake | None = None
         self._taken_at = self._began
+        self._answered = 0  # `bytes_out` when it was last heard from
 
     def begin(
         self,
@@ -497,6 +500,7 @@ class ClientConnection:
     def on_heard(self, size: int, at_once: bool) -> None:
         """`size` bytes came, `at_once` where they did not have to be waited for."""
         self.last_heard = self._now()
+        self._answered = self.bytes_out
         if self._throttle is not None:
             self._throttle.on_bytes(size, at_once, self.last_heard)
 
@@ -772,7 +776,8 @@ class ClientConnection:
         """Whether no sign of life came since the beat at `since`.
 
         What comes from it is one, and so is what its kernel acknowledges, but for
-        the ping, unless its answer can't be seen.
+        the ping, unless its answer can't be seen. Its kernel may have much that it
+        has yet to read before the ping: it has time for that.
         """
         protocol = self._protocol
         if self.last_heard >= since or protocol is None:
@@ -780,13 +785,20 @@ class ClientConnection:
         stalled = self._look_at_uptake()
         if stalled is None:
             taken_at = max(self._taken_at, self._last_sent)
-            return taken_at < since and not self.reading_paused
+            if taken_at >= since or self.reading_paused:
+                return False
+            return self._now() >= max(taken_at, self.last_heard) + self._reading_time()
         if self._taken_at >= since:
             return False
         # A slow client's kernel answers that it has no room: only nobody does not.
         return protocol.outgoing().quiet >= self._now() - since or (
             stalled >= self.policy.send_timeout
         )
+
+    def _reading_time(self) -> float:
+        """Seconds for what was sent since it was last heard from, if it is slow."""
+        unanswered = self.bytes_out - self._answered
+        return min(unanswered / SLOW_READER, LINGER_TIMEOUT)
 
     def vanish(self) -> None:
         """Give up a peer that shows no sign of life, once what it sent was read."""

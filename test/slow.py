@@ -11,19 +11,31 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from typing import Self
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self, TypeVar
 from urllib.parse import urlsplit
 
 from service import DEADLINE
 from wire import handshake
 
+T = TypeVar("T")
+
 STEP = 0.05  # seconds between two reads
+# Of their own: asyncio's few are for looking up names.
+THREADS = ThreadPoolExecutor(64)
+
+
+async def in_thread(act: Callable[..., T], *arguments: object) -> T:
+    """What `act` returns, which may block."""
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(THREADS, act, *arguments)
 
 
 class SlowClient:
     """A WebSocket client of which each byte is the test's own.
 
-    Its kernel takes about `receive_buffer` bytes that are not read. `data` is what
+    Its kernel takes about `receive_buffer` bytes that are not read; 0: as many as it
+    likes. `data` is what
     was read after the handshake; `end` is how the connection ended, or None.
     """
 
@@ -40,7 +52,7 @@ class SlowClient:
         receive_buffer: int = 64 * 1024,
         tls: ssl.SSLContext | None = None,
     ) -> Self:
-        return await asyncio.to_thread(cls._connect, url, receive_buffer, tls)
+        return await in_thread(cls._connect, url, receive_buffer, tls)
 
     @classmethod
     def _connect(
@@ -49,7 +61,8 @@ class SlowClient:
         parts = urlsplit(url)
         sock = socket.socket()
         sock.settimeout(DEADLINE)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        if receive_buffer:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.connect((parts.hostname, parts.port))
         if tls is not None:
@@ -75,7 +88,7 @@ class SlowClient:
 
     async def send(self, data: bytes) -> None:
         """Send bytes as they are."""
-        await asyncio.to_thread(self.sock.sendall, data)
+        await in_thread(self.sock.sendall, data)
 
     async def read(
         self,
@@ -84,7 +97,7 @@ class SlowClient:
         seconds: float = 60.0,
     ) -> None:
         """Read at `rate` bytes a second, until the end, `until(data)` or `stop`."""
-        await asyncio.to_thread(self._read, until, rate, seconds)
+        await in_thread(self._read, until, rate, seconds)
 
     def stop(self) -> None:
         """Have `read` return."""

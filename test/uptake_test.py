@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 import signal
 import ssl
 import statistics
@@ -12,6 +13,7 @@ import websockets
 from certificates import Authority
 from service import DEADLINE, RecordingBackend, Service, withhold
 from slow import SlowClient
+from tornado.web import RequestHandler
 from wire import BINARY, CLOSE, CONTINUATION, TEXT, frame
 
 pytestmark = pytest.mark.gen_test(timeout=90)
@@ -110,13 +112,14 @@ async def test_client_that_is_fed_all_the_time_is_not_cut(io_loop, loop):
 
 
 @LOOPS
-async def test_ping_behind_bytes_in_the_kernel_has_no_deadline(io_loop, loop):
-    """The kernel has all of the message, and the client has yet to read it."""
+@pytest.mark.parametrize("buffer", [65536, 4 * 2**20], ids=["ours", "its own"])
+async def test_ping_behind_bytes_in_the_kernel_has_no_deadline(io_loop, loop, buffer):
+    """A kernel, ours or the client's, has all of the message: it has yet to be read."""
     flags = ("--ping_interval=1", "--ping_timeout=1", f"--event_loop={loop}")
     size = 1_500_000
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), *flags) as service:
-            with await SlowClient.connect(service.ws_url) as client:
+            with await SlowClient.connect(service.ws_url, buffer) as client:
                 (event,) = await backend.wait_for("connect", 1)
                 answer = await backend.call(event["meta"]["send"], body=bytes(size))
                 assert answer.code == 200
@@ -250,16 +253,20 @@ async def test_message_that_is_under_way_is_no_idleness(io_loop):
 
 async def test_slow_download_is_no_idleness(io_loop):
     """The kernel has all of the message, and the client takes it bit by bit."""
-    size = 1_200_000
+    size, rate = 2_000_000, 300_000
     flags = ("--idle_timeout=1", "--ping_interval=0")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), *flags) as service:
             with await SlowClient.connect(service.ws_url) as client:
                 (event,) = await backend.wait_for("connect", 1)
                 await backend.call(event["meta"]["send"], body=bytes(size))
-                await client.read(rate=300_000)
+                reading = asyncio.create_task(client.read(rate=rate))
+                (event,) = await backend.wait_for("disconnect", 1)
+                await reading
     assert client.frames() == [(BINARY, bytes(size)), (CLOSE, b"\x03\xe9idle")]
     assert client.end == "end"
+    # What is in the kernels at the end has yet to be read.
+    assert event["meta"]["duration"] > 0.8 * size / rate
 
 
 # A fair share.
@@ -278,7 +285,7 @@ async def test_tiny_frames_delay_nobody(io_loop, loop, flood):
     async def push(client: SlowClient) -> None:
         with contextlib.suppress(OSError):
             while True:
-                await asyncio.to_thread(client.sock.sendall, chunk)
+                await client.send(chunk)
 
     async with Service(f"--event_loop={loop}") as service:
         async with contextlib.AsyncExitStack() as stack:
@@ -299,3 +306,89 @@ async def test_tiny_frames_delay_nobody(io_loop, loop, flood):
                 task.cancel()
     # 20 ms is what it is to be; the machine may be busy.
     assert statistics.median(delays) < 0.1, delays
+
+
+# All of them.
+
+
+@LOOPS
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_all_kinds_of_clients_at_once(io_loop, loop, seed):
+    """Each message that was sent before a close frame comes once and in order.
+
+    Of clients that read slowly, never, or quickly, that are fed all the time or not,
+    and that leave by the book, without a word, or stay until the relay stops.
+    """
+    chance = random.Random(seed)
+    flags = ("--ping_interval=1", "--ping_timeout=2", "--send_timeout=2",
+             "--connection_queue_messages=8", "--order_wait=0.2",
+             f"--event_loop={loop}")
+    orderly: set[str] = set()  # those that left by the book
+    over = asyncio.Event()
+
+    async def feed(backend: RecordingBackend, url: str, pause: float) -> None:
+        while not over.is_set():
+            answer = await backend.call(url, body=bytes(chance.randrange(200_000)))
+            if answer.code == 410:
+                return
+            assert answer.code in (200, 429)
+            await asyncio.sleep(pause)  # between two frames
+
+    async def visit(service: Service, name: str) -> None:
+        client = await SlowClient.connect(service.ws_url, chance.choice([8192, 65536]))
+        rate = chance.choice([0, 200_000, 2_000_000])
+        reading = asyncio.create_task(
+            client.read(rate=rate) if rate else asyncio.sleep(0)
+        )
+        with contextlib.suppress(OSError):
+            for number in range(chance.randrange(1, 60)):
+                await client.send(frame(TEXT, f"{name} {number}".encode()))
+                if chance.random() < 0.2:
+                    await asyncio.sleep(chance.random() / 5)  # its own pace
+            leaving = chance.choice(["close", "close and go", "go", "stay"])
+            if leaving.startswith("close"):
+                await client.send(NORMAL)
+            if leaving == "close" and rate:
+                await reading
+                orderly.add(name)
+            elif leaving == "stay":
+                await over.wait()
+        client.stop()
+        await reading
+        client.sock.close()
+
+    async with RecordingBackend() as backend:
+        feeding: list[asyncio.Task[None]] = []
+
+        async def answer(handler: RequestHandler, event: dict) -> None:
+            if event["meta"]["message_id"].endswith("-1") and chance.random() < 0.5:
+                url = event["meta"]["send"]
+                pause = chance.choice([0.0, 0.05])
+                feeding.append(asyncio.create_task(feed(backend, url, pause)))
+            await asyncio.sleep(chance.random() / 50)  # the backend's work
+
+        async with Service(*backend.flags(), *flags) as service:
+            backend.answers["message"] = answer
+            visits = [
+                asyncio.create_task(visit(service, f"client-{n}")) for n in range(40)
+            ]
+            await asyncio.wait(visits, timeout=8)
+            over.set()
+            await asyncio.gather(*visits)
+            events = await backend.wait_for("disconnect", len(visits), 40)
+            await asyncio.gather(*feeding)
+    said: dict[str, list[int]] = {}
+    names: dict[str, str] = {}
+    for event in backend.of("message"):
+        name, number = event["message"].split()
+        said.setdefault(name, []).append(int(number))
+        names[event["meta"]["connection_id"]] = name
+    assert len(events) == len(visits)
+    for numbers in said.values():
+        assert numbers == list(range(len(numbers)))
+    for event in events:
+        assert event["meta"]["undelivered"] == 0
+        if names.get(event["connection_id"]) in orderly:
+            assert event["meta"]["initiator"] == "client" or (
+                event["meta"]["code"] in (1006, 1008)
+            ), event
