@@ -567,7 +567,8 @@ async def serve(log: Log) -> int:
                 client_routes(paths, [], **for_clients),
                 bounds(),
                 observers,
-            )
+            ),
+            leaves_reserve=True,
         )
         to_backend.serve(
             make_server(

@@ -54,8 +54,12 @@ BACKLOG = 4096  # connections that the kernel holds until they are accepted
 ACCEPT_BATCH = 128  # connections accepted before others have their turn
 ACCEPT_PAUSE = 0.2  # seconds, where the process or the machine has run out
 # Descriptors that no connection is accepted into: what is open already needs some,
-# to hand over a socket, to reach the backend or to read a file.
+# to reach the backend or to read a file.
 KEPT_DESCRIPTORS = 16
+# Descriptors that clients leave to callbacks and probes, which have a listener of
+# their own: at most so many, and so large a part of all.
+RESERVED_DESCRIPTORS = 64
+RESERVED_PART = 8  # an eighth
 # Those of Mozilla's intermediate profile, version 5.7: of TLS 1.2 the suites with
 # forward secrecy and authenticated encryption; 1.3 has no others. Before Python 3.15
 # groups can't be named but for a single one: OpenSSL's own choice begins with the
@@ -170,12 +174,18 @@ class Listener:
         host = f"[{self.address}]" if ":" in self.address else self.address
         return f"{scheme}{'s' * self.has_tls}://{host}:{self.port}"
 
-    def serve(self, server: Server) -> None:
-        """Accept connections from now on, for `server` to serve."""
+    def serve(self, server: Server, leaves_reserve: bool = False) -> None:
+        """Accept connections from now on, for `server` to serve.
+
+        With `leaves_reserve` some descriptors are left to another listener.
+        """
         self._server = server
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != resource.RLIM_INFINITY:
             self._last_descriptor = soft - 1 - KEPT_DESCRIPTORS
+            if leaves_reserve:
+                reserve = min(RESERVED_DESCRIPTORS, soft // RESERVED_PART)
+                self._last_descriptor -= reserve
         for sock in self._sockets:
             asyncio.get_running_loop().add_reader(sock, self._accept, sock)
 
@@ -221,9 +231,10 @@ class Listener:
                 self._pause(listening, error)
                 return
             accepted.setblocking(False)
+            descriptor = accepted.fileno()  # TLS would take it out of `accepted`
             self._server.begin(accepted, address, self._context)
             # The kernel gives the least that is free.
-            if accepted.fileno() >= self._last_descriptor:
+            if descriptor >= self._last_descriptor:
                 self._pause(listening, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
                 return
 

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import websockets
+from faults import tell
 from service import DEADLINE, Service, eventually
 from tornado.web import Application, RequestHandler
 from websockets.protocol import State
+from wire import handshake
 
 from handlers.server import RequestBounds, RequestServer
 
 RELAY = f'exec {shlex.quote(sys.executable)} socketdock.py "$@"'
+LIVEZ = b"GET /livez HTTP/1.1\r\nHost: relay\r\n\r\n"
 
 
 def limited(files, *flags):
@@ -56,6 +59,59 @@ async def test_running_out_of_descriptors_pauses_accepting(io_loop):
             assert processor_time(service) - before < 50  # of 100
         await echo(service)
         assert sum("accepting pauses" in line for line in service.log) == 1
+
+
+async def answered(host, port, stack):
+    """The reader of a connection that asked for a WebSocket."""
+    reader, writer = await asyncio.open_connection(host, int(port))
+    stack.callback(writer.close)
+    writer.write(handshake())
+    return reader
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+@pytest.mark.gen_test(timeout=60)
+async def test_burst_of_handshakes_waits_for_descriptors(io_loop, server):
+    """Each gets its 101, at once or when others have left; none is cut."""
+    flags = ("--max_connections=1000", f"--http_server={server}")
+    async with limited(256, *flags) as service, contextlib.AsyncExitStack() as stack:
+        host, _, port = service.ws_url.split("/")[2].rpartition(":")
+        stacks = [stack.enter_context(contextlib.ExitStack()) for _ in range(400)]
+        readers = await asyncio.gather(
+            *(answered(host, port, each) for each in stacks)
+        )
+        leave = asyncio.Event()
+
+        async def stay(reader, stack):
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+            answers.append(reader)
+            await leave.wait()
+            stack.close()
+
+        answers = []
+        staying = [
+            asyncio.create_task(stay(*each))
+            for each in zip(readers, stacks, strict=True)
+        ]
+        await eventually(lambda: len(answers) >= 200 or any(t.done() for t in staying))
+        leave.set()
+        async with asyncio.timeout(2 * DEADLINE):
+            await asyncio.gather(*staying)
+        assert len(answers) == 400
+
+
+@pytest.mark.gen_test
+async def test_clients_leave_descriptors_to_callbacks_and_probes(io_loop):
+    """However many they are, where these have a listener of their own."""
+    flags = ("--callbackport=0", "--max_connections=1000")
+    async with limited(256, *flags) as service, contextlib.AsyncExitStack() as stack:
+        host, _, port = service.ws_url.split("/")[2].rpartition(":")
+        for _ in range(400):
+            stack.enter_context(socket.create_connection((host, int(port))))
+        await eventually(lambda: any("accepting pauses" in x for x in service.log))
+        for _ in range(40):  # by a new connection each
+            heard = await tell(service.callback_url, LIVEZ, answers=1)
+            assert heard.statuses == [200]
 
 
 @pytest.mark.gen_test
