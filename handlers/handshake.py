@@ -34,7 +34,6 @@ NOT_TOLD = frozenset({
     "sec-websocket-version",
 })
 
-_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)  # RFC 9110, section 5.6.2
 
 
@@ -62,16 +61,6 @@ def told_headers(headers: HTTPHeaders, withheld: frozenset[str]) -> dict[str, st
         for name in headers
         if name.lower() not in withheld and name.lower() not in for_one_hop
     }
-
-
-def as_uri(text: str) -> str:
-    """A path or query in ASCII: what some clients leave raw is percent-encoded.
-
-    `text` has a character for each byte that came.
-    """
-    if text.isascii():
-        return text
-    return _NOT_ASCII.sub(lambda found: f"%{ord(found[0]):02X}", text)
 
 
 def members(headers: HTTPHeaders, name: str) -> list[str]:

@@ -522,8 +522,10 @@ class RequestConnection(SocketConnection):
         try:
             self._parser.feed_data(piece)
         except httptools.HttpParserUpgrade as upgrade:
-            self._inbox[:0] = piece[upgrade.args[0] :]
-            self._after_upgrade()
+            end = upgrade.args[0]
+            self._inbox[:0] = piece[end:]
+            if not self._breaks_with_head(size + end):
+                self._after_upgrade()
             return
         except httptools.HttpParserError:
             self._break(b"400 Bad Request")
@@ -539,14 +541,22 @@ class RequestConnection(SocketConnection):
             if partial is not before and not partial.version:
                 latest = self._now() + bounds.header_timeout
                 self.deadline = min(self.deadline, latest)
-        if size + len(piece) <= bounds.max_header_size:
-            return  # as nearly always
-        request = self._request
-        if request is not None and request.head_size() > bounds.max_header_size:
-            self._request = None
-        elif partial is None or partial.size <= bounds.max_header_size:
+        if self._breaks_with_head(size + len(piece)):
             return
+        if partial is not None and partial.size > bounds.max_header_size:
+            self._break(b"431 Request Header Fields Too Large")
+
+    def _breaks_with_head(self, size: int) -> bool:
+        """Whether the head that is whole now, of up to `size` bytes, is too large."""
+        most = self._server.bounds.max_header_size
+        if size <= most:
+            return False  # as nearly always
+        request = self._request
+        if request is None or request.head_size() <= most:
+            return False
+        self._request = None
         self._break(b"431 Request Header Fields Too Large")
+        return True
 
     def on_message_begin(self) -> None:
         if not self._resuming:

@@ -35,14 +35,7 @@ from backends.deadlines import after_reading
 from handlers.closing import CLOSE_TIMEOUT, LINGER_TIMEOUT
 from handlers.connections import ConnectionMap
 from handlers.frames import Close, CloseCode, FrameError
-from handlers.handshake import (
-    NOT_TOLD,
-    as_uri,
-    flaw,
-    is_key,
-    members,
-    told_headers,
-)
+from handlers.handshake import NOT_TOLD, flaw, is_key, members, told_headers
 from handlers.heartbeat import Heartbeat
 from handlers.lifetimes import Lifetimes
 from handlers.logs import tell
@@ -301,10 +294,8 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         headers = self.request.headers
         return Handshake(
             headers=told_headers(headers, self.policy.withheld_headers),
-            path=as_uri(self.request.path),
-            query=as_uri(
-                self.request.query if self._claim is None else self._claim.query
-            ),
+            path=self.request.path,
+            query=self.request.query if self._claim is None else self._claim.query,
             remote_ip=self.remote_ip,
             subprotocols=subprotocols(headers.get_list("Sec-WebSocket-Protocol")),
             trace=trace if self._span is None else self._span.trace,

@@ -202,7 +202,8 @@ ROWS = {
     "absolute-target-elsewhere": (asking("http://evil.example/ws"), 404),
     "websocket-url-as-target": (asking("ws://relay.example/ws"), 404),
     "nul-in-target": (asking("/ws\0"), 400),
-    "not-ascii-in-path": (asking("/ws\xe9"), (400, 404)),
+    "not-ascii-in-path": (asking("/ws\xe9"), 400),
+    "not-ascii-in-query": (asking("/ws?name=J\xc3\xbcrgen"), 400),
     # What is no request at all.
     "tls-hello": (
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500), (400, END)
@@ -337,21 +338,6 @@ async def test_headers_are_spelt_as_in_their_standards(io_loop, server):
         assert b"\r\nWWW-Authenticate: Bearer" in heard.data
 
 
-async def test_raw_bytes_of_a_query_are_told_percent_encoded(io_loop):
-    """UTF-8 as some clients leave it, and any other byte: the event has ASCII."""
-    async with RecordingBackend() as backend:
-        async with Service(*backend.flags(), "--http_server=tornado") as service:
-            for query, told in [
-                ("name=J\xc3\xbcrgen", "name=J%C3%BCrgen"),
-                ("\xff=%41", "%FF=%41"),
-            ]:
-                heard = await tell(
-                    service.ws_url, asking(f"/ws?{query}"), answers=1, deadline=DEADLINE
-                )
-                assert heard.statuses == [101], query
-                assert backend.of("connect")[-1]["meta"]["query"] == told
-
-
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 async def test_query_is_passed_on_as_it_came(io_loop, server):
     """However many fields it has."""
@@ -396,7 +382,7 @@ GOOD = {
     "slash-and-query-behind": asking("/ws/?token=x"),
     "empty-query": asking("/ws?"),
     "very-long-query": asking("/ws?" + "a" * 60_000),
-    "four-thousand-headers": handshake(*(f"X{number}: a" for number in range(4000))),
+    "many-headers": handshake(*(f"X{number}: a" for number in range(900))),
     "latin-1-in-header": handshake("X: \xe9\xff"),
     "length-of-0": handshake("Content-Length: 0"),
     "expect-continue": handshake("Expect: 100-continue"),
