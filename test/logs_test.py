@@ -533,7 +533,7 @@ async def test_flood_of_what_peers_do_wrong_is_counted(io_loop):
 async def test_flood_of_a_warning_is_counted(io_loop):
     """In text, and with --log_config, likewise: here by a backend that refuses."""
     async with ScriptedBackend(lambda kind: NOT_FOUND) as backend:
-        flags = ("--backend=http", f"--messageuri={backend.url('message')}")
+        flags = ("--backend=http", f"--messageuri={backend.url('message')}?key=s3cr3t")
         async with Service(*flags) as service:
             async with websockets.connect(service.ws_url) as client:
                 for _ in range(50):
@@ -542,7 +542,10 @@ async def test_flood_of_a_warning_is_counted(io_loop):
     assert sum("was refused by the backend" in line for line in service.log) == 21
     (counted,) = [line for line in service.log if "more like this" in line]
     assert " 30 more like this in " in counted
-    assert counted.endswith("message %d was refused by the backend with %d")
+    assert counted.endswith("was refused by the backend with %d: POST %s%s")
+    refused = next(line for line in service.log if "was refused by" in line)
+    url = backend.url("message")
+    assert refused.endswith(f"with 404: POST {url}; is there that path?")
 
 
 async def test_flood_is_counted_with_log_config_too(io_loop, tmp_path):

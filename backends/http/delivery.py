@@ -60,6 +60,16 @@ RETRYABLE = frozenset(
 )
 
 
+# What an operator looks at first where an event is refused.
+HINTS = {
+    401: "; look at --backend_headers_file and --webhook_secret",
+    403: "; look at --backend_headers_file and --webhook_secret",
+    404: "; is there that path?",
+    405: "; is it a path for POST?",
+    413: "; it takes less than --max_message_size",
+}
+
+
 def is_success(status: int) -> bool:
     """Whether the backend took the event."""
     return 200 <= status < 300
@@ -86,6 +96,13 @@ def attempt_outcome(outcome: Answer | BackendError) -> AttemptOutcome:
 def is_failure(status: int) -> bool:
     """Whether the backend may take the event another time; else it is refused."""
     return status >= 500 or status in RETRYABLE
+
+
+def hint(status: int) -> str:
+    """What to look at where the backend refuses with `status`; begins with `; `."""
+    if 300 <= status < 400:
+        return "; redirects are not followed: give the URL that it leads to"
+    return HINTS.get(status, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,10 +456,13 @@ class Delivery:
         if not taken:
             self.refused += 1
             logger.warning(
-                "connection %s: message %d was refused by the backend with %d",
+                "connection %s: message %d was refused by the backend with %d:"
+                " POST %s%s",
                 self._connection.id,
                 request.number,
                 status,
+                self._deliveries.url,
+                hint(status),
                 extra={"connection_id": self._connection.id, "status": status},
             )
         if self._open:

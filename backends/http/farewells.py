@@ -11,6 +11,7 @@ from backends.http.client import Target
 from backends.http.delivery import (
     Delivery,
     backoff,
+    hint,
     is_failure,
     is_success,
     retry_after,
@@ -162,7 +163,7 @@ class Farewells:
                     return None
                 error = BackendError(f"POST {target}: answered {answer.status}")
                 if not is_failure(answer.status):
-                    return error
+                    return BackendError(f"{error}{hint(answer.status)}")
                 wait = retry_after(answer) or 0.0
             if self.closing:
                 raise error

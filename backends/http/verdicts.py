@@ -6,7 +6,7 @@ from backends import BackendError, ConnectionRefused
 from backends.http.attempts import Attempts
 from backends.http.client import Answer, Target
 from backends.http.content import decoded, parsed_json
-from backends.http.delivery import is_success
+from backends.http.delivery import hint, is_success
 from backends.http.event import Event
 from backends.http.response import MAX_KEPT_BODY, MalformedResponse
 
@@ -42,7 +42,9 @@ class Verdicts:
         if answer.status in REFUSALS:
             raise verdict_of(answer)
         if not is_success(answer.status):
-            raise BackendError(f"POST {target}: answered {answer.status}")
+            raise BackendError(
+                f"POST {target}: answered {answer.status}{hint(answer.status)}"
+            )
         try:
             body = decoded(answer.headers, answer.body, MAX_KEPT_BODY)
         except MalformedResponse as error:
