@@ -73,13 +73,20 @@ class Authority:
         )
         self.path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
-    def server(self, *names: str, expired: bool = False) -> Certificate:
-        """For a server of these names and IP addresses; this machine's by default."""
+    def server(
+        self, *names: str, expired: bool = False, names_signer: bool = True
+    ) -> Certificate:
+        """For a server of these names and IP addresses; this machine's by default.
+
+        Many a private authority's do not name their signer's key.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         builder = _with_names(
             _builder(self._name, _name("a server"), key, expired), names or LOCALHOST
         )
-        return self._issue("server", builder, key, ExtendedKeyUsageOID.SERVER_AUTH)
+        return self._issue(
+            "server", builder, key, ExtendedKeyUsageOID.SERVER_AUTH, names_signer
+        )
 
     def client(self, name: str = "a client", expired: bool = False) -> Certificate:
         """For a client, who is called `name`."""
@@ -93,17 +100,19 @@ class Authority:
         builder: x509.CertificateBuilder,
         key: ec.EllipticCurvePrivateKey,
         usage: x509.ObjectIdentifier,
+        names_signer: bool = True,
     ) -> Certificate:
         signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(
             self._key.public_key()
         )
-        certificate = (
+        builder = (
             builder.add_extension(x509.BasicConstraints(False, None), True)
             .add_extension(x509.ExtendedKeyUsage([usage]), False)
             .add_extension(_key_identifier(key), False)
-            .add_extension(signer, False)
-            .sign(self._key, hashes.SHA256())
         )
+        if names_signer:
+            builder = builder.add_extension(signer, False)
+        certificate = builder.sign(self._key, hashes.SHA256())
         return _write(self.folder / f"{kind}-{next(self._numbers)}", certificate, key)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import datetime
 import resource
 import socket
+import ssl
 import sys
 from contextlib import asynccontextmanager
 
@@ -12,6 +13,8 @@ import pytest
 import websockets
 from certificates import Authority, self_signed
 from service import DEADLINE, PROJECT, RecordingBackend, Service, tcp_server
+
+from backends.http.check import tls_remedy
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -149,6 +152,33 @@ async def test_certificate_that_nobody_vouches_for_is_told(io_loop, tmp_path):
         line = only("error", await check(*to(url), status=1))
     assert "TLS: self-signed certificate; give the authority" in line
     assert line.endswith("in --backend_ca")
+
+
+async def test_server_that_hangs_up_on_tls_is_told(io_loop):
+    """It says nothing, so the finding does."""
+
+    async def hang_up(reader, writer):
+        await reader.read(1)
+
+    async with tcp_server(hang_up) as port:
+        lines = await check(*to(f"https://127.0.0.1:{port}/"), status=1)
+    assert "TLS: the connection was closed in the handshake; " in only("error", lines)
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (20, "give the authority that issued it in --backend_ca"),
+        (10, "renew the backend's certificate"),
+        (92, "have the backend's certificate issued anew"),  # no key identifier
+        (26, "have the backend's certificate issued anew"),  # not a server's
+    ],
+)
+def test_advice_is_not_what_was_done(code, advice):
+    """--backend_ca helps only where the authority is unknown."""
+    error = ssl.SSLCertVerificationError()
+    error.verify_code = code
+    assert tls_remedy(error).startswith(advice)
 
 
 async def test_certificate_for_another_name_is_told(io_loop, tmp_path):

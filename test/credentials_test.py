@@ -1,7 +1,9 @@
 """Secrets, headers and certificates towards the backend: files, good and bad."""
 
 import base64
+import contextlib
 import signal
+import ssl
 from pathlib import Path
 
 import pytest
@@ -222,3 +224,35 @@ def check_refused(why: str, secrets: list[str] | None = None, **files: str) -> s
     assert "s3cr3t" not in message
     assert "\n" not in message
     return message
+
+
+def test_certificates_are_judged_alike_on_every_python(tmp_path, monkeypatch):
+    """3.13 refuses one that does not name its signer's key; curl and Go take it."""
+    usual = ssl.create_default_context
+
+    def strict(**rest) -> ssl.SSLContext:  # as 3.13's
+        context = usual(**rest)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", strict)
+    authority = Authority(tmp_path)
+    sources = CredentialSources(https=True, ca=str(authority.path))
+    ours = sources.read().tls
+    assert ours is not None
+    theirs = authority.server(names_signer=False).server_context()
+    shake_hands(ours, theirs, "localhost")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(ours, theirs, "elsewhere.example")
+
+
+def shake_hands(ours: ssl.SSLContext, theirs: ssl.SSLContext, name: str) -> None:
+    """Between a client and a server, in memory."""
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = ours.wrap_bio(down, up, server_hostname=name)
+    server = theirs.wrap_bio(up, down, server_side=True)
+    for _ in range(3):
+        for end in (client, server):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    assert client.version()

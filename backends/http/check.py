@@ -15,7 +15,14 @@ from pathlib import Path
 import aiohappyeyeballs
 
 from backends import Check, Finding, expiry_finding
-from backends.http.client import HAPPY_EYEBALLS_DELAY, Target, tls_failure
+from backends.http.client import (
+    HAPPY_EYEBALLS_DELAY,
+    TLS_HANG_UP,
+    Target,
+    is_hang_up,
+    tls_failure,
+)
+from backends.http.resolver import Resolver
 
 # Seconds. By TLS 1.3 a client learns only afterwards that its certificate is not
 # taken; a server that takes it says nothing until it is asked.
@@ -25,8 +32,14 @@ REJECTION_WAIT = 0.5
 CERT_HAS_EXPIRED = 10
 HOSTNAME_MISMATCH = 62
 IP_ADDRESS_MISMATCH = 64
+# No issuer found, in four ways, and a chain or certificate that signs itself.
+OF_UNKNOWN_AUTHORITY = frozenset({2, 18, 19, 20, 21, 27})
 
 NO_TLS = "make it http://, or give the port that speaks TLS"
+
+
+class HangUp(Exception):
+    """A TLS handshake that the peer, or the network, has ended."""
 
 
 class HTTPCheck(Check):
@@ -54,39 +67,47 @@ class HTTPCheck(Check):
         named: dict[tuple[str, str, int], list[str]] = {}
         for option, target in self._targets.items():
             named.setdefault(target.origin, []).append(option)
-        for origin, of_origin in named.items():
-            yield await self._reach(", ".join(of_origin), *origin)
+        for of_origin in named.values():
+            yield await self._reach(", ".join(of_origin), self._targets[of_origin[0]])
         if self._state_dir is not None:
             yield folder_finding(self._state_dir)
 
-    async def _reach(self, where: str, scheme: str, host: str, port: int) -> Finding:
-        what = f"{where}: {scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-        connected = False
+    async def _reach(self, where: str, target: Target) -> Finding:
+        host = f"[{target.host}]" if ":" in target.host else target.host
+        what = f"{where}: {target.scheme}://{host}:{target.port}"
+        resolved = connected = False
         try:
             async with asyncio.timeout(self._connect_timeout):
-                addresses = await asyncio.get_running_loop().getaddrinfo(
-                    host, port, type=socket.SOCK_STREAM
-                )
+                addresses = await Resolver().resolve(target.host, target.port)
+                resolved = True
                 sock = await aiohappyeyeballs.start_connection(
                     addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY, interleave=1
                 )
                 connected = True
-                if scheme == "https":
-                    return await self._shake_hands(what, host, sock)
+                if target.scheme == "https":
+                    return await self._shake_hands(what, target.server_name, sock)
                 sock.close()
                 return Finding("ok", f"{what} is reached")
         except TimeoutError:
             why = f"no connection in {self._connect_timeout:g} s"
-            remedy = NO_TLS if connected else "look at firewalls, and at the address"
+            if not resolved:
+                why += ": DNS has not answered"
+                remedy = "look at this machine's DNS servers"
+            else:
+                remedy = NO_TLS if connected else "look at firewalls, and the address"
         except (socket.gaierror, UnicodeError) as error:
             why = "the name is unknown here"
             if error.__class__ is socket.gaierror:
                 why += f" ({error.strerror})"
             remedy = "mend it, or this machine's DNS"
+        except HangUp:
+            why = TLS_HANG_UP
+            remedy = f"{NO_TLS}, or look at the log of who ends TLS there"
         except ssl.SSLError as error:
             why, remedy = tls_failure(error), tls_remedy(error)
         except OSError as error:
             why = os.strerror(error.errno) if error.errno else str(error)
+            why = why or type(error).__name__
             remedy = "start the backend there, or mend the URL"
         return Finding("error", f"{what}: {why}; {remedy}")
 
@@ -97,8 +118,10 @@ class HTTPCheck(Check):
             reader, writer = await asyncio.open_connection(
                 sock=sock, ssl=self._tls, server_hostname=host
             )
-        except BaseException:
+        except BaseException as error:
             sock.close()
+            if is_hang_up(error):
+                raise HangUp from error
             raise
         try:
             with contextlib.suppress(TimeoutError):
@@ -127,7 +150,9 @@ def tls_remedy(error: ssl.SSLError) -> str:
         return "renew the backend's certificate"
     if error.verify_code in (HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH):
         return "use a name that stands in the certificate"
-    return "give the authority that issued it in --backend_ca"
+    if error.verify_code in OF_UNKNOWN_AUTHORITY:
+        return "give the authority that issued it in --backend_ca"
+    return "have the backend's certificate issued anew, without what is told here"
 
 
 def folder_finding(path: Path) -> Finding:
