@@ -610,9 +610,9 @@ async def test_every_kind_of_failure_in_turn(io_loop):
         assert backend.largest_body < 32 * MIB
 
 
-# A host that vanishes.
+# Hosts that vanish.
 
-def test_vanished_backend_is_noticed():
+def test_vanished_hosts_are_noticed():
     """What `vanished_host.py` tests, in a network namespace of its own."""
     command = ["unshare", "--net", *(["--map-root-user"] if os.getuid() else [])]
     probe = [*command, "ip", "link", "add", "near", "type", "veth", "peer", "far"]
@@ -626,7 +626,7 @@ def test_vanished_backend_is_noticed():
         check=False, cwd=PROJECT, capture_output=True, text=True,
     )
     assert inner.returncode == 0, inner.stdout + inner.stderr
-    assert "1 passed" in inner.stdout
+    assert "2 passed" in inner.stdout
 
 
 def inherited_warnings() -> list[str]:

@@ -1,4 +1,4 @@
-"""A backend's host that vanishes without a word, and comes back.
+"""A host that vanishes without a word: a backend's, which comes back, or a client's.
 
 `faults_test.py` runs it in a network namespace of its own; it is collected only
 where it is named.
@@ -7,15 +7,27 @@ where it is named.
 import asyncio
 import contextlib
 import os
+import sys
 from collections.abc import AsyncIterator
 
 import pytest
 from faults import BackendProcess, assert_complete, leave, talkers
-from service import Service, eventually
+from service import RecordingBackend, Service, eventually
+from wire import handshake
 
 pytestmark = pytest.mark.gen_test(timeout=180)
 
 NEAR, FAR = "198.18.0.1", "198.18.0.2"  # of the block for benchmarks (RFC 2544)
+
+# A client that sends what it is given, and reads all that comes.
+READER = """
+import socket, sys, threading
+sock = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+def read():
+    while sock.recv(65536): pass
+threading.Thread(target=read, daemon=True).start()
+while data := sys.stdin.buffer.read1(65536): sock.sendall(data)
+"""
 
 
 @contextlib.asynccontextmanager
@@ -79,3 +91,33 @@ async def test_vanished_host_is_noticed_and_its_successor_told(io_loop):
                     assert all(client.is_open for client in clients)
                     await leave(clients)
                     await successor.wait_for("disconnect", 20)
+
+
+async def test_client_that_vanishes_with_bytes_under_way_is_found_in_time(io_loop):
+    """Within a ping's interval and timeout, though its kernel never took the ping."""
+    await run("ip", "link", "set", "lo", "up")
+    loop = asyncio.get_running_loop()
+    async with far_host() as there, RecordingBackend() as backend:
+        flags = ("--bindip=" + NEAR, "--callbackip=127.0.0.1", "--callbackport=0",
+                 "--ping_interval=2", "--ping_timeout=2", "--send_timeout=60")
+        async with Service(*backend.flags(), *flags) as service:
+            port = service.ws_url.removesuffix("/ws").rpartition(":")[2]
+            client = await asyncio.create_subprocess_exec(
+                *there, sys.executable, "-c", READER, NEAR, port,
+                stdin=asyncio.subprocess.PIPE,
+            )
+            assert client.stdin is not None
+            client.stdin.write(handshake())
+            (event,) = await backend.wait_for("connect", 1)
+            send = event["meta"]["send"]
+            assert (await backend.call(send, body=bytes(1000))).code in (200, 202)
+            await run(*there, "ip", "link", "set", "far", "down")
+            began = loop.time()
+            assert (await backend.call(send, body=bytes(10_000))).code == 200
+            (event,) = await backend.wait_for("disconnect", 1)
+            # Two seconds for a busy machine.
+            assert loop.time() - began < 6
+            client.kill()
+            await client.wait()
+    meta = event["meta"]
+    assert (meta["code"], meta["reason"]) == (1006, "ping timeout")
