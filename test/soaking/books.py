@@ -114,7 +114,7 @@ class Audit:
             return
         if meta["code"] != 1000 and visit.sent:
             yield f"its close frame was not read: {meta}"
-        elif known < visit.sent:
+        if known < visit.sent:
             yield f"{visit.sent} messages sent, {len(settled)} settled, {meta}"
 
     def _lost_pushes(

@@ -163,9 +163,11 @@ class Talker(Visit):
 
 @dataclass
 class Polite(Talker):
-    """Leaves by the book."""
+    """Leaves by the book, but does not wait for long where the relay has paused."""
 
-    certain = True
+    @property
+    def certain(self) -> bool:  # type: ignore[override]
+        return self.close_code is not None
 
     async def go(self) -> None:
         if self.client.state == websockets.State.OPEN:
@@ -179,7 +181,7 @@ class Dropped(Talker):
 
     async def go(self) -> None:
         self.leave()
-        self.client.transport.abort()
+        drop(self.client.transport)
 
 
 @dataclass
@@ -188,7 +190,7 @@ class Vanishing(Talker):
 
     async def end(self) -> None:
         self.leave()
-        self.client.transport.abort()
+        drop(self.client.transport)
         await super().end()
 
 
@@ -246,7 +248,7 @@ class Bare(Visit):
             sock.close()
             raise Refused from error
         if b" 101 " not in head:
-            self.writer.transport.abort()
+            drop(self.writer.transport)
             raise Refused(head[:100])
 
     async def say(self, frames: bytes) -> bool:
@@ -302,7 +304,7 @@ class Bare(Visit):
         self.rate = float("inf")
         async with asyncio.timeout(PATIENCE):
             await self.read()
-        self.writer.transport.abort()
+        drop(self.writer.transport)
 
 
 @dataclass
@@ -322,7 +324,7 @@ class Dashing(Bare):
             if not self.writer.transport.get_write_buffer_size():
                 self.sent = count
             self.leave()
-            self.writer.transport.abort()
+            drop(self.writer.transport)
             await pushing
 
     @staticmethod
@@ -429,7 +431,7 @@ class Sipping(Bare):
     async def end(self) -> None:
         async with asyncio.timeout(PATIENCE):
             await self._reading
-        self.writer.transport.abort()
+        drop(self.writer.transport)
 
 
 @dataclass
@@ -445,7 +447,7 @@ class Mute(Bare):
             await pause_until(over, 0.3)
         await feeding
         self.leave()
-        self.writer.transport.abort()
+        drop(self.writer.transport)
 
     async def end(self) -> None:
         pass
@@ -457,6 +459,13 @@ PASSERS_BY: dict[type[Visit], int] = {
     Polite: 6, Dropped: 2, Vanishing: 1, Staying: 2, Dashing: 3, Babbling: 1,
     Fragmenting: 1, Closing: 2,
 }  # fmt: skip
+
+
+def drop(transport: asyncio.WriteTransport) -> None:
+    """End a connection at once, with whatever waits."""
+    # asyncio before 3.12 trips over one whose close() has just written the rest.
+    with contextlib.suppress(AttributeError):
+        transport.abort()
 
 
 def number_of(payload: bytes) -> int:
