@@ -227,12 +227,15 @@ class Fed(Talker):
 class Bare(Visit):
     """Frames are its own, and it reads as fast as it likes."""
 
+    # Bytes that its kernel takes unread, about.
+    receive_buffer: ClassVar[int] = 64 * 1024
+
     rate: float = float("inf")  # bytes a second that it reads, at most
 
     async def connect(self) -> None:
         parts = urlsplit(self.target)
         sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
         sock.setblocking(False)
         loop = asyncio.get_running_loop()
         try:
@@ -411,9 +414,13 @@ class Sipping(Bare):
     """Reads slowly but steadily what is much; sends now and then."""
 
     living = True
+    # Small, so that what it takes from the kernel shows outside several times a second.
+    receive_buffer = 8 * 1024
 
     async def stay(self, over: asyncio.Event) -> None:
-        self.rate = self.rng.choice([60_000, 120_000, 300_000])
+        # asyncio's TLS takes some 400 KB from the kernel at a time.
+        rates = [60_000, 120_000, 300_000] if self.tls is None else [600_000]
+        self.rate = self.rng.choice(rates)
         pusher = self.pusher(HUGE)
         self._reading = asyncio.create_task(self.read())
         feeding = asyncio.create_task(pusher.feed(over, pause=0.1))
