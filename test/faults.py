@@ -334,7 +334,8 @@ class _BackendConnection(asyncio.Protocol):
         if self._latest is not None:
             self._latest.doubtful = True
         sock = self._transport.get_extra_info("socket")
-        with contextlib.suppress(OSError):  # the peer has ended it already
+        # Where the peer has ended it already, there may be none.
+        with contextlib.suppress(OSError, AttributeError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         self._transport.abort()
 
@@ -344,10 +345,10 @@ class _BackendConnection(asyncio.Protocol):
         While a request is unanswered it sends nothing else: by TLS its farewell,
         close_notify, which is as good as the end.
         """
-        fileno = self._transport.get_extra_info("socket").fileno()
-        if fileno < 0:
+        own = self._transport.get_extra_info("socket")
+        if own is None or own.fileno() < 0:
             return True
-        with socket.socket(fileno=os.dup(fileno)) as sock:
+        with socket.socket(fileno=os.dup(own.fileno())) as sock:
             try:
                 sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
             except BlockingIOError:
