@@ -51,6 +51,9 @@ PIECES_PER_TURN = 16  # that one connection parses before others have their turn
 SWITCHING_PROTOCOLS = 101
 EMPTY_LINE = b"\r\n\r\n"
 LINE_END = re.compile(r"[\r\n\0]")
+LENGTHS_OF_NAMES = frozenset(
+    map(len, ("Content-Length", "Transfer-Encoding", "Upgrade"))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,6 @@ class Request:
         "chunks",
         "complete",
         "declared",
-        "fields",
         "headers",
         "keep_alive",
         "length",
@@ -97,6 +99,7 @@ class Request:
         "quick",
         "size",
         "target",
+        "trailers",
         "upgrade",
         "version",
     )
@@ -105,7 +108,7 @@ class Request:
         self.method = self.version = ""
         self.target = b""
         self.headers: list[tuple[bytes, bytes]] = []
-        self.fields = 0  # of its headers and trailers
+        self.trailers = 0
         # Bytes of a head that is not whole; then those since its body last grew.
         self.size = 0
         self.chunks: list[bytes] = []
@@ -570,20 +573,24 @@ class RequestConnection(SocketConnection):
         request = self._partial
         if self._resuming or request is None:
             return
-        request.fields += 1
-        if request.fields > MAX_HEADERS:
+        if request.version:
+            request.trailers += 1  # which are nobody's
+        else:
+            value = value.strip(b" \t")
+            request.headers.append((name, value))
+            if len(name) in LENGTHS_OF_NAMES:  # as few have
+                self._note(request, name.lower(), value)
+        if len(request.headers) + request.trailers > MAX_HEADERS:
             self._break(b"431 Request Header Fields Too Large")
             raise ValueError("too many headers")  # for the parser to stop
-        if request.version:
-            return  # a trailer is nobody's
-        value = value.strip(b" \t")
-        request.headers.append((name, value))
-        # By length first: it is rarely one of these.
-        if len(name) == 14 and name.lower() == b"content-length":
+
+    def _note(self, request: Request, name: bytes, value: bytes) -> None:
+        """Take in a header that says where the request ends, or how to go on."""
+        if name == b"content-length":
             request.declared = int(value)
-        elif len(name) == 7 and name.lower() == b"upgrade":
+        elif name == b"upgrade":
             request.upgrade = True
-        elif len(name) == 17 and name.lower() == b"transfer-encoding":
+        elif name == b"transfer-encoding":
             if request.chunked or value.lower() != b"chunked":
                 raise ValueError("a coding that nobody here decodes")
             request.chunked = True
