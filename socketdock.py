@@ -380,6 +380,11 @@ def bind_listeners(elsewhere: bool = False) -> tuple[Listener, Listener]:
         for name in ("callbackip", *CALLBACK_TLS):
             if options[name] is not None:
                 raise OptionError(f"--{name} needs --callbackport")
+        if options.reuse_port and options.backend != "loopback":
+            raise OptionError(
+                "--reuse_port needs --callbackport: callbacks at the shared port would"
+                " reach any of the processes"
+            )
         return clients, clients
     return clients, Listener(
         callbackip,

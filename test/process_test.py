@@ -55,8 +55,9 @@ async def test_closed_standard_streams_change_nothing(io_loop, event_loop, close
 
 def listening_ports(pid: int) -> list[int]:
     """Where a process listens, by /proc."""
+    folder = f"/proc/{pid}/fd"
     try:
-        links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+        links = [os.readlink(f"{folder}/{name}") for name in os.listdir(folder)]
     except OSError:
         return []
     with open(f"/proc/{pid}/net/tcp") as table:

@@ -471,6 +471,7 @@ def test_address_that_is_not_ours(address, status):
         (["--max_message_size=300000000"], "--max_queued_bytes"),
         (["--subprotocols=a b"], "--subprotocols"),
         (["--callbackip=127.0.0.1"], "--callbackport"),
+        ([*HTTP, "--reuse_port"], "--reuse_port needs --callbackport"),
         (["--allowed_origins=app.example.com"], "--allowed_origins"),
         (["--log_file_prefix=x", "--log_rotate_mode=never"], "log_rotate_mode"),
     ],
