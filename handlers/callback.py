@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from typing import Any
 
@@ -20,6 +20,10 @@ from handlers.frames import MAX_CLOSE_REASON, CloseCode
 from handlers.problem import PROBLEM_TYPE, problem_document
 from handlers.server import Quick, Request
 from handlers.websocket import ClientConnection
+
+# Backends send few content types, each many times. Beyond those that are remembered
+# (64 KiB each at most, as a header) the oldest is read anew.
+MAX_CONTENT_TYPES = 64
 
 # What a body of a text type may say of its characters: text is sent on as UTF-8.
 TEXT_CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
@@ -119,10 +123,11 @@ def unsupported(content_type: str, codings: Sequence[str]) -> Answer | None:
     return None if has_text_charset(content_type) else NOT_UTF8
 
 
+@lru_cache(MAX_CONTENT_TYPES)
 def has_text_charset(content_type: str) -> bool:
     """Whether it is no text type, names no charset, or only UTF-8 or a part of it."""
     parameters = content_type[len(content_type.partition(";")[0]) :].lower()
-    if "charset" not in parameters or not is_text(content_type, ()):
+    if "charset" not in parameters or not is_text_type(content_type):
         return True
     position = 0
     while parameter := _PARAMETER.match(parameters, position):
@@ -402,6 +407,12 @@ def is_text(content_type: str, overrides: Sequence[str]) -> bool | None:
     """Whether a body makes a text frame; None where `?type=` is neither."""
     if overrides:
         return {"text": True, "binary": False}.get(overrides[-1])
+    return is_text_type(content_type)
+
+
+@lru_cache(MAX_CONTENT_TYPES)
+def is_text_type(content_type: str) -> bool:
+    """Whether bodies of that type are text."""
     media_type = content_type.partition(";")[0].strip().lower()
     return (
         media_type.startswith("text/")
