@@ -189,6 +189,7 @@ class Round:
     outcomes: Counter[str] = field(default_factory=Counter)
     memory: list[tuple[float, int]] = field(default_factory=list)  # seconds, bytes
     stalls: Stalls = field(default_factory=Stalls)
+    status: int = 0  # the relay's exit status
 
     def blame(self, what: str) -> None:
         self.violations.append(f"round {self.number}: {what}")
@@ -246,14 +247,14 @@ class Round:
                     await asyncio.gather(*living[: 1], *living[len(around) :])
                 stopping.set()
                 await asyncio.gather(*living[1:3])
-                status = await self._end(service, backend, moods, over)
+                self.status = await self._end(service, backend, moods, over)
                 await asyncio.gather(*living)
                 proxy.fall_silent()  # whoever vanishes has done so by now
                 ends = (visit.end() for visit in self.visits if not visit.refused)
                 async with asyncio.timeout(SETTLED):
                     await asyncio.gather(*ends)
         backend.release()
-        if status != 0:
+        if self.status != 0:
             await self._tell_the_rest(flags, backend)
 
     async def _end(
@@ -355,7 +356,9 @@ class Round:
 
     def _book(self, backend: Backend) -> Audit:
         plan = self.plan
-        return Audit(backend, self.stalls, plan.strict, plan.delivery_timeout)
+        return Audit(
+            backend, self.stalls, plan.strict, plan.delivery_timeout, self.status != 0
+        )
 
     def _audit(self, backend: Backend) -> None:
         self.outcomes = Counter(attempt.outcome for attempt in backend.attempts)

@@ -25,15 +25,25 @@ DISCONNECT_TIMEOUT = 300.0  # seconds; the relay's default
 
 
 class Audit:
-    """One round's books. `strict`: one message at a time, and no answer is held."""
+    """One round's books.
+
+    `strict`: one message at a time, and no answer is held. `cut_off`: the relay
+    lost what was in its memory, such as messages that failed behind the farewell.
+    """
 
     def __init__(
-        self, book: Book, stalls: Stalls, strict: bool, delivery_timeout: float
+        self,
+        book: Book,
+        stalls: Stalls,
+        strict: bool,
+        delivery_timeout: float,
+        cut_off: bool = False,
     ) -> None:
         self._book = book
         self._stalls = stalls
         self._strict = strict
         self._delivery_timeout = delivery_timeout
+        self._cut_off = cut_off
         self._by_connection: dict[str, list[Attempt]] = defaultdict(list)
         for attempt in book.attempts:
             self._by_connection[attempt.connection_id].append(attempt)
@@ -102,7 +112,9 @@ class Audit:
         """Each message came to an end of which the backend or the event knows."""
         told = [a.ended for a in self._by_connection[meta["connection_id"]]
                 if a.kind == "disconnect" and a.accepted]
-        let_go = min(told, default=float("inf")) + HELD_AFTERWARDS
+        let_go = min(told, default=float("inf"))
+        if not self._cut_off:
+            let_go += HELD_AFTERWARDS
         settled = {
             spoken(a) for a in attempts if self._is_settled(a) or a.ended > let_go
         }
