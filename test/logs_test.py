@@ -29,7 +29,9 @@ from handlers.repeats import Repeats
 pytestmark = pytest.mark.gen_test(timeout=60)
 
 AUTO = {"SOCKETDOCK_LOG_FORMAT": "auto"}
-TEXT = re.compile(r"\[[DIWEC] \d{6} \d\d:\d\d:\d\d [\w()]*:\d+\]")
+TEXT = re.compile(
+    r"\[[DIWEC] \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d [\w()]*:\d+\]"
+)
 LEVELS = ["debug", "info", "warning", "error", "critical"]
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 NOT_FOUND = b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n"
@@ -148,7 +150,7 @@ async def test_lines_are_utf8_whatever_the_locale(io_loop):
     }
     async with Service(environment=environment) as service:
         pass
-    assert any("SOCKETDOCK_ÜBER is no option" in r["message"] for r in records(service))
+    assert any("SOCKETDOCK_ÜBER" in r["message"] for r in records(service))
 
 
 async def test_each_line_of_a_busy_log_is_json(io_loop):
