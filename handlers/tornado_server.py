@@ -244,10 +244,15 @@ class _Exchange(HTTP1Connection):
             if await stream.read_bytes(2) != b"\r\n":
                 raise HTTPInputError("a chunk without its end")
             await asyncio.sleep(0)  # what has come already waits for nobody else
-        while (line := await stream.read_until(b"\r\n", max_bytes=limit)) != b"\r\n":
+        for _ in range(MAX_HEADERS):
+            line = await stream.read_until(b"\r\n", max_bytes=limit)
+            if line == b"\r\n":
+                return
             limit -= len(line)
             if limit <= 0 or not TRAILER.fullmatch(line):
                 raise HTTPInputError("no trailer")
+            await asyncio.sleep(0)
+        raise HTTPInputError("too many trailers")
 
     def set_body_timeout(self, timeout: float) -> None:
         """In seconds from now."""
