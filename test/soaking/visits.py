@@ -240,16 +240,21 @@ class Bare(Visit):
         loop = asyncio.get_running_loop()
         try:
             await loop.sock_connect(sock, (parts.hostname, parts.port))
+        except OSError as error:
+            sock.close()
+            raise Refused from error
+        try:  # from here on it is the transport's
             self.reader, self.writer = await asyncio.open_connection(
                 sock=sock, ssl=self.tls, limit=32 * 1024,
                 server_hostname=parts.hostname if self.tls else None,
             )  # fmt: skip
-            line = f"GET {parts.path}?{parts.query} HTTP/1.1"
+        except OSError as error:
+            raise Refused from error
+        line = f"GET {parts.path}?{parts.query} HTTP/1.1"
+        head = b""
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             self.writer.write(handshake(line=line))
             head = await self.reader.readuntil(b"\r\n\r\n")
-        except (OSError, asyncio.IncompleteReadError) as error:
-            sock.close()
-            raise Refused from error
         if b" 101 " not in head:
             drop(self.writer.transport)
             raise Refused(head[:100])
