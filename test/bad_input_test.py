@@ -17,7 +17,7 @@ from faults import Heard, ScriptedBackend, memory, tell
 from service import DEADLINE, RecordingBackend, Service, eventually, refusal, withhold
 from tornado.ioloop import IOLoop
 
-pytestmark = pytest.mark.gen_test(timeout=30)
+pytestmark = pytest.mark.gen_test(timeout=60)
 
 LISTENERS = {"one-listener": (), "two-listeners": ("--callbackport=0",)}
 
@@ -51,8 +51,9 @@ class Relay:
         answer = await self.backend.call(url, body=b"mark")
         assert answer.code == 200
         frames = []
-        while (frame := await asyncio.wait_for(self.client.recv(), 5)) != b"mark":
-            frames.append(frame)
+        async with asyncio.timeout(DEADLINE):
+            while (frame := await self.client.recv()) != b"mark":
+                frames.append(frame)
         assert not self.service.tracebacks, "\n".join(self.service.log)
         return frames
 
@@ -372,10 +373,10 @@ async def test_continue_is_said_to_who_waits_for_it(relay):
     host, port = relay.service.callback_url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(head.replace(b"{id}", relay.id.encode()) + end)
-    interim = await asyncio.wait_for(reader.readuntil(end), 3)
+    interim = await asyncio.wait_for(reader.readuntil(end), DEADLINE)
     assert interim.startswith(b"HTTP/1.1 100 ")
     writer.write(body)
-    answer = await asyncio.wait_for(reader.readuntil(end), 3)
+    answer = await asyncio.wait_for(reader.readuntil(end), DEADLINE)
     assert answer.startswith(b"HTTP/1.1 200 ")
     writer.close()
     assert await relay.frames() == ["hello"]

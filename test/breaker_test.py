@@ -7,7 +7,7 @@ from service import eventually
 
 from backends.http.breaker import Breaker, Tripping
 
-pytestmark = pytest.mark.gen_test(timeout=30)
+pytestmark = pytest.mark.gen_test(timeout=60)
 
 QUICK = Tripping(first_probe=0.05, last_probe=0.2)
 

@@ -338,7 +338,9 @@ async def test_push_before_the_answer_leaves_after_the_101(io_loop):
         async with Service(*backend.flags()) as service:
             backend.answers["connect"] = push
             async with websockets.connect(service.ws_url) as client:
-                frames = [await asyncio.wait_for(client.recv(), 5) for _ in range(3)]
+                frames = [
+                    await asyncio.wait_for(client.recv(), DEADLINE) for _ in range(3)
+                ]
                 assert frames == [b"0", b"1", b"2"]
 
 

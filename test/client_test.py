@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 from certificates import Authority
-from service import eventually, tcp_server
+from service import DEADLINE, eventually, tcp_server
 
 from backends import BackendAway, BackendError
 from backends.http.client import Answer, Client, Target
 
-pytestmark = pytest.mark.gen_test(timeout=30)
+pytestmark = pytest.mark.gen_test(timeout=60)
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
 REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
@@ -45,7 +45,7 @@ async def post(client: Client, url: str, **options) -> Answer:
     """One request's answer; raises what went wrong."""
     done = asyncio.get_running_loop().create_future()
     client.post(Target.parse(url), lambda: REQUEST, done.set_result, **options)
-    outcome = await asyncio.wait_for(done, 10)
+    outcome = await asyncio.wait_for(done, DEADLINE)
     if isinstance(outcome, BackendError):
         raise outcome
     return outcome
@@ -138,7 +138,7 @@ async def test_endless_body_ends_with_its_status(io_loop):
 
     async with serving(on_client) as port, using() as client:
         assert (await post(client, f"http://127.0.0.1:{port}/")).status == 200
-        await asyncio.wait_for(cut.wait(), 10)
+        await asyncio.wait_for(cut.wait(), DEADLINE)
 
 
 SECOND_ANSWERS = {
@@ -202,7 +202,7 @@ async def test_request_is_sent_when_the_kernel_has_all_of_it(io_loop):
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(sent.wait(), 0.5)
         read.set()
-        assert (await asyncio.wait_for(done, 10)).status == 200
+        assert (await asyncio.wait_for(done, DEADLINE)).status == 200
 
 
 HEADS = {
@@ -263,7 +263,7 @@ async def test_idle_connection_makes_room_for_another_origin(io_loop):
     async with serving(held) as one, serving() as other:
         async with using(max_connections=1) as client:
             first = asyncio.create_task(post(client, f"http://127.0.0.1:{one}/"))
-            await asyncio.wait_for(asked.wait(), 10)
+            await asyncio.wait_for(asked.wait(), DEADLINE)
             second = asyncio.create_task(post(client, f"http://127.0.0.1:{other}/"))
             await eventually(lambda: client.starved)
             go_on.set()
@@ -359,7 +359,7 @@ async def test_slow_reader_is_not_dead(io_loop):
         done = asyncio.get_running_loop().create_future()
         target = Target.parse(f"http://127.0.0.1:{port}/")
         client.post(target, lambda: body, done.set_result)
-        outcome = await asyncio.wait_for(done, 25)
+        outcome = await asyncio.wait_for(done, DEADLINE)
         assert isinstance(outcome, Answer), outcome
 
 
@@ -376,7 +376,7 @@ async def test_reader_that_stops_is_dead(io_loop):
         done = asyncio.get_running_loop().create_future()
         target = Target.parse(f"http://127.0.0.1:{port}/")
         client.post(target, lambda: body, done.set_result)
-        outcome = await asyncio.wait_for(done, 10)
+        outcome = await asyncio.wait_for(done, DEADLINE)
         go_on.set()
         assert "not taken in 0.5 s" in str(outcome)
 
@@ -413,7 +413,7 @@ async def test_request_that_cannot_be_made_is_an_error(io_loop, caplog):
             done = asyncio.get_running_loop().create_future()
             client.post(Target.parse(url), broken, done.set_result)
             outcomes = await asyncio.gather(
-                asyncio.wait_for(done, 10), post(client, url)
+                asyncio.wait_for(done, DEADLINE), post(client, url)
             )
             assert "no request could be made" in str(outcomes[0])
             assert outcomes[1].status == 200
@@ -493,7 +493,7 @@ async def test_413_before_the_body_is_the_answer(io_loop, authority, version):
             done = asyncio.get_running_loop().create_future()
             target = Target.parse(f"https://localhost:{port}/")
             client.post(target, lambda: body, done.set_result)
-            outcome = await asyncio.wait_for(done, 10)
+            outcome = await asyncio.wait_for(done, DEADLINE)
             assert isinstance(outcome, Answer), outcome
             assert outcome.status == 413
 
@@ -521,7 +521,7 @@ async def test_dot_behind_a_name_is_for_dns_alone(io_loop, authority, monkeypatc
         request = f"POST / HTTP/1.1\r\nHost: {target.authority}\r\n\r\n".encode()
         done = asyncio.get_running_loop().create_future()
         client.post(target, lambda: request, done.set_result)
-        outcome = await asyncio.wait_for(done, 10)
+        outcome = await asyncio.wait_for(done, DEADLINE)
         assert isinstance(outcome, Answer), outcome
         assert (asked, greeted) == (["backend.example."], ["backend.example"])
         assert f"Host: backend.example:{port}\r\n".encode() in heads[0]
@@ -543,9 +543,9 @@ async def test_request_that_is_let_go_gives_its_place_back(io_loop, authority):
     async with serving(on_client, ssl=context) as port, using(tls=trust) as client:
         target = Target.parse(f"https://localhost:{port}/")
         exchange = client.post(target, lambda: REQUEST, lambda outcome: None)
-        await asyncio.wait_for(asked.wait(), 10)
+        await asyncio.wait_for(asked.wait(), DEADLINE)
         exchange.let_go()
-        await eventually(lambda: client.open == 0, 10)
+        await eventually(lambda: client.open == 0)
         go_on.set()
 
 
@@ -572,7 +572,7 @@ async def test_connections_of_before_are_used_no_more(io_loop, authority):
         client.trust(trust())
         await eventually(lambda: client.open == 0)  # it was idle
         under_way = asyncio.create_task(post(client, url))
-        await asyncio.wait_for(asked.wait(), 10)
+        await asyncio.wait_for(asked.wait(), DEADLINE)
         client.trust(trust())
         go_on.set()
         assert (await under_way).status == 200

@@ -20,7 +20,7 @@ from handlers.paths import ClientPaths
 from handlers.tickets import Tickets
 from handlers.websocket import ClientPolicy
 
-pytestmark = pytest.mark.gen_test(timeout=30)
+pytestmark = pytest.mark.gen_test(timeout=60)
 
 
 class HoldingBackend(Backend):

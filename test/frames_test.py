@@ -23,7 +23,7 @@ from wire import (
     handshake,
 )
 
-pytestmark = pytest.mark.gen_test(timeout=30)
+pytestmark = pytest.mark.gen_test(timeout=60)
 
 LIMIT = 2**20  # bytes of a message
 SOON = 15.0  # seconds

@@ -302,7 +302,7 @@ def test_any_frames_are_echoed_or_refused(relay, no_growth, data, compressed):
             assert code is None
 
         await relay.client.send("still here")
-        assert await asyncio.wait_for(relay.client.recv(), 5) == "still here"
+        assert await asyncio.wait_for(relay.client.recv(), DEADLINE) == "still here"
         assert not relay.service.tracebacks, "\n".join(relay.service.log)
 
     relay.run(check())

@@ -158,7 +158,7 @@ class Relay:
         heard = await self.tell([SEND + length + mark], answers=1)
         assert heard.statuses == [200]
         frames = []
-        while (frame := await asyncio.wait_for(self.client.recv(), 5)) != mark:
+        while (frame := await asyncio.wait_for(self.client.recv(), DEADLINE)) != mark:
             frames.append(frame)
         assert not self.service.tracebacks, "\n".join(self.service.log)
         return frames

@@ -10,7 +10,7 @@ from service import DEADLINE, RecordingBackend, Service, eventually
 from tornado.ioloop import IOLoop
 from wire import DEFLATE, KEY, TEXT, frame, handshake
 
-pytestmark = pytest.mark.gen_test(timeout=30)
+pytestmark = pytest.mark.gen_test(timeout=60)
 
 END = 0  # no answer, but the end of the connection
 

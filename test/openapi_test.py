@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import websockets
-from service import RecordingBackend, Service
+from service import DEADLINE, RecordingBackend, Service
 
 from socketdock import __version__
 
@@ -109,7 +109,7 @@ async def test_relay_does_what_its_document_says(io_loop, tmp_path):
         assert not closed["send"] and not closed["getConnection"]
         assert set(closed["deleteConnection"]) == {1000}
         assert closed["disconnect"]
-    await asyncio.wait_for(asyncio.gather(*readers), 10)
+    await asyncio.wait_for(asyncio.gather(*readers), DEADLINE)
 
 
 async def schemathesis(*words, cwd):

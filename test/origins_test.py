@@ -2,7 +2,7 @@
 
 import pytest
 from faults import tell
-from service import Service, refusal
+from service import DEADLINE, Service, refusal
 from wire import handshake
 
 pytestmark = pytest.mark.gen_test(timeout=60)
@@ -18,7 +18,7 @@ async def status(
     request = handshake(
         f"Host: {host}", f"Origin: {origin}", *more, without="Host"
     )
-    heard = await tell(service.ws_url, request, answers=1, deadline=15)
+    heard = await tell(service.ws_url, request, answers=1, deadline=DEADLINE)
     return heard.statuses[0]
 
 
@@ -140,7 +140,7 @@ async def test_same_origin_is_what_the_client_asked_its_proxy_for(io_loop):
         ]:
             request = handshake(f"Origin: {app}", *headers)
             heard = await tell(
-                service.ws_url, request, answers=1, source=source, deadline=15
+                service.ws_url, request, answers=1, source=source, deadline=DEADLINE
             )
             assert heard.statuses[0] == expected, (source, headers)
         for said in ("", "a b", "x/y", "[::1", "relay.example:99999"):
@@ -148,7 +148,7 @@ async def test_same_origin_is_what_the_client_asked_its_proxy_for(io_loop):
                 "Origin: http://relay.example", f"X-Forwarded-Host: {said}"
             )
             heard = await tell(
-                service.ws_url, request, answers=1, source=PROXY, deadline=15
+                service.ws_url, request, answers=1, source=PROXY, deadline=DEADLINE
             )
             assert heard.statuses[0] == 101, said  # what is no host says nothing
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from faults import tell
-from service import RecordingBackend, Service, refusal
+from service import DEADLINE, RecordingBackend, Service, refusal
 from wire import handshake
 
 pytestmark = pytest.mark.gen_test(timeout=60)
@@ -17,7 +17,7 @@ async def status(url: str, target: str, *more: str, upgrade: bool = True) -> int
     line = f"GET {target} HTTP/1.1"
     plain = f"{line}\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
     request = handshake(*more, line=line) if upgrade else plain
-    return (await tell(url, request, answers=1, deadline=15)).statuses[0]
+    return (await tell(url, request, answers=1, deadline=DEADLINE)).statuses[0]
 
 
 async def test_a_slash_at_the_end_and_a_query_change_nothing(io_loop):

@@ -14,7 +14,7 @@ from programs import leave_out
 from backends.http import resolver
 from backends.http.resolver import Resolver
 
-pytestmark = pytest.mark.gen_test(timeout=30)
+pytestmark = pytest.mark.gen_test(timeout=60)
 
 
 class SlowDNS:

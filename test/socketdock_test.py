@@ -591,7 +591,7 @@ async def test_second_signal_exits_at_once(io_loop, number):
                 await backend.wait_for("disconnect", 1)
             assert service.process.returncode is None
             service.process.send_signal(number)
-            assert await asyncio.wait_for(service.process.wait(), 5) != 0
+            assert await asyncio.wait_for(service.process.wait(), DEADLINE) != 0
         answered.set()
         await eventually(lambda: "second signal" in service.log[-1])
 

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import websockets
-from service import RecordingBackend, Service, eventually
+from service import DEADLINE, RecordingBackend, Service, eventually
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -52,9 +52,9 @@ async def test_verdict_that_came_during_a_stall_counts(io_loop, loop_name):
         flags = ("--handshake_timeout=1.5", f"--event_loop={loop_name}")
         async with Service(*backend.flags(), *flags) as service:
             connecting = asyncio.ensure_future(websockets.connect(service.ws_url))
-            await asyncio.wait_for(asked.wait(), 10)
+            await asyncio.wait_for(asked.wait(), DEADLINE)
             async with Stopped(service, 2.5):
                 go_on.set()
-                await asyncio.wait_for(answered.wait(), 10)
+                await asyncio.wait_for(answered.wait(), DEADLINE)
             async with await connecting:
                 pass
