@@ -461,18 +461,6 @@ NO_ANSWER = {
     "status-of-four-digits": b"HTTP/1.1 2000 OK\r\n" + EMPTY,
     "status-of-letters": b"HTTP/1.1 abc OK\r\n" + EMPTY,
     "negative-status": b"HTTP/1.1 -200 OK\r\n" + EMPTY,
-    "switching-protocols": (
-        b"HTTP/1.1 101 Yes\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
-    ),
-    "different-lengths": b"HTTP/1.1 200 OK\r\n" + lengths(b"2", b"3") + b"\r\nOK",
-    "negative-length": b"HTTP/1.1 200 OK\r\n" + lengths(b"-1") + b"\r\nOK",
-    "length-with-plus": b"HTTP/1.1 200 OK\r\n" + lengths(b"+2") + b"\r\nOK",
-    "length-no-number": b"HTTP/1.1 200 OK\r\n" + lengths(b"two") + b"\r\nOK",
-    "length-of-31-digits": (
-        b"HTTP/1.1 200 OK\r\n" + lengths(b"1" + b"0" * 30) + b"\r\nOK"
-    ),
-    "endless-header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**20,
-    "endless-headers": b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 100_000,
     "interim-answers-only": b"HTTP/1.1 103 Early Hints\r\n\r\n" * 10_000,
     "cut-in-the-status": b"HTTP/1.1 20" + CUT_OFF,
     "cut-in-the-headers": b"HTTP/1.1 200 OK\r\nContent-Le" + CUT_OFF,
@@ -506,6 +494,16 @@ ACCEPTED = {
     "interim-answers-first": (
         b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK
     ),
+    "different-lengths": b"HTTP/1.1 200 OK\r\n" + lengths(b"2", b"3") + b"\r\nOK",
+    "negative-length": b"HTTP/1.1 200 OK\r\n" + lengths(b"-1") + b"\r\nOK",
+    "length-with-plus": b"HTTP/1.1 200 OK\r\n" + lengths(b"+2") + b"\r\nOK",
+    "length-no-number": b"HTTP/1.1 200 OK\r\n" + lengths(b"two") + b"\r\nOK",
+    "length-of-31-digits": (
+        b"HTTP/1.1 200 OK\r\n" + lengths(b"1" + b"0" * 30) + b"\r\nOK"
+    ),
+    "endless-header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**20,
+    "endless-headers": b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 100_000,
+    "end-without-an-empty-line": b"HTTP/1.1 200 OK\r\nX: y\r\n" + CUT_OFF,
     "bad-chunk": b"HTTP/1.1 200 OK\r\n" + CHUNKED + b"xyz\r\nOK\r\n" + LAST,
     "huge-chunk": b"HTTP/1.1 200 OK\r\n" + CHUNKED + b"1" + b"0" * 30 + b"\r\nOK",
     "chunk-without-its-end": b"HTTP/1.1 200 OK\r\n" + CHUNKED + b"2\r\nOKOKOK" + LAST,
@@ -527,6 +525,9 @@ ACCEPTED = {
 
 # Not retried: the backend will not want it another time.
 NOT_WANTED = {
+    "switching-protocols": (
+        b"HTTP/1.1 101 Yes\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    ),
     "redirect": b"HTTP/1.1 302 There\r\nLocation: /message\r\n" + EMPTY,
     "permanent-redirect": b"HTTP/1.1 308 There\r\nLocation: /message\r\n" + EMPTY,
     "not-modified": b"HTTP/1.1 304 Not Modified\r\n\r\n",

@@ -59,6 +59,9 @@ DOUBTFUL = {
     "coding-of-http-1.0": (
         b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n" + CHUNKED
     ),
+    "empty-coding": OK + b"Transfer-Encoding:\r\n" + BODY,
+    "length-of-no-use-and-coding": OK + b"Content-Length: x\r\n" + CHUNKED,
+    "carriage-returns-at-the-end": OK + BODY.replace(b"\r\n\r\n", b"\r\n\r\r\n"),
     "identity": OK + b"Transfer-Encoding: identity\r\n" + BODY,
     "end": OK + b"Connection: close\r\n" + BODY,
     "odd-end": OK + b"Connection : close\r\n" + BODY,
@@ -81,18 +84,29 @@ NONE = {
     "status-of-two-digits": b"HTTP/1.1 20 OK\r\n" + BODY,
     "status-of-four-digits": b"HTTP/1.1 2000 OK\r\n" + BODY,
     "status-below-100": b"HTTP/1.1 099 OK\r\n" + BODY,
-    "switching": b"HTTP/1.1 101 Yes\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n",
-    "odd-switching": b"HTTP/1.1 101 Yes\r\na b: c\r\n\r\n",
-    "endless-header": OK + b"X: " + b"x" * 2**17,
-    "endless-odd-header": OK + b"a b: " + b"x" * 2**17,
     "endless-interim": b"HTTP/1.1 103 Hints\r\n\r\n" * 10_000,
+    "endless-first-line": b"HTTP/1.1 " + b" " * 2**17,
+}
+
+# The status counts; of the body nobody can say where it ends.
+STATUS_ALONE = {
     "different-lengths": OK + b"Content-Length: 3\r\n" + BODY,
     "different-lengths-as-list": OK + b"Content-Length: 2, 3\r\n\r\nOK",
+    "list-with-an-empty-length": OK + b"Content-Length: 2,\r\n\r\nOK",
     "negative-length": OK + b"Content-Length: -2\r\n\r\nOK",
+    "length-with-a-sign": OK + b"Content-Length: +2\r\n\r\nOK",
+    "length-with-a-unit": OK + b"Content-Length: 2 bytes\r\n\r\nOK",
+    "length-with-a-space-within": OK + b"Content-Length: 2 2\r\n\r\nOK",
     "length-of-words": OK + b"Content-Length: two\r\n\r\nOK",
+    "length-in-quotes": OK + b'Content-Length: "2"\r\n\r\nOK',
+    "hexadecimal-length": OK + b"Content-Length: 0x2\r\n\r\nOK",
     "length-of-letters-that-int-reads": OK + b"Content-Length: 0_2\r\n\r\nOK",
     "length-beyond-64-bits": OK + b"Content-Length: " + b"9" * 30 + b"\r\n\r\nOK",
     "empty-length": OK + b"Content-Length:\r\n\r\nOK",
+    "chunk-size-of-letters": OK + CHUNKED.replace(b"2\r", b"zz\r"),
+    "chunk-size-beyond-64-bits": OK + CHUNKED.replace(b"2\r", b"f" * 40 + b"\r"),
+    "endless-header": OK + b"X: " + b"x" * 2**17,
+    "endless-odd-header": OK + b"a b: " + b"x" * 2**17,
 }
 
 
@@ -146,6 +160,69 @@ def test_what_is_no_response_is_malformed(row, size):
     """It says nothing that could be believed, or too much."""
     with pytest.raises(MalformedResponse):
         read(NONE[row], size=max(size, len(NONE[row]) // 1000))
+
+
+@pytest.mark.parametrize("row", STATUS_ALONE)
+def test_status_counts_where_the_body_cannot_be_read(row, size):
+    """Nothing more is waited for, and no other response may follow."""
+    reader = read(STATUS_ALONE[row], size=max(size, len(STATUS_ALONE[row]) // 1000))
+    assert (reader.status, reader.body) == (200, b"")
+    assert reader.complete and not reader.reusable
+
+
+SWITCHING = {
+    "usual": b"HTTP/1.1 101 Yes\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n",
+    "bare": b"HTTP/1.1 101 Yes\r\n\r\n",
+    "with-a-length": b"HTTP/1.1 101 Yes\r\nContent-Length: 0\r\n\r\n",
+    "odd": b"HTTP/1.1 101 Yes\r\na b: c\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("row", SWITCHING)
+@pytest.mark.parametrize("behind", [b"", b"\0\0\0\4", OK + BODY])
+def test_switching_protocols_is_a_final_status(row, behind, size):
+    """That nobody asked for, so nothing behind it is HTTP."""
+    reader = read(SWITCHING[row] + behind, size=size)
+    assert (reader.status, reader.body) == (101, b"")
+    assert reader.complete and not reader.reusable
+
+
+@pytest.mark.parametrize(
+    ("head", "headers"),
+    [
+        (OK, {}),
+        (b"HTTP/1.1 200 OK\n", {}),
+        (OK + b"X: y\r\n", {"x": "y"}),
+        (OK + b"a b: c\r\nX: y\r\n", {"x": "y"}),
+        (b"HTTP/1.1 103 Hints\r\nX: hint\r\n\r\n" + OK, {}),
+    ],
+)
+def test_head_that_lacks_its_empty_line_has_its_status(head, headers, size):
+    """Once the connection has ended."""
+    reader = read(head, size=size)
+    assert not reader.has_head
+    assert reader.cut()
+    assert (reader.status, reader.body, reader.reusable) == (200, b"", False)
+    del reader.headers["connection"]
+    assert reader.headers == headers
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"",
+        b"HTTP/1.1 2",
+        b"HTTP/1.1 200 O",
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 103 Hints\r\nX: y\r\n",
+        OK + b"Retry-After: 1",
+        OK + b"a b: c\r\nX: y\r",
+        b"HTTP/1.1 103 Hints\r\n\r\nHTTP/1.1 200",
+    ],
+)
+def test_head_that_ends_within_a_line_has_no_status(head, size):
+    """Nor has an interim response that nothing followed."""
+    assert not read(head, size=size).cut()
 
 
 def test_headers_are_known_of_an_odd_response_too():

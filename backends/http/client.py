@@ -662,8 +662,8 @@ class _Connection(asyncio.Protocol):
             self._origin.resend(exchange)
             self._response.end()
             return
-        elif self._response.has_head:
-            # Its body ended with the connection, or was cut: the status stands.
+        elif self._response.cut():
+            # Its body or its head ended with the connection: the status stands.
             self._answer()
         else:
             self._fail(BackendAway, self.why_lost())

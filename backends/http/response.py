@@ -3,9 +3,11 @@
 httptools parses them, with those leniencies that leave no doubt where a response
 ends. Of a head that it gives up, `repaired` makes one that it reads; the
 connection is then not used again, since the peer, or a proxy in between, may
-see the end of the response elsewhere.
+see the end of the response elsewhere. Where the end cannot be known, the status
+counts and the body does not.
 """
 
+import contextlib
 import re
 from typing import Any
 
@@ -17,7 +19,7 @@ MAX_KEPT_BODY = 64 * 1024  # bytes of a body that is used; the rest is dropped
 # RFC 9112, section 4, in the forms that clients accept: any case, no reason.
 STATUS_LINE = re.compile(rb"(?i)HTTP/\d(?:\.\d)?[ \t]+([1-9]\d\d)(?=[ \t\r\n])[^\n]*\n")
 BEGINNING = b"HTTP/"
-HEAD_END = re.compile(rb"\n\r?\n")
+HEAD_END = re.compile(rb"\n\r*\n")
 FOLD = re.compile(rb"\r?\n[ \t]+")  # RFC 9112, section 5.2
 FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 CONTROLS = re.compile(rb"[\0-\x08\n-\x1f\x7f]")
@@ -26,6 +28,8 @@ LENGTH = re.compile(rb"\d{1,18}")  # less than 2**63
 # They say where a response ends, and whether another one may follow.
 FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 CONNECTION = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"upgrade"})
+
+SWITCHING_PROTOCOLS = 101  # final here: nobody asked for it
 
 
 class MalformedResponse(Exception):
@@ -108,7 +112,21 @@ class ResponseReader:
                 if not self.has_head:
                     self._head += data
         if not self.has_head and self.size > MAX_HEAD_SIZE:
-            raise MalformedResponse("the answer's headers are too long")
+            self._head = self._head[: self._head.rfind(b"\n") + 1]
+            self.complete = self.cut()
+            if not self.complete:
+                raise MalformedResponse("the answer's headers are too long")
+
+    def cut(self) -> bool:
+        """Nothing more comes. Whether there is a status.
+
+        A head that lacks only its empty line has one. One that ends within a line
+        was cut, and may lack what gives its status its meaning (RFC 9112, section 8).
+        """
+        if not self.has_head and self._head.endswith(b"\n"):
+            with contextlib.suppress(MalformedResponse):
+                self._repair(b"\n")
+        return self.has_head
 
     def _repair(self, data: bytes) -> None:
         """Read a head that the parser has given up, once all of it is there."""
@@ -126,10 +144,8 @@ class ResponseReader:
             if end is None:
                 return
             status = int(line[1])
-            if status == 101:
-                raise MalformedResponse("not an HTTP answer")
             head, left = left[line.end() : end.end()], left[end.end() :]
-            if status >= 200:
+            if not is_interim(status):
                 break
         self._repairing, self._head = False, b""
         self.headers = {}
@@ -162,15 +178,13 @@ class ResponseReader:
         status = self._parser.get_status_code()
         if status < 100:
             raise ValueError("no status (RFC 9110, section 15)")
-        if status >= 200:
+        if is_interim(status):
+            self.headers = {}
+        else:
             self.status = status
             self.has_head = True
             self._head = b""
             self.reusable = self._ends_plainly(status)
-        elif status == 101:
-            raise ValueError("switching protocols was not asked for")
-        else:  # an interim response (RFC 9110, section 15.2): the final one follows
-            self.headers = {}
 
     def on_body(self, body: bytes) -> None:
         if self._keep and self._kept < MAX_KEPT_BODY:
@@ -185,6 +199,8 @@ class ResponseReader:
 
     def _ends_plainly(self, status: int) -> bool:
         """Whether every reader sees the end of the response in the same place."""
+        if status == SWITCHING_PROTOCOLS:
+            return False
         coding = self.headers.get("transfer-encoding")
         if coding is not None:  # HTTP/1.0 has none (RFC 9112, section 6.1)
             version = self._parser.get_http_version()
@@ -193,12 +209,16 @@ class ResponseReader:
         return length.isdecimal() or status in (204, 304)
 
 
+def is_interim(status: int) -> bool:
+    """Whether the final response is still to come (RFC 9110, section 15.2)."""
+    return 100 <= status < 200 and status != SWITCHING_PROTOCOLS
+
+
 def repaired(status: int, head: bytes) -> bytes:
     """A head that says what can be understood of `head`, the lines after the first.
 
-    Lines that are no fields are left out. Raises `MalformedResponse` where the
-    length of the body is invalid: then all is to be discarded (RFC 9112, section
-    6.3).
+    Lines that are no fields are left out. A body whose length is invalid is to be
+    discarded (RFC 9112, section 6.3): its length is 0.
     """
     fields: list[bytes] = []
     framing: dict[bytes, list[bytes]] = {name: [] for name in FRAMING}
@@ -212,13 +232,17 @@ def repaired(status: int, head: bytes) -> bytes:
             framing[name.lower()] += map(bytes.strip, value.lower().split(b","))
         elif name.lower() not in CONNECTION:
             fields.append(b"%b: %b\r\n" % (name, value))
-    codings = [each for each in framing[b"transfer-encoding"] if each != b"identity"]
+    codings = [
+        each
+        for each in framing[b"transfer-encoding"]
+        if each not in (b"", b"identity")
+    ]
     lengths = set(framing[b"content-length"])
     if codings:  # they override a length (RFC 9112, section 6.3)
         fields.append(b"Transfer-Encoding: %b\r\n" % b", ".join(codings))
     elif lengths:
         length, *others = lengths
         if others or LENGTH.fullmatch(length) is None:
-            raise MalformedResponse("the answer's Content-Length is none")
+            length = b"0"
         fields.append(b"Content-Length: %b\r\n" % length)
     return b"HTTP/1.1 %d\r\n%bConnection: close\r\n\r\n" % (status, b"".join(fields))
