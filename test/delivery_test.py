@@ -407,6 +407,57 @@ async def test_held_requests_that_fail_go_again_in_their_order(io_loop):
                 assert events[-1]["message"] == "5"
 
 
+def numbers_of(backend: FaultyBackend) -> list[int]:
+    """The numbers of the messages that came, each attempt's."""
+    return [int(a.webhook_id.rpartition("-")[2]) for a in backend.attempts]
+
+
+async def test_message_in_line_for_a_connection_goes_behind_one_that_failed(io_loop):
+    """Also where the failure itself makes the connection free."""
+
+    def fail_first(attempt: Attempt) -> Reply:
+        if len(backend.attempts) == 1:
+            return Reply(503, delay=1, headers=("Retry-After: 1",))
+        return Reply()
+
+    async with FaultyBackend(fail_first) as backend:
+        flags = ("--order_wait=0.1", "--max_backend_connections=1")
+        async with Service(*backend.flags("message"), *flags) as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say(2)
+            await backend.wait_for("message", 2)
+            await leave([talker])
+    assert numbers_of(backend) == [1, 1, 2]
+
+
+async def test_messages_whose_kept_connections_end_together_keep_their_order(io_loop):
+    """What may go again at once does not where a message before it has failed."""
+
+    def answer(attempt: Attempt) -> Reply:
+        return Reply(fault="hold" if holding else None)
+
+    holding = True
+    async with FaultyBackend(answer) as backend:
+        flags = (*backend.flags("message"), "--order_wait=0.5")
+        async with Service(*flags) as service:
+            warming = await talkers(service.ws_url, 2)
+            for talker in warming:
+                await talker.say()
+            await eventually(lambda: len(backend.attempts) == 2)
+            backend.release()  # two connections are kept
+            await leave(warming)
+            backend.attempts.clear()
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say(2)
+            await eventually(lambda: len(backend.attempts) == 2)
+            holding = False
+            for connection in list(backend.connections):
+                connection.reset()
+            await eventually(lambda: len(backend.attempts) == 4)
+            await leave([talker])
+    assert numbers_of(backend) == [1, 2, 1, 2]
+
+
 async def test_disconnect_event_is_retried(io_loop):
     """A farewell that fails goes again with the same webhook-id."""
     failures = iter([503, 500])
@@ -646,7 +697,7 @@ async def test_answer_that_came_during_a_stall_is_in_time(io_loop):
                 backend.release(reply=Reply(503, headers=("Retry-After: 1",)))
             await backend.wait_for("message", 2)
             await leave([talker])
-    assert [int(a.webhook_id.rpartition("-")[2]) for a in backend.attempts] == [1, 1, 2]
+    assert numbers_of(backend) == [1, 1, 2]
 
 
 @pytest.mark.parametrize(

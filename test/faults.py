@@ -87,6 +87,12 @@ class Book:
         # By webhook-id, in the order of their first acceptance.
         self.accepted: dict[str, Attempt] = {}
         self.counts: dict[str, int] = defaultdict(int)  # of those, by kind
+        # When every connection was reset, whatever was on it (`time.monotonic()`).
+        self.resets: list[float] = []
+
+    def lost_unread(self, begin: float, end: float) -> bool:
+        """Whether requests may have been lost in that time before they were read."""
+        return any(begin < at < end for at in self.resets)
 
     def enter(self, attempt: Attempt) -> None:
         """Note an attempt that has been read whole."""
@@ -228,6 +234,7 @@ class FaultyBackend(Book):
         if how == "refused":
             self._server.close()
         if how != "503":
+            self.resets.append(time.monotonic())
             for connection in list(self.connections):
                 connection.reset()
 

@@ -49,8 +49,15 @@ FAULTLESS = {
         message(0, 0, "503", took=4), disconnect(3), message(0, 5), disconnect(9),
     ],
     "given up": [message(0, 0, "503"), disconnect(70, undelivered=1)],
+    "given up while another is open": [
+        message(0, 0, "503", took=1), message(1, 0.5, "503", took=1), message(1, 4),
+        disconnect(9, undelivered=1),
+    ],
     "after its Retry-After": [message(0, 0, "503", retry_after=3), message(0, 3.1)],
     "at its deadline": [message(0, 0, "503", retry_after=99), message(0, 60)],
+    "at its deadline, after failures that the backend did not see": [
+        message(0, 0), message(1, 50, "503", retry_after=99), message(1, 60),
+    ],
     "answered as its connection was reset": [
         message(0, 0, doubtful=True), message(0, 1),
     ],
@@ -64,6 +71,9 @@ FAULTLESS = {
 
 FAULTY = {
     "overtook message 0": [message(0, 0, "503", took=1), message(1, 4), message(0, 6)],
+    "message 1 overtook message 0": [
+        message(0, 0, "503", took=1), message(1, 4), disconnect(9, undelivered=1),
+    ],
     "its disconnect event, with 0 undelivered, overtook message 0": [
         message(0, 0, "503"), disconnect(4), message(0, 6),
     ],
@@ -105,6 +115,23 @@ def test_nobody_is_judged_by_time_in_which_it_did_not_run() -> None:
     overtaken = [message(0, 0, "503", took=1), message(1, 4.5), message(0, 6)]
     assert len(flaws(*overtaken)) == 1
     assert flaws(*overtaken, stalls=stalls) == []
+
+
+def test_what_was_lost_unread_comes_late() -> None:
+    """A reset of all connections takes with it what nobody has read."""
+    book = Book()
+    book.attempts = [message(1, 0), message(0, 4)]
+    audit = Audit(book, Stalls(), strict=False, delivery_timeout=60)
+    assert len(list(audit.delivery_flaws(book.attempts))) == 1
+    book.resets.append(1)
+    assert not list(audit.delivery_flaws(book.attempts))
+
+
+def test_only_who_ran_can_tell_that_it_was_alive() -> None:
+    """Stalls of the soak itself count where they were, those of the relay do not."""
+    stalls = Stalls()
+    stalls.add(0, 9)
+    assert stalls.longest_own(0, 9) == 0
 
 
 def test_stalls_that_overlap_count_once() -> None:

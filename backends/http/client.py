@@ -198,7 +198,7 @@ class Exchange:
             self.connection.close()
 
     def hold(self) -> None:
-        """Never send it again: nobody closes a connection as idle that late."""
+        """Never send it again at once, even if its kept connection ends."""
         self.write = None
 
     def sent(self) -> None:
@@ -740,13 +740,17 @@ class _Connection(asyncio.Protocol):
         exchange, self._exchange = self._exchange, None
         answer = Answer(response.status, response.headers, response.body)
         self.kept = True
-        if response.complete and response.reusable and not self._paused:
-            self._origin.on_free(self)
-        else:
+        reusable = response.complete and response.reusable and not self._paused
+        awaited = bool(self._origin.waiting)
+        if not reusable:
             self.close()
+        elif not awaited:  # free for what goes because of the answer
+            self._origin.on_free(self)
         if exchange is not None:
             exchange.connection = None
             exchange.finish(answer)
+        if reusable and awaited:  # unless the answer took whoever waits out of line
+            self._origin.on_free(self)
 
     def _on_body_timeout(self) -> None:
         if self._body_timer is not None:

@@ -390,7 +390,7 @@ class Delivery:
         if exchange.in_line:  # its kept connection had ended: it was not sent
             self._wait(self._line_deadline(request))
             return
-        exchange.hold()
+        exchange.hold()  # nobody closes a connection as idle that late
         self._deliveries.held.add(request)
         # Whoever took it whole and has not reset it is there.
         self._deliveries.breaker.record(self._connection.id, away=False)
@@ -482,7 +482,8 @@ class Delivery:
         request.attempts += 1
         request.failed_at = min(request.failed_at, now)
         request.sent_at = float("inf")
-        insort(self._backlog, request, key=lambda request: request.number)
+        self._put_back(request)
+        self._keep_behind(request)
         request.not_before = min(
             now + max(backoff(request.attempts), wait),
             request.failed_at + self._deliveries.patience.delivery_timeout,
@@ -497,6 +498,30 @@ class Delivery:
         )
         if now >= self._deadline():
             self._give_up(error)
+
+    def _put_back(self, request: Request) -> None:
+        """Into the queue, by its number."""
+        insort(self._backlog, request, key=lambda request: request.number)
+
+    def _keep_behind(self, failed: Request) -> None:
+        """Nothing later is sent before `failed` goes again, nor once more at once."""
+        gate = self._gate
+        if gate is None or gate.number < failed.number:
+            return
+        assert gate.exchange is not None
+        if gate.exchange.in_line:
+            self._withdraw(gate)
+        else:
+            gate.exchange.hold()
+
+    def _withdraw(self, gate: Request) -> None:
+        """Back from the line for a connection: it was not sent."""
+        exchange = gate.exchange
+        assert exchange is not None
+        self._end_attempt(gate)
+        exchange.let_go()
+        self._deliveries.breaker.record_nothing()
+        self._put_back(gate)
 
     def _give_up(self, error: BackendError) -> None:
         """Give up the message at the head, and all behind it."""
@@ -595,10 +620,7 @@ class Delivery:
         if now < self._line_deadline(gate):
             self._wait(self._line_deadline(gate))  # the line has moved
             return
-        self._end_attempt(gate)
-        exchange.let_go()
-        self._deliveries.breaker.record_nothing()
-        insort(self._backlog, gate, key=lambda request: request.number)
+        self._withdraw(gate)
         self._give_up(self._error("no connection became free"))
 
     def _error(self, why: str) -> BackendError:

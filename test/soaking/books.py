@@ -20,6 +20,8 @@ EARLY = 0.3
 # which is the soak itself, is busy: one on a kept connection may come before it.
 SAME_MOMENT = 1.0
 HELD_AFTERWARDS = 5.0  # seconds; an answer is held so long behind the farewell
+LIFE = 6.0  # seconds in which the relay finds that a client is not alive
+ALIVE = 0.5  # seconds that the soak may stand still meanwhile: its clients do, too
 SLOW = 1008  # the close code of who takes nothing
 DISCONNECT_TIMEOUT = 300.0  # seconds; the relay's default
 
@@ -54,15 +56,15 @@ class Audit:
         }
 
     def violations(
-        self, visits: Iterable[Visit], *, reads_at_once: bool, judges_life: bool
+        self, visits: Iterable[Visit], *, reads_at_once: bool
     ) -> Iterator[str]:
         """Yield a sentence for each.
 
         `reads_at_once`: nothing but its own queue keeps a client's close frame
-        from being read. `judges_life`: clients were quick enough to be alive.
+        from being read.
         """
         for visit in visits:
-            for flaw in self._flaws(visit, reads_at_once, judges_life):
+            for flaw in self._flaws(visit, reads_at_once):
                 yield f"{type(visit).__name__.lower()} {visit.name}: {flaw}"
         for connection_id, attempts in self._by_connection.items():
             for flaw in self.delivery_flaws(attempts):
@@ -73,9 +75,7 @@ class Audit:
         accepted = {attempt.connection_id for attempt in self._book.of("connect")}
         return accepted <= self._disconnects.keys()
 
-    def _flaws(
-        self, visit: Visit, reads_at_once: bool, judges_life: bool
-    ) -> Iterator[str]:
+    def _flaws(self, visit: Visit, reads_at_once: bool) -> Iterator[str]:
         """Compare what a client did and saw with what the backend was told."""
         yield from visit.flaws
         if visit.refused or visit.name not in self._ids:
@@ -103,8 +103,14 @@ class Audit:
         ):
             yield f"saw {visit.close_code}, the backend was told {meta}"
         cut = meta["initiator"] == "relay" and meta["code"] in (1006, SLOW)
-        if visit.living and judges_life and cut and not visit.left:
+        if visit.living and cut and not visit.left and self._was_alive(meta):
             yield f"was alive, but {meta}"
+
+    def _was_alive(self, meta: dict[str, Any]) -> bool:
+        """Whether a client was quick enough before the relay ended its connection."""
+        came = self._by_connection[meta["connection_id"]][0].arrived
+        ended = came + meta["duration"]
+        return self._stalls.longest_own(ended - LIFE, ended + HEARD) < ALIVE
 
     def _lost_messages(
         self, visit: Visit, meta: dict[str, Any], attempts: list[Attempt]
@@ -168,7 +174,7 @@ class Audit:
             if attempt.kind == "message":
                 yield from self._needless(attempt, same)
                 yield from self._swapped(attempt, replay)
-            yield from self._early_retry(attempt, same)
+            yield from self._early_retry(attempt, replay)
             yield from self._overtaken(attempt, replay)
             replay.add(attempt, self._is_failed(attempt))
         if self._strict:
@@ -195,27 +201,32 @@ class Audit:
                 break
 
     def _swapped(self, attempt: Attempt, replay: "_Replay") -> Iterator[str]:
-        """First attempts come in order."""
+        """First attempts come in order, unless one was lost before it was read."""
         highest = replay.highest
         if (
             not replay.by_id[attempt.webhook_id]
             and highest is not None
             and spoken(attempt) < spoken(highest)
             and self._stalls.running(highest.arrived, attempt.arrived) > SAME_MOMENT
+            and not self._book.lost_unread(
+                highest.arrived - SAME_MOMENT, attempt.arrived
+            )
         ):
             yield f"{label(attempt)} came first after {label(highest)}"
 
-    def _early_retry(self, attempt: Attempt, same: list[Attempt]) -> Iterator[str]:
+    def _early_retry(self, attempt: Attempt, replay: "_Replay") -> Iterator[str]:
         """Retry-After is honoured, though never beyond the deadline."""
+        same = replay.by_id[attempt.webhook_id]
         if not same or not self._is_failed(same[-1]) or same[-1].doubtful:
             return
         latest = same[-1]
         wait = attempt.arrived - latest.ended
-        deadline = DISCONNECT_TIMEOUT
         if attempt.kind == "message":
-            deadline = self._delivery_timeout
-        since = attempt.arrived - min(a.ended for a in same if self._is_failed(a))
-        if wait < latest.retry_after - EARLY and since < deadline - HEARD:
+            deadline = replay.head_since(attempt) + self._delivery_timeout
+        else:
+            failed_at = min(a.ended for a in same if self._is_failed(a))
+            deadline = failed_at + DISCONNECT_TIMEOUT
+        if wait < latest.retry_after - EARLY and attempt.arrived < deadline - HEARD:
             yield (
                 f"{label(attempt)} came again after {wait:.2f} s, told"
                 f" {latest.retry_after:g}"
@@ -230,9 +241,6 @@ class Audit:
             and self._stalls.running(a.ended, attempt.arrived) > HEARD
             and self._stalls.running(attempt.arrived, replay.next_of(a)) > SAME_MOMENT
         ]
-        deadline = attempt.arrived - self._delivery_timeout + HEARD
-        # With the one at the head all behind it were.
-        given_up = any(replay.since(a) < deadline for a in replay.failed.values())
         if attempt.kind == "disconnect":
             undelivered = attempt.event["meta"]["undelivered"]
             if attempt.event["meta"].get("reason") == "instance lost":
@@ -245,8 +253,13 @@ class Audit:
                     f" {', '.join(ahead)}"
                 )
             return
+        is_new = not replay.by_id[attempt.webhook_id]
         for other in waiting:
-            if spoken(other) < spoken(attempt) and not given_up:
+            if spoken(other) > spoken(attempt):
+                continue
+            # One that does not come again was given up; what was open by then goes
+            # on, but nothing new does.
+            if is_new or replay.next_of(other) < float("inf"):
                 yield f"{label(attempt)} overtook {label(other)}, which had failed"
 
     def _is_failed(self, attempt: Attempt) -> bool:
@@ -268,16 +281,26 @@ class _Replay:
 
     def __init__(self, attempts: Iterable[Attempt]) -> None:
         self._arrivals: dict[str, list[float]] = defaultdict(list)
+        # When each message came for the first time, and the connect event as if it
+        # were the message before the first.
+        self._came_first: dict[int, float] = {}
         for attempt in attempts:
             self._arrivals[attempt.webhook_id].append(attempt.arrived)
+            if attempt.kind != "disconnect":
+                number = spoken(attempt) if attempt.kind == "message" else -1
+                self._came_first.setdefault(number, attempt.arrived)
         self.by_id: dict[str, list[Attempt]] = defaultdict(list)
         self.failed: dict[str, Attempt] = {}  # messages whose latest attempt did
         self.highest: Attempt | None = None  # the last message that came
         self.disconnected = float("inf")  # when the first disconnect event came
 
-    def since(self, attempt: Attempt) -> float:
-        """When the first attempt of that message ended."""
-        return self.by_id[attempt.webhook_id][0].ended
+    def head_since(self, attempt: Attempt) -> float:
+        """When that message may have been the next to go, at the earliest.
+
+        From then on it may have failed unseen, where the backend was away.
+        """
+        number = spoken(attempt)
+        return self._came_first.get(number - 1, self._came_first[number])
 
     def next_of(self, attempt: Attempt) -> float:
         """When the event came again; for ever where it did not."""

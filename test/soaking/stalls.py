@@ -13,7 +13,7 @@ class Stalls:
 
     def __init__(self) -> None:
         self._intervals: list[tuple[float, float]] = []
-        self.longest_own = 0.0  # seconds that the soak itself stood still, at most
+        self._own: list[tuple[float, float]] = []  # those of the soak itself
 
     def add(self, begin: float, end: float) -> None:
         """Somebody stood still, and then had to catch up."""
@@ -27,8 +27,14 @@ class Stalls:
             now = time.monotonic()
             if now - before > LATE:
                 self.add(before, now)
-                self.longest_own = max(self.longest_own, now - before)
+                self._own.append((before, now))
             before = now
+
+    def longest_own(self, begin: float, end: float) -> float:
+        """Seconds that the soak itself stood still then, at most, without a break."""
+        stalls = (stop - start for start, stop in self._own
+                  if stop > begin and start < end)
+        return max(stalls, default=0.0)
 
     def running(self, begin: float, end: float) -> float:
         """Seconds from `begin` to `end` in which everybody ran."""
