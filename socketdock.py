@@ -786,8 +786,9 @@ async def check(warnings: Sequence[str]) -> int:
         found += [port_finding("--callbackport", address, options.callbackport)]
     with _found_wrong(found):
         await _check_ends(found)
-    for finding in found:
-        print(f"{finding.level + ':':<9}{finding.text}")
+    with contextlib.suppress(BrokenPipeError):  # the exit status says the same
+        for finding in found:
+            print(f"{finding.level + ':':<9}{finding.text}")
     return int(any(finding.level == "error" for finding in found))
 
 
@@ -844,7 +845,8 @@ def health() -> int:
         why: str | None = "--bindport=0 says not where it listens"
     else:
         why = probe(host, options.bindport, bool(options.tls_cert))
-    print(f"{where}: {why or 'ok'}")
+    with contextlib.suppress(BrokenPipeError):
+        print(f"{where}: {why or 'ok'}")
     return int(why is not None)
 
 

@@ -7,6 +7,8 @@ which are checked by what the metavar says they are.
 
 import ast
 import difflib
+import ipaddress
+import os
 import re
 import sys
 import textwrap
@@ -71,6 +73,8 @@ INJECTED = re.compile(
 SECRET_METAVARS = ("TOKENS", "SECRETS")
 LIMIT_METAVARS = ("BYTES", "BYTES0", "COUNT", "COUNT0", "RATE", "SECONDS")
 
+HOST_NAME = re.compile(r"[\w.-]+")
+
 # The surrogates stand for bytes of the environment that are not UTF-8.
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -80,6 +84,7 @@ NEVER_ZERO = frozenset({
     "breaker_first_probe", "breaker_last_probe", "breaker_window", "handshake_timeout",
     "header_timeout", "send_timeout",
 })
+LEAST_TIME = 0.001  # seconds
 # The least that others can mean. No handshake fits into fewer bytes of headers.
 LEAST = {
     "log_file_max_size": 0,
@@ -89,6 +94,7 @@ LEAST = {
 }
 
 MAX_NUMBER = 2**48  # of whatever is counted; the system's calls take more
+MAX_SHOWN = 100  # characters of a wrong value
 LOG_FORMATS = ("auto", "text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "none")
 TRUTHS = {"true": True, "1": True, "yes": True, "on": True, "t": True,
@@ -264,7 +270,8 @@ def _config_path(argv: Sequence[str], environ: Mapping[str, str]) -> Path | None
         if name == "config" and not given:
             given = value.strip()
     if given:
-        return Path(given)
+        # No other option takes it: elsewhere an empty file means nothing.
+        return None if given == os.devnull else Path(given)
     return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
 
 
@@ -340,6 +347,7 @@ def _unused(given: Sequence[Any]) -> list[str]:
 def _checked(name: str, value: Any, where: str) -> Any:
     """An option's value, a string as on the command line. Raises `OptionError`."""
     option = _option_of(name)
+    shown = repr(value)
     try:
         if value is None and option.default is None:
             pass
@@ -358,7 +366,9 @@ def _checked(name: str, value: Any, where: str) -> Any:
             value = _converted(option, value)
             _check(option.name, option.metavar or "", value)
     except ValueError as error:
-        given = "" if _is_secret(option) else f", not {value!r}"
+        if len(shown) > MAX_SHOWN:
+            shown = f"{shown[:MAX_SHOWN]}..."
+        given = "" if _is_secret(option) else f", not {shown}"
         raise OptionError(f"{where} must be {error}{given}") from None
     return value
 
@@ -374,7 +384,8 @@ def _converted(option: Any, value: Any) -> Any:
             return TRUTHS[value.lower()]
         if kind in (int, float):
             try:
-                return kind(value)
+                # Python takes the digits of every script.
+                return kind(value.encode("ascii"))
             except ValueError:
                 raise ValueError(
                     "a whole number" if kind is int else "a number"
@@ -400,8 +411,11 @@ def _check(name: str, metavar: str, value: Any) -> None:
     """
     if type(value) is int and value > MAX_NUMBER:
         raise ValueError(f"at most {MAX_NUMBER}")
-    if metavar == "ADDRESS" and not value:  # it would be every address
-        raise ValueError("an address, such as 127.0.0.1; 0.0.0.0 and :: are all")
+    if metavar == "ADDRESS" and value is not None and not _is_host(value):
+        raise ValueError(
+            "an address, such as 127.0.0.1 or ::1, or a host's name; 0.0.0.0 and ::"
+            " are all addresses"
+        )
     if value is not None and value < LEAST.get(name, value):
         raise ValueError(f"at least {LEAST[name]}")
     if metavar == "PORT" and not 0 <= value <= 65535:
@@ -420,8 +434,8 @@ def _check(name: str, metavar: str, value: Any) -> None:
     if metavar == "SECONDS":
         if not value >= 0:  # nan is not
             raise ValueError("0 or more seconds")
-        if value == 0 and name in NEVER_ZERO:
-            raise ValueError("more than 0 seconds")
+        if value < LEAST_TIME and name in NEVER_ZERO:
+            raise ValueError(f"more than 0 seconds, at least {LEAST_TIME}")
         if value == float("inf") and name != "order_wait":
             raise ValueError("a finite number of seconds")
     if name == "http_server" and value not in ("fast", "tornado"):
@@ -430,6 +444,20 @@ def _check(name: str, metavar: str, value: Any) -> None:
         raise ValueError(f"one of {', '.join(LOG_FORMATS)}")
     if name == "logging" and value.lower() not in LOG_LEVELS:
         raise ValueError(f"one of {', '.join(LOG_LEVELS)}")
+
+
+def _is_host(value: str) -> bool:
+    """Whether it is written as an address or a name is; nothing would be any address.
+
+    Neither has brackets or a port, nor are there several of them.
+    """
+    if ":" not in value:
+        return HOST_NAME.fullmatch(value) is not None
+    try:
+        ipaddress.IPv6Address(value)
+    except ValueError:
+        return False
+    return True
 
 
 def limits() -> dict[str, float | str]:

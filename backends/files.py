@@ -19,10 +19,9 @@ MAX_FILE_SIZE = 1024 * 1024  # bytes, where a caller sets no limit of its own
 
 
 def require_regular(path: str | Path, where: str) -> None:
-    """Raise `Unavailable`, after `where`, unless `path` is a regular file or /dev/null.
+    """Raise `Unavailable`, after `where`, unless `path` is a regular file.
 
-    To open a FIFO would block, and to open a device may do anything; /dev/null is
-    how to name an empty file (`--config=/dev/null`).
+    To open a FIFO would block, and to open a device may do anything.
     """
     try:
         mode = os.stat(path).st_mode
@@ -30,7 +29,7 @@ def require_regular(path: str | Path, where: str) -> None:
         raise Unavailable(f"{where}: {_reason(error)}") from None
     if stat.S_ISDIR(mode):
         raise Unavailable(f"{where}: {os.strerror(errno.EISDIR)}")
-    if not stat.S_ISREG(mode) and not os.path.samefile(path, os.devnull):
+    if not stat.S_ISREG(mode):
         raise Unavailable(f"{where}: it is not a regular file")
 
 

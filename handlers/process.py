@@ -3,6 +3,7 @@
 `socketdock.py` calls all of it; nothing here knows of connections.
 """
 
+import atexit
 import logging
 import os
 import sys
@@ -57,9 +58,10 @@ def _end(status: int) -> None:
 def leave(status: int) -> NoReturn:
     """End the process now, with all that was logged and printed written.
 
-    No thread is waited for: one that resolves a name may take a minute.
+    What is registered with `atexit` is called: `logging` is, and what a backend's
+    libraries are. No thread is waited for: one that resolves a name may take a minute.
     """
-    logging.shutdown()
+    atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # `head` has seen enough

@@ -267,5 +267,30 @@ async def test_state_dir_that_is_no_folder_is_told(io_loop):
     """Nothing is made, and a running relay's lock is left alone."""
     async with RecordingBackend() as backend:
         url = backend.url("message")
-        lines = await check(*to(url), "--state_dir=README.md/x", status=1)
+        told = f"--disconnecturi={url}"
+        lines = await check(*to(url), told, "--state_dir=README.md/x", status=1)
     assert "README.md is no folder" in only("error", lines)
+
+
+async def test_errors_are_in_the_exit_status_of_a_cut_output(io_loop):
+    """`| head` may have closed the pipe before the first line, or between two."""
+    check = f'"{sys.executable}" -u socketdock.py check --bindport=0 --bindip=192.0.2.1'
+    piped = await asyncio.create_subprocess_exec(
+        "bash", "-c", f'{check} | true; exit "${{PIPESTATUS[0]}}"',
+        cwd=PROJECT, stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await asyncio.wait_for(piped.communicate(), DEADLINE)
+    assert (piped.returncode, said) == (1, b"")
+
+
+async def test_state_dir_with_nobody_to_tell_is_told(io_loop, tmp_path):
+    """By `check` and in the log; what it holds stays for a start that tells."""
+    (tmp_path / "a.journal").write_bytes(b"socketdock journal 1 a\n+" + b"1" * 32)
+    said = "--state_dir does nothing without --disconnecturi: nobody is told"
+    async with RecordingBackend() as backend:
+        flags = (*to(backend.url("message")), f"--state_dir={tmp_path}")
+        assert said in only("warning", await check(*flags, status=0))
+        async with Service(*flags) as service:
+            pass
+    assert [line for line in service.log if line.endswith(said)]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.journal"]

@@ -40,7 +40,7 @@ async def test_byte_order_mark_is_left_out(io_loop, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [*TEXTS, *PEM])
-@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "missing"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "null", "missing"])
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path, certificate, name, kind):
     """Nothing is opened that could block; and it may become right: status 1."""
     path = tmp_path / "file"
@@ -48,8 +48,8 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, certificate, name,
         os.mkfifo(path)
     elif kind == "folder":
         path.mkdir()
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
+    elif kind in ("device", "null"):
+        path.symlink_to("/dev/zero" if kind == "device" else "/dev/null")
     also = []
     if name.endswith("_key"):
         also.append(f"--{name.removesuffix('_key')}_cert={certificate.cert}")
@@ -64,8 +64,9 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, certificate, name,
 
 
 @pytest.mark.gen_test
-async def test_dev_null_is_a_file_with_nothing_in_it(io_loop):
-    """`--config=/dev/null` keeps conf/socketdock.conf from being read."""
-    async with Service("--config=/dev/null") as service:
+async def test_dev_null_is_no_options_file(io_loop, tmp_path):
+    """`--config=/dev/null` keeps what the environment names from being read."""
+    environment = {"SOCKETDOCK_CONFIG": str(tmp_path / "missing")}
+    async with Service("--config=/dev/null", environment=environment) as service:
         async with websockets.connect(service.ws_url):
             pass

@@ -3,15 +3,21 @@
 import contextlib
 import os
 import resource
+import sys
 from pathlib import Path
 
 import pytest
-from service import eventually, refusal
+import websockets
+from programs import leave_out, program
+from service import RecordingBackend, Service, ended, eventually, refusal
 
 from backends import Unavailable
 from backends.http.journal import StateDirectory
 
 ONE, TWO = "1" * 32, "2" * 32
+HTTP = ("--backend=http", "--messageuri=http://127.0.0.1:9/",
+        "--disconnecturi=http://127.0.0.1:9/")
+NOBODY = ("--reuid=65534", "--regid=65534", "--clear-groups")
 
 
 @contextlib.contextmanager
@@ -240,8 +246,7 @@ def test_folder_that_cannot_be_used_says_why(tmp_path, what, why):
             (state / "lock").mkdir()
         else:
             (state / "lock").symlink_to(tmp_path / "lock")
-    http = ("--backend=http", "--messageuri=http://127.0.0.1:9/")
-    line = refusal(*http, f"--state_dir={state}", status=1)
+    line = refusal(*HTTP, f"--state_dir={state}", status=1)
     assert line.startswith(f"socketdock: --state_dir={state}: ")
     assert line.endswith(why)
 
@@ -255,3 +260,85 @@ def test_folder_without_permission_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", denied)
     with pytest.raises(Unavailable, match=r"Permission denied$"):
         StateDirectory(tmp_path, "host/aaaa")
+
+
+@pytest.mark.parametrize("what", ["folder", "lock"])
+def test_folder_of_another_user_says_so(tmp_path, what):
+    """A user who may not write there, or to the lock that another one left."""
+    if os.getuid():
+        leave_out("another user to be takes root")
+    as_nobody = (program("util-linux", "setpriv"), *NOBODY, sys.executable)
+    tmp_path.parent.chmod(0o755)
+    tmp_path.parent.parent.chmod(0o755)
+    if what == "lock":
+        tmp_path.chmod(0o777)
+        (tmp_path / "lock").touch(0o600)
+    else:
+        tmp_path.chmod(0o755)
+    if ended("socketdock.py", "--version", command=as_nobody).returncode:
+        leave_out("another user may not read this checkout")
+    started = ended(
+        "socketdock.py", "--bindport=0", *HTTP, f"--state_dir={tmp_path}",
+        command=as_nobody,
+    )
+    said = f"socketdock: --state_dir={tmp_path}: {tmp_path}/lock: Permission denied\n"
+    assert (started.returncode, started.stderr) == (1, said)
+
+
+@pytest.mark.gen_test
+async def test_full_disk_that_has_room_again(io_loop, tmp_path):
+    """A real one: one complaint each of journal and log, nothing torn, all told."""
+    mount = 'mount -t tmpfs -o size=100k none "$0" && exec "$@"'
+    command = ["unshare", "-rm", "sh", "-c", mount, str(tmp_path)]
+    if ended("true", command=tuple(command)).returncode:
+        leave_out("mount namespaces, which unshare -rm makes, are not allowed here")
+    command += [sys.executable, "socketdock.py"]
+    async with RecordingBackend() as backend:
+        flags = [f"--state_dir={tmp_path}/state", f"--log_file_prefix={tmp_path}/log",
+                 "--log_to_stderr"]
+        async with Service(*backend.flags(), *flags, command=command) as service:
+            disk = Path(f"/proc/{service.process.pid}/root{tmp_path}")
+            fill(disk / "filler")
+            clients = [await websockets.connect(service.ws_url) for _ in range(150)]
+            for client in clients[:50]:
+                await client.close()
+            await backend.wait_for("disconnect", 50)
+            (disk / "filler").unlink()
+            await eventually(
+                lambda: any("all is written again" in line for line in service.log)
+            )
+            (journal,) = (disk / "state").glob("*.journal")
+            left = tmp_path / "left"
+            left.mkdir()
+            (left / journal.name).write_bytes(journal.read_bytes())
+            for line in (disk / "log").read_text().splitlines():
+                assert line.startswith("[") and line.count("[I ") <= 1
+            complaints = [line for line in service.log if "No space left" in line]
+            assert len(complaints) == 2
+            service.process.kill()
+            await service.process.wait()
+        async with Service(*backend.flags(), f"--state_dir={left}"):
+            told = await backend.wait_for("disconnect", 150)
+        assert len({event["connection_id"] for event in told}) == 150
+        assert [path.name for path in left.iterdir()] == ["lock"]
+
+
+def fill(path: Path) -> None:
+    """Leave no byte of the disk free."""
+    with open(path, "wb", buffering=0) as file:
+        with pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(bytes(4096))
+
+
+def test_what_was_set_aside_is_bounded(tmp_path, caplog):
+    """Each crash of the machine may leave one more; the latest stay."""
+    for number in range(30):
+        (tmp_path / f"{number:02}.corrupt-{number}").write_bytes(b"?")
+    for number in range(5):
+        (tmp_path / f"{number:02}.journal").write_bytes(b"?")
+    StateDirectory(tmp_path, "host/bbbb").close()
+    left = sorted(path.name.partition("-")[0] for path in tmp_path.iterdir())
+    latest = [*range(5), *range(25, 30)]
+    assert left == [*(f"{number:02}.corrupt" for number in latest), "lock"]
+    assert "25 older corrupt journals are removed" in caplog.text

@@ -1,8 +1,10 @@
 """The process: its standard streams, what it says while it stops, and its end."""
 
 import asyncio
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -27,6 +29,23 @@ class LeavingBackend(Backend):
 
 def make_backend(relay):
     return LeavingBackend()
+"""
+
+
+# Handlers of the log that write later, one by itself, the other by a thread.
+WAITING_HANDLERS = """
+import atexit, logging
+from queue import SimpleQueue
+from logging.handlers import MemoryHandler, QueueHandler, QueueListener
+
+def memory(path):
+    return MemoryHandler(10_000, logging.CRITICAL, logging.FileHandler(path))
+
+def queue(path):
+    lines = SimpleQueue()
+    listener = QueueListener(lines, logging.FileHandler(path))
+    atexit.register(lambda: (listener.start(), listener.stop()))
+    return QueueHandler(lines)
 """
 
 
@@ -90,6 +109,35 @@ async def test_nothing_outlives_the_drain(io_loop, tmp_path, on_close, status):
         assert await asyncio.wait_for(service.process.wait(), DEADLINE) == status
     cut_off = [line for line in service.log if "has not ended in time" in line]
     assert bool(cut_off) is (on_close != "pass")
+
+
+@pytest.mark.parametrize("kind", ["memory", "queue"])
+async def test_lines_that_wait_in_a_handler_are_written_at_the_end(
+    io_loop, tmp_path, kind
+):
+    """What is registered with `atexit` is called, as where a program just returns."""
+    (tmp_path / "waiting.py").write_text(WAITING_HANDLERS)
+    config = tmp_path / "log.json"
+    config.write_text(json.dumps({
+        "version": 1,
+        "root": {"handlers": ["waiting"], "level": "INFO"},
+        "handlers": {"waiting": {"()": f"waiting.{kind}", "path": f"{tmp_path}/log"}},
+    }))
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(address)
+        systemd.setblocking(False)
+        relay = await asyncio.create_subprocess_exec(
+            sys.executable, "socketdock.py", "--bindport=0", f"--log_config={config}",
+            cwd=PROJECT,
+            env={**os.environ, "PYTHONPATH": str(tmp_path), "NOTIFY_SOCKET": address},
+        )
+        loop = asyncio.get_running_loop()
+        assert await asyncio.wait_for(loop.sock_recv(systemd, 99), DEADLINE)
+        relay.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(relay.wait(), DEADLINE) == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert "clients at" in lines[0] and lines[-1] == "stopped"
 
 
 async def test_stop_says_what_it_waits_for(io_loop):

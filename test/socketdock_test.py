@@ -202,27 +202,47 @@ async def test_unknown_variable_is_one_warning(io_loop):
     assert len([line for line in service.log if "SOCKETDOCK_PORT" in line]) == 1
 
 
+def injected(
+    service: str, host: str, ports: dict[str, int], protocol: str = "tcp"
+) -> dict[str, str]:
+    """What Kubernetes injects for a service with ports of these names."""
+    name = service.upper().replace("-", "_")
+    address = f"[{host}]" if ":" in host else host
+    first = next(iter(ports.values()))
+    environment = {
+        f"{name}_SERVICE_HOST": host,
+        f"{name}_SERVICE_PORT": str(first),
+        f"{name}_PORT": f"{protocol}://{address}:{first}",
+    }
+    for port_name, port in ports.items():
+        if port_name:
+            suffix = port_name.upper().replace("-", "_")
+            environment[f"{name}_SERVICE_PORT_{suffix}"] = str(port)
+        link = f"{name}_PORT_{port}_{protocol.upper()}"
+        environment |= {
+            link: f"{protocol}://{address}:{port}",
+            f"{link}_PROTO": protocol,
+            f"{link}_PORT": str(port),
+            f"{link}_ADDR": host,
+        }
+    return environment
+
+
 @pytest.mark.gen_test
 async def test_what_kubernetes_injects_is_not_even_that(io_loop):
     """Nor a value: the variables of services whose names begin with socketdock."""
-    address = "tcp://10.0.0.1:8765"
-    environment = {
-        "SOCKETDOCK_REUSE_PORT": address,  # there is an option of that name
-        "SOCKETDOCK_METRICS_PORT": "tcp://[fd00::1]:8765",
-        "SOCKETDOCK_METRICS_SERVICE_HOST": "fd00::1",
-        "SOCKETDOCK_METRICS_SERVICE_PORT_HTTP": "8765",
-        "SOCKETDOCK_BACKEND_PORT": "udp://10.0.0.1:8765",
-        "SOCKETDOCK_BACKEND_PORT_8765_UDP_ADDR": "10.0.0.1",
-        "SOCKETDOCK_SERVICE_HOST": "10.0.0.1",
-        "SOCKETDOCK_SERVICE_PORT": "8765",
-        "SOCKETDOCK_SERVICE_PORT_WS": "8765",
-        "SOCKETDOCK_SERVICE_PORT_CALLBACKS_2": "8766",
-        "SOCKETDOCK_PORT": "tcp://10.0.0.1:8765",
-        "SOCKETDOCK_PORT_8765_TCP": "tcp://10.0.0.1:8765",
-        "SOCKETDOCK_PORT_8765_TCP_PROTO": "tcp",
-        "SOCKETDOCK_PORT_8765_TCP_PORT": "8765",
-        "SOCKETDOCK_PORT_8765_TCP_ADDR": "10.0.0.1",
-    }
+    environment = {}
+    for service in (
+        "socketdock", "socketdock-metrics", "socketdock-reuse", "socketdock-bindip",
+        "socketdock-message", "socketdock-backend", "socketdock-max-pending",
+        "socketdock-service", "socketdock-port",
+    ):
+        environment |= injected(
+            service, "fd00::1", {"http": 8765, "callbacks-2": 8766}
+        )
+    environment |= injected("socketdock-udp", "10.0.0.1", {"": 53}, "udp")
+    environment |= injected("socketdock-sctp", "10.0.0.1", {"": 53}, "sctp")
+    assert "SOCKETDOCK_REUSE_PORT" in environment  # there is an option of that name
     async with Service(environment=environment) as service:
         assert await largest_message(service) == 5
     assert not [line for line in service.log if any(v in line for v in environment)]
@@ -242,6 +262,17 @@ async def test_empty_variable_counts_as_not_set(io_loop, tmp_path):
         assert service.ws_url.startswith("ws://127.0.0.2:")
         assert await largest_message(service) == 3
     assert not [line for line in service.log if "unknown variable" in line]
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["[::1]", "127.0.0.1:8765", "127.0.0.1,127.0.0.2", "http://x", "fe80::x", "a b"],
+)
+@pytest.mark.parametrize("name", ["bindip", "callbackip"])
+def test_address_that_can_be_none_stays_wrong(name, address):
+    """Status 2: it will not come later."""
+    line = refusal("--callbackport=0", f"--{name}={address}")
+    assert f"--{name} must be an address, such as 127.0.0.1" in line
 
 
 @pytest.mark.parametrize("source", ["flag", "file"])
@@ -362,6 +393,16 @@ def test_unknown_option_in_the_file_names_the_nearest(tmp_path):
         ("--drain_timeout=-1", "seconds"),
         ("--drain_timeout=nan", "seconds"),
         ("--drain_timeout=inf", "finite"),
+        ("--drain_timeout=1e400", "finite"),
+        ("--delivery_timeout=Infinity", "finite"),
+        ("--delivery_timeout=\uff11\uff12", "a number"),
+        ("--max_pending=\u0663", "a whole number"),
+        ("--max_pending=1e3", "a whole number"),
+        ("--max_pending=0x10", "a whole number"),
+        (f"--max_pending={2**48 + 1}", "at most"),
+        ("--messages_per_second=inf", "0.01"),
+        ("--breaker_share=nan", "above 0"),
+        ("--header_timeout=1e-300", "more than 0"),
         ("--max_message_size=0", "at least 1"),
         ("--max_header_size=10", "at least 1024"),
         ("--header_timeout=0", "more than 0"),
@@ -388,6 +429,13 @@ def test_wrong_value_names_option_and_what_it_must_be(flag, must):
     assert name in line
     assert must in line
     assert repr(value) in line or value in line
+
+
+def test_wrong_value_is_not_shown_at_length():
+    """One line stays one that can be read."""
+    line = refusal(f"--max_pending={'9' * 5000}")
+    assert "--max_pending must be a whole number, not '999" in line
+    assert len(line) < 200
 
 
 def test_option_without_its_value():

@@ -158,11 +158,8 @@ async def test_unit_starts_what_is_installed(io_loop, tmp_path, tmp_path_factory
     conf = prefix / "share" / "socketdock" / "conf"
     command = setting("ExecStart").replace("/opt/socketdock", str(prefix))
     command = command.replace("/etc/socketdock", str(conf))
-    name, _, value = setting("Environment").partition("=")
-    (tmp_path / setting("StateDirectory")).mkdir(0o700)
     address = str(tmp_path / "notify")
     environment = {
-        name: value.replace("%S", str(tmp_path)),
         "PYTHONPATH": library(prefix),
         "NOTIFY_SOCKET": address,
     }

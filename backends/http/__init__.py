@@ -26,7 +26,7 @@ from backends import (
 )
 from backends.http.attempts import Attempts
 from backends.http.breaker import Breaker, Tripping
-from backends.http.check import HTTPCheck
+from backends.http.check import NOBODY_TO_TELL, HTTPCheck
 from backends.http.client import Client, Target
 from backends.http.credentials import CredentialSources
 from backends.http.delivery import Deliveries, Delivery, Patience
@@ -70,7 +70,7 @@ define("max_backend_connections", default=4096, metavar="COUNT",
 
 define("state_dir", type=str, metavar="PATH",
        help="folder where the ids of open connections survive a crash, so that "
-            "the next start tells of them; none: not kept")
+            "the next start tells of them, by --disconnecturi; none: not kept")
 define("breaker_window", default=10.0, metavar="SECONDS",
        help="the circuit breaker looks back that long")
 define("breaker_attempts", default=20, metavar="COUNT",
@@ -222,7 +222,7 @@ class HTTPBackend(Backend):
 
     def _remember(self, connection_id: str) -> None:
         """Before the first event: a crash from here on is told of at the next start."""
-        if self._state is not None and self._farewells.target is not None:
+        if self._state is not None:
             self._state.journal.add(connection_id)
 
     def _forget(self, connection_id: str) -> None:
@@ -407,7 +407,21 @@ def make_backend(relay: Relay) -> HTTPBackend:
         ),
         Verdicts(connect_target, attempts, options.handshake_timeout),
         sources,
-        StateDirectory(Path(options.state_dir), relay.instance)
-        if options.state_dir
-        else None,
+        make_state(relay.instance, disconnect_target),
     )
+
+
+def make_state(
+    instance: str, disconnect_target: Target | None
+) -> StateDirectory | None:
+    """What `--state_dir` is for, where there is somebody to tell.
+
+    Where not, it is left as it is: a start with `--disconnecturi` tells of it.
+    Raises `Unavailable` where it can't be used.
+    """
+    if not options.state_dir:
+        return None
+    if disconnect_target is None:
+        logger.warning(NOBODY_TO_TELL)
+        return None
+    return StateDirectory(Path(options.state_dir), instance)

@@ -35,6 +35,7 @@ IP_ADDRESS_MISMATCH = 64
 # No issuer found, in four ways, and a chain or certificate that signs itself.
 OF_UNKNOWN_AUTHORITY = frozenset({2, 18, 19, 20, 21, 27})
 
+NOBODY_TO_TELL = "--state_dir does nothing without --disconnecturi: nobody is told"
 NO_TLS = "make it http://, or give the port that speaks TLS"
 
 
@@ -63,14 +64,18 @@ class HTTPCheck(Check):
         self.descriptors = descriptors
 
     async def findings(self) -> AsyncIterator[Finding]:
-        """One for each host, and for the folder."""
+        """One for each host, and for the folder, which has its use with a target."""
         named: dict[tuple[str, str, int], list[str]] = {}
         for option, target in self._targets.items():
             named.setdefault(target.origin, []).append(option)
         for of_origin in named.values():
             yield await self._reach(", ".join(of_origin), self._targets[of_origin[0]])
-        if self._state_dir is not None:
+        if self._state_dir is None:
+            return
+        if "--disconnecturi" in self._targets:
             yield folder_finding(self._state_dir)
+        else:
+            yield Finding("warning", NOBODY_TO_TELL)
 
     async def _reach(self, where: str, target: Target) -> Finding:
         host = f"[{target.host}]" if ":" in target.host else target.host

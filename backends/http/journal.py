@@ -27,8 +27,10 @@ FRESH = ".fresh"  # a journal that is being rewritten
 COMPACT_ABOVE = 4 * 1024 * 1024  # bytes; a journal that has grown to it is rewritten
 MAX_UNWRITTEN = 64 * 1024  # bytes of lines that are kept while the disk is full
 RETRY_INTERVAL = 1.0  # seconds between two attempts to write what could not be
+KEPT_ASIDE = 10  # corrupt journals, the latest, for whoever wants to look
 LINE_LENGTH = len("+\n") + 32  # bytes
 _LINE = re.compile(rb"([+-])([0-9a-f]{32})")
+_ASIDE = re.compile(r"\.corrupt-([0-9]{1,20})")
 _HEAD = re.compile(rb"socketdock journal 1 (\S.*)")
 # After these, what a file had before is still whole.
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -182,6 +184,7 @@ class StateDirectory:
                 with contextlib.suppress(OSError):
                     left.unlink()
             self.dead = list(_read_dead(path))
+            _remove_old(path)
             self.journal = Journal(path, instance)
         except BlockingIOError:
             os.close(self._lock)
@@ -225,6 +228,24 @@ def _read_dead(directory: Path) -> Iterator[DeadRun]:
             continue
         if run is not None and run.ids:
             yield run
+
+
+def _remove_old(directory: Path) -> None:
+    """Remove what was set aside, but for the latest: each crash may leave one."""
+    found = [
+        (int(match[1]), aside)
+        for aside in directory.iterdir()
+        if (match := _ASIDE.fullmatch(aside.suffix)) is not None
+    ]
+    old = sorted(found)[:-KEPT_ASIDE]
+    for _, aside in old:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+    if old:
+        logger.warning(
+            "%d older corrupt journals are removed from %s, the latest %d stay",
+            len(old), directory, KEPT_ASIDE,
+        )
 
 
 def _read(path: Path) -> DeadRun | None:
