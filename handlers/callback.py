@@ -13,6 +13,7 @@ from http import HTTPStatus
 from typing import Any
 
 from backends import Backend, ConnectionClosed, Initiator, SendBufferFull
+from backends.deadlines import RunningTime
 from handlers.authorization import CallbackTokens
 from handlers.body import BodyHandler, NotFoundHandler
 from handlers.connections import ConnectionMap
@@ -167,14 +168,17 @@ def send(
         return GONE
     if sent is None:
         return answer
-    return _when_sent(sent, connection.policy.send_timeout, answer)
+    return _when_sent(connection, sent, answer)
 
 
 async def _when_sent(
-    sent: "asyncio.Future[None]", send_timeout: float, answer: Answer
+    connection: ClientConnection, sent: "asyncio.Future[None]", answer: Answer
 ) -> Answer:
     try:
-        await asyncio.wait_for(sent, send_timeout)
+        async with RunningTime(
+            connection.connections.loop, connection.policy.send_timeout
+        ):
+            await sent
     except (ConnectionClosed, TimeoutError):
         return GONE
     return answer

@@ -77,7 +77,7 @@ async def test_reader_that_stops_is_closed_with_1008(io_loop, authority, tls):
                 large = asyncio.create_task(
                     backend.call(event["meta"]["send"], body=bytes(LARGE))
                 )
-                await client.read(rate=200_000, seconds=3)
+                await client.read(rate=40_000, seconds=3)
                 stopped = time.monotonic()
                 (event,) = await backend.wait_for("disconnect", 1)
                 took = time.monotonic() - stopped
@@ -233,6 +233,29 @@ async def test_clients_that_answered_during_a_stall_stay(io_loop, loop):
                 assert await asyncio.wait_for(client.recv(), DEADLINE) == "meanwhile"
             await client.send("after")
             assert await asyncio.wait_for(client.recv(), DEADLINE) == "after"
+
+
+@LOOPS
+async def test_stall_ends_no_send_that_waits(io_loop, loop):
+    """SIGSTOP beyond --send_timeout: the client read on, and then takes the rest."""
+    size = 4 * LARGE  # what a kernel takes at once is less
+    flags = ("--send_timeout=3", f"--max_message_size={size}", f"--event_loop={loop}")
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            with await SlowClient.connect(service.ws_url) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                large = asyncio.create_task(
+                    backend.call(event["meta"]["send"], body=bytes(size))
+                )
+                await client.read(until=whole(1))
+                # The relay can answer: its kernel has some, and the rest waits.
+                about = event["meta"]["send"].removesuffix("/send")
+                assert (await backend.call(about, "GET")).code == 200
+                async with service.stalled(1):
+                    await client.read(rate=40_000, seconds=3)
+                await client.read(until=whole(size + 10))
+                assert (await large).code == 200
+    assert client.frames()[0] == (BINARY, bytes(size))
 
 
 # Who is idle.

@@ -19,14 +19,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import cast
 from urllib.parse import urlsplit
 
 import aiohappyeyeballs
 
 from backends import BackendAway, BackendError
-from backends.deadlines import after_reading
+from backends.deadlines import RunningTime, after_reading
 from backends.http.resolver import Resolver
 from backends.http.response import MAX_HEAD_SIZE, MalformedResponse, ResponseReader
 
@@ -45,7 +44,6 @@ VERDICT_TIME = 2.0
 TLS_SHUTDOWN_TIMEOUT = 1.0  # seconds for the peer's close_notify; its place waits
 MIN_AGE_SHARE = 0.8  # of the connection age, so that not all are replaced at once
 PROGRESS_CHECKS = 4  # within dead_after; after so many without progress a peer is dead
-STALL = 0.5  # seconds that a timer may be late; beyond, the process was stopped
 # In which IDNA 2003, as in Python, and IDNA 2008, as in browsers, name other hosts.
 AMBIGUOUS_IN_IDNA = "\u00df\u03c2\u200c\u200d"
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -810,42 +808,6 @@ class _Progress:
             self._timer = self._loop.call_later(self._pause, self._check)
         else:
             self._on_none()
-
-
-class RunningTime:
-    """As `asyncio.timeout`, but a stall of the process begins the time anew.
-
-    What is awaited takes several steps, of which the peer's next one may wait in
-    the socket, and those behind it are still to come.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        self._loop = loop
-        self._seconds = seconds
-        self._scope = asyncio.timeout(None)
-
-    async def __aenter__(self) -> None:
-        await self._scope.__aenter__()
-        self._begin()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        self._timer.cancel()
-        await self._scope.__aexit__(kind, error, where)
-
-    def _begin(self) -> None:
-        due = self._loop.time() + self._seconds
-        self._timer = self._loop.call_at(due, self._end, due)
-
-    def _end(self, due: float) -> None:
-        if self._loop.time() > due + STALL:
-            self._begin()
-        else:
-            self._scope.reschedule(self._loop.time())
 
 
 def stopped(target: Target) -> BackendError:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tornado.iostream import StreamClosedError
 
+from backends.deadlines import RunningTime
 from handlers.authorization import OperatorGuard
 from handlers.console.guarded import GuardedHandler
 from handlers.console.page import Clients
@@ -90,7 +91,7 @@ class LiveHandler(TailHandler):
     async def _pass_on(self, lines: bytes) -> None:
         """Send them, when the ones before have been taken."""
         self.write(lines)
-        async with asyncio.timeout(TAKE_TIMEOUT):
+        async with RunningTime(asyncio.get_running_loop(), TAKE_TIMEOUT):
             await self.flush()
 
     def _is_allowed_still(self) -> bool:
