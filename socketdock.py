@@ -629,6 +629,7 @@ async def serve(log: Log) -> int:
     await tail.close()
     heartbeat.close()
     lifetimes.close()
+    policy.stalls.close()
     trimmer.close()
     connections.refusals.sum_up()
     await backend.close()

@@ -6,10 +6,12 @@ credit (the "virtual scheduling" of ITU-T I.371).
 """
 
 import asyncio
+import time
 from dataclasses import dataclass
 
 from tornado.options import define
 
+from backends.deadlines import STALL
 from handlers.frames import CloseCode, FrameError
 
 define("messages_per_second", default=0.0, metavar="RATE",
@@ -23,14 +25,85 @@ define("rate_patience", default=10.0, metavar="SECONDS",
             "then it is closed with 1008")
 
 BURST = 1.0  # seconds' worth that may come at once, and one more in any case
+STALL_INTERVAL = 0.5  # seconds between two looks whether the process stood still
 
 
-def spent(paid_until: float, now: float, seconds: float) -> float:
+def spent(
+    paid_until: float, now: float, seconds: float, burst: float = BURST
+) -> float:
     """A bucket from which `seconds` worth of its rate is taken.
 
-    There is credit again when `now` is past what this returns.
+    There is credit again when `now` is past what this returns. `burst` is the
+    most credit that it can hold, in seconds' worth.
     """
-    return max(paid_until, now - BURST) + seconds
+    return max(paid_until, now - burst) + seconds
+
+
+class Stalls:
+    """How long the process stood still: by SIGSTOP, or with its machine.
+
+    By a clock that goes on meanwhile, where there is one, and by a timer that only
+    runs once somebody has asked.
+    """
+
+    __slots__ = ("_due", "_seconds", "_timer")
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._due = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in all; what is under way counts, before the timer runs."""
+        if self._timer is None:
+            self._start()
+        return self._seconds + self._late()
+
+    def close(self) -> None:
+        """Stop the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _start(self) -> None:
+        self._due = _clock() + STALL_INTERVAL
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(STALL_INTERVAL, self._tick)
+
+    def _tick(self) -> None:
+        self._seconds += self._late()
+        self._start()
+
+    def _late(self) -> float:
+        late = _clock() - self._due
+        return late if late > STALL else 0.0
+
+
+def _clock() -> float:
+    """Seconds, those for which a machine was suspended included where they can be."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class _Bucket:
+    """Credit for what comes at a rate: `BURST` at most, and what was left unread.
+
+    What could come while nothing was read is credit that comes on top, once.
+    """
+
+    __slots__ = ("_burst", "paid_until")
+
+    def __init__(self) -> None:
+        self.paid_until = float("-inf")  # on the loop's clock
+        self._burst = BURST  # seconds' worth
+
+    def spend(self, seconds: float, now: float) -> None:
+        """Take `seconds` worth out of it."""
+        self.paid_until = spent(self.paid_until, now, seconds, self._burst)
+        self._burst = max(BURST, min(self._burst, now - self.paid_until))
+
+    def excuse(self, seconds: float) -> None:
+        """For so long nothing was read."""
+        self._burst += seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +119,34 @@ class Rates:
 
 
 class Throttle:
-    """Holds the reading of one client to its rates."""
+    """Holds the reading of one client to its rates.
+
+    Time in which nothing was read, whatever the client did, is not held against it:
+    what came meanwhile comes at once when reading goes on.
+    """
 
     __slots__ = (
-        "_bytes_paid",
+        "_bytes",
         "_held",
-        "_messages_paid",
+        "_messages",
         "_pushing_since",
         "_rates",
         "_released",
+        "_stalled",
+        "_stalls",
         "_timer",
+        "_unread_since",
     )
 
-    def __init__(self, rates: Rates) -> None:
+    def __init__(self, rates: Rates, stalls: Stalls) -> None:
         self._rates = rates
-        self._messages_paid = self._bytes_paid = float("-inf")  # on the loop's clock
+        self._stalls = stalls
+        self._stalled = stalls.seconds  # those that are excused already
+        self._messages, self._bytes = _Bucket(), _Bucket()
         # Since when it has been sending more than it may, on the loop's clock.
         self._pushing_since: float | None = None
+        # Since when it is not read for the backend's sake, on the loop's clock.
+        self._unread_since: float | None = None
         self._held: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._released = False
@@ -71,24 +155,32 @@ class Throttle:
         """`size` bytes came, `at_once` where they were there before we asked."""
         if not at_once:
             self._pushing_since = None
+        self._excuse_stalls(now)
         if self._rates.bytes:
-            self._bytes_paid = spent(self._bytes_paid, now, size / self._rates.bytes)
+            self._bytes.spend(size / self._rates.bytes, now)
 
     def on_message(self, now: float) -> None:
         """A message came."""
         if self._rates.messages:
-            self._messages_paid = spent(
-                self._messages_paid, now, 1 / self._rates.messages
-            )
+            self._messages.spend(1 / self._rates.messages, now)
+
+    def on_full(self, now: float) -> None:
+        """There is no room for what it sends, though it has credit."""
+        if self._unread_since is None:
+            self._unread_since = now
 
     def room(self, now: float) -> "asyncio.Future[None] | None":
         """None where more may be read, else what to wait for.
 
         Raises `FrameError` with 1008 where the client's time is up.
         """
-        credit_at = max(self._messages_paid, self._bytes_paid)
+        if self._unread_since is not None:
+            self._excuse(now - self._unread_since, now)
+            self._unread_since = None
+        credit_at = max(self._messages.paid_until, self._bytes.paid_until)
         if credit_at < now or self._released:
             return None
+        self._excuse_stalls(now)
         if self._pushing_since is None:
             # Not from now on: whoever waits for credit may yet be quiet.
             self._pushing_since = credit_at
@@ -100,11 +192,22 @@ class Throttle:
         return self._held
 
     def _on_credit(self, credit_at: float) -> None:
-        if self._pushing_since is not None:
-            # By how much we are late is no time in which the client pushed.
-            late = asyncio.get_running_loop().time() - credit_at
-            self._pushing_since += max(0.0, late)
+        now = asyncio.get_running_loop().time()
+        self._excuse(max(0.0, now - credit_at), now)
         self._resume()
+
+    def _excuse_stalls(self, now: float) -> None:
+        stalled = self._stalls.seconds
+        if stalled > self._stalled:
+            self._excuse(stalled - self._stalled, now)
+            self._stalled = stalled
+
+    def _excuse(self, seconds: float, now: float) -> None:
+        """For `seconds` until now nothing was read."""
+        self._messages.excuse(seconds)
+        self._bytes.excuse(seconds)
+        if self._pushing_since is not None:
+            self._pushing_since = min(now, self._pushing_since + seconds)
 
     def release(self) -> None:
         """Hold nothing more: the connection ends."""

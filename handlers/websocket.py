@@ -51,7 +51,7 @@ from handlers.protocol import (
     switch,
 )
 from handlers.proxies import TrustedProxies
-from handlers.rates import Rates, Throttle
+from handlers.rates import Rates, Stalls, Throttle
 from handlers.tickets import Claim, Tickets
 from handlers.trace import HandshakeSpan, Tracer, trace_context
 from handlers.uptake import Uptake
@@ -103,6 +103,7 @@ class ClientPolicy:
     queue_messages: int = 64
     queue_bytes: int = 1024 * 1024
     rates: Rates = field(default_factory=Rates)
+    stalls: Stalls = field(default_factory=Stalls)
     trust_traceparent: bool = True
 
 
@@ -457,7 +458,7 @@ class ClientConnection:
         self.subprotocol = subprotocol
         rates = self.policy.rates
         if rates:
-            self._throttle = Throttle(rates)
+            self._throttle = Throttle(rates, self.policy.stalls)
         self._protocol = ClientProtocol(
             self, self.policy.max_message_size, compression, rates.bytes
         )
@@ -535,6 +536,8 @@ class ClientConnection:
         elif self._room is None or self._room.done():
             self._room = self.connections.loop.create_future()
             self._full = True
+        if self._throttle is not None and self._room is not None:
+            self._throttle.on_full(self._now())
         return self._room
 
     @property

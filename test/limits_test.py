@@ -321,6 +321,61 @@ async def test_client_that_is_held_back_can_be_closed(io_loop):
                 assert event["meta"]["code"] == 1000
 
 
+async def keep_rate(client: websockets.ClientConnection, message: bytes) -> None:
+    """Send `message` less than 20 times a second, until the test ends."""
+    while True:
+        await client.send(message)
+        await asyncio.sleep(0.055)  # its pace
+
+
+RATE_OF_20 = pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--messages_per_second=20", b"x"),
+        ("--bytes_per_second=20200", bytes(1000)),  # and 8 of a frame's header
+    ],
+    ids=["messages", "bytes"],
+)
+
+
+@RATE_OF_20
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+async def test_stall_is_not_held_against_a_client(io_loop, loop, flag, message):
+    """SIGSTOP for longer than --rate_patience: what it sent meanwhile is read."""
+    flags = (flag, "--rate_patience=1", f"--event_loop={loop}")
+    async with Service(*flags) as service:
+        async with connect(service.ws_url) as client:
+            sending = asyncio.create_task(keep_rate(client, message))
+            for _ in range(20):
+                await asyncio.wait_for(client.recv(), DEADLINE)
+            async with service.stalled(4):
+                pass
+            for _ in range(140):  # 70 of the stall, and some seconds more
+                await asyncio.wait_for(client.recv(), DEADLINE)
+            sending.cancel()
+
+
+@RATE_OF_20
+async def test_slow_backend_is_not_held_against_a_client(io_loop, flag, message):
+    """Reading stops for longer than --rate_patience, and then finds what came."""
+    async with RecordingBackend() as backend:
+        let_go = withhold(backend, "message")
+        flags = (*backend.flags("message", "disconnect"), flag, "--rate_patience=1",
+                 "--order_wait=inf", "--backend_timeout=60",
+                 "--connection_queue_messages=1")
+        async with Service(*flags) as service:
+            async with connect(service.ws_url) as client:
+                sending = asyncio.create_task(keep_rate(client, message))
+                await backend.wait_for("message", 1)
+                await asyncio.sleep(4)  # for which the backend thinks
+                let_go.set()
+                await backend.wait_for("message", 140)
+                assert not sending.done()
+                sending.cancel()
+                await client.close()
+                assert client.close_code == 1000
+
+
 # How long they stay.
 
 
