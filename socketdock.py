@@ -66,6 +66,7 @@ from handlers.health import (
     probe,
 )
 from handlers.heartbeat import Heartbeat
+from handlers.kept import MAX_KEPT_BODIES, KeptBodies
 from handlers.lifetimes import Lifetimes
 from handlers.listener import (
     Listener,
@@ -552,6 +553,7 @@ async def serve(log: Log) -> int:
             guard, connections, tail, tickets, clients, policy.max_message_size
         )
     listeners = {to_clients, to_backend}
+    kept = KeptBodies(max(MAX_KEPT_BODIES, 2 * policy.max_message_size))
     quick: Callable[[Request], Quick | None] = QuickSend(
         prefix, tokens, connections, backend, policy.max_message_size
     )
@@ -562,7 +564,7 @@ async def serve(log: Log) -> int:
         to_clients.serve(
             make_server(
                 client_routes(paths, for_backend, **for_clients),
-                bounds(policy),
+                bounds(kept, policy),
                 observers,
                 quick,
                 tracing,
@@ -572,14 +574,14 @@ async def serve(log: Log) -> int:
         to_clients.serve(
             make_server(
                 client_routes(paths, [], **for_clients),
-                bounds(),
+                bounds(kept),
                 observers,
             ),
             leaves_reserve=True,
         )
         to_backend.serve(
             make_server(
-                for_backend, bounds(policy), observers, quick, tracing
+                for_backend, bounds(kept, policy), observers, quick, tracing
             )
         )
     log.begin()
@@ -686,13 +688,14 @@ def claim_descriptors(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def bounds(policy: ClientPolicy | None = None) -> RequestBounds:
+def bounds(kept: KeptBodies, policy: ClientPolicy | None = None) -> RequestBounds:
     """Of a listener's requests; bodies may be messages where a policy is given."""
     return RequestBounds(
         options.header_timeout,
         options.body_timeout,
         options.max_header_size,
         policy.max_message_size if policy is not None else options.max_header_size,
+        kept,
     )
 
 

@@ -84,6 +84,8 @@ class _Routing(HTTPMessageDelegate):
         return self._handler.headers_received(start_line, headers)
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
+        if not getattr(self._handler, "stream_request_body", False):
+            return None  # Tornado would keep it, and no handler of ours asks for it
         return self._handler.data_received(chunk)
 
     def finish(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from tornado.httputil import HTTPHeaders
 from tornado.web import stream_request_body
 
+from handlers.kept import RETRY_AFTER, KeptBodies, joined
 from handlers.problem import ProblemHandler
 
 # A body that is not wanted is read to its end and dropped, so that the peer sees
@@ -19,10 +20,16 @@ class BodyHandler(ProblemHandler):
     """A handler that keeps a body of up to `max_body_size` bytes."""
 
     max_body_size = 0
+    _body: bytes | bytearray = b""
+    _length = 0
+
+    @property
+    def _kept(self) -> KeptBodies:
+        connection: Any = self.request.connection
+        kept: KeptBodies = connection.kept_bodies
+        return kept
 
     async def prepare(self) -> None:
-        self._chunks: list[bytes] = []
-        self._length = 0
         connection: Any = self.request.connection
         connection.set_max_body_size(MAX_DISCARDED_BODY)
         headers = self.request.headers
@@ -34,12 +41,36 @@ class BodyHandler(ProblemHandler):
 
     def data_received(self, chunk: bytes) -> None:
         self._length += len(chunk)
+        if self._finished:
+            return
         if self._length <= self.max_body_size:
-            self._chunks.append(chunk)
+            self._body = joined(self._body, chunk)
+            self._kept.keep(self, self._length)
         else:
-            self._chunks.clear()
-            if self._length > MAX_DISCARDED_BODY - len(chunk) and not self._finished:
+            self._drop_body()
+            if self._length > MAX_DISCARDED_BODY - len(chunk):
                 self._refuse_early()
+
+    def on_finish(self) -> None:
+        self._drop_body()
+
+    def on_connection_close(self) -> None:
+        self._drop_body()
+
+    def refuse_to_keep(self) -> None:
+        """503: the process has no room for the body."""
+        self._drop_body()
+        if not self._finished:
+            self.set_header("Connection", "close")
+            self.set_header("Retry-After", str(RETRY_AFTER))
+            self.problem(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "This instance keeps as many bytes of bodies as it may.",
+            )
+
+    def _drop_body(self) -> None:
+        self._body = b""
+        self._kept.discard(self)
 
     def _refuse_early(self) -> None:
         """Answer without the rest of the body, after which the connection ends."""
@@ -56,12 +87,15 @@ class BodyHandler(ProblemHandler):
         )
 
     def take_body(self) -> bytes | None:
-        """The whole body; None where it was too large, which has been answered."""
+        """The whole body; None where it was not taken, which has been answered."""
+        if self._finished:
+            return None
         if self._length > self.max_body_size:
             self._refuse_body()
             return None
-        chunks, self._chunks = self._chunks, []
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        body = bytes(self._body)
+        self._drop_body()
+        return body
 
 
 class RefusingHandler(BodyHandler):

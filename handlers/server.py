@@ -17,8 +17,9 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import formatdate
+from http import HTTPStatus
 from typing import Any, Protocol
 
 import httptools
@@ -34,6 +35,7 @@ from tornado.iostream import IOStream, StreamClosedError
 from tornado.web import Application
 
 from backends.deadlines import after_reading
+from handlers.kept import RETRY_AFTER, KeptBodies, joined
 from handlers.sockets import READ_SIZE, SocketConnection
 
 logger = logging.getLogger(__name__)
@@ -47,9 +49,13 @@ STALL = 1.0  # seconds by which a tick is late where nobody was served meanwhile
 MAX_AHEAD = READ_SIZE
 MAX_HEADERS = 1000  # of one request, trailers included: each takes its time
 PIECES_PER_TURN = 16  # that one connection parses before others have their turn
+LINES_PER_PIECE = 16  # of a chunked body: a chunk of one byte takes time like any
+# Bytes that come at once which are looked at for tiny chunks before they are parsed.
+LONG_PIECE = 4096
 
 SWITCHING_PROTOCOLS = 101
-EMPTY_LINE = b"\r\n\r\n"
+NEW_LINE = b"\r\n"
+EMPTY_LINE = NEW_LINE * 2
 LINE_END = re.compile(r"[\r\n\0]")
 LENGTHS_OF_NAMES = frozenset(
     map(len, ("Content-Length", "Transfer-Encoding", "Upgrade"))
@@ -58,12 +64,16 @@ LENGTHS_OF_NAMES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RequestBounds:
-    """What every request is held to: seconds, and bytes."""
+    """What every request is held to: seconds, and bytes.
+
+    `kept` is what the bodies of all requests together are held to.
+    """
 
     header_timeout: float
     body_timeout: float
     max_header_size: int
     max_body_size: int
+    kept: KeptBodies = field(default_factory=KeptBodies)
 
 
 class QuickAnswer(Protocol):
@@ -88,11 +98,12 @@ class Request:
     """
 
     __slots__ = (
+        "body",
         "chunked",
-        "chunks",
         "complete",
         "declared",
         "headers",
+        "is_kept",
         "keep_alive",
         "length",
         "method",
@@ -111,15 +122,17 @@ class Request:
         self.trailers = 0
         # Bytes of a head that is not whole; then those since its body last grew.
         self.size = 0
-        self.chunks: list[bytes] = []
+        self.body: bytes | bytearray = b""  # what no handler has taken
+        self.is_kept = False  # among the bodies that are counted in the process
         self.declared = 0  # bytes of its body, by Content-Length
         self.length = 0  # bytes of its body so far
         self.chunked = self.complete = self.keep_alive = self.upgrade = False
         self.quick: Quick | None = None  # what answers it without a handler
 
-    def body(self) -> bytes:
-        """All of it."""
-        return self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+    def take_body(self) -> bytes:
+        """What has come of its body, which is the caller's from now on."""
+        body, self.body = self.body, b""
+        return bytes(body)  # the same one, where it came in one piece
 
     def head_size(self) -> int:
         """Bytes of its target and headers, colons and line ends included."""
@@ -389,11 +402,18 @@ class RequestConnection(SocketConnection):
         partial = self._partial
         if partial is not None and partial.length < partial.declared:
             return min(len(data), partial.declared - partial.length)
+        if partial is not None and partial.chunked:
+            end = _start_of_line(data, LINES_PER_PIECE)
+            if end > 0 and data.find(EMPTY_LINE, 0, end + len(NEW_LINE)) < 0:
+                return end
         end = data.find(EMPTY_LINE) + len(EMPTY_LINE)
         if end < len(EMPTY_LINE):
             return len(data) - _begun(data)
-        if end < len(data) and data[-1] not in b"\r\n" and (
-            data.find(EMPTY_LINE, end) < 0
+        if (
+            end < len(data)
+            and data[-1] not in b"\r\n"
+            and data.find(EMPTY_LINE, end) < 0
+            and (len(data) < LONG_PIECE or _start_of_line(data, MAX_HEADERS) < 0)
         ):
             return len(data)  # behind it is at most its body, or half a head
         return end
@@ -436,12 +456,21 @@ class RequestConnection(SocketConnection):
             return
         if request.quick is not None:
             if request.complete:
-                answer = request.quick(request.body())
+                body = request.take_body()
+                answer = request.quick(body)
                 if answer is not None:
+                    if request.is_kept:
+                        self._server.bounds.kept.discard(self)
                     self._answer(request, answer)
                     return
+                request.body = body
             elif request.length <= self._server.bounds.max_body_size:
+                if request.length:
+                    request.is_kept = True
+                    self._server.bounds.kept.keep(self, request.length)
                 return
+        if request.is_kept:
+            self._server.bounds.kept.discard(self)
         self._exchange = Exchange(self, self._server, request)
         self._exchange.begin()
 
@@ -616,7 +645,7 @@ class RequestConnection(SocketConnection):
     def on_body(self, body: bytes) -> None:
         request = self._partial
         if request is not None and not self._closing:
-            request.chunks.append(body)
+            request.body = joined(request.body, body)
             request.length += len(body)
 
     def on_message_complete(self) -> None:
@@ -663,10 +692,21 @@ class RequestConnection(SocketConnection):
         if partial is not None and partial is self._request:
             self.give_up(status)
 
+    def refuse_to_keep(self) -> None:
+        """The process has no room for the rest of the body of the one at hand."""
+        request = self._request
+        if request is None or request.complete or self._exchange is not None:
+            return  # it is another's already
+        status = HTTPStatus.SERVICE_UNAVAILABLE
+        self._server.log(request.method, request.target.decode("latin-1"), status)
+        retry = b"Retry-After: %d" % RETRY_AFTER
+        self.give_up(b"503 Service Unavailable\r\n" + retry)
+
     def give_up(self, status: bytes) -> None:
         """The request at hand can't be completed: `status`, if it has no answer."""
+        self._server.bounds.kept.discard(self)
         exchange, self._exchange = self._exchange, None
-        self._request = None
+        self._request = self._partial = None
         if exchange is not None:
             exchange.tell_of_close()
         if exchange is None or not exchange.answered:
@@ -734,6 +774,7 @@ class RequestConnection(SocketConnection):
         """The socket is no longer ours; whoever waits for it is told."""
         self._closing = True
         self._server.deadlines.connections.discard(self)
+        self._server.bounds.kept.discard(self)
         self._parser = None
         self._inbox = bytearray()
         exchange, self._exchange = self._exchange, None
@@ -815,9 +856,8 @@ class Exchange(HTTPConnection):
         request, delegate = self._request, self._delegate
         if delegate is None or not self.prepared:
             return
-        chunks, request.chunks = request.chunks, []
-        for chunk in chunks:
-            delegate.data_received(chunk)
+        if request.body:
+            delegate.data_received(request.take_body())
         if self._is_over:
             return
         if request.length > self._body_limit:
@@ -836,6 +876,11 @@ class Exchange(HTTPConnection):
             on_close()
 
     # What handlers call.
+
+    @property
+    def kept_bodies(self) -> KeptBodies:
+        """What all bodies are counted in, until handlers take them."""
+        return self._connection._server.bounds.kept
 
     def set_close_callback(self, callback: Callable[[], None] | None) -> None:
         """Call it when the peer goes before it is answered."""
@@ -922,6 +967,16 @@ class Exchange(HTTPConnection):
         if self._chunked and chunk:
             return b"%x\r\n%b\r\n" % (len(chunk), chunk)
         return chunk
+
+
+def _start_of_line(data: bytes | bytearray, number: int) -> int:
+    """Where the end of line number `number` begins, from 1; -1: there are fewer."""
+    end = -1
+    for _ in range(number):
+        end = data.find(NEW_LINE, end + 1)
+        if end < 0:
+            break
+    return end
 
 
 def _begun(data: bytes | bytearray) -> int:

@@ -5,6 +5,7 @@ does: the tests of both run over the same requests.
 """
 
 import asyncio
+import itertools
 import re
 import socket
 import ssl
@@ -33,9 +34,11 @@ from tornado.iostream import (
 )
 from tornado.web import Application
 
+from handlers.kept import KeptBodies
 from handlers.server import (
     ANSWER_TIMEOUT,
     IDLE_TIMEOUT,
+    LINES_PER_PIECE,
     MAX_HEADERS,
     SWITCHING_PROTOCOLS,
     Deadlines,
@@ -225,7 +228,7 @@ class _Exchange(HTTP1Connection):
         """With extensions and trailers, which Tornado refuses and nobody reads."""
         stream, limit = self.stream, self.params.max_header_size
         total = 0
-        while True:
+        for number in itertools.count(1):
             line = await stream.read_until(b"\r\n", max_bytes=limit)
             match = CHUNK_LINE.fullmatch(line)
             if match is None:
@@ -243,7 +246,8 @@ class _Exchange(HTTP1Connection):
                 await self._deliver_body(delegate, part)
             if await stream.read_bytes(2) != b"\r\n":
                 raise HTTPInputError("a chunk without its end")
-            await asyncio.sleep(0)  # what has come already waits for nobody else
+            if number % LINES_PER_PIECE == 0:
+                await asyncio.sleep(0)  # what has come already waits for nobody else
         for _ in range(MAX_HEADERS):
             line = await stream.read_until(b"\r\n", max_bytes=limit)
             if line == b"\r\n":
@@ -253,6 +257,11 @@ class _Exchange(HTTP1Connection):
                 raise HTTPInputError("no trailer")
             await asyncio.sleep(0)
         raise HTTPInputError("too many trailers")
+
+    @property
+    def kept_bodies(self) -> KeptBodies:
+        """What all bodies are counted in, until handlers take them."""
+        return self._connection.bounds.kept
 
     def set_body_timeout(self, timeout: float) -> None:
         """In seconds from now."""

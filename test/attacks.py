@@ -4,7 +4,8 @@
 
 Each kind of peer in turn, at the clients' listener and at that of the callbacks, by
 both servers: resident memory before, during and after, and how long a healthy
-client waited for its echo meanwhile. `test/attacks_test.py` runs it in a short form.
+client waited for its echo meanwhile, and a healthy caller for its answer.
+`test/attacks_test.py` runs it in a short form.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import websockets
-from faults import memory
+from faults import memory, tell
 from service import DEADLINE, Service
 from wire import handshake
 
@@ -29,6 +30,8 @@ UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 CHUNK = b"%x\r\n" % PIECE + b"x" * PIECE + b"\r\n"
 FLOOD = b"x" * PIECE
+# What a healthy caller sends: several reads of the relay, and one answer.
+HEALTHY = SEND + b"Content-Length: 150000\r\n\r\n" + bytes(150_000)
 
 # What a peer says first, and then again and again, without reading an answer.
 PEERS = {
@@ -37,6 +40,7 @@ PEERS = {
     "pipelined sends": (b"", SEND + b"Content-Length: 65536\r\n\r\n" + FLOOD),
     "a chunked body behind requests": (GET * 2000 + SEND + CHUNKED, CHUNK),
     "a chunked body": (SEND + CHUNKED, CHUNK),
+    "a body in tiny chunks": (SEND + CHUNKED, b"2\r\nxx\r\n" * (PIECE // 7)),
     "a body that is never whole": (SEND + b"Content-Length: 60000000\r\n\r\n", FLOOD),
     "an endless header": (b"GET / HTTP/1.1\r\nX: ", FLOOD),
     "endless headers": (b"GET / HTTP/1.1\r\n", b"X: y\r\n" * (PIECE // 6)),
@@ -52,12 +56,13 @@ PEERS = {
 
 @dataclass
 class Figures:
-    """Resident memory in bytes, and the longest wait for an echo, in seconds."""
+    """Resident memory in bytes, and the longest waits in seconds."""
 
     before: int
     during: int
     after: int
     longest_echo: float
+    longest_call: float
     sent: int  # bytes that the relay's side took from all peers
 
 
@@ -97,7 +102,7 @@ async def attack(
     parts = urlsplit(url)
     address = (parts.hostname or "", parts.port or 0)
     before = during = memory(process)
-    longest = 0.0
+    longest = longest_call = 0.0
     async with websockets.connect(service.ws_url, ping_interval=None) as client:
         attackers = [Peer(address, kind) for _ in range(peers)]
         tasks = [asyncio.create_task(attacker.stay()) for attacker in attackers]
@@ -108,6 +113,12 @@ async def attack(
                 await client.send("hello")
                 assert await asyncio.wait_for(client.recv(), DEADLINE) == "hello"
                 longest = max(longest, time.monotonic() - began)
+                began = time.monotonic()
+                heard = await tell(
+                    service.callback_url, HEALTHY, answers=1, deadline=DEADLINE
+                )
+                assert heard.statuses == [410], heard
+                longest_call = max(longest_call, time.monotonic() - began)
                 during = max(during, memory(process))
                 await asyncio.sleep(0.05)  # between two looks
         finally:
@@ -123,7 +134,7 @@ async def attack(
             await asyncio.sleep(0.05)
             after = min(after, memory(process))
     sent = sum(attacker.sent for attacker in attackers)
-    return Figures(before, during, after, longest, sent)
+    return Figures(before, during, after, longest, longest_call, sent)
 
 
 def doors(service: Service) -> dict[str, str]:
@@ -135,7 +146,8 @@ async def main(
     peers: int, seconds: float, servers: Sequence[str], kinds: Sequence[str]
 ) -> None:
     """A row for each attack."""
-    print(f"{peers} peers, {seconds:g} s each; MB: before, during, after; taken; echo")
+    print(f"{peers} peers, {seconds:g} s each; MB: before, during, after; taken;"
+          " longest echo and call")
     for server in servers:
         for door in ("clients", "callbacks"):
             for kind in kinds:
@@ -148,7 +160,8 @@ async def main(
                 print(
                     f"{server:8} {door:10} {kind:32}"
                     f" {mb[0]:6.0f} {mb[1]:6.0f} {mb[2]:6.0f}"
-                    f" {found.sent / 2**20:8.0f} {found.longest_echo:6.2f} s",
+                    f" {found.sent / 2**20:8.0f} {found.longest_echo:6.2f} s"
+                    f" {found.longest_call:6.2f} s",
                     flush=True,
                 )
 

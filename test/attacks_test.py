@@ -4,6 +4,8 @@ import pytest
 from attacks import PEERS, attack, doors
 from service import Service
 
+from handlers.kept import MAX_KEPT_BODIES
+
 pytestmark = pytest.mark.gen_test(timeout=90)
 
 COUNT = 60  # peers at once
@@ -25,3 +27,16 @@ async def test_peers_that_read_nothing_take_little_memory(io_loop, server, door)
             assert found.during - found.before < COUNT * EACH, (kind, found)
             assert found.sent > 0, kind
             assert found.longest_echo < 10, (kind, found)
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+@pytest.mark.parametrize("kind", ["a chunked body", "a body that is never whole"])
+async def test_bodies_at_their_largest_are_bounded_together(io_loop, server, kind):
+    """4 MiB each, of more peers than the process keeps bodies of."""
+    async with Service("--callbackport=0", f"--http_server={server}") as service:
+        url = service.callback_url
+        found = await attack(service, url, kind, COUNT, 1.0)
+        # What is kept, and half as much again in the gaps between; what is read.
+        most = MAX_KEPT_BODIES * 3 // 2 + COUNT * EACH
+        assert found.during - found.before < most, found
+        assert found.longest_call < 10, found

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 import websockets
 from certificates import Authority
-from faults import Heard, tell
+from faults import Heard, memory, tell
 from service import DEADLINE, RecordingBackend, Service, eventually
 from tornado.ioloop import IOLoop
 from wire import KEY, TEXT, frame, handshake
@@ -258,6 +258,93 @@ async def test_head_above_the_limit_is_refused_however_it_comes(relay, pieces):
         relay.ws_url, *(request[at : at + size] for at in range(0, len(request), size))
     )
     assert heard.ended and {431}.issuperset(heard.statuses)
+
+
+# Bodies of all requests together.
+
+BIG = 32 * 2**20  # bytes; two of these are what a process keeps of bodies
+
+
+async def begin_body(url: str, more: bytes, size: int, coming: int):
+    """A send of `size` bytes, of which so many come now; its two streams."""
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    writer.write(SEND + more + b"Content-Length: %d\r\n\r\n" % size)
+    writer.write(bytes(coming))
+    return reader, writer
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("more", [b"", b"Content-Encoding: identity\r\n"])
+async def test_bodies_of_all_requests_together_are_bounded(io_loop, server, more):
+    """The one under way longest is refused; later ones, and small ones, are not.
+
+    Whether a handler reads it, or it is read for a send without one.
+    """
+    flags = (f"--max_message_size={BIG}", f"--http_server={server}")
+    async with Service(*flags) as service, asyncio.timeout(3 * DEADLINE):
+        first = await begin_body(service.ws_url, more, BIG, 25 * 2**20)
+        # The relay has read some of it before this answer.
+        assert (await tell(service.ws_url, LIVEZ, answers=1)).statuses == [200]
+        streams = [
+            await begin_body(service.ws_url, more, BIG, 25 * 2**20) for _ in range(2)
+        ]
+        head = await first[0].readuntil(b"\r\n\r\n")
+        assert b" 503 " in head and b"\r\nRetry-After: " in head
+        assert b"\r\nConnection: close\r\n" in head
+        small = SEND + b"Content-Length: 100000\r\n\r\n" + bytes(100_000)
+        for _ in range(3):
+            heard = await tell(service.ws_url, small, answers=1)
+            assert heard.statuses == [410]
+        for reader, writer in streams:
+            writer.write(bytes(BIG - 25 * 2**20))
+            assert b" 410 " in await reader.readline()
+        for _, writer in (first, *streams):
+            writer.close()
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_body_in_tiny_chunks_takes_no_more_than_its_bytes(io_loop, server):
+    """Two bytes each, which as objects of their own would take fifty more."""
+    size = 2**19
+    async with Service(f"--http_server={server}") as service:
+        begun = SEND + b"Transfer-Encoding: chunked\r\n\r\n"
+        assert (await tell(service.ws_url, LIVEZ, answers=1)).statuses == [200]
+        before = memory(service.process.pid)
+        parts = urlsplit(service.ws_url)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        writer.write(begun + b"2\r\nab\r\n" * (size // 2))
+        async with asyncio.timeout(3.5 * DEADLINE):
+            await writer.drain()
+            assert (await tell(service.ws_url, LIVEZ, answers=1)).statuses == [200]
+            found = memory(service.process.pid) - before
+            writer.write(b"0\r\n\r\n")
+            assert b" 410 " in await reader.readline()
+        writer.close()
+        assert found < 10 * size, f"{found / size:.1f} times as much"
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_body_that_no_route_takes_is_not_kept(io_loop, server):
+    """By a probe, or where clients connect."""
+    size = 4 * 2**20 - 1
+    lines = (b"POST /livez HTTP/1.1", b"GET /ws HTTP/1.1")
+    async with Service(f"--http_server={server}") as service:
+        assert (await tell(service.ws_url, LIVEZ, answers=1)).statuses == [200]
+        before = memory(service.process.pid)
+        parts = urlsplit(service.ws_url)
+        writers = []
+        async with asyncio.timeout(3 * DEADLINE):
+            for line in lines * 6:
+                _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+                writers.append(writer)
+                head = b"\r\nHost: relay\r\nContent-Length: %d\r\n\r\n" % size
+                writer.write(line + head + bytes(size - 1))
+                await writer.drain()
+            assert (await tell(service.ws_url, LIVEZ, answers=1)).statuses == [200]
+        assert memory(service.process.pid) - before < 3 * size
+        for writer in writers:
+            writer.close()
 
 
 # A process that stands still.

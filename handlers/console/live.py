@@ -109,6 +109,7 @@ class LiveHandler(TailHandler):
             connection.abort()
 
     def on_connection_close(self) -> None:
+        super().on_connection_close()
         if self._viewer is not None:
             self._viewer.leave()
 
