@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 import websockets
@@ -203,6 +206,42 @@ async def test_health_speaks_tls(io_loop, tmp_path):
         assert status == 0
         status, _ = healthy(service, f"--bindport={port}")
         assert status == 1
+
+
+@pytest.mark.parametrize("command", ["exec {}", "{}; exit $?", "sh -c '{}; exit $?'"])
+async def test_health_finds_the_relay_behind_a_shell(io_loop, command):
+    """The first process of a container may be what starts the relay."""
+    with socket.create_server(("127.0.0.2", 0)) as free:
+        port = free.getsockname()[1]
+    relay = f'"{sys.executable}" socketdock.py --bindip=127.0.0.2 --bindport={port}'
+    shell = await asyncio.create_subprocess_exec(
+        "sh", "-c", command.format(relay), cwd=PROJECT, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        while b"clients at" not in await asyncio.wait_for(
+            shell.stderr.readline(), DEADLINE
+        ):
+            pass
+        asked = await asyncio.to_thread(ended, "health", f"--pid={shell.pid}")
+        assert (asked.stdout, asked.stderr) == (f"port {port} of 127.0.0.2: ok\n", "")
+    finally:
+        os.killpg(shell.pid, signal.SIGKILL)
+        await shell.wait()
+
+
+async def test_health_asks_the_clients_listener(io_loop, tmp_path):
+    """Though the one for callbacks demands a certificate of who asks."""
+    authority = Authority(tmp_path)
+    server = authority.server("relay.example")
+    flags = ["--callbackport=0", f"--callback_tls_cert={server.both}",
+             f"--callback_client_ca={authority.path}", f"--tls_cert={server.both}"]
+    async with Service(*flags) as service:
+        port = re.search(r":(\d+)/", service.ws_url)[1]
+        status, _ = healthy(
+            service, f"--pid={service.process.pid}", f"--bindport={port}"
+        )
+    assert status == 0
 
 
 @pytest.mark.parametrize(
