@@ -498,6 +498,30 @@ async def test_413_before_the_body_is_the_answer(io_loop, authority, version):
             assert outcome.status == 413
 
 
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+async def test_reset_after_the_handshake_is_not_about_certificates(
+    io_loop, authority, version
+):
+    """As of a server that closes before it has read all: its 413 may be lost."""
+    context = authority.server("localhost").server_context()
+    context.maximum_version = ssl.TLSVersion[version]
+    request = REQUEST.replace(b": 0", b": 100000") + bytes(100000)
+
+    async def on_client(reader, writer) -> None:
+        await reader.read(1)
+        writer.transport.abort()
+
+    trust = ssl.create_default_context(cafile=authority.path)
+    async with serving(on_client, ssl=context) as port, using(tls=trust) as client:
+        for _ in range(5):
+            done = asyncio.get_running_loop().create_future()
+            target = Target.parse(f"https://localhost:{port}/")
+            client.post(target, lambda: request, done.set_result)
+            outcome = await asyncio.wait_for(done, 10)
+            assert isinstance(outcome, BackendAway)
+            assert str(outcome).endswith(": connection lost before an answer")
+
+
 async def test_dot_behind_a_name_is_for_dns_alone(io_loop, authority, monkeypatch):
     """Host, SNI and certificate know none."""
     context = authority.server("backend.example").server_context()

@@ -643,9 +643,11 @@ class _Connection(asyncio.Protocol):
         return False  # close: whoever waits hears of it in connection_lost()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._transport = None
         if isinstance(error, ssl.SSLError):
             self._why_lost = tls_failure(error)
+        elif self._has_no_verdict():
+            self._why_lost = TLS_NO_VERDICT
+        self._transport = None
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -682,12 +684,25 @@ class _Connection(asyncio.Protocol):
             return self._why_lost
         if self._response.started:
             return "connection lost in the answer's middle"
-        age = self._origin.client.loop.time() - self._made_at
-        if self._tls is not None and age < VERDICT_TIME and not self.kept:
-            # By TLS 1.3 a client learns only when it reads that its certificate is
-            # not taken, and not even then where the connection was reset.
-            return "TLS: connection lost at once: it may want a client certificate"
         return "connection lost before an answer"
+
+    def _has_no_verdict(self) -> bool:
+        """Whether the peer may have refused the handshake without our hearing it.
+
+        By TLS 1.3 a client learns only when it reads that its certificate is not
+        taken, and not even then where the connection was reset. Whoever sends a
+        session ticket has taken it (RFC 8446, section 4.6.1).
+        """
+        if self._tls is None or self._transport is None or self._response.started:
+            return False
+        age = self._origin.client.loop.time() - self._made_at
+        tls = self._transport.get_extra_info("ssl_object")
+        return (
+            not self.kept
+            and age < VERDICT_TIME
+            and tls.version() == "TLSv1.3"
+            and not (tls.session and tls.session.has_ticket)
+        )
 
     def is_usable(self) -> bool:
         """Whether another request may go."""
@@ -824,6 +839,7 @@ def call_alone(callback: Callable[..., None], *arguments: object) -> None:
 
 
 TLS_HANG_UP = "TLS: the connection was closed in the handshake"
+TLS_NO_VERDICT = "TLS: connection lost at once: it may want a client certificate"
 
 
 def is_hang_up(error: BaseException) -> bool:
