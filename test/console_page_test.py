@@ -22,7 +22,7 @@ from tornado.web import RequestHandler
 from wire import handshake
 
 # How long the page is watched under load; `make soak` has five minutes of it.
-LOAD_SECONDS = float(os.environ.get("CONSOLE_SECONDS", "15"))
+LOAD_SECONDS = float(os.environ.get("CONSOLE_SECONDS", "5"))
 MESSAGES_PER_SECOND = 300
 CROWD = 10_000  # connections
 

@@ -1,7 +1,8 @@
-"""`make test`: every test, in as many processes as there are processors.
+"""`make test`: every test, several at a time.
 
-Each part has a heading, and the end says what was left out, and why. With words
-for pytest it is one plain run of pytest with them: `make test ARGS="-k callback"`.
+Each part has a heading, and the end says what was left out, and why. `--relay`, for
+further Pythons, runs the tests of the relay alone. With other words it is one plain
+run of pytest with them: `make test ARGS="-k callback"`.
 """
 
 import os
@@ -9,14 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 PROCESSORS = len(os.sched_getaffinity(0))
+# More than processors, since tests wait for deadlines to pass.
+WORKERS = PROCESSORS * 3 // 2
 # A test takes no port that another one may take, and no folder.
-PARALLEL = (f"--numprocesses={PROCESSORS}", "--dist=worksteal")
+PARALLEL = (f"--numprocesses={WORKERS}", "--dist=worksteal")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ def named(*modules: str) -> tuple[str, ...]:
 
 PARTS = (
     Part(
-        f"Every test, {PROCESSORS} at a time",
+        f"Every test, {WORKERS} at a time",
         (*PARALLEL, "-m", "not alone"),
     ),
     Part(
@@ -54,18 +57,46 @@ PARTS = (
         {"TEST_FLAGS": "--event_loop=asyncio --http_server=tornado"},
     ),
 )
+# What another Python cannot change: papers, pages in a browser, and what stands in
+# front of the relay or calls it in another language. And what takes long: floods,
+# measurements, new environments.
+NOT_OF_THE_RELAY = named(
+    "balancer", "bench", "compose", "conformance", "console_page", "examples",
+    "first_use", "imports", "interop", "makefile", "monitoring", "openapi",
+    "packaging", "papers", "proxies", "soaking", "supervisord", "systemd",
+)
+TOO_LONG = named("attacks", "faults", "order", "resolver")
+RELAY = (
+    Part(
+        f"The relay's tests, {WORKERS} at a time",
+        (
+            *PARALLEL,
+            "-m",
+            "not alone",
+            *(f"--ignore={path}" for path in NOT_OF_THE_RELAY + TOO_LONG),
+        ),
+    ),
+)
 
 
 def main() -> int:
     """Return 0 where every test passed or was left out for want of a program."""
-    if words := sys.argv[1:]:
+    words = sys.argv[1:]
+    if words == ["--relay"]:
+        return run(RELAY)
+    if words:
         return pytest(words, {})
+    return run(PARTS)
+
+
+def run(parts: Sequence[Part]) -> int:
+    """Run them one after the other, and say how it went; the exit status."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         left_out = Path(folder) / "left_out"
         left_out.touch()
         failed = []
-        for part in PARTS:
+        for part in parts:
             print(f"\n=== {part.heading} ===", flush=True)
             environment = {**part.environment, "LEFT_OUT": str(left_out)}
             if pytest(["--quiet", *part.words], environment):
