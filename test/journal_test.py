@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -160,11 +161,16 @@ async def test_disk_that_stays_full_takes_no_memory(io_loop, tmp_path):
         (path,) = tmp_path.glob("*.journal")
         before = path.read_bytes()
         with full(path):
-            for number in range(10_000):
-                journal.add(f"{number:032x}")
-                journal.remove(f"{number:032x}")
+            tracemalloc.start()
+            try:
+                for number in range(10_000):  # 680 kB
+                    journal.add(f"{number:032x}")
+                    journal.remove(f"{number:032x}")
+                kept, _ = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+            assert kept < 256 * 1024
             journal.add(ONE)
-            assert len(journal._unwritten) <= 64 * 1024
         await eventually(lambda: path.read_bytes() != before)
         assert path.read_bytes() == before + b"+" + ONE.encode() + b"\n"
 
@@ -288,11 +294,7 @@ def test_folder_of_another_user_says_so(tmp_path, what):
 @pytest.mark.gen_test
 async def test_full_disk_that_has_room_again(io_loop, tmp_path):
     """A real one: one complaint each of journal and log, nothing torn, all told."""
-    mount = 'mount -t tmpfs -o size=100k none "$0" && exec "$@"'
-    command = ["unshare", "-rm", "sh", "-c", mount, str(tmp_path)]
-    if ended("true", command=tuple(command)).returncode:
-        leave_out("mount namespaces, which unshare -rm makes, are not allowed here")
-    command += [sys.executable, "socketdock.py"]
+    command = [*on_small_disk(tmp_path), sys.executable, "socketdock.py"]
     async with RecordingBackend() as backend:
         flags = [f"--state_dir={tmp_path}/state", f"--log_file_prefix={tmp_path}/log",
                  "--log_to_stderr"]
@@ -321,6 +323,27 @@ async def test_full_disk_that_has_room_again(io_loop, tmp_path):
             told = await backend.wait_for("disconnect", 150)
         assert len({event["connection_id"] for event in told}) == 150
         assert [path.name for path in left.iterdir()] == ["lock"]
+
+
+def test_full_disk_at_the_start_may_pass(tmp_path):
+    """Status 1, so that whoever starts it tries again."""
+    filled = f'dd if=/dev/zero of="{tmp_path}/filler" bs=4k 2>/dev/null; exec "$@"'
+    started = ended(
+        sys.executable, "socketdock.py", "--bindport=0", *HTTP,
+        f"--state_dir={tmp_path}",
+        command=(*on_small_disk(tmp_path), "sh", "-c", filled, "sh"),
+    )
+    said = f"socketdock: --state_dir={tmp_path}: No space left on device\n"
+    assert (started.returncode, started.stderr) == (1, said)
+
+
+def on_small_disk(path: Path) -> tuple[str, ...]:
+    """How to run what sees a disk of 100 kB at `path`, which nobody else does."""
+    mount = 'mount -t tmpfs -o size=100k none "$0" && exec "$@"'
+    command = ("unshare", "-rm", "sh", "-c", mount, str(path))
+    if ended("true", command=command).returncode:
+        leave_out("mount namespaces, which unshare -rm makes, are not allowed here")
+    return command
 
 
 def fill(path: Path) -> None:
