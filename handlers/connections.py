@@ -146,7 +146,7 @@ class ConnectionMap:
     @property
     def full(self) -> bool:
         """Whether so much waits that nothing more may be read."""
-        return self.pending >= self._max_pending or (
+        return self._messages + len(self._farewells) >= self._max_pending or (
             self._bytes >= self._max_queued_bytes
         )
 
@@ -159,7 +159,8 @@ class ConnectionMap:
         """A message waits no more: it was taken or given up."""
         self._messages -= 1
         self._bytes -= size
-        self._tell_of_room()
+        if self._room is not None:
+            self._tell_of_room()
 
     def keep(self, connection: "ClientConnection", size: int) -> None:
         """`size` bytes are kept of a message that is not whole, and maybe never is.

@@ -222,10 +222,11 @@ class ClientProtocol:
                     self._received = self._parser.frames(data)
             if self._received is not None:
                 share = self._take(share)
-                self._note_kept()
+                if self._parser.kept != self._kept:
+                    self._note_kept()
             if stream.closed:
                 return
-            if self._is_ahead_enough():
+            if self._ahead is not None and self._is_ahead_enough():
                 stream.stop_reading()
                 return
             if self._received is None and not (
@@ -247,7 +248,12 @@ class ClientProtocol:
                 if isinstance(received, (str, bytes)):
                     if self._compression is not None:
                         share -= len(received)
-                    self._take_message(received)
+                    if self._ahead is None:
+                        self._wait_for_room()
+                    if self._ahead is None:
+                        self._client.on_message(received)
+                    else:
+                        self._ahead.add(received)
                 elif isinstance(received, Ping):
                     self._send_pong(received.payload)
                 elif isinstance(received, Close):
@@ -264,14 +270,6 @@ class ClientProtocol:
         except FrameError as error:
             self._client.on_failed(error)
         return share
-
-    def _take_message(self, message: str | bytes) -> None:
-        if self._ahead is None:
-            self._wait_for_room()
-        if self._ahead is None:
-            self._client.on_message(message)
-        else:
-            self._ahead.add(message)
 
     def _note_kept(self) -> None:
         kept = self._parser.kept

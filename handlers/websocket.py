@@ -491,7 +491,7 @@ class ClientConnection:
 
     def on_heard(self, size: int, at_once: bool) -> None:
         """`size` bytes came, `at_once` where they did not have to be waited for."""
-        self.last_heard = self._now()
+        self.last_heard = self.connections.loop.time()
         self._answered = self.bytes_out
         if self._throttle is not None:
             self._throttle.on_bytes(size, at_once, self.last_heard)
@@ -617,8 +617,9 @@ class ClientConnection:
             if taken is not None:
                 self._delivering = True
                 self.waiting_since = read_at
-                waiting = asyncio.ensure_future(taken)
-                waiting.add_done_callback(self._on_delivered)
+                if not isinstance(taken, asyncio.Future):
+                    taken = asyncio.ensure_future(taken)
+                taken.add_done_callback(self._on_delivered)
                 return
             self.connections.release(size)
             if not self._queue:

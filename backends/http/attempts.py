@@ -6,7 +6,7 @@ from functools import partial
 from backends import Attempt, BackendError, EventName, Observer
 from backends.http.breaker import Breaker
 from backends.http.client import Answer, Client, Target
-from backends.http.delivery import attempt_outcome, is_away
+from backends.http.delivery import attempt_outcome
 from backends.http.event import Event, EventWriter
 
 
@@ -45,7 +45,8 @@ class Attempts:
         except asyncio.CancelledError:
             self._breaker.record_nothing()
             raise
-        self._breaker.record(connection_id, is_away(outcome))
+        became = attempt_outcome(outcome)
+        self._breaker.record(connection_id, became == "away")
         answer = outcome if isinstance(outcome, Answer) else None
         self._observer.attempted(
             Attempt(
@@ -53,10 +54,10 @@ class Attempts:
                 connection_id,
                 event.id,
                 event.traceparent,
-                attempt_outcome(outcome),
+                became,
                 answer.status if answer is not None else None,
                 loop.time() - began,
-                str(target),
+                target.url,
                 event.trace,
             )
         )

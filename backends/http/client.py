@@ -18,7 +18,7 @@ import termios
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -47,14 +47,17 @@ PROGRESS_CHECKS = 4  # within dead_after; after so many without progress a peer 
 # In which IDNA 2003, as in Python, and IDNA 2008, as in browsers, name other hosts.
 AMBIGUOUS_IN_IDNA = "\u00df\u03c2\u200c\u200d"
 DEFAULT_PORTS = {"http": 80, "https": 443}
+CALLBACK_FAILED = "a callback failed"  # for the log
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """Where to POST: an http(s) URL in the parts that a request needs.
 
     `host` is as DNS takes it: international names are encoded, and a dot at the
-    end, which keeps the resolver's search list away, is kept.
+    end, which keeps the resolver's search list away, is kept. There are few, and
+    each is asked for the same with every request: what is made of the parts is made
+    once, and one target is another's equal only where it is the same object.
     """
 
     scheme: str
@@ -86,7 +89,7 @@ class Target:
             raise ValueError("its port is not a number from 1 to 65535")
         return cls(parts.scheme, host, port or DEFAULT_PORTS[parts.scheme], path)
 
-    @property
+    @cached_property
     def origin(self) -> tuple[str, str, int]:
         """What connections are shared by."""
         return self.scheme, self.host, self.port
@@ -96,7 +99,7 @@ class Target:
         """The host as a certificate, SNI (RFC 6066, section 3) and Host name it."""
         return self.host.removesuffix(".")
 
-    @property
+    @cached_property
     def authority(self) -> str:
         """The Host header's value (RFC 9110, section 7.2)."""
         name = self.server_name
@@ -105,9 +108,13 @@ class Target:
             return host
         return f"{host}:{self.port}"
 
-    def __str__(self) -> str:
+    @cached_property
+    def url(self) -> str:
         """Without the query, which may hold a secret."""
         return f"{self.scheme}://{self.authority}{self.path.partition('?')[0]}"
+
+    def __str__(self) -> str:
+        return self.url
 
 
 def encoded_host(host: str) -> str:
@@ -179,7 +186,10 @@ class Exchange:
             self.timer.cancel()
             self.timer = None
         if on_done is not None:
-            call_alone(on_done, outcome)
+            try:
+                on_done(outcome)
+            except Exception:
+                logger.exception(CALLBACK_FAILED)
 
     @property
     def in_line(self) -> bool:
@@ -287,7 +297,7 @@ class Client:
         """
         self.tls = tls
         for origin in self._origins.values():
-            origin.close_stale()
+            origin.trust(tls)
 
     @property
     def starved(self) -> bool:
@@ -324,11 +334,10 @@ class Client:
     def needs_room(self, origin: "_Origin") -> bool:
         """Whether a free connection to `origin` has to end for another origin.
 
-        All origins are to have as many as they need, or equally many, without
-        connections that are opened and closed in turn.
+        To be asked where no more may be opened. All origins are to have as many as
+        they need, or equally many, without connections that are opened and closed in
+        turn.
         """
-        if self.open < self.max_connections:
-            return False
         size = origin.size()
         return any(
             other.waiting
@@ -356,6 +365,8 @@ class _Origin:
     def __init__(self, client: Client, target: Target) -> None:
         self.client = client
         self.target = target
+        # What its connections are made with from now on; None: plain TCP.
+        self.tls = client.tls if target.scheme == "https" else None
         self.idle: list[_Connection] = []
         self.busy: set[_Connection] = set()
         self.waiting: deque[Exchange] = deque()
@@ -369,11 +380,6 @@ class _Origin:
     def size(self) -> int:
         """Connections that are open or being opened."""
         return len(self.idle) + len(self.busy) + len(self._connecting)
-
-    @property
-    def tls(self) -> ssl.SSLContext | None:
-        """What its connections are made with from now on; None: plain TCP."""
-        return self.client.tls if self.target.scheme == "https" else None
 
     def dispatch(self, exchange: Exchange) -> None:
         """Send on an idle connection, or wait for one."""
@@ -480,24 +486,28 @@ class _Origin:
     def on_free(self, connection: "_Connection") -> None:
         """A connection has finished its exchange."""
         self.busy.discard(connection)
-        if self.client.needs_room(self):
+        client = self.client
+        if client.open >= client.max_connections and client.needs_room(self):
             connection.close()
         else:
             self._hand_on(connection)
 
-    def close_stale(self) -> None:
-        """Close the idle connections that are not usable any more."""
+    def trust(self, tls: ssl.SSLContext | None) -> None:
+        """Make connections with `tls`, and close the idle ones that were not."""
+        if self.target.scheme == "https":
+            self.tls = tls
         fresh = [connection for connection in self.idle if connection.is_usable()]
         for connection in set(self.idle).difference(fresh):
             connection.close()
         self.idle = fresh
 
     def _hand_on(self, connection: "_Connection") -> None:
+        client = self.client
         if not connection.is_usable():
             connection.close()
-        elif (exchange := self._next_waiting()) is not None:
+        elif self.waiting and (exchange := self._next_waiting()) is not None:
             connection.send(exchange)
-        elif self.client.needs_room(self):
+        elif client.open >= client.max_connections and client.needs_room(self):
             connection.close()
         else:
             self._keep_idle(connection)
@@ -751,7 +761,9 @@ class _Connection(asyncio.Protocol):
             self._body_timer = None
         response = self._response
         exchange, self._exchange = self._exchange, None
-        answer = Answer(response.status, response.headers, response.body)
+        answer = Answer(
+            response.status, response.headers, response.body if response.keep else b""
+        )
         self.kept = True
         reusable = response.complete and response.reusable and not self._paused
         awaited = bool(self._origin.waiting)
@@ -830,12 +842,12 @@ def stopped(target: Target) -> BackendError:
     return BackendError(f"POST {target}: the relay stops")
 
 
-def call_alone(callback: Callable[..., None], *arguments: object) -> None:
+def call_alone(callback: Callable[[], None]) -> None:
     """Call it; where it has a fault, those that are called after it go on."""
     try:
-        callback(*arguments)
+        callback()
     except Exception:
-        logger.exception("a callback failed")
+        logger.exception(CALLBACK_FAILED)
 
 
 TLS_HANG_UP = "TLS: the connection was closed in the handshake"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
 from http import HTTPStatus
+from typing import Literal
 
 from backends import (
     Attempt,
@@ -75,21 +76,14 @@ def is_success(status: int) -> bool:
     return 200 <= status < 300
 
 
-def is_away(outcome: Answer | BackendError) -> bool:
-    """Whether an attempt's outcome says that the backend is not there."""
-    if isinstance(outcome, Answer):
-        return outcome.status in GATEWAY_FAILURES
-    return isinstance(outcome, BackendAway)
-
-
 def attempt_outcome(outcome: Answer | BackendError) -> AttemptOutcome:
-    """What became of an attempt, for those who count."""
-    if is_away(outcome):
-        return "away"
+    """What became of an attempt: it was taken or refused, or may go again."""
     if isinstance(outcome, BackendError):
-        return "timeout"
+        return "away" if isinstance(outcome, BackendAway) else "timeout"
     if is_success(outcome.status):
         return "delivered"
+    if outcome.status in GATEWAY_FAILURES:
+        return "away"
     return "error" if is_failure(outcome.status) else "refused"
 
 
@@ -140,7 +134,6 @@ class Deliveries:
         self.events = events
         self.breaker = breaker
         self.target = target
-        self.url = str(target)
         self.patience = patience
         self.closing = False
         self.held = Held(patience.max_held_bytes, self.loop)
@@ -220,10 +213,11 @@ class Delivery:
 
     def quiet(self) -> "asyncio.Future[None]":
         """Done when every message has been answered, is overdue or given up."""
+        if not self.busy:
+            return self._done()
         if self._quiet is None:
             self._quiet = self._deliveries.loop.create_future()
-            self._tell_if_quiet()
-        return self._quiet or self._done()
+        return self._quiet
 
     @property
     def holding(self) -> bool:
@@ -326,7 +320,7 @@ class Delivery:
             if now < head.not_before:
                 self._wait(head.not_before)
                 return
-            if self._has_too_many_open():
+            if self._open and self._has_too_many_open():
                 if not self._let_oldest_go():
                     self._wait(
                         self._room_deadline(),
@@ -339,7 +333,8 @@ class Delivery:
                 self._wait(self._deadline(), deliveries.breaker)
                 return
             self._send(self._backlog.pop(0), now)
-        self._tell_if_quiet()
+        if self._quiet is not None:
+            self._tell_if_quiet()
 
     def _has_too_many_open(self) -> bool:
         deliveries = self._deliveries
@@ -350,7 +345,8 @@ class Delivery:
 
     def _send(self, request: Request, now: float) -> None:
         deliveries = self._deliveries
-        self._wait_no_more()
+        if self._timer is not None:
+            self._wait_no_more()
         request.began_at = now
         self._gate = request
         self._open[request] = None
@@ -361,11 +357,11 @@ class Delivery:
             on_sent=request.on_sent,
             timeout=deliveries.patience.backend_timeout,
         )
-        if exchange.in_line:
+        if exchange.connection is None:  # it stands in line
             self._wait(self._line_deadline(request))
 
     def _tell_if_quiet(self) -> None:
-        if self._quiet is None or self.busy:
+        if self._quiet is None or self._backlog or self._gate is not None:
             return
         quiet, self._quiet = self._quiet, None
         if not quiet.done():
@@ -379,7 +375,8 @@ class Delivery:
 
     def on_sent(self, request: Request) -> None:
         """The kernel has the whole request: its time runs."""
-        self._wait_no_more()  # for a connection
+        if self._timer is not None:
+            self._wait_no_more()  # for a connection
         request.sent_at = self._deliveries.loop.time()
         self._deliveries.line(self._order_wait).add(request)
 
@@ -403,31 +400,33 @@ class Delivery:
     def on_done(self, request: Request, outcome: Answer | BackendError) -> None:
         """An answer came, or none will."""
         self._end_attempt(request)
-        self._tell_of_attempt(
-            request,
-            attempt_outcome(outcome),
-            outcome.status if isinstance(outcome, Answer) else None,
-        )
+        became = attempt_outcome(outcome)
         if isinstance(outcome, BackendError):
+            self._tell_of_attempt(request, became, None)
             self._on_failed(request, outcome, 0.0)
-        elif is_failure(outcome.status):
-            error = self._error(f"answered {outcome.status}")
-            self._on_failed(request, error, retry_after(outcome) or 0.0)
         else:
-            self._on_answered(request, outcome.status)
+            self._tell_of_attempt(request, became, outcome.status)
+            if became == "delivered" or became == "refused":
+                self._on_answered(request, became, outcome.status)
+            else:
+                error = self._error(f"answered {outcome.status}")
+                self._on_failed(request, error, retry_after(outcome) or 0.0)
         # Others may go on now, but nothing of this connection overtakes what failed.
-        self._deliveries.breaker.record(self._connection.id, is_away(outcome))
-        self._tell_of_change()
+        self._deliveries.breaker.record(self._connection.id, became == "away")
+        if self._changed is not None:
+            self._tell_of_change()
         self._pump()
 
     def _end_attempt(self, request: Request) -> None:
         """Nothing of the attempt that is over is kept."""
         request.exchange = None
-        request.leave_line()
+        if request.line is not None:
+            request.leave_line()
         self._open.pop(request, None)
         if self._gate is request:
             self._gate = None
-            self._wait_no_more()  # for a connection
+            if self._timer is not None:
+                self._wait_no_more()  # for a connection
 
     def _tell_of_attempt(
         self, request: Request, outcome: AttemptOutcome, status: int | None
@@ -442,18 +441,18 @@ class Delivery:
                 outcome,
                 status,
                 self._deliveries.loop.time() - request.began_at,
-                self._deliveries.url,
+                self._deliveries.target.url,
                 event.trace,
             )
         )
 
-    def _on_answered(self, request: Request, status: int) -> None:
-        self._deliveries.held.discard(request)
-        taken = is_success(status)
-        self._deliveries.observer.ended(
-            "message", self._connection.id, "delivered" if taken else "refused"
-        )
-        if not taken:
+    def _on_answered(
+        self, request: Request, became: Literal["delivered", "refused"], status: int
+    ) -> None:
+        deliveries = self._deliveries
+        deliveries.held.discard(request)
+        deliveries.observer.ended("message", self._connection.id, became)
+        if became == "refused":
             self.refused += 1
             logger.warning(
                 "connection %s: message %d was refused by the backend with %d:"
@@ -461,7 +460,7 @@ class Delivery:
                 self._connection.id,
                 request.number,
                 status,
-                self._deliveries.url,
+                self._deliveries.target.url,
                 hint(status),
                 extra={"connection_id": self._connection.id, "status": status},
             )

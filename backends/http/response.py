@@ -46,13 +46,13 @@ class ResponseReader:
     __slots__ = (
         "_body",
         "_head",
-        "_keep",
         "_kept",
         "_parser",
         "_repairing",
         "complete",
         "has_head",
         "headers",
+        "keep",
         "reusable",
         "size",
         "started",
@@ -72,7 +72,7 @@ class ResponseReader:
 
     def begin(self, keep: bool) -> None:
         """Expect the next response; `keep` its body, up to `MAX_KEPT_BODY`."""
-        self._keep = keep
+        self.keep = keep
         self.started = False  # a byte came
         self.has_head = False  # status and headers are known
         self.complete = False  # nothing more is to be read
@@ -157,7 +157,7 @@ class ResponseReader:
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.complete = True  # a body that cannot be read: the status stands
         self.reusable = False
-        self.complete = self.complete or not self._keep
+        self.complete = self.complete or not self.keep
 
     # The parser's callbacks.
 
@@ -187,7 +187,7 @@ class ResponseReader:
             self.reusable = self._ends_plainly(status)
 
     def on_body(self, body: bytes) -> None:
-        if self._keep and self._kept < MAX_KEPT_BODY:
+        if self.keep and self._kept < MAX_KEPT_BODY:
             self._body.append(body[: MAX_KEPT_BODY - self._kept])
             self._kept += len(body)
 
