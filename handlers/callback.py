@@ -19,12 +19,12 @@ from handlers.body import BodyHandler, NotFoundHandler
 from handlers.connections import ConnectionMap
 from handlers.frames import MAX_CLOSE_REASON, CloseCode
 from handlers.problem import PROBLEM_TYPE, problem_document
-from handlers.server import Quick, Request
+from handlers.server import Quick, QuickAnswer, Request
 from handlers.websocket import ClientConnection
 
-# Backends send few content types, each many times. Beyond those that are remembered
-# (64 KiB each at most, as a header) the oldest is read anew.
-MAX_CONTENT_TYPES = 64
+# Backends send few content types and hosts, each many times. Beyond those of each that
+# are remembered (64 KiB each at most, as a header) the oldest is read anew.
+MAX_REMEMBERED = 64
 
 # What a body of a text type may say of its characters: text is sent on as UTF-8.
 TEXT_CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
@@ -36,11 +36,18 @@ _PARAMETER = re.compile(
 
 PLAIN_HOST = re.compile(rb"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
 
+
+@lru_cache(MAX_REMEMBERED)
+def is_plain_host(value: bytes) -> bool:
+    """Whether a Host header names a host as nearly all do."""
+    return PLAIN_HOST.fullmatch(value) is not None
+
+
 # The rules, on plain values: whatever reads the request, they decide.
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(QuickAnswer):
     """What a callback is answered; `detail` is its sentence, for 2xx the body."""
 
     status: HTTPStatus
@@ -124,7 +131,7 @@ def unsupported(content_type: str, codings: Sequence[str]) -> Answer | None:
     return None if has_text_charset(content_type) else NOT_UTF8
 
 
-@lru_cache(MAX_CONTENT_TYPES)
+@lru_cache(MAX_REMEMBERED)
 def has_text_charset(content_type: str) -> bool:
     """Whether it is no text type, names no charset, or only UTF-8 or a part of it."""
     parameters = content_type[len(content_type.partition(";")[0]) :].lower()
@@ -319,13 +326,14 @@ class QuickSend:
             return None
         if request.upgrade or not request.keep_alive:
             return None
+        if request.declared > self._max_message_size:
+            return None
         target = self._target.fullmatch(request.target)
         if target is None:
             return None
         content_type = host = None
         credentials = []
-        for spelt, value in request.headers:
-            name = spelt.lower()
+        for name, value in request.headers:
             if name == b"content-type":
                 if content_type is not None:
                     return None
@@ -333,14 +341,11 @@ class QuickSend:
                 if ";" in content_type and not has_text_charset(content_type):
                     return None
             elif name == b"host":
-                if host is not None or not PLAIN_HOST.fullmatch(value):
+                if host is not None or not is_plain_host(value):
                     return None
                 host = value
             elif name == b"authorization":
                 credentials.append(value.decode("latin-1"))
-            elif name == b"content-length":
-                if int(value) > self._max_message_size:
-                    return None
             elif name in (b"expect", b"content-encoding"):
                 return None
         if host is None or self._tokens.challenge(credentials) is not None:
@@ -414,7 +419,7 @@ def is_text(content_type: str, overrides: Sequence[str]) -> bool | None:
     return is_text_type(content_type)
 
 
-@lru_cache(MAX_CONTENT_TYPES)
+@lru_cache(MAX_REMEMBERED)
 def is_text_type(content_type: str) -> bool:
     """Whether bodies of that type are text."""
     media_type = content_type.partition(";")[0].strip().lower()

@@ -56,10 +56,10 @@ LONG_PIECE = 4096
 SWITCHING_PROTOCOLS = 101
 NEW_LINE = b"\r\n"
 EMPTY_LINE = NEW_LINE * 2
+EMPTY_LINE_SIZE = len(EMPTY_LINE)
 LINE_END = re.compile(r"[\r\n\0]")
-LENGTHS_OF_NAMES = frozenset(
-    map(len, ("Content-Length", "Transfer-Encoding", "Upgrade"))
-)
+# Headers that say where a request ends, or how to go on.
+NOTED = frozenset({b"content-length", b"transfer-encoding", b"upgrade"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +76,24 @@ class RequestBounds:
     kept: KeptBodies = field(default_factory=KeptBodies)
 
 
-class QuickAnswer(Protocol):
+class QuickAnswer:
     """An answer that needs no handler."""
 
-    @property
-    def status(self) -> int: ...
+    status: int
 
     @property
     def start(self) -> bytes:
         """Its status line."""
+        raise NotImplementedError
 
     @property
     def rest(self) -> bytes:
         """Its other headers, the empty line and its body."""
+        raise NotImplementedError
 
 
 class Request:
-    """One request as it comes in; `headers` are as on the wire.
+    """One request as it comes in; names of `headers` are in lower case.
 
     `upgrade` says that it asks for another protocol, by its headers or by CONNECT.
     """
@@ -145,14 +146,14 @@ class Request:
         return [
             (name, value)
             for name, value in self.headers
-            if name.lower() == b"transfer-encoding"
-            or (name.lower() == b"content-length" and value.strip(b"0"))
+            if name == b"transfer-encoding"
+            or (name == b"content-length" and value.strip(b"0"))
         ]
 
     def expects_continue(self) -> bool:
         """Whether its body waits for a word (RFC 9110, section 10.1.1)."""
         return any(
-            name.lower() == b"expect" and value.lower() == b"100-continue"
+            name == b"expect" and value.lower() == b"100-continue"
             for name, value in self.headers
         )
 
@@ -314,7 +315,7 @@ class RequestConnection(SocketConnection):
         super().__init__(server.loop, accepted, tls)
         self.context = _Context(remote_ip, "https" if tls else "http")
         # On the loop's clock; late, it is closed.
-        self.deadline = self._now() + server.bounds.header_timeout
+        self.deadline = server.loop.time() + server.bounds.header_timeout
         self._server = server
         # It refers to us, and goes when the connection does.
         self._parser: Any = httptools.HttpRequestParser(self)
@@ -406,8 +407,8 @@ class RequestConnection(SocketConnection):
             end = _start_of_line(data, LINES_PER_PIECE)
             if end > 0 and data.find(EMPTY_LINE, 0, end + len(NEW_LINE)) < 0:
                 return end
-        end = data.find(EMPTY_LINE) + len(EMPTY_LINE)
-        if end < len(EMPTY_LINE):
+        end = data.find(EMPTY_LINE) + EMPTY_LINE_SIZE
+        if end < EMPTY_LINE_SIZE:
             return len(data) - _begun(data)
         if (
             end < len(data)
@@ -478,7 +479,7 @@ class RequestConnection(SocketConnection):
         self, request: Request, answer: QuickAnswer | Awaitable[QuickAnswer]
     ) -> None:
         """Without a handler."""
-        if isinstance(answer, Awaitable):
+        if not isinstance(answer, QuickAnswer):
             self.deadline = float("inf")
             self._answering = self.loop.create_task(self._answer_later(request, answer))
             return
@@ -522,7 +523,7 @@ class RequestConnection(SocketConnection):
             timeout = bounds.header_timeout if is_late else IDLE_TIMEOUT
         else:
             timeout = float("inf") if request.complete else bounds.body_timeout
-        self.deadline = self._now() + timeout
+        self.deadline = self.loop.time() + timeout
 
     def _settle(self) -> None:
         """All has been done that can be done now."""
@@ -549,41 +550,42 @@ class RequestConnection(SocketConnection):
     # What the parser tells.
 
     def _parse(self, piece: bytes) -> None:
-        before = self._partial
-        length, size = (0, 0) if before is None else (before.length, before.size)
+        before, bounds = self._partial, self._server.bounds
+        most = bounds.max_header_size
+        length = size = 0
+        if before is not None:
+            length, size = before.length, before.size
         try:
             self._parser.feed_data(piece)
         except httptools.HttpParserUpgrade as upgrade:
             end = upgrade.args[0]
             self._inbox[:0] = piece[end:]
-            if not self._breaks_with_head(size + end):
+            if size + end <= most or not self._breaks_with_head():
                 self._after_upgrade()
             return
         except httptools.HttpParserError:
             self._break(b"400 Bad Request")
             return
-        partial, bounds = self._partial, self._server.bounds
-        if partial is not None:
-            if partial.version and (partial is not before or partial.length != length):
-                partial.size = 0
-            else:
-                # All of it is of a head that is not whole, or of one line behind
-                # it: a chunk's extension or a trailer.
-                partial.size += len(piece)
-            if partial is not before and not partial.version:
-                latest = self._now() + bounds.header_timeout
-                self.deadline = min(self.deadline, latest)
-        if self._breaks_with_head(size + len(piece)):
+        if size + len(piece) > most and self._breaks_with_head():
             return
-        if partial is not None and partial.size > bounds.max_header_size:
+        partial = self._partial
+        if partial is None:
+            return
+        if partial.version and (partial is not before or partial.length != length):
+            partial.size = 0
+        else:
+            # All of it is of a head that is not whole, or of one line behind
+            # it: a chunk's extension or a trailer.
+            partial.size += len(piece)
+        if partial is not before and not partial.version:
+            latest = self.loop.time() + bounds.header_timeout
+            self.deadline = min(self.deadline, latest)
+        if partial.size > most:
             self._break(b"431 Request Header Fields Too Large")
 
-    def _breaks_with_head(self, size: int) -> bool:
-        """Whether the head that is whole now, of up to `size` bytes, is too large."""
-        most = self._server.bounds.max_header_size
-        if size <= most:
-            return False  # as nearly always
-        request = self._request
+    def _breaks_with_head(self) -> bool:
+        """Whether the head that is whole now, if one is, is too large."""
+        request, most = self._request, self._server.bounds.max_header_size
         if request is None or request.head_size() <= most:
             return False
         self._request = None
@@ -605,10 +607,10 @@ class RequestConnection(SocketConnection):
         if request.version:
             request.trailers += 1  # which are nobody's
         else:
-            value = value.strip(b" \t")
+            name, value = name.lower(), value.strip(b" \t")
             request.headers.append((name, value))
-            if len(name) in LENGTHS_OF_NAMES:  # as few have
-                self._note(request, name.lower(), value)
+            if name in NOTED:
+                self._note(request, name, value)
         if len(request.headers) + request.trailers > MAX_HEADERS:
             self._break(b"431 Request Header Fields Too Large")
             raise ValueError("too many headers")  # for the parser to stop
@@ -640,7 +642,7 @@ class RequestConnection(SocketConnection):
         request.upgrade = parser.should_upgrade()
         request.quick = self._server.quick(request)
         self._request = request
-        self.deadline = self._now() + self._server.bounds.body_timeout
+        self.deadline = self.loop.time() + self._server.bounds.body_timeout
 
     def on_body(self, body: bytes) -> None:
         request = self._partial
@@ -722,7 +724,7 @@ class RequestConnection(SocketConnection):
         if not self.sending:
             return _done(self.loop)
         if not was_sending:
-            self.deadline = self._now() + ANSWER_TIMEOUT
+            self.deadline = self.loop.time() + ANSWER_TIMEOUT
         if self._taken is None or self._taken.done():
             self._taken = self.loop.create_future()
         return self._taken
@@ -762,7 +764,7 @@ class RequestConnection(SocketConnection):
             return
         self.shut_down()
         self.start_reading()
-        self.deadline = self._now() + LINGER_TIMEOUT
+        self.deadline = self.loop.time() + LINGER_TIMEOUT
 
     def abort(self) -> None:
         """Close at once."""
@@ -786,9 +788,6 @@ class RequestConnection(SocketConnection):
             self._answering.cancel()
         if self._taken is not None and not self._taken.done():
             _fail(self._taken)
-
-    def _now(self) -> float:
-        return self.loop.time()
 
 
 class Exchange(HTTPConnection):

@@ -28,7 +28,15 @@ class SocketConnection:
     TLS for a peer that has gone already.
     """
 
-    __slots__ = ("_reading", "_shaking_hands", "_sock", "_unsent", "closed", "loop")
+    __slots__ = (
+        "_reading",
+        "_shaking_hands",
+        "_sock",
+        "_tls",
+        "_unsent",
+        "closed",
+        "loop",
+    )
 
     def __init__(
         self,
@@ -43,8 +51,9 @@ class SocketConnection:
         # What was written and the kernel has not taken.
         self._unsent: bytearray | None = None
         self._sock = sock
+        self._tls: ssl.SSLSocket | None = None  # the same, where it is TLS
         if tls is not None:
-            self._sock = tls.wrap_socket(
+            self._sock = self._tls = tls.wrap_socket(
                 sock, server_side=True, do_handshake_on_connect=False
             )
 
@@ -75,7 +84,7 @@ class SocketConnection:
     @property
     def has_tls(self) -> bool:
         """Whether it is TLS, which can't be half closed."""
-        return isinstance(self._sock, ssl.SSLSocket)
+        return self._tls is not None
 
     def start_reading(self) -> None:
         """Read whenever something has come."""
@@ -83,7 +92,7 @@ class SocketConnection:
             return
         self._reading = True
         self.loop.add_reader(self._sock, self._on_readable)
-        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+        if self._tls is not None and self._tls.pending():
             self.loop.call_soon(self._on_readable)  # the kernel knows nothing of it
 
     def stop_reading(self) -> None:
@@ -107,18 +116,14 @@ class SocketConnection:
             self.on_end()
             return
         self.on_data(data)
-        if (
-            self._reading
-            and isinstance(self._sock, ssl.SSLSocket)
-            and self._sock.pending()
-        ):
+        if self._tls is not None and self._reading and self._tls.pending():
             self.loop.call_soon(self._on_readable)
 
     def _shake_hands(self) -> bool:
         """Go on with the TLS handshake; whether it is over."""
-        assert isinstance(self._sock, ssl.SSLSocket)
+        assert self._tls is not None
         try:
-            self._sock.do_handshake()
+            self._tls.do_handshake()
         except ssl.SSLWantReadError:
             return False
         except ssl.SSLWantWriteError:
@@ -174,10 +179,10 @@ class SocketConnection:
     def shut_down(self) -> None:
         """Say that nothing more will be written; by TLS in its own words, too."""
         with contextlib.suppress(OSError, ValueError):
-            if isinstance(self._sock, ssl.SSLSocket) and not self._shaking_hands:
+            if self._tls is not None and not self._shaking_hands:
                 # It sends close_notify (RFC 8446, section 6.1), and then waits for
                 # the peer's, for which nobody here does.
-                self._sock.unwrap()
+                self._tls.unwrap()
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
 

@@ -193,7 +193,7 @@ class Tracing(Observer):
                 return None
             traceparents = None
             for name, value in request.headers:
-                if len(name) == 11 and name.lower() == b"traceparent":
+                if name == b"traceparent":
                     traceparents = [*(traceparents or ()), value.decode("latin-1")]
             if traceparents is None and bound is not None:
                 # What begins a trace is mostly not recorded: at the least expense.
