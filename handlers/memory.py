@@ -6,6 +6,7 @@ the process took 280 MB after four minutes.
 """
 
 import asyncio
+import contextlib
 import ctypes
 import os
 from collections.abc import Callable
@@ -37,10 +38,11 @@ class MemoryTrimmer:
 
     def _look(self) -> None:
         self._timer = self._loop.call_later(INTERVAL, self._look)
-        if self._trim is not None and resident() > self._least + GROWTH:
-            self._trim(0)
-            self._least = resident()
-        self._least = min(self._least, resident())
+        with contextlib.suppress(OSError):  # no descriptor is free
+            if self._trim is not None and resident() > self._least + GROWTH:
+                self._trim(0)
+                self._least = resident()
+            self._least = min(self._least, resident())
 
 
 def resident() -> int:
