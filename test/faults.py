@@ -56,7 +56,8 @@ class Attempt:
     webhook_id: str
     event: dict[str, Any]
     # "200" once answered so; "hold" while unanswered, "let go" when the relay
-    # then closed the connection; "lost" when the backend did.
+    # then closed the connection, or did not read the answer; "lost" when the
+    # backend did.
     outcome: str = "hold"
     # When it came, and when it got its outcome (`time.monotonic()`).
     arrived: float = field(default_factory=time.monotonic)
@@ -297,6 +298,13 @@ class _BackendConnection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._settle("let go")
+        latest = self._latest
+        if error is not None and latest is not None and latest.outcome.isdigit():
+            # The relay reset it, so with an answer that it had not read; which of
+            # the two was first on its way nobody knows.
+            latest.doubtful = True
+            if not latest.accepted:
+                latest.outcome = "let go"
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -376,6 +384,10 @@ class _BackendConnection(asyncio.Protocol):
             self._timer = None
         if self._attempt is not None:
             self._attempt.retry_after = reply.retry_after
+        if self._has_been_left():
+            self._settle("let go")
+            self._transport.abort()
+            return
         head = "".join(f"{line}\r\n" for line in reply.headers)
         start = f"HTTP/1.1 {reply.status} Told So\r\n{head}"
         match reply.fault:
