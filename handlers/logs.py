@@ -6,13 +6,15 @@ standard library, and name in `extra` what a program may look for: `event`,
 """
 
 import contextlib
+import errno
 import importlib
 import json
 import logging
 import logging.config
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
@@ -366,13 +368,35 @@ def file_channels(settings: Mapping[str, Any]) -> list[logging.Handler]:
     """
     owner = logging.Logger("")
     try:
-        enable_pretty_logging(
-            SimpleNamespace(**settings, logging="info", log_to_stderr=False), owner
-        )
+        with _held_open(settings["log_file_prefix"]):
+            enable_pretty_logging(
+                SimpleNamespace(**settings, logging="info", log_to_stderr=False), owner
+            )
     except (OSError, ValueError) as error:
         kind = Unavailable if isinstance(error, OSError) else OptionError
         raise kind(f"can't log as --log_* say: {error}") from None
     return owner.handlers
+
+
+@contextlib.contextmanager
+def _held_open(path: str) -> Iterator[None]:
+    """Hold open what is a FIFO: to open it once more does not block.
+
+    Raises `OSError` for one that nobody reads.
+    """
+    if not Path(path).is_fifo():
+        yield
+        return
+    try:
+        fifo = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            error.strerror = "nobody reads this FIFO"
+        raise
+    try:
+        yield
+    finally:
+        os.close(fifo)
 
 
 def read_log_config(path: str) -> dict[str, Any]:

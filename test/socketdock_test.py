@@ -535,6 +535,13 @@ def test_log_file_that_cannot_be_opened():
     assert path in refusal(f"--log_file_prefix={path}", status=1)
 
 
+def test_log_file_that_nobody_reads(tmp_path):
+    """A FIFO blocks whoever opens it until somebody reads it."""
+    path = tmp_path / "log"
+    os.mkfifo(path)
+    assert str(path) in refusal(f"--log_file_prefix={path}", status=1)
+
+
 # --help.
 
 
