@@ -346,21 +346,28 @@ async def test_connection_is_not_used_beyond_its_age(io_loop):
 
 async def test_slow_reader_is_not_dead(io_loop):
     """Writing may take as long as it takes, while the peer takes something."""
-    body = b"POST / HTTP/1.1\r\nContent-Length: 8388608\r\n\r\n" + bytes(2**23)
+    size = 32 * 2**20  # more than kernels keep
+    body = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
+    loop = asyncio.get_running_loop()
+    took = 0.0
 
     async def on_client(reader, writer) -> None:
-        left = len(body)
+        nonlocal took
+        began, left = loop.time(), len(body)
         while left:
-            left -= len(await reader.readexactly(min(left, 2**18)))
-            await asyncio.sleep(0.15)  # as slow as it is
+            left -= len(await reader.readexactly(min(left, 2**20)))
+            if left > size // 2:
+                await asyncio.sleep(0.2)  # as slow as it is
+        took = loop.time() - began
         writer.write(OK)
 
-    async with serving(on_client, limit=2**16) as port, using(dead_after=2) as client:
-        done = asyncio.get_running_loop().create_future()
+    async with serving(on_client, limit=2**20) as port, using(dead_after=1) as client:
+        done = loop.create_future()
         target = Target.parse(f"http://127.0.0.1:{port}/")
         client.post(target, lambda: body, done.set_result)
-        outcome = await asyncio.wait_for(done, DEADLINE)
+        outcome = await asyncio.wait_for(done, 25)
         assert isinstance(outcome, Answer), outcome
+        assert took > 2
 
 
 async def test_reader_that_stops_is_dead(io_loop):

@@ -1,12 +1,15 @@
 """A relay that was stopped for longer than its deadlines hears first, then judges."""
 
 import asyncio
+import contextlib
 import os
 import signal
+from collections.abc import AsyncIterator
 
 import pytest
 import websockets
-from service import DEADLINE, RecordingBackend, Service, eventually
+from certificates import Authority
+from service import DEADLINE, RecordingBackend, Service, eventually, tcp_server
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -56,5 +59,112 @@ async def test_verdict_that_came_during_a_stall_counts(io_loop, loop_name):
             async with Stopped(service, 2.5):
                 go_on.set()
                 await asyncio.wait_for(answered.wait(), DEADLINE)
+            async with await connecting:
+                pass
+
+
+class Held:
+    """A point that a test's peer has reached, and goes on from when it is told."""
+
+    def __init__(self) -> None:
+        self.reached, self.go_on = asyncio.Event(), asyncio.Event()
+        self.passed = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def here(self) -> AsyncIterator[None]:
+        """Wait before the block, and tell when it is through."""
+        self.reached.set()
+        await self.go_on.wait()
+        yield
+        self.passed.set()
+
+    async def passes_while(self, service: Service, seconds: float) -> None:
+        """The relay is stopped for so long, and the peer goes on meanwhile."""
+        await asyncio.wait_for(self.reached.wait(), 20)
+        async with Stopped(service, seconds):
+            self.go_on.set()
+            await asyncio.wait_for(self.passed.wait(), 20)
+
+
+@LOOPS
+async def test_rest_of_a_body_that_came_during_a_stall_counts(io_loop, loop_name):
+    """Though its 5 s have passed."""
+    held = Held()
+    body = b'{"subprotocol": "b"}'
+
+    async def on_client(reader, writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+        writer.write(body[:9])
+        await asyncio.sleep(0.5)  # for the relay to read it: that sets its deadline
+        async with held.here():
+            writer.write(body[9:])
+            await writer.drain()
+        await reader.read()
+
+    async with tcp_server(on_client) as port:
+        flags = (
+            "--backend=http",
+            f"--messageuri=http://127.0.0.1:{port}/message",
+            f"--connecturi=http://127.0.0.1:{port}/connect",
+            "--handshake_timeout=30",
+            f"--event_loop={loop_name}",
+        )
+        async with Service(*flags) as service:
+            connecting = asyncio.ensure_future(
+                websockets.connect(service.ws_url, subprotocols=["a", "b"])
+            )
+            await held.passes_while(service, 6)
+            async with await connecting as client:
+                assert client.subprotocol == "b"
+
+
+@LOOPS
+async def test_tls_handshake_goes_on_after_a_stall(io_loop, loop_name, tmp_path):
+    """Though --backend_connect_timeout has passed: its next step waits unread."""
+    held = Held()
+    authority = Authority(tmp_path)
+
+    async def on_client(reader, writer) -> None:
+        hello = await reader.read(65536)
+        async with held.here():
+            from_server, to_server = await asyncio.open_connection("127.0.0.1", port)
+            to_server.write(hello)
+            writer.write(await from_server.read(65536))
+            await writer.drain()
+        await asyncio.wait(
+            [
+                asyncio.ensure_future(pipe(reader, to_server)),
+                asyncio.ensure_future(pipe(from_server, writer)),
+            ]
+        )
+
+    async def pipe(reader, writer) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+        writer.close()
+
+    async def answer(reader, writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await reader.read()
+
+    context = authority.server().server_context()
+    async with (
+        tcp_server(answer, ssl=context) as port,
+        tcp_server(on_client) as held_at,
+    ):
+        flags = (
+            "--backend=http",
+            f"--messageuri=https://localhost:{held_at}/message",
+            f"--connecturi=https://localhost:{held_at}/connect",
+            f"--backend_ca={authority.path}",
+            "--backend_connect_timeout=1.5",
+            f"--event_loop={loop_name}",
+        )
+        async with Service(*flags) as service:
+            connecting = asyncio.ensure_future(websockets.connect(service.ws_url))
+            await held.passes_while(service, 2.5)
             async with await connecting:
                 pass

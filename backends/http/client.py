@@ -41,6 +41,8 @@ KEEPALIVE_PROBES = 3
 MAX_KEEPALIVE = 32767  # seconds; tcp(7)
 # Seconds after a TLS handshake in which its end is taken for the backend's verdict.
 VERDICT_TIME = 2.0
+# Seconds; above any --backend_connect_timeout, which ends a handshake that is late.
+TLS_HANDSHAKE_TIMEOUT = 86400.0
 TLS_SHUTDOWN_TIMEOUT = 1.0  # seconds for the peer's close_notify; its place waits
 MIN_AGE_SHARE = 0.8  # of the connection age, so that not all are replaced at once
 PROGRESS_CHECKS = 4  # within dead_after; after so many without progress a peer is dead
@@ -464,6 +466,7 @@ class _Origin:
                 sock=sock,
                 ssl=tls,
                 server_hostname=self.target.server_name if tls else None,
+                ssl_handshake_timeout=TLS_HANDSHAKE_TIMEOUT if tls else None,
                 ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT if tls else None,
             )
         except BaseException as error:
