@@ -69,7 +69,13 @@ class Service:
         )
         self._started = asyncio.Event()
         self._reader = asyncio.create_task(self._read_log())
-        await asyncio.wait_for(self._started.wait(), DEADLINE)
+        try:
+            await asyncio.wait_for(self._started.wait(), DEADLINE)
+        except BaseException:  # nothing outlives its test, a start that fails neither
+            self.process.kill()
+            await self.process.wait()
+            await self._reader
+            raise
         if not self.ws_url:
             raise RuntimeError(f"did not start: {self.log}")
         return self
