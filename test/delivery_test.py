@@ -623,12 +623,21 @@ LATER = "Thu, 01 Jan 2026 00:00:07 GMT"
         ("Thursday, 01-Jan-26 00:00:02 GMT", 5.0),
         ("Thu, 01 Jan 2026 01:00:00 GMT", 0.0),
         (" Thu, 01 Jan 2026 00:00:00 GMT ", 7.0),
+        ("Thu Jan  1 00:00:03 2026", 4.0),
     ],
 )
 async def test_retry_after_s_date_counts_from_the_answer_s_own(io_loop, date, seconds):
     """The backend's clock may differ from ours."""
     answer = Answer(503, {"retry-after": LATER, "date": date}, b"")
     assert retry_after(answer) == seconds
+
+
+async def test_retry_after_may_be_a_date_of_c(io_loop):
+    """asctime's, which names no zone: it is UTC (RFC 9110, section 5.6.7)."""
+    headers = {"retry-after": "Thu Jan  1 00:00:07 2026", "date": LATER}
+    assert retry_after(Answer(503, headers, b"")) == 0.0
+    headers["date"] = "Thu, 01 Jan 2026 00:00:00 GMT"
+    assert retry_after(Answer(503, headers, b"")) == 7.0
 
 
 @pytest.mark.parametrize("attempts", [1, 1025, 10**9])

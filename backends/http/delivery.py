@@ -14,6 +14,7 @@ import time
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from functools import partial
 from http import HTTPStatus
@@ -659,6 +660,8 @@ def seconds_of(date: str) -> float | None:
         return None
     try:
         parsed = parsedate_to_datetime(date)
-        return None if parsed.tzinfo is None else parsed.timestamp()
+        if parsed.tzinfo is None:  # asctime's, which is UTC as well
+            parsed = parsed.replace(tzinfo=UTC)
+        return parsed.timestamp()
     except (ValueError, OverflowError, TypeError, IndexError):  # as it likes
         return None
