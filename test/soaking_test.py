@@ -125,6 +125,8 @@ def test_what_was_lost_unread_comes_late() -> None:
     assert len(list(audit.delivery_flaws(book.attempts))) == 1
     book.resets.append(1)
     assert not list(audit.delivery_flaws(book.attempts))
+    given_up = [message(0, 0, "503"), message(1, 4), disconnect(9, undelivered=1)]
+    assert not list(audit.delivery_flaws(given_up))
 
 
 def test_only_who_ran_can_tell_that_it_was_alive() -> None:

@@ -97,7 +97,9 @@ class Audit:
         yield from self._lost_messages(visit, meta, attempts)
         yield from self._lost_pushes(visit, meta, reads_at_once)
         # A close frame has no room behind what a slow client does not take.
-        unseen = visit.close_code is None and meta["code"] == SLOW
+        unseen = visit.close_code is None and (
+            meta["code"] == SLOW or not self._was_alive(meta)
+        )
         if not (visit.left or unseen) and (
             meta["code"] != (visit.close_code or 1006) or meta["initiator"] == "client"
         ):
@@ -253,12 +255,15 @@ class Audit:
                     f" {', '.join(ahead)}"
                 )
             return
-        is_new = not replay.by_id[attempt.webhook_id]
+        is_first = not replay.by_id[attempt.webhook_id]
         for other in waiting:
             if spoken(other) > spoken(attempt):
                 continue
             # One that does not come again was given up; what was open by then goes
             # on, but nothing new does.
+            is_new = is_first and not self._book.lost_unread(
+                other.ended - SAME_MOMENT, attempt.arrived
+            )
             if is_new or replay.next_of(other) < float("inf"):
                 yield f"{label(attempt)} overtook {label(other)}, which had failed"
 
