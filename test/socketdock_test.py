@@ -252,6 +252,7 @@ async def test_what_kubernetes_injects_is_not_even_that(io_loop):
 async def test_empty_variable_counts_as_not_set(io_loop, tmp_path):
     """For every option alike: what the file says holds, or the default."""
     names = re.findall(r"^  --(\w+)", ended("--help-all").stdout, flags=re.MULTILINE)
+    assert {"bindip", "max_message_size", "backend_connection_age"} < set(names)
     environment = {
         f"SOCKETDOCK_{name.upper()}": " " if name == "bindip" else ""
         for name in names
