@@ -293,8 +293,6 @@ async def test_connection_that_the_server_just_closed_is_no_failure(io_loop):
         b"HTTP/1.1 408 No\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 425 No\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 429 No\r\nContent-Length: 0\r\n\r\n",
-        b"HTTP/1.1 101 No\r\nUpgrade: x\r\nConnection: close\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 500_000,
     ],
 )
 async def test_message_without_a_proper_answer_goes_again(io_loop, answer):
