@@ -69,6 +69,7 @@ from handlers.heartbeat import Heartbeat
 from handlers.kept import MAX_KEPT_BODIES, KeptBodies
 from handlers.lifetimes import Lifetimes
 from handlers.listener import (
+    Descriptors,
     Listener,
     Server,
     TLSFiles,
@@ -496,10 +497,13 @@ async def serve(log: Log) -> int:
     if not backend.observes:
         backend = ObservedBackend(backend, observers)
 
+    claim_descriptors(options.max_connections + backend.descriptors + DESCRIPTORS)
+    descriptors = Descriptors.shared(backend.descriptors, to_clients is to_backend)
     admission = Admission(
         options.max_connections,
         options.max_connections_per_ip,
         options.handshakes_per_second,
+        descriptors.websocket,
     )
     connections = ConnectionMap(
         options.max_pending, options.max_queued_bytes, admission, observers
@@ -559,7 +563,6 @@ async def serve(log: Log) -> int:
     )
     if tracing is not None:
         quick = tracing.quick(quick, "https" if to_backend.has_tls else "http")
-    claim_descriptors(options.max_connections + backend.descriptors + DESCRIPTORS)
     if to_clients is to_backend:
         to_clients.serve(
             make_server(
@@ -568,7 +571,8 @@ async def serve(log: Log) -> int:
                 observers,
                 quick,
                 tracing,
-            )
+            ),
+            descriptors.client,
         )
     else:
         to_clients.serve(
@@ -577,12 +581,13 @@ async def serve(log: Log) -> int:
                 bounds(kept),
                 observers,
             ),
-            leaves_reserve=True,
+            descriptors.client,
         )
         to_backend.serve(
             make_server(
                 for_backend, bounds(kept, policy), observers, quick, tracing
-            )
+            ),
+            descriptors.callback,
         )
     log.begin()
     reload_on_signal(systemd, log, *listeners, tokens, backend)

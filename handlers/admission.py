@@ -7,6 +7,7 @@ who came and who left.
 import asyncio
 import logging
 import math
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -46,6 +47,8 @@ class Refusal:
 class Admission:
     """Counts connections and handshakes; 0 stands for any number.
 
+    What has a descriptor above `last_descriptor` may not become a WebSocket.
+
     An address is an IPv4 address, or an IPv6 network of 64 bits, which is what
     one household or one machine gets.
     """
@@ -55,18 +58,26 @@ class Admission:
         max_connections: int = 15000,
         max_connections_per_ip: int = 0,
         handshakes_per_second: float = 0.0,
+        last_descriptor: int = sys.maxsize,
     ) -> None:
         self._max_connections = max_connections
         self._max_per_address = max_connections_per_ip
         self._rate = handshakes_per_second
+        self._last_descriptor = last_descriptor
         self._present = 0
         self._present_from: Counter[str | bytes] = Counter()
         # When the handshakes of each address are paid for, on the loop's clock;
         # in the order in which they came last.
         self._paid_until: dict[str | bytes, float] = {}
 
-    def refusal(self, remote_ip: str) -> Refusal | None:
+    def refusal(self, remote_ip: str, descriptor: int) -> Refusal | None:
         """None where one more handshake may come in now, and is counted."""
+        if descriptor > self._last_descriptor:
+            return Refusal(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "This instance has as many files open as it may.",
+                RETRY_AFTER_FULL,
+            )
         if self._present >= self._max_connections:
             return Refusal(
                 HTTPStatus.SERVICE_UNAVAILABLE,

@@ -110,8 +110,11 @@ class ConnectionMap:
             self._admission.leave(connection.remote_ip)
         self._changed.set()
 
-    def refusal(self, remote_ip: str) -> Refusal | None:
-        """None where a handshake may be decided on, else why it may not."""
+    def refusal(self, remote_ip: str, descriptor: int) -> Refusal | None:
+        """None where a handshake may be decided on, else why it may not.
+
+        `descriptor` is the number of its socket.
+        """
         if self.draining or self.full:
             return Refusal(
                 HTTPStatus.SERVICE_UNAVAILABLE,
@@ -120,7 +123,7 @@ class ConnectionMap:
                 else "Too much waits for the backend.",
                 RETRY_AFTER,
             )
-        return self._admission.refusal(remote_ip)
+        return self._admission.refusal(remote_ip, descriptor)
 
     # What waits for the backend.
 

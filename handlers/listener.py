@@ -15,6 +15,7 @@ import ssl
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 from tornado.netutil import bind_sockets
@@ -22,6 +23,7 @@ from tornado.options import Error as OptionError
 from tornado.options import define
 
 from backends import Unavailable
+from backends.deadlines import after_reading
 from backends.files import require_regular
 
 logger = logging.getLogger(__name__)
@@ -56,10 +58,12 @@ ACCEPT_PAUSE = 0.2  # seconds, where the process or the machine has run out
 # Descriptors that no connection is accepted into: what is open already needs some,
 # to reach the backend or to read a file.
 KEPT_DESCRIPTORS = 16
-# Descriptors that clients leave to callbacks and probes, which have a listener of
-# their own: at most so many, and so large a part of all.
+# Descriptors that WebSockets leave to probes and callbacks, and clients in all to the
+# listener of callbacks where these have one: at most so many, and so large a part of
+# all. Connections to the backend may have their part of all, too.
 RESERVED_DESCRIPTORS = 64
 RESERVED_PART = 8  # an eighth
+BACKEND_PART = 4
 # Those of Mozilla's intermediate profile, version 5.7: of TLS 1.2 the suites with
 # forward secrecy and authenticated encryption; 1.3 has no others. Before Python 3.15
 # groups can't be named but for a single one: OpenSSL's own choice begins with the
@@ -118,6 +122,29 @@ def _why(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+@dataclass(frozen=True, slots=True)
+class Descriptors:
+    """Up to which number descriptors are for whom: the kernel gives the least one.
+
+    So a number says how many are in use, and nobody has to count.
+    """
+
+    websocket: int  # of a connection that may become one
+    client: int  # of any connection at the clients' listener
+    callback: int  # at the listener of callbacks, where they have their own
+
+    @classmethod
+    def shared(cls, for_backend: int, one_listener: bool) -> "Descriptors":
+        """As many as this process may have; the backend needs up to `for_backend`."""
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == resource.RLIM_INFINITY:
+            return cls(sys.maxsize, sys.maxsize, sys.maxsize)
+        last = soft - 1 - KEPT_DESCRIPTORS - min(for_backend, soft // BACKEND_PART)
+        reserve = min(RESERVED_DESCRIPTORS, soft // RESERVED_PART)
+        client = last if one_listener else last - reserve
+        return cls(client - reserve, client, last)
+
+
 class Server(Protocol):
     """What reads the requests of connections that were accepted."""
 
@@ -125,6 +152,9 @@ class Server(Protocol):
         self, accepted: socket.socket, address: Any, tls: ssl.SSLContext | None
     ) -> None:
         """Serve one from now on; by TLS where there is a context."""
+
+    def make_room(self) -> None:
+        """Close some connections that wait for their peers, where there are any."""
 
     async def close_all_connections(self) -> None:
         """Close them at once."""
@@ -174,18 +204,13 @@ class Listener:
         host = f"[{self.address}]" if ":" in self.address else self.address
         return f"{scheme}{'s' * self.has_tls}://{host}:{self.port}"
 
-    def serve(self, server: Server, leaves_reserve: bool = False) -> None:
+    def serve(self, server: Server, last_descriptor: int) -> None:
         """Accept connections from now on, for `server` to serve.
 
-        With `leaves_reserve` some descriptors are left to another listener.
+        With a descriptor above `last_descriptor` there is none to spare for more.
         """
         self._server = server
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != resource.RLIM_INFINITY:
-            self._last_descriptor = soft - 1 - KEPT_DESCRIPTORS
-            if leaves_reserve:
-                reserve = min(RESERVED_DESCRIPTORS, soft // RESERVED_PART)
-                self._last_descriptor -= reserve
+        self._last_descriptor = last_descriptor
         for sock in self._sockets:
             asyncio.get_running_loop().add_reader(sock, self._accept, sock)
 
@@ -246,20 +271,31 @@ class Listener:
             logger.warning("accepting pauses: %s", error.strerror)
         loop.remove_reader(listening)
         self._resumptions[listening] = loop.call_later(
-            ACCEPT_PAUSE, self._resume, listening
+            ACCEPT_PAUSE, after_reading, loop, partial(self._resume, listening)
         )
 
     def _resume(self, listening: socket.socket) -> None:
+        if listening.fileno() < 0:
+            return  # it was closed meanwhile
         del self._resumptions[listening]
-        try:
-            free = os.dup(listening.fileno())
-            os.close(free)
-            if free > self._last_descriptor:
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        except OSError as error:
+        if (error := self._shortage(listening)) is not None and self._server:
+            self._server.make_room()
+            error = self._shortage(listening)
+        if error is not None:
             self._pause(listening, error)
             return
         asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+    def _shortage(self, listening: socket.socket) -> OSError | None:
+        """Why nothing can be accepted now."""
+        try:
+            free = os.dup(listening.fileno())
+        except OSError as error:
+            return error
+        os.close(free)
+        if free > self._last_descriptor:
+            return OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return None
 
 
 def bindable(address: str) -> str:

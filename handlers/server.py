@@ -11,6 +11,7 @@ is bounded, until that request has been answered and the answer has been taken.
 """
 
 import asyncio
+import heapq
 import logging
 import re
 import socket
@@ -44,6 +45,8 @@ IDLE_TIMEOUT = 120.0  # seconds between two requests of one connection
 ANSWER_TIMEOUT = 60.0  # seconds for an answer to be taken
 LINGER_TIMEOUT = 2.0  # seconds in which a peer may see why it is closed
 TICK = 0.5  # seconds between two looks at who is late
+LEAST_STAY = 1.0  # seconds that a connection has, though there is no room for more
+MAX_CLOSED = 256  # connections that make room at once
 STALL = 1.0  # seconds by which a tick is late where nobody was served meanwhile
 # Bytes of one connection behind the request at hand; then reading stops.
 MAX_AHEAD = READ_SIZE
@@ -179,16 +182,37 @@ class Deadlines:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.connections: set[Mortal] = set()
+        # With when they were accepted, on the loop's clock.
+        self.connections: dict[Mortal, float] = {}
         self._loop = loop
         self._next = 0.0  # tick, on the loop's clock
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, connection: Mortal) -> None:
-        """Look after a connection until it is discarded from `connections`."""
-        self.connections.add(connection)
+        """Look after a connection until it is discarded."""
+        self.connections[connection] = self._loop.time()
         if self._timer is None:
             self._wait()
+
+    def discard(self, connection: Mortal) -> None:
+        """Look after a connection no more."""
+        self.connections.pop(connection, None)
+
+    def make_room(self) -> None:
+        """Close some of the connections whose peers let us wait, where there are any.
+
+        Those that would be late first: with an unfinished head sooner than between
+        two requests. Who came just now may have said something already.
+        """
+        latest = self._loop.time() - LEAST_STAY
+        waiting = [
+            connection
+            for connection, accepted in self.connections.items()
+            if accepted < latest and connection.deadline < float("inf")
+        ]
+        count = min(-(-len(waiting) // 4), MAX_CLOSED)
+        for connection in heapq.nsmallest(count, waiting, lambda c: c.deadline):
+            connection.abort()
 
     def close(self) -> None:
         """Look after nobody any more."""
@@ -262,6 +286,10 @@ class RequestServer:
             self._second = second
             self._date = b"Date: %b\r\n" % formatdate(second, usegmt=True).encode()
         return self._date
+
+    def make_room(self) -> None:
+        """Close some connections that wait for their peers."""
+        self.deadlines.make_room()
 
     async def close_all_connections(self) -> None:
         """Close them at once."""
@@ -775,7 +803,7 @@ class RequestConnection(SocketConnection):
     def _forget(self) -> None:
         """The socket is no longer ours; whoever waits for it is told."""
         self._closing = True
-        self._server.deadlines.connections.discard(self)
+        self._server.deadlines.discard(self)
         self._server.bounds.kept.discard(self)
         self._parser = None
         self._inbox = bytearray()
@@ -875,6 +903,11 @@ class Exchange(HTTPConnection):
             on_close()
 
     # What handlers call.
+
+    @property
+    def descriptor(self) -> int:
+        """The number of its connection's socket."""
+        return self._connection._sock.fileno()
 
     @property
     def kept_bodies(self) -> KeptBodies:

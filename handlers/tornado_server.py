@@ -112,9 +112,14 @@ class TornadoServer(HTTPServer):
             return _Nobody(request_conn)
         return super().start_request(server_conn, request_conn)
 
+    def make_room(self) -> None:
+        """Close some connections that wait for their peers."""
+        if self._deadlines is not None:
+            self._deadlines.make_room()
+
     def on_close(self, server_conn: object) -> None:
         if self._deadlines is not None and isinstance(server_conn, _Connection):
-            self._deadlines.connections.discard(server_conn)
+            self._deadlines.discard(server_conn)
         super().on_close(server_conn)
 
 
@@ -257,6 +262,11 @@ class _Exchange(HTTP1Connection):
                 raise HTTPInputError("no trailer")
             await asyncio.sleep(0)
         raise HTTPInputError("too many trailers")
+
+    @property
+    def descriptor(self) -> int:
+        """The number of its connection's socket."""
+        return self.stream.socket.fileno()
 
     @property
     def kept_bodies(self) -> KeptBodies:

@@ -246,7 +246,9 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             self._turn_away(HTTPStatus.BAD_REQUEST, malformed)
         elif not self._is_origin_allowed(headers.get_list("Origin")):
             self._turn_away(HTTPStatus.FORBIDDEN, "This origin may not connect.")
-        elif (refusal := self.connections.refusal(self.remote_ip)) is not None:
+        elif (
+            refusal := self.connections.refusal(self.remote_ip, self._descriptor)
+        ) is not None:
             self._turn_away(
                 refusal.status,
                 refusal.detail,
@@ -255,6 +257,12 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         else:
             return True
         return False
+
+    @property
+    def _descriptor(self) -> int:
+        connection: Any = self.request.connection
+        descriptor: int = connection.descriptor
+        return descriptor
 
     def _turn_away(
         self, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None

@@ -166,9 +166,9 @@ async def test_handshakes_of_one_address_are_limited(io_loop):
 async def test_a_second_s_worth_of_handshakes_may_come_at_once(io_loop):
     """Refused ones cost nothing: the next comes in when its time has come."""
     doors = Admission(handshakes_per_second=5)
-    admitted = [doors.refusal("203.0.113.1") is None for _ in range(100)]
+    admitted = [doors.refusal("203.0.113.1", 9) is None for _ in range(100)]
     assert 5 <= sum(admitted) < 10 and all(admitted[:5])
-    await eventually(lambda: doors.refusal("203.0.113.1") is None, 2)
+    await eventually(lambda: doors.refusal("203.0.113.1", 9) is None, 2)
 
 
 async def test_table_of_addresses_is_bounded(io_loop, monkeypatch):
@@ -176,12 +176,12 @@ async def test_table_of_addresses_is_bounded(io_loop, monkeypatch):
     monkeypatch.setattr(admission, "MAX_ADDRESSES", 50)
     doors = Admission(handshakes_per_second=100)
     for number in range(1000):
-        assert doors.refusal(f"10.0.{number // 256}.{number % 256}") is None
+        assert doors.refusal(f"10.0.{number // 256}.{number % 256}", 9) is None
         assert len(doors._paid_until) <= 50
     assert len(doors._paid_until) > 10
 
     def forgotten() -> bool:
-        doors.refusal("192.0.2.1")
+        doors.refusal("192.0.2.1", 9)
         return len(doors._paid_until) == 1
 
     await eventually(forgotten, 5)

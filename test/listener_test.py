@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import shlex
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import websockets
 from faults import tell
-from service import DEADLINE, Service, eventually
+from service import DEADLINE, RecordingBackend, Service, eventually
 from tornado.web import Application, RequestHandler
 from websockets.protocol import State
 from wire import handshake
@@ -71,8 +72,8 @@ async def answered(host, port, stack):
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 @pytest.mark.gen_test(timeout=60)
-async def test_burst_of_handshakes_waits_for_descriptors(io_loop, server):
-    """Each gets its 101, at once or when others have left; none is cut."""
+async def test_burst_of_handshakes_is_answered(io_loop, server):
+    """Each gets its 101, or 503 and then 101 when others have left; none is cut."""
     flags = ("--max_connections=1000", f"--http_server={server}")
     async with limited(256, *flags) as service, contextlib.AsyncExitStack() as stack:
         host, _, port = service.ws_url.split("/")[2].rpartition(":")
@@ -80,38 +81,73 @@ async def test_burst_of_handshakes_waits_for_descriptors(io_loop, server):
         readers = await asyncio.gather(
             *(answered(host, port, each) for each in stacks)
         )
-        leave = asyncio.Event()
-
-        async def stay(reader, stack):
-            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
-            answers.append(reader)
-            await leave.wait()
-            stack.close()
-
-        answers = []
-        staying = [
-            asyncio.create_task(stay(*each))
-            for each in zip(readers, stacks, strict=True)
-        ]
-        await eventually(lambda: len(answers) >= 200 or any(t.done() for t in staying))
-        leave.set()
-        async with asyncio.timeout(2 * DEADLINE):
-            await asyncio.gather(*staying)
-        assert len(answers) == 400
+        heads = await asyncio.gather(
+            *(r.readuntil(b"\r\n\r\n") for r in readers)
+        )
+        statuses = [head[9:12] for head in heads]
+        assert set(statuses) == {b"101", b"503"}
+        assert statuses.count(b"101") > 150
+        assert all(b"\r\nRetry-After: " in x for x in heads if x[9:12] == b"503")
+        for each in stacks:
+            each.close()
+        await eventually(lambda: open_files(service) < 100)
+        await echo(service)
 
 
-@pytest.mark.gen_test
-async def test_clients_leave_descriptors_to_callbacks_and_probes(io_loop):
-    """However many they are, where these have a listener of their own."""
-    flags = ("--callbackport=0", "--max_connections=1000")
-    async with limited(256, *flags) as service, contextlib.AsyncExitStack() as stack:
-        host, _, port = service.ws_url.split("/")[2].rpartition(":")
-        for _ in range(400):
-            stack.enter_context(socket.create_connection((host, int(port))))
-        await eventually(lambda: any("accepting pauses" in x for x in service.log))
-        for _ in range(40):  # by a new connection each
-            heard = await tell(service.callback_url, LIVEZ, answers=1)
-            assert heard.statuses == [200]
+async def hold(url, kind, stack):
+    """One connection that stays, as whoever holds 400 of them would have it."""
+    host, _, port = url.split("/")[2].rpartition(":")
+    with contextlib.suppress(ConnectionError):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        stack.callback(writer.close)
+        writer.write(HELD[kind])
+        if kind == "websockets":
+            return (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+    return False
+
+
+HELD = {
+    "websockets": handshake(),
+    "silence": b"",
+    "half a request": b"GET /livez HTTP/1.1\r\n",
+    "idle": LIVEZ,
+    "bodies": b"POST /socket/" + b"0" * 32 + b"/send HTTP/1.1\r\nHost: relay\r\n"
+    b"Content-Length: 9\r\n\r\nx",
+}
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+@pytest.mark.parametrize("listeners", ["one", "two"])
+@pytest.mark.parametrize("kind", HELD)
+@pytest.mark.gen_test(timeout=90)
+async def test_clients_leave_descriptors_to_callbacks_and_probes(
+    io_loop, kind, listeners, server
+):
+    """However many they are and whatever they hold; who is connected is served."""
+    flags = ["--max_connections=1000", f"--http_server={server}"]
+    flags += ["--callbackport=0"] * (listeners == "two")
+    async with RecordingBackend() as backend, contextlib.AsyncExitStack() as stack:
+        flags += backend.flags("message", "disconnect")
+        service = await stack.enter_async_context(limited(256, *flags))
+        client = await stack.enter_async_context(websockets.connect(service.ws_url))
+        await client.send("one")
+        (event,) = await backend.wait_for("message", 1)
+        held = await asyncio.gather(
+            *(hold(service.ws_url, kind, stack) for _ in range(400))
+        )
+        assert sum(held) > 40 or kind != "websockets"
+        for number in range(2, 12):  # by a new connection each
+            urls = {service.ws_url, service.callback_url}
+            for url, path in itertools.product(urls, (b"/livez", b"/readyz")):
+                if path == b"/livez" or url == service.callback_url:
+                    request = LIVEZ.replace(b"/livez", path)
+                    heard = await tell(url, request, answers=1, deadline=DEADLINE)
+                    assert heard.statuses == [200]
+            answer = await backend.call(event["meta"]["send"], body=b"two")
+            assert answer.code == 200
+            assert await asyncio.wait_for(client.recv(), DEADLINE) == b"two"
+            await client.send("three")
+            await backend.wait_for("message", number)
 
 
 @pytest.mark.gen_test
