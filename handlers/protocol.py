@@ -31,6 +31,7 @@ from handlers.frames import (
     FrameParser,
     Opcode,
     Ping,
+    Pong,
     Received,
     close_payload,
     deflate,
@@ -90,6 +91,8 @@ class Client(Protocol):
     def on_heard(self, size: int, at_once: bool) -> None: ...
 
     def on_message(self, message: str | bytes) -> None: ...
+
+    def on_pong(self) -> None: ...
 
     def on_kept(self, size: int) -> None: ...
 
@@ -256,6 +259,8 @@ class ClientProtocol:
                         self._ahead.add(received)
                 elif isinstance(received, Ping):
                     self._send_pong(received.payload)
+                elif isinstance(received, Pong):
+                    self._client.on_pong()
                 elif isinstance(received, Close):
                     self._on_close_frame(received)
                 if self._received is None or (
@@ -429,11 +434,18 @@ class ClientProtocol:
         """What is under way to the peer."""
         return self._stream.outgoing()
 
-    def send_ping(self) -> None:
-        """Send a ping, unless frames wait: they would keep it back."""
-        if not self.bytes_waiting:
-            with contextlib.suppress(ConnectionClosed):
-                self._stream.write(frame(Opcode.PING, b""))
+    def send_ping(self) -> bool:
+        """Send a ping, unless frames wait: they would keep it back.
+
+        Returns whether it was sent.
+        """
+        if self.bytes_waiting:
+            return False
+        try:
+            self._stream.write(frame(Opcode.PING, b""))
+        except ConnectionClosed:
+            return False
+        return True
 
     def _send_pong(self, payload: bytes) -> None:
         if self._client.state != "open":
@@ -468,7 +480,7 @@ class ClientProtocol:
         self._discard()
 
     def give_up(self) -> None:
-        """Write nothing more; the socket goes when what has come was read."""
+        """Write nothing more, and take no more than what has come, which is read."""
         self._stream.lose()
 
     def abort(self) -> None:

@@ -167,10 +167,17 @@ class ClientStream:
         return drained
 
     def lose(self) -> None:
-        """Write nothing more: it can't be done, or the peer is taken for gone."""
+        """Write nothing more: it can't be done, or the peer is taken for gone.
+
+        Nor does the kernel take more from a peer that goes on: what it has is all
+        that there is to read.
+        """
         if not self.closed and not self.lost:
             self.lost = True
             self._drop_unsent()
+            with contextlib.suppress(OSError):  # there is no connection any more
+                # Not of `ssl`, whose `shutdown` forgets how to decrypt.
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
             self.loop.call_soon(self._tell_of_loss)
 
     def _tell_of_loss(self) -> None:

@@ -371,6 +371,7 @@ class ClientConnection:
         "_idle",
         "_last_received",
         "_last_sent",
+        "_pinged",
         "_protocol",
         "_queue",
         "_queued_bytes",
@@ -454,7 +455,10 @@ class ClientConnection:
         self._stall_timer: asyncio.TimerHandle | None = None
         self._uptake: Uptake | None = None
         self._taken_at = self._began
-        self._answered = 0  # `bytes_out` when it was last heard from
+        # What `bytes_out` was at the last ping that was answered, and at the oldest
+        # that was not.
+        self._answered = 0
+        self._pinged: int | None = None
 
     def begin(
         self,
@@ -500,9 +504,13 @@ class ClientConnection:
     def on_heard(self, size: int, at_once: bool) -> None:
         """`size` bytes came, `at_once` where they did not have to be waited for."""
         self.last_heard = self.connections.loop.time()
-        self._answered = self.bytes_out
         if self._throttle is not None:
             self._throttle.on_bytes(size, at_once, self.last_heard)
+
+    def on_pong(self) -> None:
+        """It answers a ping: it has read all that was sent before."""
+        if self._pinged is not None:
+            self._answered, self._pinged = self._pinged, None
 
     def on_message(self, message: str | bytes) -> None:
         """Deliver a message now, or behind those that wait."""
@@ -751,7 +759,7 @@ class ClientConnection:
         if protocol.bytes_waiting >= self.policy.max_send_buffer and (
             self._look_at_uptake() or 0.0
         ) >= CLOSE_TIMEOUT:
-            protocol.abort()  # a close frame would wait behind all of it
+            protocol.give_up()  # a close frame would wait behind all of it
         else:
             protocol.close(code, reason)
 
@@ -773,7 +781,8 @@ class ClientConnection:
         """Send a ping, and note what stands before it."""
         if self._protocol is not None:
             self._look_at_uptake()
-            self._protocol.send_ping()
+            if self._protocol.send_ping() and self._pinged is None:
+                self._pinged = self.bytes_out
 
     def is_silent(self, since: float) -> bool:
         """Whether no sign of life came since the beat at `since`.
@@ -799,7 +808,7 @@ class ClientConnection:
         )
 
     def _reading_time(self) -> float:
-        """Seconds for what was sent since it was last heard from, if it is slow."""
+        """Seconds for what it may have yet to read, if it is slow."""
         unanswered = self.bytes_out - self._answered
         return min(unanswered / SLOW_READER, LINGER_TIMEOUT)
 
@@ -846,12 +855,13 @@ class ClientConnection:
             self._watch_for_stall()
 
     def _judge_stall(self) -> None:
-        if self._is_stalled():
+        protocol = self._protocol
+        if protocol is not None and self._is_stalled():
             logger.info("connection %s takes nothing", self.id, extra={
                 "event": "stall", "connection_id": self.id
             })
             self._begin_closing((CloseCode.POLICY, "slow consumer", "relay"))
-            self.abort()  # its buffer is full: a close frame can't reach it
+            protocol.give_up()  # its buffer is full: a close frame can't reach it
         elif self._frames_wait() and self._stall_timer is None:
             self._watch_for_stall()
 

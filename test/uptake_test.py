@@ -2,10 +2,14 @@
 
 import asyncio
 import contextlib
+import fcntl
 import random
 import signal
+import socket
 import ssl
 import statistics
+import struct
+import termios
 import time
 
 import pytest
@@ -15,6 +19,8 @@ from service import DEADLINE, RecordingBackend, Service, withhold
 from slow import SlowClient
 from tornado.web import RequestHandler
 from wire import BINARY, CLOSE, CONTINUATION, TEXT, frame
+
+from handlers.uptake import Outgoing, outgoing
 
 pytestmark = pytest.mark.gen_test(timeout=90)
 
@@ -31,6 +37,12 @@ def authority(tmp_path_factory):
 def whole(size: int):
     """Whether that many bytes of messages were read."""
     return lambda data: len(data) >= size
+
+
+def under_way(client: SlowClient) -> int:
+    """Bytes that it has sent, and that the relay's kernel has not taken."""
+    (size,) = struct.unpack("i", fcntl.ioctl(client.sock, termios.TIOCOUTQ, bytes(4)))
+    return size
 
 
 # Who takes nothing.
@@ -86,6 +98,78 @@ async def test_reader_that_stops_is_closed_with_1008(io_loop, authority, tls):
     assert 1 < took < 10
 
 
+@LOOPS
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+async def test_what_a_reader_that_stops_has_sent_is_delivered(
+    io_loop, authority, loop, tls
+):
+    """It is closed with 1008 while its messages wait for the backend, unread."""
+    flags = ["--send_timeout=1", "--connection_queue_messages=1", "--order_wait=inf",
+             "--backend_timeout=60", "--callbackport=0", f"--event_loop={loop}"]
+    context = None
+    if tls:
+        flags.append(f"--tls_cert={authority.server().both}")
+        context = ssl.create_default_context(cafile=str(authority.path))
+    # More than is read ahead, and than the relay's kernel takes.
+    sent = [frame(TEXT, b"%04d" % n + b"x" * 2000) for n in range(400)]
+    async with RecordingBackend() as backend:
+        let_go = withhold(backend, "message")
+        async with Service(*backend.flags(), *flags) as service:
+            with await SlowClient.connect(service.ws_url, tls=context) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                sending = asyncio.create_task(client.send(b"".join(sent)))
+                await backend.wait_for("message", 1)
+                # It takes nothing.
+                answer = await backend.call(event["meta"]["send"], body=bytes(LARGE))
+                assert answer.code == 410
+                await sending
+                taken = sum(map(len, sent)) - under_way(client)
+                let_go.set()
+                (event,) = await backend.wait_for("disconnect", 1)
+    told = [event["message"][:4] for event in backend.of("message")]
+    assert told == [f"{n:04}" for n in range(len(told))]
+    # But for what TLS adds, and its last record, of which a part may have come.
+    assert len(told) >= (taken - (20_000 if tls else 0)) // len(sent[0])
+    assert (event["meta"]["code"], event["meta"]["undelivered"]) == (1008, 0)
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+async def test_reader_that_stops_is_closed_though_it_goes_on_sending(
+    io_loop, authority, tls
+):
+    """What it sends afterwards is not taken: it could go on for ever."""
+    flags = ["--send_timeout=1", "--callbackport=0"]
+    context = None
+    if tls:
+        flags.append(f"--tls_cert={authority.server().both}")
+        context = ssl.create_default_context(cafile=str(authority.path))
+    chunk = frame(TEXT, b"x" * 60_000) * 16
+
+    async def push(client: SlowClient) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                await client.send(chunk)
+
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            with await SlowClient.connect(service.ws_url, tls=context) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                pushing = asyncio.create_task(push(client))
+                answer = await backend.call(event["meta"]["send"], body=bytes(LARGE))
+                assert answer.code == 410
+                (event,) = await backend.wait_for("disconnect", 1)
+                await pushing
+    assert event["meta"]["code"] == 1008
+
+
+async def test_kernel_that_can_not_say_what_is_acknowledged(io_loop):
+    """Of no TCP socket: what it has taken counts, and what waits is under way."""
+    ours, its = socket.socketpair()
+    with ours, its:
+        assert outgoing(ours, 10, 5) == Outgoing(10, True, 0.0)
+        assert outgoing(ours, 15, 0) == Outgoing(15, False, 0.0)
+
+
 # Who lives.
 
 
@@ -125,6 +209,27 @@ async def test_ping_behind_bytes_in_the_kernel_has_no_deadline(io_loop, loop, bu
                 assert answer.code == 200
                 await client.read(rate=250_000, seconds=5)
                 assert client.end is None
+                await client.send(NORMAL)
+                await client.read()
+            (event,) = await backend.wait_for("disconnect", 1)
+    assert (event["meta"]["code"], event["meta"]["initiator"]) == (1000, "client")
+    assert client.frames()[0] == (BINARY, bytes(size))
+
+
+@LOOPS
+async def test_client_that_speaks_amid_a_download_may_go_on_reading(io_loop, loop):
+    """Its kernel has all of the message: a word says nothing of what was read."""
+    flags = ("--ping_interval=1", "--ping_timeout=1", f"--event_loop={loop}")
+    size = 1_500_000
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            with await SlowClient.connect(service.ws_url, 4 * 2**20) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                answer = await backend.call(event["meta"]["send"], body=bytes(size))
+                assert answer.code == 200
+                await client.read(rate=200_000, seconds=0.5)
+                await client.send(frame(TEXT, b"hello"))
+                await client.read(rate=200_000, seconds=5)
                 await client.send(NORMAL)
                 await client.read()
             (event,) = await backend.wait_for("disconnect", 1)
