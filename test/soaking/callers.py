@@ -52,8 +52,9 @@ class Caller:
             self._writer.write(head.encode() + body)
             async with asyncio.timeout(PATIENCE):
                 answer = await self._reader.readuntil(b"\r\n\r\n")
-                length = int(re.search(rb"(?i)\r\ncontent-length: (\d+)", answer)[1])
-                await self._reader.readexactly(length)
+                length = re.search(rb"(?i)\r\ncontent-length: (\d+)", answer)
+                if length is not None:  # else the listener ends the connection
+                    await self._reader.readexactly(int(length[1]))
         except TimeoutError:
             return -1
         except (OSError, asyncio.IncompleteReadError):
