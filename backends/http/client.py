@@ -407,17 +407,18 @@ class _Origin:
             self.opened_at = next(self.client.count)
             task = loop.create_task(self._connect())
             self._connecting.add(task)
-            task.add_done_callback(self._connecting.discard)
+            task.add_done_callback(self._on_connecting_ended)
 
     async def _connect(self) -> None:
         try:
             connection = await self._open()
             if not connection.adopt():
                 raise BackendAway(connection.why_lost())
+        except asyncio.CancelledError:
+            raise  # a task may be cancelled before it runs: see its callback
         except BaseException as error:
+            self._ends_connecting()
             self._slot_free()
-            if isinstance(error, asyncio.CancelledError):
-                raise
             # A fault of ours, too: who waits would have us try it for ever.
             if (exchange := self._next_waiting()) is not None:
                 exchange.finish(BackendAway(f"POST {exchange.target}: {error}"))
@@ -432,8 +433,12 @@ class _Origin:
         assert task is not None
         self._connecting.discard(task)
 
+    def _on_connecting_ended(self, task: "asyncio.Task[None]") -> None:
+        self._connecting.discard(task)
+        if task.cancelled():
+            self._slot_free()
+
     def _slot_free(self) -> None:
-        self._ends_connecting()
         self.client.open -= 1
         self.client.loop.call_soon(self.client.on_slot_free)
 
