@@ -47,7 +47,7 @@ LINGER_TIMEOUT = 2.0  # seconds in which a peer may see why it is closed
 TICK = 0.5  # seconds between two looks at who is late
 LEAST_STAY = 1.0  # seconds that a connection has, though there is no room for more
 MAX_CLOSED = 256  # connections that make room at once
-STALL = 1.0  # seconds by which a tick is late where nobody was served meanwhile
+STALL = 0.1  # seconds by which a tick is late where nobody was served meanwhile
 # Bytes of one connection behind the request at hand; then reading stops.
 MAX_AHEAD = READ_SIZE
 MAX_HEADERS = 1000  # of one request, trailers included: each takes its time

@@ -369,10 +369,10 @@ async def test_requests_whose_rest_came_while_it_stood_still_are_served(
 ):
     """Heads and bodies, and by TLS."""
     flags = ("--header_timeout=1.5", "--body_timeout=1.5", f"--http_server={server}")
-    body = b"x" * 1_000_000
+    body = b"x" * 4_000_000  # as much as may be: many reads
     halves = {
         "head": (LIVEZ[:20], LIVEZ[20:], b" 200 "),
-        "body": (SEND + b"Content-Length: 1000000\r\n\r\nx", body[1:], b" 410 "),
+        "body": (SEND + b"Content-Length: 4000000\r\n\r\nx", body[1:], b" 410 "),
         "nothing": (b"", LIVEZ, b" 200 "),
     }
     async with Service(*flags) as service:
