@@ -34,6 +34,7 @@ from tornado.web import RequestHandler
 
 import backends
 from backends import Backend, Check, Finding, Observer, Relay, Unavailable
+from backends.hosts import encoded_host
 from handlers.admission import Admission
 from handlers.application import RelayApplication
 from handlers.authorization import (
@@ -421,9 +422,14 @@ def callback_url(external: str | None, listener: Listener) -> str | None:
     what = "--externalhostandport" + ("" if "@" in external else f"={external}")
     try:
         parts = urlsplit(url)
-        if parts.netloc.count(":") > 1 and "[" not in parts.netloc:
-            parts = parts._replace(netloc=in_brackets(parts.netloc))
-            url = parts.geturl()
+        netloc = parts.netloc
+        if netloc.count(":") > 1 and "[" not in netloc:
+            netloc = in_brackets(netloc)
+        if not netloc.isascii():
+            netloc = with_encoded_host(netloc, what)
+        if netloc != parts.netloc:  # geturl() would lose an empty query
+            url = url.replace(parts.netloc, netloc, 1)
+            parts = urlsplit(url)
         host = parts.hostname or ""
         if ":" in host:
             ipaddress.IPv6Address(host)
@@ -455,6 +461,18 @@ def in_brackets(netloc: str) -> str:
     """
     address, _, port = netloc.rpartition(":")
     return f"[{ipaddress.IPv6Address(address)}]:{port}"
+
+
+def with_encoded_host(netloc: str, what: str) -> str:
+    """Return `xn--bcher-kva.example:80` for `b\u00fccher.example:80`.
+
+    Raises `OptionError`, which begins with `what`, where it has no certain encoding.
+    """
+    host, colon, port = netloc.partition(":")
+    try:
+        return encoded_host(host) + colon + port
+    except ValueError as error:
+        raise OptionError(f"{what}: {error}") from None
 
 
 def clients_of(

@@ -8,7 +8,7 @@ import pytest
 from service import PROJECT
 
 # Modules of `backends` that are no backends: backends and handlers may import them.
-SHARED = {"backends.deadlines", "backends.files"}
+SHARED = {"backends.deadlines", "backends.files", "backends.hosts"}
 FOLDERS = ("backends", "handlers", "examples", "bench", "test")
 SOURCES = sorted(
     [

@@ -295,6 +295,24 @@ async def test_external_address_of_ipv6_gets_its_brackets(io_loop, given):
             await exchange(service.ws_url, backend, "http://[fd00:10::5]:8766")
 
 
+@pytest.mark.gen_test
+async def test_external_address_of_an_international_name_is_encoded(io_loop):
+    """As in the URLs of backends."""
+    flag = "--externalhostandport=B\u00dcCHER.example:8766"
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), flag) as service:
+            url = "http://xn--bcher-kva.example:8766"
+            await exchange(service.ws_url, backend, url)
+
+
+@pytest.mark.parametrize("name", ["stra\u00dfe.example:80", "http://\u00fc..x/sd"])
+def test_external_address_without_a_certain_encoding_says_so(name):
+    """What to write instead is told."""
+    line = refusal(*HTTP, f"--externalhostandport={name}")
+    assert "--externalhostandport" in line
+    assert "with xn--" in line
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -26,6 +26,7 @@ import aiohappyeyeballs
 
 from backends import BackendAway, BackendError
 from backends.deadlines import RunningTime, after_reading
+from backends.hosts import encoded_host
 from backends.http.resolver import Resolver
 from backends.http.response import MAX_HEAD_SIZE, MalformedResponse, ResponseReader
 
@@ -46,8 +47,6 @@ TLS_HANDSHAKE_TIMEOUT = 86400.0
 TLS_SHUTDOWN_TIMEOUT = 1.0  # seconds for the peer's close_notify; its place waits
 MIN_AGE_SHARE = 0.8  # of the connection age, so that not all are replaced at once
 PROGRESS_CHECKS = 4  # within dead_after; after so many without progress a peer is dead
-# In which IDNA 2003, as in Python, and IDNA 2008, as in browsers, name other hosts.
-AMBIGUOUS_IN_IDNA = "\u00df\u03c2\u200c\u200d"
 DEFAULT_PORTS = {"http": 80, "https": 443}
 CALLBACK_FAILED = "a callback failed"  # for the log
 
@@ -117,21 +116,6 @@ class Target:
 
     def __str__(self) -> str:
         return self.url
-
-
-def encoded_host(host: str) -> str:
-    """An international host name as DNS has it (`xn--…`).
-
-    Raises `ValueError` where that cannot be told, with what to write instead.
-    """
-    if host.isascii():
-        return host
-    if not set(AMBIGUOUS_IN_IDNA).isdisjoint(host):
-        raise ValueError("its host has several encodings; give the one with xn--")
-    try:
-        return host.encode("idna").decode("ascii")
-    except UnicodeError:
-        raise ValueError("its host cannot be encoded; give it with xn--") from None
 
 
 @dataclass(slots=True)
