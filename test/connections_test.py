@@ -17,7 +17,9 @@ from handlers.health import Readiness
 from handlers.heartbeat import Heartbeat
 from handlers.lifetimes import Lifetimes
 from handlers.paths import ClientPaths
+from handlers.server import RequestBounds
 from handlers.tickets import Tickets
+from handlers.tornado_server import TornadoServer
 from handlers.websocket import ClientPolicy
 
 pytestmark = pytest.mark.gen_test(timeout=60)
@@ -71,6 +73,16 @@ def app(io_loop, request):
     """For pytest-tornado's `http_server`; made on the running loop."""
     bounds = getattr(request, "param", {})
     return io_loop.run_sync(lambda: make_application(**bounds))
+
+
+@pytest.fixture
+def http_server(io_loop, app, _unused_port):
+    """pytest-tornado's fixture, with the server that the relay has of Tornado's."""
+    server = TornadoServer(app, RequestBounds(10.0, 10.0, 64 * 1024, 4 * 2**20))
+    server.add_socket(_unused_port[0])
+    yield server
+    server.stop()
+    io_loop.run_sync(server.close_all_connections)
 
 
 async def connect(http_port: int) -> websockets.ClientConnection:

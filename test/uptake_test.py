@@ -89,7 +89,7 @@ async def test_reader_that_stops_is_closed_with_1008(io_loop, authority, tls):
                 large = asyncio.create_task(
                     backend.call(event["meta"]["send"], body=bytes(LARGE))
                 )
-                await client.read(rate=40_000, seconds=3)
+                await client.read(rate=200_000, seconds=3)
                 stopped = time.monotonic()
                 (event,) = await backend.wait_for("disconnect", 1)
                 took = time.monotonic() - stopped
