@@ -79,7 +79,6 @@ from handlers.listener import (
     is_wildcard,
 )
 from handlers.logs import Log, file_channels, read_log_config
-from handlers.memory import MemoryTrimmer
 from handlers.metrics import Metrics, MetricsHandler, RelayCollector
 from handlers.notify import SystemdNotifier
 from handlers.observers import ObservedBackend, Observers
@@ -528,7 +527,6 @@ async def serve(log: Log) -> int:
     )
     heartbeat = Heartbeat(options.ping_interval, options.ping_timeout)
     lifetimes = Lifetimes(options.idle_timeout, options.max_lifetime)
-    trimmer = MemoryTrimmer(asyncio.get_running_loop())
     tickets = Tickets()
     readiness = Readiness(connections, backend, options.ready_breaker_timeout)
     collector = make_collector(connections, backend, observers)
@@ -655,7 +653,6 @@ async def serve(log: Log) -> int:
     heartbeat.close()
     lifetimes.close()
     policy.stalls.close()
-    trimmer.close()
     connections.refusals.sum_up()
     await backend.close()
     for listener in listeners:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 
 import pytest
 from faults import Attempt, FaultyBackend, Reply, Talker, leave, memory, talkers
@@ -64,7 +65,44 @@ async def test_nothing_is_kept_of_held_answers_that_have_ended(io_loop):
                 after.append(memory(service.process.pid))
                 backend.attempts.clear()
                 backend.accepted.clear()
-            assert after[-1] - after[0] < 100 * MIB
+            assert after[-1] - after[0] < 30 * MIB
+
+
+async def test_held_messages_take_as_much_memory_as_they_are_long(io_loop):
+    """While clients come and go, and nothing of it once they have gone."""
+    clients, each, turns, size = 5, 15, 12, 200_000
+    came: dict[str, int] = Counter()  # messages, by client
+
+    def decide(attempt: Attempt) -> Reply:
+        if attempt.kind == "disconnect":
+            return OK
+        name, number, _ = attempt.event["message"].split()
+        attempt.event["message"] = f"{name} {number}"
+        came[name] += 1
+        return OK if int(number) == each - 1 else HOLD
+
+    async with FaultyBackend(decide) as backend:
+        async with Service(*backend.flags(), "--order_wait=0.05") as service:
+            before = memory(service.process.pid)
+
+            async def converse(name: str) -> None:
+                padding = " " + "x" * size
+                talker = await Talker(service.ws_url, name, padding=padding).connect()
+                for _ in range(each):
+                    await talker.say()
+                    await eventually(lambda: came[name] == talker.sent, 60)
+                await leave([talker])
+
+            excess = []
+            for turn in range(turns):
+                await asyncio.gather(*(converse(f"{turn}-{i}") for i in range(clients)))
+                held = sum(a.outcome == "hold" for a in backend.attempts)
+                taken = memory(service.process.pid) - before
+                excess.append(taken - held * size)
+            assert max(excess) < 30 * MIB
+            await backend.wait_for("disconnect", clients * turns)
+            await until_held(service, 0)
+            assert memory(service.process.pid) - before < 30 * MIB
 
 
 @pytest.mark.parametrize("how", ["answered", "let go"])

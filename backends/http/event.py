@@ -7,6 +7,7 @@ import base64
 import random
 import time
 from collections.abc import Callable
+from mmap import mmap
 from typing import Any, NamedTuple
 
 import orjson
@@ -19,11 +20,12 @@ from backends.http.signature import Signer
 class Event(NamedTuple):
     """One event, the same on each attempt: its webhook-id, its JSON body, its span.
 
-    `trace` is what that span belongs to, where there is something.
+    `trace` is what that span belongs to, where there is something. The body may be
+    kept for long, and takes no more memory than its length says.
     """
 
     id: str
-    body: bytes
+    body: bytes | mmap
     traceparent: str
     trace: TraceContext | None
 
@@ -66,7 +68,7 @@ class EventWriter:
         meta["query"] = handshake.query
         meta["remote_ip"] = handshake.remote_ip
         meta["subprotocols"] = list(handshake.subprotocols)
-        body = orjson.dumps({"meta": meta})
+        body = serialized({"meta": meta})
         return self._event(f"{connection_id}-connect", body, handshake.trace)
 
     def message(
@@ -90,11 +92,11 @@ class EventWriter:
         # As orjson would write it: of these members, only the ids change.
         url = f"{self._quoted_url}/socket/{connection_id}"
         meta = (
-            f'{{"connection_id":"{connection_id}","send":"{url}/send",'
+            f'{{"meta":{{"connection_id":"{connection_id}","send":"{url}/send",'
             f'"disconnect":"{url}/disconnect","instance":{self._quoted_instance},'
-            f'"message_id":"{message_id}","type":{rest}}}'
+            f'"message_id":"{message_id}","type":{rest}}},"message":'
         )
-        body = orjson.dumps({"meta": orjson.Fragment(meta), "message": text})
+        body = b"".join((meta.encode(), orjson.dumps(text), b"}"))  # see serialized()
         return self._event(message_id, body, trace)
 
     def disconnect(
@@ -118,7 +120,7 @@ class EventWriter:
             "refused": refused,
         }
         event = {"connection_id": connection_id, "meta": meta}
-        return self._event(f"{connection_id}-disconnect", orjson.dumps(event), trace)
+        return self._event(f"{connection_id}-disconnect", serialized(event), trace)
 
     def _event(self, event_id: str, body: bytes, trace: TraceContext | None) -> Event:
         return Event(event_id, body, traceparent(trace, self._sample), trace)
@@ -126,9 +128,10 @@ class EventWriter:
     def request(self, target: Target, event: Event) -> bytes:
         """One attempt to deliver `event`, of now."""
         event_id, timestamp, signature = event.id.encode(), int(time.time()), b""
+        body = bytes(event.body)  # no copy, unless it was held
         if self._signer is not None:
             signature = b"webhook-signature: %b\r\n" % self._signer.signatures(
-                event_id, timestamp, event.body
+                event_id, timestamp, body
             )
         return (
             b"%bwebhook-id: %b\r\nwebhook-timestamp: %d\r\n%b"
@@ -139,8 +142,8 @@ class EventWriter:
             timestamp,
             signature,
             event.traceparent.encode(),
-            len(event.body),
-            event.body,
+            len(body),
+            body,
         )
 
     def _head(self, target: Target) -> bytes:
@@ -155,6 +158,15 @@ class EventWriter:
                 "Content-Type: application/json; charset=utf-8\r\n"
             ).encode() + self._headers
         return head
+
+
+def serialized(value: object) -> bytes:
+    """JSON, in memory of its own size.
+
+    What `orjson.dumps` returns has all the memory that was reserved for it, up to
+    ten times its length.
+    """
+    return bytes(memoryview(orjson.dumps(value)))
 
 
 def traceparent(

@@ -1,0 +1,81 @@
+"""Events as the backend reads them, and what they take in memory."""
+
+import tracemalloc
+
+import orjson
+import pytest
+
+from backends import Closure, Handshake, Observer, Relay
+from backends.http.event import Event, EventWriter
+
+ID = "0f6c" * 8
+
+
+def writer() -> EventWriter:
+    """Of a relay whose callback URL and name JSON has to quote."""
+    return EventWriter(Relay('http://h/"\\é', 'relay "1"/ab', "0.1", Observer(), None))
+
+
+def message(size: int, kind: str) -> Event:
+    """An event of a message of about `size` bytes."""
+    text = "x" * size
+    messages = {"text": text, "binary": text.encode(), "base64": b"\xff" * size}
+    return writer().message(ID, 17, messages[kind], None)
+
+
+def disconnect(size: int) -> Event:
+    """An event of a close frame's reason of `size` bytes."""
+    closure = Closure(1000, "x" * size, "client", 1.0)
+    return writer().disconnect(ID, closure, 0, 0, None)
+
+
+def connect(size: int) -> Event:
+    """An event of a handshake with `size` bytes of query."""
+    handshake = Handshake({"host": "h"}, "/ws", "x" * size, "127.0.0.1", ())
+    return writer().connect(ID, handshake)
+
+
+EVENTS = {
+    "an empty text": lambda: message(0, "text"),
+    "a text": lambda: message(20_000, "text"),
+    "a large text": lambda: message(1_000_000, "text"),
+    "a binary": lambda: message(20_000, "binary"),
+    "a base64": lambda: message(20_000, "base64"),
+    "a disconnect": lambda: disconnect(100),
+    "a connect": lambda: connect(5_000),
+}
+
+
+@pytest.mark.parametrize("make", EVENTS.values(), ids=EVENTS)
+def test_event_takes_no_more_memory_than_its_body(make):
+    """Bounds count its body's length, and thousands of events may be kept."""
+    make()  # what is made once
+    tracemalloc.start()
+    try:
+        event = make()
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken < 1.1 * len(event.body) + 1_000
+
+
+@pytest.mark.parametrize(
+    "text", ["", "plain", 'quoted "\\/\n\0\x1f\x7f', "é€😀", "\u2028</script>"]
+)
+def test_message_event_is_the_json_of_its_members(text):
+    """Whatever has to be escaped."""
+    for sent, kind in ((text, "text"), (text.encode(), "binary")):
+        body = writer().message(ID, 17, sent, None).body
+        socket = f'http://h/"\\é/socket/{ID}'
+        expected = {
+            "meta": {
+                "connection_id": ID,
+                "send": f"{socket}/send",
+                "disconnect": f"{socket}/disconnect",
+                "instance": 'relay "1"/ab',
+                "message_id": f"{ID}-17",
+                "type": kind,
+            },
+            "message": text,
+        }
+        assert body == orjson.dumps(expected)
