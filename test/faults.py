@@ -763,14 +763,17 @@ async def tell(
     *pieces: bytes,
     answers: int | None = None,
     half_close: bool = False,
-    deadline: float = 3.0,
+    deadline: float | None = None,
     source: str | None = None,
 ) -> Heard:
     """Send bytes on a bare connection, and hear what comes back.
 
     Until the peer hangs up, or has given that many final answers; at most for
-    `deadline` seconds. `source` is the address that it comes from.
+    `deadline` seconds: by default long enough for answers that are counted on, and
+    3 where a peer may also stay. `source` is the address that it comes from.
     """
+    if deadline is None:
+        deadline = 3.0 if answers is None else DEADLINE
     parts = urlsplit(url)
     heard = Heard()
     loop = asyncio.get_running_loop()
