@@ -449,7 +449,7 @@ async def test_all_kinds_of_clients_at_once(io_loop, loop, seed):
     """
     chance = random.Random(seed)
     flags = ("--ping_interval=1", "--ping_timeout=2", "--send_timeout=2",
-             "--connection_queue_messages=8", "--order_wait=0.2",
+             "--connection_queue_messages=8", "--order_wait=10",
              f"--event_loop={loop}")
     orderly: set[str] = set()  # those that left by the book
     over = asyncio.Event()
