@@ -54,6 +54,7 @@ ENDS = {
 NOT_RUN = {
     r"\.venv/bin/python examples/client\.py": "first_use_test runs it, with a backend",
     r"make run     # an echo server": "first_use_test runs these two, in a new clone",
+    r"python -m cProfile ": "it stays until it is stopped, and profiles meanwhile",
     r"python socketdock\.py$": "README's block with its environment is run",
     r"curl ": "it needs the id of a connection; callback_test sends the same",
     r"(\.venv/bin/python -m )?pip install|pipx install|npm ci": "it downloads",
