@@ -32,9 +32,12 @@ class KeptBodies:
         self._most = most
         self._sizes: dict[Keeper, int] = {}  # in the order of their first bytes
         self._total = 0
+        self._refused: set[Keeper] = set()  # who will hear of it in the next turn
 
     def keep(self, keeper: Keeper, size: int) -> None:
         """`keeper` keeps so many bytes now; more than before, or the first ones."""
+        if keeper in self._refused:
+            return  # else what it gives up would count once more, against the others
         self._total += size - self._sizes.get(keeper, 0)
         self._sizes[keeper] = size
         while self._total > self._most:
@@ -46,7 +49,12 @@ class KeptBodies:
                 self._most,
             )
             # Not while somebody is in the middle of handing one over.
-            asyncio.get_running_loop().call_soon(longest.refuse_to_keep)
+            self._refused.add(longest)
+            asyncio.get_running_loop().call_soon(self._refuse, longest)
+
+    def _refuse(self, keeper: Keeper) -> None:
+        self._refused.discard(keeper)
+        keeper.refuse_to_keep()
 
     def discard(self, keeper: Keeper) -> None:
         """`keeper` keeps nothing any more, if it did."""

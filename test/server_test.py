@@ -20,6 +20,8 @@ from service import DEADLINE, RecordingBackend, Service, eventually
 from tornado.ioloop import IOLoop
 from wire import KEY, TEXT, frame, handshake
 
+from handlers.kept import KeptBodies
+
 pytestmark = pytest.mark.gen_test(timeout=60)
 
 SERVERS = ("fast", "tornado")
@@ -301,6 +303,30 @@ async def test_bodies_of_all_requests_together_are_bounded(io_loop, server, more
             assert b" 410 " in await reader.readline()
         for _, writer in (first, *streams):
             writer.close()
+
+
+async def test_refused_body_of_which_more_comes_takes_no_other_with_it(io_loop):
+    """More of it may be read in the turn in which it is refused."""
+    bodies = KeptBodies(most=100)
+    refused: list[str] = []
+    heard = asyncio.Event()
+
+    class Keeper:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def refuse_to_keep(self) -> None:
+            bodies.discard(self)
+            refused.append(self.name)
+            heard.set()
+
+    first, second = Keeper("first"), Keeper("second")
+    bodies.keep(first, 60)
+    bodies.keep(second, 60)
+    bodies.keep(first, 61)
+    await asyncio.wait_for(heard.wait(), DEADLINE)
+    bodies.keep(second, 100)  # nothing of the first one counts any more
+    assert refused == ["first"]
 
 
 @pytest.mark.parametrize("server", SERVERS)
