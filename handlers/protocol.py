@@ -49,7 +49,7 @@ ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 # What one busy client may send before the others have their turn, in bytes; each
 # frame costs some as well, so that tiny and empty ones are no way around it.
 FAIR_SHARE = 4 * READ_CHUNK
-FRAME_COST = FAIR_SHARE // 64
+FRAME_COST = FAIR_SHARE // 32
 # Bytes of messages that are read while there is no room for them, so that the pings
 # between and behind them are answered.
 READ_AHEAD = READ_CHUNK
