@@ -430,6 +430,11 @@ class ClientProtocol:
         """
         return self._stream.drained()
 
+    @property
+    def is_held(self) -> bool:
+        """Whether nothing is read, so that no pong can be seen."""
+        return self._is_ahead_enough()
+
     def outgoing(self) -> Outgoing:
         """What is under way to the peer."""
         return self._stream.outgoing()

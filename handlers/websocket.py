@@ -83,6 +83,8 @@ define("connection_queue_bytes", default=1024 * 1024, metavar="BYTES",
             "message may always wait")
 
 NEVER = float("inf")  # on the loop's clock
+# Seconds in which a kernel acknowledges what came (RFC 9293, section 3.8.6.3).
+DELAYED_ACK = 0.5
 SLOW_READER = 40_000  # bytes per second; whoever is slower may be taken for gone
 STALL_LOOKS = 8  # at a client that is slow, within `--send_timeout`
 CLIENT_LEFT = 499  # what nginx logs, where there was nobody left to answer
@@ -797,13 +799,13 @@ class ClientConnection:
         stalled = self._look_at_uptake()
         if stalled is None:
             taken_at = max(self._taken_at, self._last_sent)
-            if taken_at >= since or self.reading_paused:
+            if taken_at >= since or self.reading_paused or protocol.is_held:
                 return False
             return self._now() >= max(taken_at, self.last_heard) + self._reading_time()
         if self._taken_at >= since:
             return False
         # A slow client's kernel answers that it has no room: only nobody does not.
-        return protocol.outgoing().quiet >= self._now() - since or (
+        return protocol.outgoing().quiet >= max(self._now() - since, DELAYED_ACK) or (
             stalled >= self.policy.send_timeout
         )
 
