@@ -35,7 +35,8 @@ FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.M | re.S)
 
 # What starts and stays, by what it says once it works.
 STAYS = {
-    r"(.*\n)*.*(\.venv/bin/socketdock|python socketdock\.py) (?!check)": "clients at",
+    r"(.*\n)*.*(\.venv/bin/socketdock|python socketdock\.py) (?!check|health)":
+        "clients at",
     r"make run( |$)": "clients at",
     r"python3 examples/backend\.py": "backend at",
     r"WEBHOOK_SECRET=whsec_\.\.\.": "backend at",
@@ -44,7 +45,7 @@ STAYS = {
 # What ends, with these exit statuses.
 ENDS = {
     r"\.venv/bin/socketdock check": (0, 1),  # 2 is for a command line that is wrong
-    r"socketdock health$": (0, 1),
+    r"\.venv/bin/socketdock health$": (0, 1),
     r'echo "whsec_|openssl rand': (0,),
     r"(make demo|\.venv/bin/python examples/demo\.py)$": (0,),
     r"make PYTHON=python3\.12": None,  # with a target that `…` stands for

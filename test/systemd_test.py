@@ -15,7 +15,7 @@ import pytest
 import websockets
 from programs import program
 from project import installation, library
-from service import DEADLINE, PROJECT, Service, eventually
+from service import DEADLINE, PROJECT, Service
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -163,13 +163,19 @@ async def test_unit_starts_what_is_installed(io_loop, tmp_path, tmp_path_factory
         "PYTHONPATH": library(prefix),
         "NOTIFY_SOCKET": address,
     }
-    http = ("--backend=http", "--messageuri=http://127.0.0.1:9/")
+    state = tmp_path / "state"
+    http = (
+        "--backend=http",
+        "--messageuri=http://127.0.0.1:9/",
+        "--disconnecturi=http://127.0.0.1:9/",
+        f"--state_dir={state}",
+    )
     with Systemd(address) as systemd:
         async with Service(
             *http, command=command.split(), environment=environment
         ) as service:
             await systemd.hears("READY=1")
-            await eventually(lambda: any((tmp_path / "socketdock").iterdir()))
+            assert any(state.iterdir())
     assert not [line for line in service.log if "unknown variable" in line]
 
 
