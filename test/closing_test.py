@@ -1,6 +1,7 @@
 """How a connection ends: what is still delivered, what is not, and how it looks."""
 
 import asyncio
+import contextlib
 import signal
 import ssl
 
@@ -209,9 +210,10 @@ async def test_tls_ends_with_close_notify(io_loop, authority, loop, how):
                 elif how == "relay":
                     await client.send(frame(3))
                 else:
-                    # Its close_notify, and no answer is waited for.
+                    # Its close_notify. The relay's may be there by the next line: then
+                    # `unwrap` has seen it; else `read` is to see it.
                     client.sock.setblocking(False)
-                    with pytest.raises(ssl.SSLWantReadError):
+                    with contextlib.suppress(ssl.SSLWantReadError):
                         client.sock.unwrap()
                     client.sock.settimeout(DEADLINE)
                 await client.read()
