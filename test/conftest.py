@@ -9,6 +9,9 @@ import pytest
 import uvloop
 from tornado.ioloop import IOLoop
 
+# Where it is set, all sources would be compiled anew for each of a thousand relays.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 @pytest.fixture
 def event_loop_name() -> str:
