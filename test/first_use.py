@@ -1,12 +1,13 @@
 """Goes README's way: a new clone, a new environment, a backend, a client.
 
     .venv/bin/python test/first_use.py                # as the tests do: one Python
+    .venv/bin/python test/first_use.py --minor=13     # Python 3.13
     .venv/bin/python test/first_use.py --all          # each Python that is there
 
 The clone is in a path with a space. Where root runs it, a user without rights does
 all of that, unless he can't reach the Python. What it types are README's own blocks;
 only the ports are others. `--all` runs `make test` for two modules, too, for which
-make installs what they need.
+make installs what they need: that takes minutes.
 """
 
 import argparse
@@ -34,8 +35,8 @@ PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 Who = dict[str, object]  # for `subprocess`: empty is who runs this
 
 
-def pythons() -> list[tuple[str, Who]]:
-    """One of each version from 3.11 to 3.13, and who can run it.
+def pythons() -> dict[int, tuple[str, Who]]:
+    """One of each version from 3.11 to 3.13, by its minor number, and who can run it.
 
     Where we are root, that is a user without rights, if he can reach it.
     """
@@ -47,7 +48,7 @@ def pythons() -> list[tuple[str, Who]]:
         )
     candidates = [shutil.which(f"python3.{minor}", path=PATH) for minor in (11, 12, 13)]
     candidates += map(str, Path.home().glob(".pyenv/versions/3.1[123].*/bin/python3"))
-    found: dict[str, tuple[str, Who]] = {}
+    found: dict[int, tuple[str, Who]] = {}
     for who in people:
         for python in filter(None, candidates):
             with contextlib.suppress(subprocess.CalledProcessError, PermissionError):
@@ -57,8 +58,8 @@ def pythons() -> list[tuple[str, Who]]:
                     text=True,
                     **who,
                 )
-                found.setdefault(version, (python, who))
-    return list(found.values())
+                found.setdefault(int(version), (python, who))
+    return found
 
 
 def blocks() -> list[str]:
@@ -201,12 +202,16 @@ def go(python: str, who: Who, tests: bool) -> None:
 def main() -> None:
     """One line for each Python; raises where something failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--all", action="store_true")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true")
+    which.add_argument("--minor", type=int)
     arguments = parser.parse_args()
-    found = pythons()
+    found = list(pythons().items())
+    if arguments.minor is not None:
+        found = [(minor, one) for minor, one in found if minor == arguments.minor]
     if not found:
-        sys.exit("no Python from 3.11 to 3.13")
-    for python, who in found if arguments.all else found[:1]:
+        sys.exit("no such Python from 3.11 to 3.13")
+    for _, (python, who) in found if arguments.all else found[:1]:
         started = time.monotonic()
         go(python, who, tests=arguments.all)
         name = USER if who else pwd.getpwuid(os.geteuid()).pw_name

@@ -17,7 +17,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 PROCESSORS = len(os.sched_getaffinity(0))
 # More than processors, since tests wait for deadlines to pass.
-WORKERS = PROCESSORS * 3 // 2
+WORKERS = PROCESSORS * 2
 # A test takes no port that another one may take, and no folder.
 PARALLEL = (f"--numprocesses={WORKERS}", "--dist=worksteal")
 
@@ -61,8 +61,8 @@ PARTS = (
 # front of the relay or calls it in another language. And what takes long: floods,
 # measurements, new environments.
 NOT_OF_THE_RELAY = named(
-    "balancer", "bench", "compose", "conformance", "console_page", "examples",
-    "first_use", "imports", "interop", "makefile", "monitoring", "openapi",
+    "balancer", "bench", "commands", "compose", "conformance", "console_page",
+    "examples", "first_use", "imports", "interop", "makefile", "monitoring", "openapi",
     "packaging", "papers", "proxies", "soaking", "supervisord", "systemd",
 )
 TOO_LONG = named("attacks", "faults", "order", "resolver")
