@@ -19,6 +19,7 @@ import ssl
 import struct
 import sys
 import time
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from service import DEADLINE, eventually
 from wire import handshake
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, for 0 s (socket(7))
+# asyncio before 3.12, where a transport's close() had just written the rest.
+ABORTED_LATE = AttributeError
 BACKLOG = 4096  # connections that the kernel holds until they are accepted
 # As strict as can be: nothing that was split or smuggled passes for an answer.
 STATUS_LINE = re.compile(rb"HTTP/1\.1 (\d{3}) [ -~]+")
@@ -88,12 +91,16 @@ class Book:
         # By webhook-id, in the order of their first acceptance.
         self.accepted: dict[str, Attempt] = {}
         self.counts: dict[str, int] = defaultdict(int)  # of those, by kind
-        # When every connection was reset, whatever was on it (`time.monotonic()`).
+        # When connections were reset with whatever was on them, read or not, in
+        # order (`time.monotonic()`).
         self.resets: list[float] = []
 
-    def lost_unread(self, begin: float, end: float) -> bool:
-        """Whether requests may have been lost in that time before they were read."""
-        return any(begin < at < end for at in self.resets)
+    def first_reset(self, begin: float, end: float) -> float:
+        """When requests may first have been lost unread in that time, else never."""
+        first = bisect_right(self.resets, begin)
+        if first < bisect_left(self.resets, end):
+            return self.resets[first]
+        return float("inf")
 
     def enter(self, attempt: Attempt) -> None:
         """Note an attempt that has been read whole."""
@@ -289,6 +296,8 @@ class _BackendConnection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         if self._backend.absence in ("refused", "reset"):
+            # It may have waited to be accepted, with a request on it.
+            self._backend.resets.append(time.monotonic())
             self.reset()
         else:
             self._backend.connections.add(self)
@@ -344,7 +353,11 @@ class _BackendConnection(asyncio.Protocol):
             self._answer(reply)
 
     def reset(self) -> None:
-        """End the connection with RST."""
+        """End the connection with RST.
+
+        At once: a transport closes its socket only in the loop's next turn, and
+        until then the relay could let go of what is in the book as lost.
+        """
         self._settle("let go" if self._has_been_left() else "lost")
         if self._latest is not None:
             self._latest.doubtful = True
@@ -352,7 +365,10 @@ class _BackendConnection(asyncio.Protocol):
         # Where the peer has ended it already, there may be none.
         with contextlib.suppress(OSError, AttributeError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-        self._transport.abort()
+        drop(self._transport)
+        # What is the transport's to close is another socket from now on.
+        with contextlib.suppress(OSError, AttributeError), socket.socket() as blank:
+            os.dup2(blank.fileno(), sock.fileno(), inheritable=False)
 
     def _has_been_left(self) -> bool:
         """Whether the relay has closed the connection, unheard so far.
@@ -816,6 +832,12 @@ async def tell(
     return heard
 
 
+def drop(transport: asyncio.WriteTransport) -> None:
+    """End a connection at once, with whatever waits."""
+    with contextlib.suppress(ABORTED_LATE):
+        transport.abort()
+
+
 class SilentProxy:
     """A TCP proxy that can fall silent: both ends stay open, nothing passes.
 
@@ -842,7 +864,7 @@ class SilentProxy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for writer in self._writers:
-            writer.transport.abort()
+            drop(writer.transport)
 
     def fall_silent(self) -> None:
         """Pass nothing on from now on, on any connection."""

@@ -65,7 +65,7 @@ NOT_OF_THE_RELAY = named(
     "examples", "first_use", "imports", "interop", "makefile", "monitoring", "openapi",
     "packaging", "papers", "proxies", "soaking", "supervisord", "systemd",
 )
-TOO_LONG = named("attacks", "faults", "order", "resolver")
+TOO_LONG = named("attacks", "faults", "order", "resolver", "soak")
 RELAY = (
     Part(
         f"The relay's tests, {WORKERS} at a time",

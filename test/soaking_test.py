@@ -1,14 +1,20 @@
 """The soak's books: they balance where all is right, and say where it is not."""
 
+import random
+import socket
+import time
 from typing import Any
 
 import pytest
-from faults import Attempt, Book
+from faults import Attempt, Book, FaultyBackend
+from service import eventually
 from soaking.answers import READABLE, READABLE_TO_THE_END, RETRY_AFTERS
-from soaking.books import Audit
-from soaking.stalls import RECOVERY, Stalls
+from soaking.books import KNOWN, Audit
+from soaking.pulse import Pulse
+from soaking.visits import Visit
 
 ID = "0f6c"
+BEAT = 1 / KNOWN  # seconds: within one second all is known
 
 
 def message(
@@ -21,23 +27,65 @@ def message(
     )
 
 
-def disconnect(arrived: float, undelivered: int = 0) -> Attempt:
-    """The disconnect event, accepted."""
-    event = {"meta": {"connection_id": ID, "undelivered": undelivered}}
-    return Attempt("disconnect", f"{ID}-disconnect", event, "200", arrived, arrived)
+def disconnect(
+    arrived: float,
+    undelivered: int = 0,
+    outcome: str = "200",
+    reason: str = "",
+    retry_after: float = 0.0,
+) -> Attempt:
+    """The disconnect event of a client that has left, at so many seconds."""
+    meta = {
+        "connection_id": ID, "undelivered": undelivered, "reason": reason,
+        "code": 1000, "initiator": "client", "duration": arrived,
+    }  # fmt: skip
+    return Attempt(
+        "disconnect", f"{ID}-disconnect", {"meta": meta}, outcome, arrived, arrived,
+        retry_after,
+    )  # fmt: skip
 
 
-def flaws(
-    *attempts: Attempt, strict: bool = False, stalls: Stalls | None = None
-) -> list[str]:
-    """What the books say of one connection's attempts."""
+def book_of(*attempts: Attempt, resets: tuple[float, ...] = ()) -> Book:
+    """A backend's book in which these have ended, and connections were reset."""
     book = Book()
-    book.attempts = list(attempts)
+    book.attempts = sorted(attempts, key=lambda attempt: attempt.arrived)
     for attempt in sorted(attempts, key=lambda attempt: attempt.ended):
         if attempt.accepted:
             book.accepted.setdefault(attempt.webhook_id, attempt)
-    audit = Audit(book, stalls or Stalls(), strict, delivery_timeout=60)
-    return list(audit.delivery_flaws(list(attempts)))
+    book.resets = list(resets)
+    return book
+
+
+def steady(*pauses: tuple[float, float]) -> Pulse:
+    """Regular beats for two minutes, but none that begins or ends in `pauses`."""
+    pulse = Pulse()
+    for number in range(round(120 / BEAT)):
+        begin, end = number * BEAT, (number + 0.5) * BEAT
+        if not any(start <= end and begin <= stop for start, stop in pauses):
+            pulse.add(begin, end)
+    return pulse
+
+
+def flaws(
+    *attempts: Attempt,
+    strict: bool = False,
+    pulse: Pulse | None = None,
+    resets: tuple[float, ...] = (),
+    delivery_timeout: float = 60,
+) -> list[str]:
+    """What the books say of one connection's attempts."""
+    book = book_of(*attempts, resets=resets)
+    audit = Audit(book, pulse or steady(), strict, delivery_timeout)
+    return list(audit.delivery_flaws(book.attempts))
+
+
+def lost(sent: int, *attempts: Attempt) -> list[str]:
+    """What the books say of a client that sent so many messages, and left."""
+    meta = {"connection_id": ID, "query": "name=client"}
+    connect = Attempt("connect", f"{ID}-connect", {"meta": meta}, "200", 0, 0)
+    visit = Visit("", "client", random.Random(), sent=sent, left=True, close_code=1000)
+    audit = Audit(book_of(connect, *attempts), steady(), False, delivery_timeout=60)
+    return [each.what for each in audit.violations([visit], reads_at_once=True)]
 
 
 FAULTLESS = {
@@ -67,6 +115,10 @@ FAULTLESS = {
     "on its way when the other failed": [
         message(0, 0, "503", took=1), message(1, 1.2), message(0, 2),
     ],
+    "told by the next run, which knows no Retry-After": [
+        disconnect(0, outcome="503", retry_after=3),
+        disconnect(1, reason="instance lost"),
+    ],
 }  # fmt: skip
 
 FAULTY = {
@@ -83,6 +135,9 @@ FAULTY = {
         message(0, 0, "503", retry_after=3), message(0, 1),
     ],
     "message 0 came first after message 1": [message(1, 0), message(0, 2)],
+    "its disconnect event came again after 1.00 s, told 3": [
+        disconnect(0, outcome="503", retry_after=3), disconnect(1),
+    ],
 }  # fmt: skip
 
 
@@ -110,40 +165,94 @@ def test_with_strict_order_messages_are_accepted_in_order() -> None:
 
 def test_nobody_is_judged_by_time_in_which_it_did_not_run() -> None:
     """A message that was sent before a stall may come to be looked at after it."""
-    stalls = Stalls()
-    stalls.add(1.1, 4)
     overtaken = [message(0, 0, "503", took=1), message(1, 4.5), message(0, 6)]
     assert len(flaws(*overtaken)) == 1
-    assert flaws(*overtaken, stalls=stalls) == []
+    assert flaws(*overtaken, pulse=steady((1.1, 4))) == []
 
 
 def test_what_was_lost_unread_comes_late() -> None:
-    """A reset of all connections takes with it what nobody has read."""
-    book = Book()
-    book.attempts = [message(1, 0), message(0, 4)]
-    audit = Audit(book, Stalls(), strict=False, delivery_timeout=60)
-    assert len(list(audit.delivery_flaws(book.attempts))) == 1
-    book.resets.append(1)
-    assert not list(audit.delivery_flaws(book.attempts))
+    """A reset of a connection takes with it what nobody has read."""
+    late = [message(1, 2), message(0, 6)]
+    assert len(flaws(*late)) == 1
+    assert len(flaws(*late, resets=(0.5,))) == 1  # nothing of this time was on it
+    assert flaws(*late, resets=(3,)) == []
+    assert flaws(*late, resets=(1.5,)) == []  # the next one was on another connection
     given_up = [message(0, 0, "503"), message(1, 4), disconnect(9, undelivered=1)]
-    assert not list(audit.delivery_flaws(given_up))
+    assert len(flaws(*given_up)) == 1
+    assert flaws(*given_up, resets=(1,)) == []
 
 
-def test_only_who_ran_can_tell_that_it_was_alive() -> None:
-    """Stalls of the soak itself count where they were, those of the relay do not."""
-    stalls = Stalls()
-    stalls.add(0, 9)
-    assert stalls.longest_own(0, 9) == 0
+def test_what_was_lost_unread_has_failed_by_then() -> None:
+    """From then on its deadline counts, whatever Retry-After says later."""
+    attempts = [
+        message(0, 0), message(1, 9), message(2, 9.1, "503", retry_after=3),
+        message(2, 10.5),
+    ]  # fmt: skip
+    assert len(flaws(*attempts, delivery_timeout=8)) == 1
+    assert flaws(*attempts, delivery_timeout=8, resets=(2.4,)) == []
+    assert len(flaws(*attempts, delivery_timeout=8, resets=(2.6,))) == 1
 
 
-def test_stalls_that_overlap_count_once() -> None:
-    """What is left of a time is what nobody missed."""
-    stalls = Stalls()
-    stalls.add(10, 12)
-    stalls.add(11, 13)
-    assert stalls.running(0, 5) == 5
-    assert stalls.running(9, 20) == pytest.approx(11 - 3 - RECOVERY)
-    assert stalls.running(11, 12) == 0
+def test_each_message_is_settled_or_counts_as_undelivered() -> None:
+    """One that failed, and did not go again, is neither."""
+    assert lost(2, message(0, 1), message(1, 1.1), disconnect(2)) == []
+    assert lost(2, message(0, 1), message(1, 1.1, "400"), disconnect(2)) == []
+    failed = message(0, 1, "503", took=0.5)
+    assert len(lost(2, failed, message(1, 1.2), disconnect(2, undelivered=0))) >= 1
+    assert lost(2, failed, message(1, 1.2), disconnect(2, undelivered=1)) == []
+
+
+def test_held_request_that_is_lost_five_seconds_behind_the_farewell_was_let_go(
+) -> None:
+    """Not before: until then it goes again."""
+    accepted = disconnect(2)
+    assert lost(1, message(0, 1, "lost", took=6.1), accepted) == []
+    assert len(lost(1, message(0, 1, "lost", took=5.9), accepted)) == 1
+
+
+def test_request_may_be_let_go_as_it_fails_where_many_are_open() -> None:
+    """Sixteen of one connection, since it is done to send one more."""
+    for number, flawed in ((15, True), (16, False)):
+        attempts = [
+            message(0, 1, "lost", took=3),
+            *(message(n, 1 + n / 10, took=4) for n in range(1, number)),
+        ]
+        assert bool(lost(number, *attempts, disconnect(9))) is flawed
+
+
+def test_beats_are_counted_as_a_whole() -> None:
+    """Those that lie between two times."""
+    pulse = Pulse()
+    for second in range(10):
+        pulse.add(second, second + 0.5)
+    assert pulse.count(0, 10) == 10
+    assert pulse.count(1.1, 4.2) == 2
+    assert pulse.count(2.1, 2.4) == pulse.count(5, 3) == 0
+    assert pulse.ago(1, 3.2) == 2
+    assert pulse.ago(3, 3.2) == 0
+    assert pulse.ago(4, 3.2) == float("-inf")
+
+
+@pytest.mark.gen_test
+async def test_backend_that_resets_a_connection_does_so_at_once(io_loop) -> None:
+    """What stands in the book as lost can't be let go by the relay any more."""
+    async with FaultyBackend() as backend:
+        with socket.create_connection((backend.host, backend.port)) as relay:
+            await eventually(lambda: backend.connections)
+            backend.go_away("reset")
+            with pytest.raises(ConnectionResetError):
+                relay.recv(1)
+
+
+@pytest.mark.gen_test
+async def test_reset_of_a_connection_that_waited_is_in_the_book(io_loop) -> None:
+    """Nobody has read what was on it."""
+    async with FaultyBackend() as backend:
+        backend.go_away("reset")
+        before = len(backend.resets)
+        with socket.create_connection((backend.host, backend.port)):
+            await eventually(lambda: len(backend.resets) > before)
+        assert backend.first_reset(0, time.monotonic()) == backend.resets[0]
 
 
 def test_odd_answers_have_one_place_for_the_status() -> None:

@@ -2,28 +2,37 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
 
 from faults import Attempt, Book
 
 from soaking.answers import PASSING
-from soaking.stalls import Stalls
-from soaking.visits import CLOSE_READ, Babbling, Closing, Visit
+from soaking.pulse import Pulse
+from soaking.visits import Babbling, Closing, Sipping, Visit
 
-# Seconds that the relay may take to read an answer, on a busy machine, before what
-# it sends can be held against it.
-HEARD = 1.5
-# Seconds that a retry may come early: a busy loop looks at its clock before that.
-EARLY = 0.3
-# Seconds that a request on a new connection may wait to be read, when the backend,
-# which is the soak itself, is busy: one on a kept connection may come before it.
-SAME_MOMENT = 1.0
+# Beats after which the relay has read what the backend answered, and the backend
+# what the relay had sent by then: one for either would do on connections that are
+# open, and a new one takes a few, by TLS most.
+KNOWN = 10
+EARLY = 0.05  # seconds that a retry may come early: clocks are read in turns of a loop
+MAX_UNANSWERED = 16  # messages of one connection; the relay's default
 HELD_AFTERWARDS = 5.0  # seconds; an answer is held so long behind the farewell
 LIFE = 6.0  # seconds in which the relay finds that a client is not alive
 ALIVE = 0.5  # seconds that the soak may stand still meanwhile: its clients do, too
+LOST = "instance lost"  # what the next run of a relay says of the dead one
+TOLD = ("code", "initiator", "reason", "undelivered", "refused")  # in `meta`
 SLOW = 1008  # the close code of who takes nothing
 DISCONNECT_TIMEOUT = 300.0  # seconds; the relay's default
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A sentence for people; `connection_id` is empty where it is of no connection."""
+
+    what: str
+    connection_id: str = ""
 
 
 class Audit:
@@ -31,18 +40,19 @@ class Audit:
 
     `strict`: one message at a time, and no answer is held. `cut_off`: the relay
     lost what was in its memory, such as messages that failed behind the farewell.
+    Whether one thing came too late behind another is judged by `pulse`.
     """
 
     def __init__(
         self,
         book: Book,
-        stalls: Stalls,
+        pulse: Pulse,
         strict: bool,
         delivery_timeout: float,
         cut_off: bool = False,
     ) -> None:
         self._book = book
-        self._stalls = stalls
+        self._pulse = pulse
         self._strict = strict
         self._delivery_timeout = delivery_timeout
         self._cut_off = cut_off
@@ -57,18 +67,40 @@ class Audit:
 
     def violations(
         self, visits: Iterable[Visit], *, reads_at_once: bool
-    ) -> Iterator[str]:
-        """Yield a sentence for each.
+    ) -> Iterator[Violation]:
+        """Yield each that there is.
 
         `reads_at_once`: nothing but its own queue keeps a client's close frame
         from being read.
         """
         for visit in visits:
+            connection_id = self._ids.get(visit.name, "")
             for flaw in self._flaws(visit, reads_at_once):
-                yield f"{type(visit).__name__.lower()} {visit.name}: {flaw}"
+                what = f"{type(visit).__name__.lower()} {visit.name}: {flaw}"
+                yield Violation(what, connection_id)
         for connection_id, attempts in self._by_connection.items():
             for flaw in self.delivery_flaws(attempts):
-                yield f"connection {connection_id}: {flaw}"
+                yield Violation(f"connection {connection_id}: {flaw}", connection_id)
+
+    def timeline(self, connection_id: str) -> Iterator[str]:
+        """What came of one connection: seconds from its first event, and outcomes."""
+        attempts = self._by_connection[connection_id]
+        if not attempts:
+            return
+        began = attempts[0].arrived
+        for attempt in attempts:
+            meta = attempt.event["meta"]
+            yield " ".join([
+                f"{attempt.arrived - began:8.3f} {attempt.ended - began:8.3f}",
+                f"{label(attempt)}: {attempt.outcome}",
+                *([f"retry after {attempt.retry_after:g}"] * (attempt.retry_after > 0)),
+                *(["(may be unread)"] * attempt.doubtful),
+                *(f"{name}={meta[name]}" for name in TOLD if name in meta),
+            ])  # fmt: skip
+        ends = (attempt.ended for attempt in attempts if attempt.ended < float("inf"))
+        end = max(ends, default=began) + HELD_AFTERWARDS
+        resets = [at - began for at in self._book.resets if began < at < end]
+        yield f"connections were reset at {', '.join(f'{at:.3f}' for at in resets)}"
 
     def told_of_all(self) -> bool:
         """Whether each connection that was accepted has had its disconnect event."""
@@ -92,13 +124,16 @@ class Audit:
         if meta is None:
             yield "no disconnect event"
             return
-        if meta["reason"] == "instance lost":
-            return  # what was in memory is lost
+        if meta["reason"] == LOST:
+            return  # and so is what was in memory
         yield from self._lost_messages(visit, meta, attempts)
         yield from self._lost_pushes(visit, meta, reads_at_once)
-        # A close frame has no room behind what a slow client does not take.
+        # A close frame has no room behind what a slow client does not take, and
+        # comes too late behind what it takes slowly.
         unseen = visit.close_code is None and (
-            meta["code"] == SLOW or not self._was_alive(meta)
+            meta["code"] == SLOW
+            or (isinstance(visit, Sipping) and meta["initiator"] == "relay")
+            or not self._was_alive(meta)
         )
         if not (visit.left or unseen) and (
             meta["code"] != (visit.close_code or 1006) or meta["initiator"] == "client"
@@ -112,7 +147,7 @@ class Audit:
         """Whether a client was quick enough before the relay ended its connection."""
         came = self._by_connection[meta["connection_id"]][0].arrived
         ended = came + meta["duration"]
-        return self._stalls.longest_own(ended - LIFE, ended + HEARD) < ALIVE
+        return self._pulse.longest_own(ended - LIFE, ended + ALIVE) < ALIVE
 
     def _lost_messages(
         self, visit: Visit, meta: dict[str, Any], attempts: list[Attempt]
@@ -123,8 +158,11 @@ class Audit:
         let_go = min(told, default=float("inf"))
         if not self._cut_off:
             let_go += HELD_AFTERWARDS
-        settled = {
-            spoken(a) for a in attempts if self._is_settled(a) or a.ended > let_go
+        latest = {spoken(a): a for a in attempts}
+        settled = {spoken(a) for a in attempts if self._is_settled(a)} | {
+            number
+            for number, attempt in latest.items()
+            if attempt.ended > let_go or self._crossed(attempt)
         }
         known = len(settled) + meta["undelivered"]
         seen = {spoken(attempt) for attempt in attempts}
@@ -136,6 +174,27 @@ class Audit:
             yield f"its close frame was not read: {meta}"
         if known < visit.sent:
             yield f"{visit.sent} messages sent, {len(settled)} settled, {meta}"
+
+    def _crossed(self, failed: Attempt) -> bool:
+        """Whether the relay may have let go of a message just as it failed.
+
+        It does so to send one more while so many are open, and which of the two came
+        first only the relay knows.
+        """
+        if self._strict:
+            return False
+        attempts = [
+            a
+            for a in self._by_connection[failed.connection_id]
+            if a.kind == "message"
+        ]
+        highest = max(spoken(a) for a in attempts if a.arrived <= failed.ended)
+        settled = {
+            spoken(a)
+            for a in attempts
+            if self._is_settled(a) and self._pulse.count(a.ended, failed.ended) > KNOWN
+        }
+        return highest + 1 - len(settled) >= MAX_UNANSWERED
 
     def _lost_pushes(
         self, visit: Visit, meta: dict[str, Any], reads_at_once: bool
@@ -159,11 +218,11 @@ class Audit:
                 yield f"pushes answered 200 did not come: {sorted(missing)}, {meta}"
         if isinstance(visit, Closing) and reads_at_once and visit.is_told():
             for push in visit.pushes:
-                behind = self._stalls.running(visit.left_at, push.posted)
-                if behind > CLOSE_READ and push.status not in (410, 0):
+                beats = self._pulse.count(visit.left_at, push.posted)
+                if beats > KNOWN and push.status not in (410, 0):
                     yield (
-                        f"a push {behind:.1f} s behind its close frame got"
-                        f" {push.status}"
+                        f"a push {push.posted - visit.left_at:.1f} s behind its close"
+                        f" frame got {push.status}"
                     )
 
     def delivery_flaws(self, attempts: list[Attempt]) -> Iterator[str]:
@@ -194,7 +253,7 @@ class Audit:
             if (
                 self._is_settled(earlier)
                 and not earlier.doubtful
-                and self._stalls.running(earlier.ended, attempt.arrived) > 0
+                and self._pulse.count(earlier.ended, attempt.arrived) > 0
             ):
                 yield (
                     f"{label(attempt)} came again, though it was answered"
@@ -209,10 +268,8 @@ class Audit:
             not replay.by_id[attempt.webhook_id]
             and highest is not None
             and spoken(attempt) < spoken(highest)
-            and self._stalls.running(highest.arrived, attempt.arrived) > SAME_MOMENT
-            and not self._book.lost_unread(
-                highest.arrived - SAME_MOMENT, attempt.arrived
-            )
+            and self._pulse.count(highest.arrived, attempt.arrived) > KNOWN
+            and not self._is_doubtful(highest.arrived, attempt.arrived)
         ):
             yield f"{label(attempt)} came first after {label(highest)}"
 
@@ -222,17 +279,35 @@ class Audit:
         if not same or not self._is_failed(same[-1]) or same[-1].doubtful:
             return
         latest = same[-1]
+        if is_of_next_run(attempt) and not is_of_next_run(latest):
+            return  # which does not know what the dead one was told
         wait = attempt.arrived - latest.ended
         if attempt.kind == "message":
-            deadline = replay.head_since(attempt) + self._delivery_timeout
+            failed_at = self._may_have_failed(attempt, replay)
+            deadline = failed_at + self._delivery_timeout
         else:
             failed_at = min(a.ended for a in same if self._is_failed(a))
             deadline = failed_at + DISCONNECT_TIMEOUT
-        if wait < latest.retry_after - EARLY and attempt.arrived < deadline - HEARD:
+        if wait < latest.retry_after - EARLY and attempt.arrived < deadline:
             yield (
                 f"{label(attempt)} came again after {wait:.2f} s, told"
                 f" {latest.retry_after:g}"
             )
+
+    def _may_have_failed(self, attempt: Attempt, replay: "_Replay") -> float:
+        """When a message may have failed unseen for the first time, at the earliest.
+
+        Where the backend was away that was when it was the next to go, or when it
+        was lost on its way beside others.
+        """
+        lost = self._book.first_reset(replay.began, replay.came_first(attempt))
+        next_to_go = self._pulse.ago(KNOWN, replay.came_before(attempt))
+        return min(lost, max(replay.began, next_to_go))
+
+    def _is_doubtful(self, begin: float, end: float) -> bool:
+        """Whether the relay may have sent from about `begin` on what nobody read."""
+        begin = self._pulse.ago(KNOWN, begin)
+        return self._book.first_reset(begin, end) < float("inf")
 
     def _overtaken(self, attempt: Attempt, replay: "_Replay") -> Iterator[str]:
         """Nothing goes past a message that has failed and waits for its retry."""
@@ -240,13 +315,13 @@ class Audit:
             a
             for a in replay.failed.values()
             if a.ended < attempt.arrived
-            and self._stalls.running(a.ended, attempt.arrived) > HEARD
-            and self._stalls.running(attempt.arrived, replay.next_of(a)) > SAME_MOMENT
+            and self._pulse.count(a.ended, attempt.arrived) > KNOWN
+            and self._went_later(a, attempt, replay)
         ]
         if attempt.kind == "disconnect":
             undelivered = attempt.event["meta"]["undelivered"]
-            if attempt.event["meta"].get("reason") == "instance lost":
-                return  # with what was in its memory
+            if is_of_next_run(attempt):
+                return  # the first run's memory is lost
             # What failed after the event was sent is delivered behind it.
             ahead = [label(a) for a in waiting if a.ended < replay.disconnected]
             if len(ahead) > undelivered:
@@ -261,11 +336,16 @@ class Audit:
                 continue
             # One that does not come again was given up; what was open by then goes
             # on, but nothing new does.
-            is_new = is_first and not self._book.lost_unread(
-                other.ended - SAME_MOMENT, attempt.arrived
-            )
+            is_new = is_first and not self._is_doubtful(other.ended, attempt.arrived)
             if is_new or replay.next_of(other) < float("inf"):
                 yield f"{label(attempt)} overtook {label(other)}, which had failed"
+
+    def _went_later(self, failed: Attempt, other: Attempt, replay: "_Replay") -> bool:
+        """Whether what had failed went again well behind `other`, or never."""
+        again = replay.next_of(failed)
+        if again == float("inf"):
+            return not self._crossed(failed)
+        return self._pulse.count(other.arrived, again) > KNOWN
 
     def _is_failed(self, attempt: Attempt) -> bool:
         """Whether the event goes again after this attempt."""
@@ -286,26 +366,25 @@ class _Replay:
 
     def __init__(self, attempts: Iterable[Attempt]) -> None:
         self._arrivals: dict[str, list[float]] = defaultdict(list)
-        # When each message came for the first time, and the connect event as if it
-        # were the message before the first.
-        self._came_first: dict[int, float] = {}
+        self._came_first: dict[int, float] = {}  # by the message's number
         for attempt in attempts:
             self._arrivals[attempt.webhook_id].append(attempt.arrived)
-            if attempt.kind != "disconnect":
-                number = spoken(attempt) if attempt.kind == "message" else -1
-                self._came_first.setdefault(number, attempt.arrived)
+            if attempt.kind == "message":
+                self._came_first.setdefault(spoken(attempt), attempt.arrived)
+        # When the first event came, such as the connect event.
+        self.began = min(arrivals[0] for arrivals in self._arrivals.values())
         self.by_id: dict[str, list[Attempt]] = defaultdict(list)
         self.failed: dict[str, Attempt] = {}  # messages whose latest attempt did
         self.highest: Attempt | None = None  # the last message that came
         self.disconnected = float("inf")  # when the first disconnect event came
 
-    def head_since(self, attempt: Attempt) -> float:
-        """When that message may have been the next to go, at the earliest.
+    def came_first(self, attempt: Attempt) -> float:
+        """When that message came for the first time."""
+        return self._came_first[spoken(attempt)]
 
-        From then on it may have failed unseen, where the backend was away.
-        """
-        number = spoken(attempt)
-        return self._came_first.get(number - 1, self._came_first[number])
+    def came_before(self, attempt: Attempt) -> float:
+        """When the message before it did."""
+        return self._came_first.get(spoken(attempt) - 1, self.began)
 
     def next_of(self, attempt: Attempt) -> float:
         """When the event came again; for ever where it did not."""
@@ -329,6 +408,11 @@ class _Replay:
 def spoken(attempt: Attempt) -> int:
     """The number that the client gave its message."""
     return int(attempt.event["message"].split(maxsplit=2)[1])
+
+
+def is_of_next_run(attempt: Attempt) -> bool:
+    """Whether it is of the run after the one whose connection it was."""
+    return attempt.event["meta"].get("reason") == LOST
 
 
 def label(attempt: Attempt) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Self
 from urllib.parse import urlsplit
 
+from faults import drop
+
 STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 PATIENCE = 60.0  # seconds for an answer, on a busy machine
 PIPELINED = 64 * 1024  # bytes of requests that are written at a time
@@ -35,7 +37,7 @@ class Caller:
 
     async def __aexit__(self, *error: object) -> None:
         if self._writer is not None:
-            self._writer.transport.abort()
+            drop(self._writer.transport)
 
     async def request(self, method: str, body: bytes = b"") -> int:
         """The answer's status; 0 where the listener hung up, -1 where none came."""
@@ -112,5 +114,5 @@ async def read_no_answers(url: str, over: asyncio.Event) -> None:
                     writer.write(requests)
                     await asyncio.wait_for(writer.drain(), 1)
             finally:
-                writer.transport.abort()
+                drop(writer.transport)
         await asyncio.sleep(0.2)

@@ -14,6 +14,7 @@ from typing import ClassVar
 from urllib.parse import urlsplit
 
 import websockets
+from faults import ABORTED_LATE, drop
 from service import eventually
 from wire import (
     BINARY,
@@ -34,7 +35,8 @@ SEND_PATIENCE = 5.0  # seconds: where the relay has stopped reading, nothing lea
 LARGE = 300_000  # bytes of a push that fills buffers
 HUGE = 4_000_000  # bytes of one that is as long as can be
 NORMAL = struct.pack("!H", 1000)  # payload of a close frame (RFC 6455, section 7.4.1)
-CLOSE_READ = 1.0  # seconds after which the relay has read a close frame
+CLOSE_READ = 1.2  # seconds in which the relay, if it runs, has read a close frame
+CATCHING_UP = 0.5  # seconds that a slow reader may be behind its rate, at most
 
 
 class Refused(Exception):
@@ -143,7 +145,8 @@ class Talker(Visit):
             asyncio.get_running_loop().call_later(self.rng.uniform(0, 4), enough.set)
         pause = self.rng.choice([0.01, 0.05, 0.3])
         pusher = self.pusher()
-        with contextlib.suppress(websockets.ConnectionClosed, TimeoutError):
+        ends = (websockets.ConnectionClosed, TimeoutError, ABORTED_LATE)
+        with contextlib.suppress(*ends):
             async with Caller(self.send_url()) as caller:
                 while not (enough.is_set() or over.is_set()):
                     async with asyncio.timeout(SEND_PATIENCE):
@@ -172,7 +175,8 @@ class Polite(Talker):
     async def go(self) -> None:
         if self.client.state == websockets.State.OPEN:
             self.leave()
-        await self.client.close()
+        with contextlib.suppress(ABORTED_LATE):
+            await self.client.close()
 
 
 @dataclass
@@ -231,6 +235,8 @@ class Bare(Visit):
     receive_buffer: ClassVar[int] = 64 * 1024
 
     rate: float = float("inf")  # bytes a second that it reads, at most
+    # When it may read on, by its rate (`time.monotonic()`).
+    reads_at: float = 0.0
 
     async def connect(self) -> None:
         parts = urlsplit(self.target)
@@ -305,8 +311,15 @@ class Bare(Visit):
             size -= len(part)
             start = (start + part)[:200]
             if self.rate != float("inf"):
-                await asyncio.sleep(len(part) / self.rate)
+                await self._rest(len(part) / self.rate)
         return start
+
+    async def _rest(self, seconds: float) -> None:
+        """Keep the rate: where the soak was late, it reads on at once."""
+        now = time.monotonic()
+        self.reads_at = max(self.reads_at, now - CATCHING_UP) + seconds
+        if self.reads_at > now:
+            await asyncio.sleep(self.reads_at - now)
 
     async def end(self) -> None:
         self.rate = float("inf")
@@ -407,7 +420,7 @@ class Closing(Bare):
             await pause_until(over, 0.3)
             self.leave()
             await self.say(frame(CLOSE, NORMAL))
-            await pause_until(over, 1.2 * CLOSE_READ)
+            await pause_until(over, CLOSE_READ)
             pusher.size = 0
             await pusher.push(late)
             await self.end()
@@ -471,13 +484,6 @@ PASSERS_BY: dict[type[Visit], int] = {
     Polite: 6, Dropped: 2, Vanishing: 1, Staying: 2, Dashing: 3, Babbling: 1,
     Fragmenting: 1, Closing: 2,
 }  # fmt: skip
-
-
-def drop(transport: asyncio.WriteTransport) -> None:
-    """End a connection at once, with whatever waits."""
-    # asyncio before 3.12 trips over one whose close() has just written the rest.
-    with contextlib.suppress(AttributeError):
-        transport.abort()
 
 
 def number_of(payload: bytes) -> int:

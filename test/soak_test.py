@@ -1,0 +1,35 @@
+"""A short soak: random faults, and an account of every message."""
+
+import asyncio
+import os
+import signal
+import sys
+
+import pytest
+from service import PROJECT
+
+pytestmark = pytest.mark.gen_test(timeout=300)
+
+# What the seed draws for the first round; `make soak` has many, and longer ones.
+ROUNDS = {
+    "held answers, a killed relay": ("--seed=125",),
+    "strict order, a relay that stops": ("--seed=59",),
+    "no pause for the memory": ("--seed=12", "--one-relay"),
+}
+
+
+@pytest.mark.parametrize("flags", ROUNDS.values(), ids=ROUNDS)
+async def test_random_faults_break_no_promise(io_loop, flags):
+    """What was wrong is what the soak prints."""
+    soak = await asyncio.create_subprocess_exec(
+        sys.executable, "test/soak.py", "--seconds=2", "--round=2", "--clients=20",
+        *flags, cwd=PROJECT, start_new_session=True,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        printed, _ = await soak.communicate()
+    finally:
+        if soak.returncode is None:
+            os.killpg(soak.pid, signal.SIGKILL)  # its relays with it
+            await soak.wait()
+    assert soak.returncode == 0, printed.decode()
