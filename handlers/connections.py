@@ -19,6 +19,7 @@ from backends import Observer
 from backends.deadlines import after_reading
 from handlers.admission import RETRY_AFTER, Admission, Refusal, RefusalLog
 from handlers.frames import CloseCode, FrameError
+from handlers.turns import Turns
 
 if TYPE_CHECKING:
     from handlers.websocket import ClientConnection
@@ -61,6 +62,7 @@ class ConnectionMap:
     ) -> None:
         # Kept, since asking for it is a system call (getpid) before Python 3.12.
         self.loop = asyncio.get_running_loop()
+        self.turns = Turns(self.loop)
         self._connections: dict[str, ClientConnection] = {}
         # Kept here so that they aren't collected while they run; awaited by drain().
         self._farewells: dict[asyncio.Task[None], ClientConnection] = {}

@@ -40,19 +40,17 @@ from handlers.frames import (
 from handlers.inflate import Contexts, Inflater
 from handlers.offers import agree_on_deflate, extensions
 from handlers.stream import ClientStream, client_stream
+from handlers.turns import TURN, Turns, clock
 from handlers.uptake import Outgoing
 
 logger = logging.getLogger(__name__)
 
 READ_CHUNK = 64 * 1024  # bytes taken from the stream at a time
 ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
-# What one busy client may send before the others have their turn, in bytes; each
-# frame costs some as well, so that tiny and empty ones are no way around it.
-FAIR_SHARE = 4 * READ_CHUNK
-FRAME_COST = FAIR_SHARE // 32
 # Bytes of messages that are read while there is no room for them, so that the pings
 # between and behind them are answered.
 READ_AHEAD = READ_CHUNK
+MESSAGE_COST = 64  # bytes that each of them counts for besides, however short
 
 State = Literal["connecting", "open", "closing", "closed"]
 
@@ -85,6 +83,10 @@ class Client(Protocol):
     @property
     def read_ahead(self) -> int:
         """Bytes that may be read while there is no room."""
+
+    @property
+    def turns(self) -> Turns:
+        """Where to wait until the others have had their turn."""
 
     def on_open(self) -> None: ...
 
@@ -120,7 +122,7 @@ class ReadAhead:
     def add(self, message: str | bytes) -> None:
         """Keep a message; the one that exceeds the bound as well."""
         self.messages.append(message)
-        self.left -= len(message)
+        self.left -= len(message) + MESSAGE_COST
 
 
 class ClientProtocol:
@@ -197,13 +199,13 @@ class ClientProtocol:
             self._on_bug("reading from a client")
 
     def _read_share(self, at_once: bool) -> None:
-        """Take what has come, up to a client's share of one turn of the loop.
+        """Take what has come, for as long as a client's turn lasts.
 
         `at_once` says that it was there before we asked.
         """
-        stream, share = self._stream, FAIR_SHARE
+        stream, ends_at = self._stream, clock() + TURN
         is_full = True
-        while share > 0:
+        while True:
             if self._received is None:
                 ahead = self._ahead
                 size = self._read_chunk
@@ -218,13 +220,12 @@ class ClientProtocol:
                 self._client.on_heard(len(data), at_once)
                 # What fills a chunk is followed by what is there already.
                 at_once, is_full = True, len(data) == size
-                share -= len(data)
                 if ahead is not None:
                     ahead.left -= len(data)
                 if self._closing is None or not self._closing.discarding:
                     self._received = self._parser.frames(data)
             if self._received is not None:
-                share = self._take(share)
+                self._take(ends_at)
                 if self._parser.kept != self._kept:
                     self._note_kept()
             if stream.closed:
@@ -236,21 +237,20 @@ class ClientProtocol:
                 is_full or stream.pending or stream.lost
             ):
                 return
+            if clock() >= ends_at:
+                break
         if self._received is not None or stream.pending or stream.lost:
-            stream.loop.call_soon(self._go_on)
+            self._client.turns.wait(self._go_on)
 
-    def _take(self, share: int) -> int:
+    def _take(self, ends_at: float) -> None:
         """Hand on what was read, or keep it until there is room for it.
 
-        Returns what is left of `share`; at 0 the rest of `_received` has to wait.
+        From `ends_at` on the rest of `_received` has to wait; one frame never does.
         """
         assert self._received is not None
         try:
             for received in self._received:
-                share -= FRAME_COST
                 if isinstance(received, (str, bytes)):
-                    if self._compression is not None:
-                        share -= len(received)
                     if self._ahead is None:
                         self._wait_for_room()
                     if self._ahead is None:
@@ -266,15 +266,14 @@ class ClientProtocol:
                 if self._received is None or (
                     self._ahead is not None and self._is_ahead_enough()
                 ):
-                    return share
-                if share <= 0:
-                    return 0
+                    return
+                if clock() >= ends_at:
+                    return
             self._received = None
             if self._ahead is None:
                 self._wait_for_room()
         except FrameError as error:
             self._client.on_failed(error)
-        return share
 
     def _note_kept(self) -> None:
         kept = self._parser.kept
@@ -297,7 +296,11 @@ class ClientProtocol:
             room.add_done_callback(self._on_room)
 
     def _on_room(self, room: "asyncio.Future[None]") -> None:
-        ahead = self._ahead
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Hand on what was read ahead, while there is room and the turn lasts."""
+        ahead, ends_at = self._ahead, clock() + TURN
         if ahead is None:  # it ends: what was kept is handed on already
             return
         try:
@@ -310,6 +313,9 @@ class ClientProtocol:
                     return
                 self._client.on_message(ahead.messages.popleft())
                 if self._ahead is None:
+                    return
+                if clock() >= ends_at:
+                    self._client.turns.wait(self._catch_up)
                     return
             wait.add_done_callback(self._on_room)
         except FrameError as error:

@@ -54,6 +54,7 @@ from handlers.proxies import TrustedProxies
 from handlers.rates import Rates, Stalls, Throttle
 from handlers.tickets import Claim, Tickets
 from handlers.trace import HandshakeSpan, Tracer, trace_context
+from handlers.turns import TURN, Turns, clock
 from handlers.uptake import Uptake
 
 logger = logging.getLogger(__name__)
@@ -580,6 +581,11 @@ class ClientConnection:
         return 0 if self._throttle is not None else READ_AHEAD
 
     @property
+    def turns(self) -> Turns:
+        """Where its work waits until others have had their turn."""
+        return self.connections.turns
+
+    @property
     def last_message_at(self) -> float:
         """When a message, or a part of one, went either way, on the loop's clock."""
         self._look_at_uptake()
@@ -624,7 +630,11 @@ class ClientConnection:
     # Delivering.
 
     def _deliver(self, message: str | bytes, size: int, read_at: float) -> None:
-        """Hand messages to the backend, until one has to be waited for."""
+        """Hand messages to the backend, until one has to be waited for.
+
+        Those behind it that have waited already, only while its turn lasts.
+        """
+        ends_at = 0.0
         while True:
             self._delivered_size = size
             try:
@@ -643,7 +653,19 @@ class ClientConnection:
             if not self._queue:
                 self._rest()
                 return
+            if not ends_at:
+                ends_at = clock() + TURN
+            elif clock() >= ends_at:
+                self.waiting_since = self._queue[0][1]
+                self.turns.wait(self._deliver_next)
+                return
             message, size, read_at = self._next()
+
+    def _deliver_next(self) -> None:
+        if self._queue:
+            self._deliver(*self._next())
+        else:
+            self._rest()
 
     def _on_delivered(self, taken: "asyncio.Future[None]") -> None:
         if taken.cancelled():
@@ -652,10 +674,7 @@ class ClientConnection:
             self._on_undeliverable(error)
         else:
             self.connections.release(self._delivered_size)
-            if self._queue:
-                self._deliver(*self._next())
-            else:
-                self._rest()
+            self._deliver_next()
 
     def _next(self) -> tuple[str | bytes, int, float]:
         assert self._queue
