@@ -1,9 +1,9 @@
-"""What ships: two modules, two packages, the console's page and `conf/`."""
+"""What ships: a module, two packages, the console's page and `conf/`."""
 
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
 
@@ -36,12 +36,12 @@ setup(
     ],
     python_requires=">=3.11",
     # Bare names in site-packages: docs/decisions/015-names-in-site-packages.md.
-    py_modules=["socketdock", "socketdock_options"],
-    packages=["backends", "backends.http", "handlers", "handlers.console"],
+    py_modules=["socketdock"],
+    packages=find_packages(include=["backends*", "handlers*"]),
     package_data={
         "backends": ["py.typed"],
         "handlers": ["py.typed"],
-        "handlers.console": ["page/*"],
+        "handlers.operators.console": ["page/*"],
     },
     data_files=[
         (
@@ -63,7 +63,7 @@ setup(
     ],
     entry_points={"console_scripts": ["socketdock=socketdock:main"]},
     install_requires=[
-        "tornado>=6.6,<6.7",  # handlers.protocol stands on its inner parts
+        "tornado>=6.6,<6.7",  # handlers.websocket.protocol stands on its inner parts
         "httptools>=0.6.4,<1",
         "orjson>=3.9,<4",
         "aiohappyeyeballs>=2.4,<3",

@@ -3,7 +3,7 @@
     python socketdock.py --backend=http --messageuri=http://127.0.0.1:8000/message
 
 Here the service starts, relays and drains, as the options say, which
-`socketdock_options` reads. Both ends of the relay are in `handlers`, what stands
+`handlers.process.options` reads. Both ends of the relay are in `handlers`, what stands
 behind it is in `backends`.
 """
 
@@ -36,40 +36,32 @@ import backends
 from backends import Backend, Check, Finding, Observer, Relay, Unavailable
 from backends.hosts import encoded_host
 from handlers.admission import Admission
-from handlers.application import RelayApplication
-from handlers.authorization import (
-    CallbackTokens,
-    OperatorGuard,
-    Unauthorized,
-    UnauthorizedHandler,
-)
-from handlers.body import NotFoundHandler
-from handlers.callback import (
+from handlers.backlog import Backlog
+from handlers.callbacks.openapi import OpenAPIHandler
+from handlers.callbacks.routes import (
     ConnectionHandler,
     DisconnectHandler,
     NoConnectionHandler,
     QuickSend,
     SendHandler,
 )
-from handlers.check import certificate_finding, descriptors_finding, port_finding
-from handlers.connections import ConnectionMap
-from handlers.console import console_routes
-from handlers.console.page import Clients
-from handlers.console.tail import Tail
-from handlers.frames import UNMASKS_IN_C
-from handlers.handshake import withheld_names
-from handlers.health import (
-    LiveHandler,
-    Readiness,
-    ReadyHandler,
-    Status,
-    StatusHandler,
-    probe,
+from handlers.callbacks.tokens import (
+    CallbackTokens,
+    OperatorGuard,
+    Unauthorized,
+    UnauthorizedHandler,
 )
-from handlers.heartbeat import Heartbeat
-from handlers.kept import MAX_KEPT_BODIES, KeptBodies
-from handlers.lifetimes import Lifetimes
-from handlers.listener import (
+from handlers.clients.connection import ClientContext, Connections
+from handlers.clients.handshake import ClientSocketHandler
+from handlers.clients.heartbeat import Heartbeat
+from handlers.clients.lifetimes import Lifetimes
+from handlers.clients.paths import ClientPaths, Handshakes
+from handlers.clients.policy import ClientPolicy, make_policy
+from handlers.clients.tickets import Tickets
+from handlers.http.application import RelayApplication
+from handlers.http.body import NotFoundHandler
+from handlers.http.kept import MAX_KEPT_BODIES, KeptBodies
+from handlers.http.listener import (
     Descriptors,
     Listener,
     Server,
@@ -78,32 +70,40 @@ from handlers.listener import (
     collide,
     is_wildcard,
 )
-from handlers.logs import Log, file_channels, read_log_config
-from handlers.metrics import Metrics, MetricsHandler, RelayCollector
-from handlers.notify import SystemdNotifier
-from handlers.observers import ObservedBackend, Observers
-from handlers.offers import subprotocols
-from handlers.openapi import OpenAPIHandler
-from handlers.origins import AllowedOrigins
-from handlers.paths import ClientPaths, Handshakes
-from handlers.process import end_within, leave, open_standard_streams
-from handlers.protocol import Compression
-from handlers.proxies import TrustedProxies
-from handlers.rates import Rates
-from handlers.server import Quick, Request, RequestBounds, RequestServer
-from handlers.tickets import Tickets
-from handlers.tornado_server import TornadoServer
-from handlers.websocket import ClientPolicy, ClientSocketHandler
-from socketdock_options import (
+from handlers.http.server import Quick, Request, RequestBounds, RequestServer
+from handlers.http.tornado_server import TornadoServer
+from handlers.operators.console import console_routes
+from handlers.operators.console.page import Clients
+from handlers.operators.console.tail import Tail
+from handlers.operators.metrics import Metrics, MetricsHandler, RelayCollector
+from handlers.operators.status import (
+    LiveHandler,
+    Readiness,
+    ReadyHandler,
+    Status,
+    StatusHandler,
+    probe,
+)
+from handlers.process.findings import (
+    certificate_finding,
+    descriptors_finding,
+    port_finding,
+)
+from handlers.process.lifecycle import end_within, leave, open_standard_streams
+from handlers.process.logs import Log, file_channels, read_log_config
+from handlers.process.options import (
     limits,
     load_backends,
     parse_options,
     print_help,
     settings_of,
 )
+from handlers.process.systemd import SystemdNotifier
+from handlers.telemetry.observers import ObservedBackend, Observers
+from handlers.websocket.frames import UNMASKS_IN_C
 
 if TYPE_CHECKING:
-    from handlers.tracing import Tracing
+    from handlers.telemetry.tracing import Tracing
 
 __version__ = "0.1.0"
 
@@ -271,7 +271,7 @@ def log_access(method: str, target: str, status: int) -> None:
 
 
 def make_collector(
-    connections: ConnectionMap, backend: Backend, observers: Observers
+    connections: Connections, backend: Backend, observers: Observers
 ) -> RelayCollector | None:
     """What Prometheus asks, with somebody who counts; None with --metrics=off."""
     if not options.metrics:
@@ -294,58 +294,12 @@ def make_tracing(instance: str) -> "Tracing | None":
 def load_tracing() -> ModuleType:
     """What --otel needs. Raises `OptionError` where it is not installed."""
     try:
-        return importlib.import_module("handlers.tracing")
+        return importlib.import_module("handlers.telemetry.tracing")
     except ImportError as error:
         raise OptionError(
             "--otel needs OpenTelemetry's SDK and OTLP exporter, which"
             f" socketdock[otel] brings: {error}"
         ) from None
-
-
-def make_policy() -> ClientPolicy:
-    """What clients are held to, from the options."""
-    try:
-        allowed_origins = AllowedOrigins(options.allowed_origins)
-    except ValueError as error:
-        raise OptionError(f"--allowed_origins: {error}") from None
-    try:
-        trusted_proxies = TrustedProxies(options.trusted_proxies)
-    except ValueError as error:
-        raise OptionError(f"--trusted_proxies: {error}") from None
-    try:
-        withheld_headers = withheld_names(options.withhold_headers)
-    except ValueError as error:
-        raise OptionError(f"--withhold_headers: {error}") from None
-    try:
-        subprotocols(options.subprotocols)
-    except ValueError as error:
-        raise OptionError(f"--subprotocols: {error}") from None
-    if options.max_queued_bytes < options.max_message_size:
-        raise OptionError(
-            f"--max_queued_bytes={options.max_queued_bytes} has no room for one"
-            f" message of --max_message_size={options.max_message_size}"
-        )
-    return ClientPolicy(
-        max_message_size=options.max_message_size,
-        allowed_origins=allowed_origins,
-        require_origin=options.require_origin,
-        trusted_proxies=trusted_proxies,
-        withheld_headers=withheld_headers,
-        subprotocols=tuple(options.subprotocols),
-        compression=(
-            Compression(options.compression_level) if options.compression else None
-        ),
-        max_send_buffer=options.max_send_buffer,
-        send_timeout=options.send_timeout,
-        queue_messages=options.connection_queue_messages,
-        queue_bytes=options.connection_queue_bytes,
-        rates=Rates(
-            options.messages_per_second,
-            options.bytes_per_second,
-            options.rate_patience,
-        ),
-        trust_traceparent=options.trust_traceparent,
-    )
 
 
 def make_paths() -> ClientPaths:
@@ -522,8 +476,8 @@ async def serve(log: Log) -> int:
         options.handshakes_per_second,
         descriptors.websocket,
     )
-    connections = ConnectionMap(
-        options.max_pending, options.max_queued_bytes, admission, observers
+    connections = Connections(
+        Backlog(options.max_pending, options.max_queued_bytes), admission, observers
     )
     heartbeat = Heartbeat(options.ping_interval, options.ping_timeout)
     lifetimes = Lifetimes(options.idle_timeout, options.max_lifetime)
@@ -532,12 +486,9 @@ async def serve(log: Log) -> int:
     collector = make_collector(connections, backend, observers)
     shared = {"connections": connections, "backend": backend}
     for_clients = {
-        "heartbeat": heartbeat,
-        "lifetimes": lifetimes,
-        "policy": policy,
+        "context": ClientContext(connections, backend, heartbeat, lifetimes, policy),
         "tickets": tickets,
         "tracer": tracing,
-        **shared,
     }
     guard = OperatorGuard(tokens, to_backend.is_loopback)
     prefix = urlsplit(external or "").path
@@ -665,7 +616,7 @@ async def serve(log: Log) -> int:
     return status
 
 
-async def report_stop(connections: ConnectionMap, backend: Backend) -> None:
+async def report_stop(connections: Connections, backend: Backend) -> None:
     """Say every few seconds what the stop waits for, until it is cancelled."""
     while True:
         await asyncio.sleep(STOP_REPORT_INTERVAL)
@@ -674,7 +625,7 @@ async def report_stop(connections: ConnectionMap, backend: Backend) -> None:
             "stopping: %d connections and %d events for the backend%s are waited for;"
             " a second signal stops at once",
             len(connections),
-            connections.pending,
+            connections.backlog.events,
             "" if away is None else f" (away for {away:.0f} s)",
         )
 

@@ -17,7 +17,7 @@ With a second function, `make_check(relay)`, which returns a `Check`,
     def make_backend(relay):
         return PrintBackend()
 
-The other end, where clients connect, is `handlers.websocket`.
+The other end, where clients connect, is `handlers.clients.connection`.
 """
 
 import abc

@@ -1,6 +1,6 @@
 """Reads the files that options name: options, tokens, secrets, headers, log settings.
 
-`socketdock_options`, `handlers` and `backends.http` all read such files, so this
+`handlers.process.options`, `handlers` and `backends.http` all read such files, so this
 module imports only the interface.
 """
 

@@ -1,8 +1,7 @@
 """Every connection of this process by its id, and the farewells still under way.
 
 One `ConnectionMap` is made on the running IOLoop and handed to each handler by
-its route; nothing else is shared between the two ends. It knows, too, how much
-waits in the whole process, and when nothing more may be read.
+its route; nothing else is shared between the two ends.
 """
 
 import asyncio
@@ -11,28 +10,18 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from http import HTTPStatus
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import Generic, Protocol, TypeVar
 
 from tornado.options import define
 
 from backends import Observer
 from backends.deadlines import after_reading
 from handlers.admission import RETRY_AFTER, Admission, Refusal, RefusalLog
-from handlers.frames import CloseCode, FrameError
-from handlers.turns import Turns
-
-if TYPE_CHECKING:
-    from handlers.websocket import ClientConnection
+from handlers.backlog import Backlog
+from handlers.websocket.turns import Turns
 
 logger = logging.getLogger(__name__)
 
-define("max_pending", default=100_000, metavar="COUNT",
-       help="most events that wait for the backend in the whole process; then "
-            "reading stops everywhere and handshakes get 503")
-define("max_queued_bytes", default=256 * 1024 * 1024, metavar="BYTES",
-       help="most bytes of messages that wait for the backend in the whole "
-            "process; then likewise; of those whose answer is overdue; and of "
-            "those that are not whole yet, the slowest of which then get 1013")
 define("drain_delay", default=0.0, metavar="SECONDS",
        help="at the stop, handshakes are still accepted for that long, until "
             "balancers have looked away")
@@ -43,40 +32,52 @@ define("drain_timeout", default=25.0, metavar="SECONDS",
             "told, from the end of --drain_spread")
 
 NEVER = float("inf")  # on the loop's clock
-WARNING_INTERVAL = 60.0  # seconds between two warnings that reading stops
 
 
-class ConnectionMap:
+class Listed(Protocol):
+    """What the map asks of a connection."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def remote_ip(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def waiting_since(self) -> float:
+        """When the oldest of its events that wait came, on the loop's clock."""
+
+    def drain(self) -> None:
+        """Close because this instance stops."""
+
+    def abort(self) -> None:
+        """Cut the connection off at once."""
+
+
+C = TypeVar("C", bound=Listed)
+
+
+class ConnectionMap(Generic[C]):
     """Connections from before their handshake is decided until they close.
 
-    `max_pending` bounds the messages and farewells that wait for the backend,
-    `max_queued_bytes` the messages' bytes, `admission` the connections.
+    `backlog` bounds what waits for the backend, `admission` the connections.
     """
 
     def __init__(
         self,
-        max_pending: int = 100_000,
-        max_queued_bytes: int = 256 * 1024 * 1024,
+        backlog: Backlog | None = None,
         admission: Admission | None = None,
         observer: Observer | None = None,
     ) -> None:
         # Kept, since asking for it is a system call (getpid) before Python 3.12.
         self.loop = asyncio.get_running_loop()
         self.turns = Turns(self.loop)
-        self._connections: dict[str, ClientConnection] = {}
+        self._connections: dict[str, C] = {}
         # Kept here so that they aren't collected while they run; awaited by drain().
-        self._farewells: dict[asyncio.Task[None], ClientConnection] = {}
+        self._farewells: dict[asyncio.Task[None], C] = {}
         self._changed = asyncio.Event()
-        self._max_pending = max_pending
-        self._max_queued_bytes = max_queued_bytes
-        self._messages = 0
-        self._bytes = 0
-        # Of messages that are not whole, the longest under way first.
-        self._kept: dict[ClientConnection, int] = {}
-        self._kept_bytes = 0
         self.total = 0  # connections listed since the start
-        self._room: asyncio.Future[None] | None = None
-        self._warned_at = float("-inf")  # on the loop's clock
+        self.backlog = backlog or Backlog()
         self._admission = admission or Admission()
         self.refusals = RefusalLog()
         self.observer = observer or Observer()
@@ -86,7 +87,7 @@ class ConnectionMap:
     def __len__(self) -> int:
         return len(self._connections)
 
-    def __iter__(self) -> "Iterator[ClientConnection]":
+    def __iter__(self) -> Iterator[C]:
         return iter(list(self._connections.values()))
 
     @property
@@ -96,17 +97,17 @@ class ConnectionMap:
             connection.state == "open" for connection in self._connections.values()
         )
 
-    def get(self, connection_id: str) -> "ClientConnection | None":
+    def get(self, connection_id: str) -> C | None:
         """The connection of that id, connecting or open or closing, or None."""
         return self._connections.get(connection_id)
 
-    def add(self, connection: "ClientConnection") -> None:
+    def add(self, connection: C) -> None:
         """List a connection."""
         self._connections[connection.id] = connection
         self._admission.enter(connection.remote_ip)
         self.total += 1
 
-    def remove(self, connection: "ClientConnection") -> None:
+    def remove(self, connection: C) -> None:
         """Forget a connection; nothing where it is not listed."""
         if self._connections.pop(connection.id, None) is not None:
             self._admission.leave(connection.remote_ip)
@@ -117,7 +118,7 @@ class ConnectionMap:
 
         `descriptor` is the number of its socket.
         """
-        if self.draining or self.full:
+        if self.draining or self.backlog.full:
             return Refusal(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "This instance is stopping."
@@ -127,88 +128,22 @@ class ConnectionMap:
             )
         return self._admission.refusal(remote_ip, descriptor)
 
-    # What waits for the backend.
-
-    @property
-    def pending(self) -> int:
-        """Events that wait: messages that were read, and farewells."""
-        return self._messages + len(self._farewells)
-
     @property
     def oldest_pending(self) -> float:
         """For how many seconds the event has waited that has waited longest; or 0."""
-        if not self.pending:  # as it is mostly: nobody has to be looked at
+        if not self.backlog.events:  # as it is mostly: nobody has to be looked at
             return 0.0
         waiting = chain(self._connections.values(), self._farewells.values())
         since = min((connection.waiting_since for connection in waiting), default=NEVER)
         return max(0.0, self.loop.time() - since)
 
-    @property
-    def pending_bytes(self) -> int:
-        """Bytes of the messages that wait."""
-        return self._bytes
-
-    @property
-    def full(self) -> bool:
-        """Whether so much waits that nothing more may be read."""
-        return self._messages + len(self._farewells) >= self._max_pending or (
-            self._bytes >= self._max_queued_bytes
-        )
-
-    def hold(self, size: int) -> None:
-        """A message of `size` bytes waits from now on."""
-        self._messages += 1
-        self._bytes += size
-
-    def release(self, size: int) -> None:
-        """A message waits no more: it was taken or given up."""
-        self._messages -= 1
-        self._bytes -= size
-        if self._room is not None:
-            self._tell_of_room()
-
-    def keep(self, connection: "ClientConnection", size: int) -> None:
-        """`size` bytes are kept of a message that is not whole, and maybe never is.
-
-        Where that is too much in all, the one that has taken longest ends with
-        1013: whoever sends at a usual pace is through long before.
-        """
-        self._kept_bytes += size - self._kept.get(connection, 0)
-        if size:
-            self._kept[connection] = size
-        else:
-            self._kept.pop(connection, None)
-        if self._kept_bytes <= self._max_queued_bytes or not size:
-            return
-        slowest = next(iter(self._kept))
-        self.keep(slowest, 0)
-        slowest.on_failed(
-            FrameError(CloseCode.TRY_AGAIN_LATER, "too much is not whole")
-        )
-
-    def room(self) -> "asyncio.Future[None] | None":
-        """None where more may be read, else what to wait for."""
-        if not self.full:
-            return None
-        if self._room is None:
-            loop = self.loop
-            self._room = loop.create_future()
-            if loop.time() >= self._warned_at + WARNING_INTERVAL:
-                self._warned_at = loop.time()
-                logger.warning("reading stops: %d events wait", self.pending)
-        return self._room
-
-    def _tell_of_room(self) -> None:
-        if self._room is not None and not self.full:
-            room, self._room = self._room, None
-            room.set_result(None)
-
     # The end.
 
     def say_farewell(
-        self, connection: "ClientConnection", farewell: Coroutine[None, None, None]
+        self, connection: C, farewell: Coroutine[None, None, None]
     ) -> None:
         """Run `farewell`, which tells the backend that `connection` has ended."""
+        self.backlog.hold(0)
         task = self.loop.create_task(farewell)
         self._farewells[task] = connection
         task.add_done_callback(self._on_farewell_said)
@@ -216,7 +151,7 @@ class ConnectionMap:
     def _on_farewell_said(self, task: asyncio.Task[None]) -> None:
         del self._farewells[task]
         self._changed.set()
-        self._tell_of_room()
+        self.backlog.release(0)
         if not task.cancelled() and task.exception() is not None:
             logger.error("bug in a farewell", exc_info=task.exception())
 
@@ -264,7 +199,7 @@ class ConnectionMap:
             timeout,
             len(self._connections),
             len(self._farewells),
-            self._messages + left,
+            self.backlog.events - len(self._farewells) + left,
         )
         for connection in self:
             connection.abort()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tornado.options import define
 
 from backends.deadlines import STALL
-from handlers.frames import CloseCode, FrameError
+from handlers.websocket.frames import CloseCode, FrameError
 
 define("messages_per_second", default=0.0, metavar="RATE",
        help="most messages of one client in a second; then reading slows; 0: "

@@ -4,7 +4,7 @@ import pytest
 from attacks import PEERS, attack, doors
 from service import Service
 
-from handlers.kept import MAX_KEPT_BODIES
+from handlers.http.kept import MAX_KEPT_BODIES
 
 pytestmark = pytest.mark.gen_test(timeout=90)
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from service import eventually
 
-from backends.http.breaker import Breaker, Tripping
+from backends.breaker import Breaker, Tripping
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 

@@ -12,7 +12,7 @@ from certificates import Authority
 from service import DEADLINE, eventually, tcp_server
 
 from backends import BackendAway, BackendError
-from backends.http.client import Answer, Client, Target
+from backends.client import Answer, Client, Target
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 

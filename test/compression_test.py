@@ -9,7 +9,7 @@ from faults import tell
 from service import DEADLINE, RecordingBackend, Service
 from wire import CLOSE, DEFLATE, TEXT, deflated, frame, handshake
 
-from handlers.inflate import WINDOW, BadStream, Contexts, Inflater
+from handlers.websocket.deflate import WINDOW, BadStream, Contexts, Inflater
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 

@@ -11,16 +11,18 @@ from tornado.web import Application
 import socketdock
 from backends import Backend, Observer
 from handlers.admission import Admission
-from handlers.authorization import CallbackTokens
+from handlers.backlog import Backlog
+from handlers.callbacks.tokens import CallbackTokens
+from handlers.clients.connection import ClientContext
+from handlers.clients.heartbeat import Heartbeat
+from handlers.clients.lifetimes import Lifetimes
+from handlers.clients.paths import ClientPaths
+from handlers.clients.policy import ClientPolicy
+from handlers.clients.tickets import Tickets
 from handlers.connections import ConnectionMap
-from handlers.health import Readiness
-from handlers.heartbeat import Heartbeat
-from handlers.lifetimes import Lifetimes
-from handlers.paths import ClientPaths
-from handlers.server import RequestBounds
-from handlers.tickets import Tickets
-from handlers.tornado_server import TornadoServer
-from handlers.websocket import ClientPolicy
+from handlers.http.server import RequestBounds
+from handlers.http.tornado_server import TornadoServer
+from handlers.operators.status import Readiness
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -42,10 +44,13 @@ class HoldingBackend(Backend):
 async def make_application(**bounds: int) -> Application:
     """What `socketdock.serve` makes, with a map that the test can look into."""
     admission = Admission(max_connections_per_ip=100)
-    connections = ConnectionMap(admission=admission, **bounds)
+    connections = ConnectionMap(Backlog(**bounds), admission)
     lifetimes = Lifetimes(idle_timeout=3600, max_lifetime=3600)
     backend = HoldingBackend()
     shared = {"connections": connections, "backend": backend}
+    context = ClientContext(
+        connections, backend, Heartbeat(0, 0), lifetimes, ClientPolicy()
+    )
     readiness = Readiness(connections, backend, 0.0)
     readiness.started = True
     routes = socketdock.client_routes(
@@ -53,11 +58,8 @@ async def make_application(**bounds: int) -> Application:
         socketdock.callback_routes(
             "", CallbackTokens(), readiness, max_message_size=1000, **shared
         ),
-        heartbeat=Heartbeat(0, 0),
-        lifetimes=lifetimes,
-        policy=ClientPolicy(),
+        context=context,
         tickets=Tickets(),
-        **shared,
     )
     return Application(
         routes,
@@ -65,6 +67,7 @@ async def make_application(**bounds: int) -> Application:
         backend=backend,
         admission=admission,
         lifetimes=lifetimes,
+        context=context,
     )
 
 
@@ -108,10 +111,14 @@ async def test_both_ends_share_one_map(
         for rule in app.wildcard_router.rules
         if "connections" in rule.target_kwargs
     }
-    assert maps == {connections}
+    contexts = {
+        rule.target_kwargs["context"]
+        for rule in app.wildcard_router.rules
+        if "context" in rule.target_kwargs
+    }
+    assert maps == {context.connections for context in contexts} == {connections}
     client = await connect(http_port)
     (connection,) = connections
-    assert connection.connections is connections
     url = f"{base_url}/socket/{connection.id}"
     answer = await http_client.fetch(f"{url}/send", method="POST", body=b"x")
     assert answer.body == b"OK"
@@ -119,7 +126,7 @@ async def test_both_ends_share_one_map(
     await http_client.fetch(f"{url}/disconnect", method="POST", body=b"")
     assert await close_code(client) == 1000
     await eventually(lambda: app.settings["backend"].told == [1000])
-    assert len(connections) == connections.pending == 0
+    assert len(connections) == connections.backlog.events == 0
 
 
 async def test_nothing_is_kept_of_clients_that_have_left(
@@ -139,7 +146,7 @@ async def test_nothing_is_kept_of_clients_that_have_left(
 
 
 @pytest.mark.parametrize(
-    "app", [{"max_pending": 3}, {"max_queued_bytes": 30}], indirect=True
+    "app", [{"max_events": 3}, {"max_bytes": 30}], indirect=True
 )
 async def test_process_that_is_full_reads_no_more(
     io_loop, app, http_server, http_client, http_port, base_url
@@ -151,7 +158,7 @@ async def test_process_that_is_full_reads_no_more(
     for _ in range(5):
         for client in clients:
             await client.send("0123456789")
-    await eventually(lambda: connections.full)
+    await eventually(lambda: connections.backlog.full)
     answer = await http_client.fetch(
         f"{base_url}/ws",
         headers={
@@ -164,14 +171,14 @@ async def test_process_that_is_full_reads_no_more(
     )
     assert answer.code == 503
     assert int(answer.headers["Retry-After"]) >= 1
-    assert connections.pending <= 4  # one more than the bound, at most
+    assert connections.backlog.events <= 4  # one more than the bound, at most
     backend.release.set()
     await eventually(lambda: sum(c.messages_in for c in connections) == 10)
-    await eventually(lambda: connections.pending == 0)
+    await eventually(lambda: connections.backlog.events == 0)
     for client in clients:
         await client.close()
     await eventually(lambda: len(backend.told) == 2)
-    assert connections.pending == 0
+    assert connections.backlog.events == 0
 
 
 async def test_bug_in_reading_closes_with_1011(
@@ -185,7 +192,7 @@ async def test_bug_in_reading_closes_with_1011(
             if message == "boom":
                 raise RuntimeError("a bug")
 
-    connections.observer = BuggyObserver()
+    app.settings["context"].observer = BuggyObserver()
     other = await connect(http_port)
     client = await connect(http_port)
     await client.send("boom")
@@ -220,7 +227,7 @@ async def test_drain_that_takes_too_long_cuts_off(io_loop, app, http_server, htt
     connections = app.settings["connections"]
     client = await connect(http_port)
     await client.send("held for ever")
-    await eventually(lambda: connections.pending == 1)
+    await eventually(lambda: connections.backlog.events == 1)
     assert not await connections.drain(0.0, 0.0, 0.2)
     assert await close_code(client) == 1001
     app.settings["backend"].release.set()

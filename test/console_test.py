@@ -21,10 +21,11 @@ from project import installation, library
 from service import DEADLINE, PROJECT, RecordingBackend, Service, withhold
 
 from backends.loopback import make_backend
+from handlers.clients.tickets import MAX_TICKETS, TICKET_LIFETIME, Tickets
 from handlers.connections import ConnectionMap
-from handlers.console.connections import ORDERS, search
-from handlers.console.live import parse_wishes
-from handlers.console.tail import (
+from handlers.operators.console.connections import ORDERS, search
+from handlers.operators.console.live import parse_wishes
+from handlers.operators.console.tail import (
     EVENTS_PER_BATCH,
     FOLLOWED_PER_BATCH,
     MAX_VIEWERS,
@@ -33,8 +34,7 @@ from handlers.console.tail import (
     Viewer,
     Wishes,
 )
-from handlers.observers import Observers
-from handlers.tickets import MAX_TICKETS, TICKET_LIFETIME, Tickets
+from handlers.telemetry.observers import Observers
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -44,7 +44,7 @@ BEARER = f"Authorization: Bearer {TOKEN}"
 JSON = "Content-Type: application/json"
 UNKNOWN = "0" * 32
 SLOW_READING = 9.0  # seconds; the kernel alone has room for some 4 MB of each stream
-PAGE = PROJECT / "handlers" / "console" / "page"
+PAGE = PROJECT / "handlers" / "operators" / "console" / "page"
 
 DATA = [
     ("GET", "/console/live"),

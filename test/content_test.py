@@ -10,7 +10,7 @@ from faults import ScriptedBackend
 from service import Service
 
 from backends.http.content import decoded, parsed_json
-from backends.http.response import MalformedResponse
+from backends.response import MalformedResponse
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 

@@ -17,7 +17,7 @@ from service import (
 )
 from tornado.web import RequestHandler
 
-from backends.http.client import Answer
+from backends.client import Answer
 from backends.http.delivery import MAX_BACKOFF, backoff, retry_after
 
 pytestmark = pytest.mark.gen_test(timeout=90)

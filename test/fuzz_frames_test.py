@@ -32,7 +32,8 @@ from wire import (
     handshake,
 )
 
-from handlers.frames import (
+from handlers.websocket.deflate import Contexts, Inflater
+from handlers.websocket.frames import (
     Close,
     FrameError,
     FrameParser,
@@ -41,7 +42,6 @@ from handlers.frames import (
     Received,
     deflate_bound,
 )
-from handlers.inflate import Contexts, Inflater
 
 LIMIT = 1000  # bytes of a message
 HEADER = 14  # bytes, at most

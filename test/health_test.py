@@ -21,7 +21,7 @@ from tornado.web import Application
 
 from backends.loopback import LoopbackBackend
 from handlers.connections import ConnectionMap
-from handlers.health import LiveHandler, Readiness, ReadyHandler, Status
+from handlers.operators.status import LiveHandler, Readiness, ReadyHandler, Status
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 

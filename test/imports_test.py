@@ -7,8 +7,22 @@ from pathlib import Path
 import pytest
 from service import PROJECT
 
-# Modules of `backends` that are no backends: backends and handlers may import them.
-SHARED = {"backends.deadlines", "backends.files", "backends.hosts"}
+import backends
+
+# The packages and modules of `handlers`: each may import those before it.
+LAYERS = (
+    "process",
+    "http",
+    "websocket",
+    "telemetry",
+    "rates",
+    "backlog",
+    "admission",
+    "connections",
+    "clients",
+    "callbacks",
+    "operators",
+)
 FOLDERS = ("backends", "handlers", "examples", "bench", "test")
 SOURCES = sorted(
     [
@@ -56,28 +70,39 @@ def test_nobody_imports_socketdock(file):
     assert "socketdock" not in {name.split(".")[0] for name in imported_by(file)}
 
 
-def test_options_are_read_by_socketdock_alone():
-    """Everybody else is given plain values; and of ours they need only the backends."""
-    name = "socketdock_options"
+def test_options_are_set_by_socketdock_alone():
+    """Everybody else is given plain values."""
+    name = "handlers.process.options"
     importers = {
         file.stem
         for file in SOURCES
         if file.parent.name != "test" and name in imported_by(file)
     }
     assert importers == {"socketdock"}
-    modules = {part.split(".")[0] for part in imported_by(PROJECT / f"{name}.py")}
-    assert modules.isdisjoint({"socketdock", *FOLDERS} - {"backends"})
 
 
 @pytest.mark.parametrize("file", of_package("handlers"), ids=lambda file: file.name)
-def test_handlers_import_of_backends_only_the_interface(file):
-    """A handler knows no particular backend."""
-    inner = {
+def test_handlers_import_downwards_only(file):
+    """No package of `handlers` knows those above it, not even their types."""
+    own = layer_of(file)
+    above = {
         name
         for name in imported_by(file)
-        if name.startswith("backends.") and is_module(name)
+        if name.startswith("handlers.") and is_module(name)
+        if LAYERS.index(name.split(".")[1]) > own
     }
-    assert inner <= SHARED
+    assert not above
+
+
+def layer_of(file: Path) -> int:
+    first = file.relative_to(PROJECT / "handlers").with_suffix("").parts[0]
+    return -1 if first == "__init__" else LAYERS.index(first)
+
+
+@pytest.mark.parametrize("file", of_package("handlers"), ids=lambda file: file.name)
+def test_handlers_import_no_particular_backend(file):
+    """They know the interface, and what backends share."""
+    assert not set(map(backend_of, imported_by(file))) - {None}
 
 
 @pytest.mark.parametrize("file", of_package("backends"), ids=lambda file: file.name)
@@ -88,12 +113,13 @@ def test_backends_import_no_handlers(file):
 
 @pytest.mark.parametrize("file", of_package("backends"), ids=lambda file: file.name)
 def test_a_backend_imports_no_other_backend(file):
-    """It knows the interface, and what is in its own package."""
-    own = ".".join(file.relative_to(PROJECT).with_suffix("").parts[:2])
-    others = {
-        name
-        for name in imported_by(file)
-        if name.startswith("backends.") and is_module(name)
-        if name != own and not name.startswith(f"{own}.")
-    }
-    assert others <= SHARED
+    """It knows the interface, what backends share, and its own modules."""
+    own = backend_of(".".join(file.relative_to(PROJECT).with_suffix("").parts))
+    assert set(map(backend_of, imported_by(file))) <= {own, None}
+
+
+def backend_of(name: str) -> str | None:
+    """The built-in backend that a module belongs to; None for shared ones."""
+    package, _, rest = name.partition(".")
+    first = rest.partition(".")[0]
+    return first if package == "backends" and first in backends.names() else None

@@ -14,7 +14,7 @@ from programs import leave_out
 from service import RecordingBackend, Service, ended, eventually, refusal
 
 from backends import Unavailable
-from backends.http.journal import StateDirectory
+from backends.journal import StateDirectory
 
 ONE, TWO = "1" * 32, "2" * 32
 HTTP = ("--backend=http", "--messageuri=http://127.0.0.1:9/",
@@ -79,7 +79,7 @@ def test_one_process_per_directory(tmp_path):
 
 def test_journal_does_not_grow_with_visits(tmp_path, monkeypatch):
     """It is rewritten when it has grown, and holds what is open."""
-    monkeypatch.setattr("backends.http.journal.COMPACT_ABOVE", 10_000)
+    monkeypatch.setattr("backends.journal.COMPACT_ABOVE", 10_000)
     with crashed(tmp_path) as journal:
         journal.add(ONE)
         for number in range(1000):
@@ -180,7 +180,7 @@ async def test_journal_that_cannot_be_replaced_is_appended_to(
     io_loop, tmp_path, monkeypatch
 ):
     """Something is in the way of the new one; nothing is lost by that."""
-    monkeypatch.setattr("backends.http.journal.COMPACT_ABOVE", 1000)
+    monkeypatch.setattr("backends.journal.COMPACT_ABOVE", 1000)
     with crashed(tmp_path) as journal:
         (tmp_path / "aaaa.fresh").mkdir()
         for number in range(100):

@@ -11,7 +11,7 @@ from tornado.web import RequestHandler
 
 from handlers import admission
 from handlers.admission import Admission, RefusalLog
-from handlers.lifetimes import Lifetimes
+from handlers.clients.lifetimes import Lifetimes
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 

@@ -22,9 +22,9 @@ from tornado.web import RequestHandler
 from wire import TEXT as TEXT_FRAME
 from wire import frame
 
-from handlers import repeats
-from handlers.logs import MAX_LINE, JSONFormatter, TextFormatter
-from handlers.repeats import Repeats
+from handlers.process import log_limit
+from handlers.process.log_limit import Repeats
+from handlers.process.logs import MAX_LINE, JSONFormatter, TextFormatter
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -213,7 +213,7 @@ async def test_open_and_close_have_a_line_each(io_loop):
     del closed["time"]
     assert closed == {
         "level": "info",
-        "logger": "handlers.websocket",
+        "logger": "handlers.clients.connection",
         "event": "close",
         "connection_id": identity,
         "code": 4001,
@@ -355,7 +355,7 @@ CONFIG = {
     "version": 1,
     "formatters": {
         "mine": {"format": "mine %(levelname)s %(name)s %(message)s"},
-        "json": {"()": "handlers.logs.JSONFormatter"},
+        "json": {"()": "handlers.process.logs.JSONFormatter"},
     },
     "handlers": {
         "stderr": {"class": "logging.StreamHandler", "formatter": "mine"},
@@ -386,7 +386,8 @@ async def test_log_config_says_what_the_lines_look_like(io_loop, tmp_path, name)
         async with websockets.connect(service.ws_url):
             pass
     assert all(line.startswith("mine INFO ") for line in service.log)
-    assert any(" handlers.websocket connection " in line for line in service.log)
+    name = "handlers.clients.connection"
+    assert any(f" {name} connection " in line for line in service.log)
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [line["message"] for line in lines] == [
         line.split(" ", 3)[3] for line in service.log
@@ -615,7 +616,7 @@ def test_what_is_no_flood_is_not_counted(caplog):
 
 def test_table_of_templates_is_bounded(monkeypatch, caplog):
     """Beyond it all are as one."""
-    monkeypatch.setattr(repeats, "MAX_TEMPLATES", 10)
+    monkeypatch.setattr(log_limit, "MAX_TEMPLATES", 10)
     book = Repeats(lines=2)
     passed = sum(flood(book, 1, message=f"{n} {'x' * 9999}") for n in range(100))
     assert passed == 12

@@ -13,7 +13,7 @@ from backends import (
     Handshake,
     Observer,
 )
-from handlers.observers import ObservedBackend, Observers
+from handlers.telemetry.observers import ObservedBackend, Observers
 
 HANDSHAKE = Handshake({}, "/ws", "", "127.0.0.1", ())
 CLOSURE = Closure(1000, "", "client", 1.0)

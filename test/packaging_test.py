@@ -9,7 +9,7 @@ import pytest
 from project import installation, library, wheel
 from service import PROJECT
 
-MODULES = {"socketdock.py", "socketdock_options.py"}
+MODULES = {"socketdock.py"}
 PACKAGES = ("backends", "handlers")
 
 
@@ -34,7 +34,7 @@ def test_wheel_has_two_modules_and_two_packages_with_all_their_modules(names):
     }
     page = {
         file.relative_to(PROJECT).as_posix()
-        for file in PROJECT.glob("handlers/console/page/*")
+        for file in PROJECT.glob("handlers/operators/console/page/*")
     }
     assert len(page) > 5
     typed = {f"{package}/py.typed" for package in PACKAGES}

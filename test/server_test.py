@@ -20,7 +20,7 @@ from service import DEADLINE, RecordingBackend, Service, eventually
 from tornado.ioloop import IOLoop
 from wire import KEY, TEXT, frame, handshake
 
-from handlers.kept import KeptBodies
+from handlers.http.kept import KeptBodies
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 

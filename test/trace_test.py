@@ -10,7 +10,7 @@ import websockets
 from service import DEADLINE, RecordingBackend, Service, ended, refusal
 from tornado.web import RequestHandler
 
-from handlers.trace import trace_context
+from handlers.telemetry.trace import trace_context
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -210,8 +210,9 @@ async def test_nothing_of_opentelemetry_is_imported_when_off(io_loop):
             await client.send("hello")
             assert await asyncio.wait_for(client.recv(), DEADLINE) == "hello"
     imported = "\n".join(line for line in service.log if line.startswith("import time"))
-    assert "handlers.websocket" in imported
-    for name in ("opentelemetry", "google.protobuf", "requests", "handlers.tracing"):
+    assert "handlers.clients.connection" in imported
+    tracing = "handlers.telemetry.tracing"
+    for name in ("opentelemetry", "google.protobuf", "requests", tracing):
         assert name not in imported
 
 

@@ -19,7 +19,7 @@ from slow import SlowClient
 from tornado.web import RequestHandler
 from wire import BINARY, CLOSE, CONTINUATION, TEXT, frame
 
-from handlers.uptake import Outgoing, outgoing
+from handlers.websocket.uptake import Outgoing, outgoing
 
 pytestmark = pytest.mark.gen_test(timeout=90)
 

@@ -24,16 +24,16 @@ from backends import (
     Outcome,
     Relay,
 )
+from backends.breaker import Breaker, Tripping
+from backends.client import Client, Target
 from backends.http.attempts import Attempts
-from backends.http.breaker import Breaker, Tripping
 from backends.http.check import NOBODY_TO_TELL, HTTPCheck
-from backends.http.client import Client, Target
 from backends.http.credentials import CredentialSources
 from backends.http.delivery import Deliveries, Delivery, Patience
 from backends.http.event import EventWriter
 from backends.http.farewells import Farewell, Farewells
-from backends.http.journal import DeadRun, StateDirectory
 from backends.http.verdicts import Verdicts
+from backends.journal import DeadRun, StateDirectory
 
 logger = logging.getLogger(__name__)
 

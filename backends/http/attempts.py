@@ -4,8 +4,8 @@ import asyncio
 from functools import partial
 
 from backends import Attempt, BackendError, EventName, Observer
-from backends.http.breaker import Breaker
-from backends.http.client import Answer, Client, Target
+from backends.breaker import Breaker
+from backends.client import Answer, Client, Target
 from backends.http.delivery import attempt_outcome
 from backends.http.event import Event, EventWriter
 

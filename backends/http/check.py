@@ -15,14 +15,14 @@ from pathlib import Path
 import aiohappyeyeballs
 
 from backends import Check, Finding, expiry_finding
-from backends.http.client import (
+from backends.client import (
     HAPPY_EYEBALLS_DELAY,
     TLS_HANG_UP,
     Target,
     is_hang_up,
     tls_failure,
 )
-from backends.http.resolver import Resolver
+from backends.resolver import Resolver
 
 # Seconds. By TLS 1.3 a client learns only afterwards that its certificate is not
 # taken; a server that takes it says nothing until it is asked.

@@ -28,12 +28,12 @@ from backends import (
     Connection,
     Observer,
 )
+from backends.breaker import Breaker
+from backends.client import Answer, Client, Target
 from backends.deadlines import after_reading
-from backends.http.breaker import Breaker
-from backends.http.client import Answer, Client, Target
 from backends.http.event import Event, EventWriter
 from backends.http.held import Held, OverdueLine, Request
-from backends.http.waiting import Line
+from backends.waiting import Line
 
 logger = logging.getLogger(__name__)
 

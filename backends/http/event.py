@@ -1,6 +1,6 @@
 """Events as HTTP requests: what the backend service reads.
 
-Shapes and headers are the contract's; `backends.http.client` sends the bytes.
+Shapes and headers are the contract's; `backends.client` sends the bytes.
 """
 
 import base64
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from backends import Closure, Handshake, Relay, TraceContext
-from backends.http.client import Target
+from backends.client import Target
 from backends.http.signature import Signer
 
 

@@ -4,10 +4,10 @@ import asyncio
 import itertools
 
 from backends import BackendAway, BackendError, Closure, Observer, TraceContext
+from backends.breaker import Breaker
+from backends.client import Target
 from backends.deadlines import after_reading
 from backends.http.attempts import Attempts
-from backends.http.breaker import Breaker
-from backends.http.client import Target
 from backends.http.delivery import (
     Delivery,
     backoff,

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from backends import BackendError
+from backends.client import Answer, Exchange
 from backends.deadlines import after_reading
-from backends.http.client import Answer, Exchange
 from backends.http.event import Event
-from backends.http.waiting import Waiters, call_one
+from backends.waiting import Waiters, call_one
 
 OWN_PAGES = 16 * 1024  # bytes from which on a body that is held has pages of its own
 # Linux fills them at once, for half of what it costs page by page.

@@ -3,12 +3,12 @@
 import re
 
 from backends import BackendError, ConnectionRefused
+from backends.client import Answer, Target
 from backends.http.attempts import Attempts
-from backends.http.client import Answer, Target
 from backends.http.content import decoded, parsed_json
 from backends.http.delivery import hint, is_success
 from backends.http.event import Event
-from backends.http.response import MAX_KEPT_BODY, MalformedResponse
+from backends.response import MAX_KEPT_BODY, MalformedResponse
 
 MAX_REFUSAL_BODY = 4096  # bytes of a refusal's body that the client gets
 

@@ -1,0 +1,1 @@
+"""The backend's end: send, disconnect and info over HTTP."""

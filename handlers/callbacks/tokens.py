@@ -1,0 +1,244 @@
+"""Who may call back, and who may ask what operators ask.
+
+With `--callback_token`: whoever knows a token. Without: callbacks take everybody
+who reaches their listener, and what operators use answers only to this machine.
+The routes of both are in `handlers.callbacks.routes` and `handlers.operators.status`.
+"""
+
+import hashlib
+import hmac
+import ipaddress
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from tornado.httputil import HTTPHeaders, HTTPServerRequest
+from tornado.options import Error as OptionError
+from tornado.options import define
+from tornado.routing import Matcher
+
+from backends.files import read_lines
+from handlers.http.body import BodyHandler, RefusingHandler
+
+define("callback_token", multiple=True, metavar="TOKENS",
+       help="tokens, one of which each callback must bring (Authorization: "
+            "Bearer); several at once, to change them; none: callbacks need none")
+define("callback_token_file", type=str, metavar="PATH",
+       help="file of tokens that callbacks must bring, one a line; re-read on SIGHUP")
+
+MIN_TOKEN_LENGTH = 16  # characters; 96 bits where they are random base64
+MAX_TOKEN_FILE = 64 * 1024  # bytes
+
+# RFC 6750, section 2.1. The scheme's case does not matter (RFC 9110, section 11.1).
+TOKEN = re.compile(r"[\w.~+/-]+=*", re.ASCII)
+CREDENTIALS = re.compile(rf"bearer +({TOKEN.pattern})", re.ASCII | re.IGNORECASE)
+
+# RFC 6750, section 3: no error code where no token was tried.
+NO_TOKEN = 'Bearer realm="SocketDock"'
+WRONG_TOKEN = f'{NO_TOKEN}, error="invalid_token"'
+
+
+class CallbackTokens:
+    """The tokens that are accepted, of the option and of its file.
+
+    Without any, everybody is. Raises `OptionError` where one is no token.
+    """
+
+    def __init__(self, tokens: Sequence[str] = (), path: str | None = None) -> None:
+        self._given = [
+            _digest(token, f"--callback_token, number {number}")
+            for number, token in enumerate(tokens, start=1)
+        ]
+        self._path = path
+        self._accepted: Sequence[bytes] = ()
+        self.reload()
+
+    @property
+    def required(self) -> bool:
+        """Whether a token is needed at all."""
+        return bool(self._accepted)
+
+    def reload(self) -> None:
+        """Read the file again.
+
+        Raises `OptionError` where it can't be read or has a line that is no
+        token, or none at all, which would open the door; the old ones stay.
+        """
+        from_file = [] if self._path is None else list(_read_tokens(self._path))
+        self._accepted = [*self._given, *from_file]
+
+    def challenge(self, credentials: Sequence[str]) -> str | None:
+        """None where a request may pass, else the `WWW-Authenticate` of its 401.
+
+        `credentials` are its `Authorization` headers. Of several, none is
+        believed: it is one field (RFC 9110, section 11.6.2), and what came
+        before us may have looked at another.
+        """
+        if not self._accepted:
+            return None
+        if len(credentials) == 1 and (match := CREDENTIALS.fullmatch(credentials[0])):
+            digest = hashlib.sha256(match[1].encode()).digest()
+            # All of them, always, so that time tells nothing.
+            if sum(hmac.compare_digest(digest, other) for other in self._accepted):
+                return None
+        tried = any(value.split(" ")[0].lower() == "bearer" for value in credentials)
+        return WRONG_TOKEN if tried else NO_TOKEN
+
+
+def _read_tokens(path: str) -> Iterator[bytes]:
+    where = f"--callback_token_file={path}"
+    for number, token in read_lines(path, where, MAX_TOKEN_FILE):
+        yield _digest(token, f"{where}, line {number}")
+
+
+def _digest(token: str, where: str) -> bytes:
+    """What is kept of a token. Raises `OptionError`, which does not show it."""
+    if len(token) < MIN_TOKEN_LENGTH or not TOKEN.fullmatch(token):
+        raise OptionError(
+            f"{where}: a token is {MIN_TOKEN_LENGTH} or more of A-Z a-z 0-9 - . _ ~ +"
+            " /, and then any number of ="
+        )
+    return hashlib.sha256(token.encode()).digest()
+
+
+# Callbacks.
+
+
+class Unauthorized(Matcher):
+    """Matches what is asked below `/socket/` without a token that is accepted.
+
+    As the first of the routes: so no path, method or body is looked at before.
+    """
+
+    def __init__(self, prefix: str, tokens: CallbackTokens) -> None:
+        self._starts = (f"{prefix}/socket/", "/socket/")
+        self._tokens = tokens
+
+    def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
+        if not request.path.startswith(self._starts):
+            return None
+        challenge = self._tokens.challenge(request.headers.get_list("Authorization"))
+        if challenge is None:
+            return None
+        return {"target_kwargs": {"challenge": challenge}}
+
+
+class UnauthorizedHandler(RefusingHandler):
+    """401, whatever was asked."""
+
+    def initialize(self, challenge: str) -> None:
+        self._challenge = challenge
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        self.unauthorized(self._challenge)
+
+
+# Operators.
+
+
+# Where a proxy tells for whom it asks; X-Forwarded-* is looked for, too.
+FORWARDING_HEADERS = frozenset(
+    ("forwarded", "via", "x-real-ip", "client-ip", "x-client-ip", "true-client-ip",
+     "x-cluster-client-ip", "x-original-forwarded-for", "x-original-host",
+     "cf-connecting-ip", "cf-connecting-ipv6", "cdn-loop", "fastly-client-ip",
+     "fly-client-ip", "x-appengine-user-ip", "x-azure-clientip", "x-azure-socketip",
+     "x-envoy-external-address")
+)
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110, section 9.2.1
+
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorGuard:
+    """Who is an operator: whoever has a token, or without any, who is on this machine.
+
+    `on_loopback` says that the listener is bound to loopback addresses only.
+    That alone proves nothing: a proxy on this machine may ask for anybody, and
+    a page in a browser on it, too (DNS rebinding, request forgery).
+    """
+
+    tokens: CallbackTokens
+    on_loopback: bool
+
+    def refusal(self, method: str, scheme: str, headers: HTTPHeaders) -> str | None:
+        """None where a request may pass without a token, else why it may not.
+
+        `scheme` is that of the listener, http or https.
+        """
+        if not self.on_loopback:
+            return (
+                "Set --callback_token, or bind this listener to a loopback address."
+            )
+        if any(map(_is_of_a_proxy, headers)):
+            return "This came by way of a proxy: for that, set --callback_token."
+        hosts = headers.get_list("Host")
+        if len(hosts) != 1 or not is_loopback_host(hosts[0]):
+            return (
+                "Ask for a loopback name, such as localhost, or set --callback_token."
+            )
+        if not _is_same_origin(method, f"{scheme}://{hosts[0]}", headers):
+            return (
+                "A request that changes something needs an Origin, which must be this"
+                " one; or set --callback_token."
+            )
+        return None
+
+
+def _is_of_a_proxy(name: str) -> bool:
+    name = name.lower().replace("_", "-")
+    return name.startswith("x-forwarded") or name in FORWARDING_HEADERS
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a `Host` header names this machine for itself (RFC 6761, section 6.3)."""
+    if (match := HOST.fullmatch(host)) is None:
+        return False
+    name = match[1].lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_same_origin(method: str, own: str, headers: HTTPHeaders) -> bool:
+    """Whether no page of another origin can have asked.
+
+    A browser names the origin where it lets a page change anything or open a
+    WebSocket, which is a GET; an origin that is named must be ours.
+    """
+    if origins := headers.get_list("Origin"):
+        return [origin.lower() for origin in origins] == [own.lower()]
+    return method in SAFE_METHODS or (
+        headers.get_list("Sec-Fetch-Site") == ["same-origin"]
+    )
+
+
+class OperatorHandler(BodyHandler):
+    """What all that operators use inherits: nobody else gets past `prepare()`."""
+
+    def initialize(self, guard: OperatorGuard) -> None:
+        self.guard = guard
+
+    async def prepare(self) -> None:
+        request, tokens = self.request, self.guard.tokens
+        self.set_header("Cache-Control", "no-store")
+        if tokens.required:
+            challenge = tokens.challenge(request.headers.get_list("Authorization"))
+            if challenge is not None:
+                self.set_header("Connection", "close")  # a body is not waited for
+                self.unauthorized(challenge)
+                return
+        elif (
+            refusal := self.guard.refusal(
+                str(request.method), request.protocol, request.headers
+            )
+        ) is not None:
+            self.set_header("Connection", "close")
+            self.problem(HTTPStatus.FORBIDDEN, refusal)
+            return
+        await super().prepare()

@@ -1,0 +1,1 @@
+"""The clients' end: handshakes, connections and what they are held to."""

@@ -1,0 +1,536 @@
+"""The client's end: one WebSocket from its handshake to its farewell.
+
+What a client sends goes to the backend (`backends.Backend`); what the backend
+sends comes back through `handlers.callbacks` and `ClientConnection.send`.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from datetime import UTC, datetime, timedelta
+
+from tornado.iostream import IOStream
+
+from backends import (
+    Backend,
+    BackendError,
+    Closure,
+    ConnectionClosed,
+    Initiator,
+    SendBufferFull,
+    TraceContext,
+)
+from backends.deadlines import after_reading
+from handlers.clients.heartbeat import Heartbeat
+from handlers.clients.inbox import Inbox, size_of
+from handlers.clients.lifetimes import Lifetimes
+from handlers.clients.policy import ClientPolicy
+from handlers.clients.reception import DELAYED_ACK, Reception
+from handlers.connections import ConnectionMap
+from handlers.process.logs import tell
+from handlers.rates import Throttle
+from handlers.websocket.closing import CLOSE_TIMEOUT
+from handlers.websocket.frames import Close, CloseCode, FrameError
+from handlers.websocket.protocol import READ_AHEAD, ClientProtocol, Compression, State
+from handlers.websocket.turns import Turns
+
+logger = logging.getLogger(__name__)
+
+STALL_LOOKS = 8  # at a client that is slow, within `--send_timeout`
+
+
+class ClientContext:
+    """What all clients' connections of this process work with.
+
+    Loop, backlog, observer and turns are those of `connections`.
+    """
+
+    __slots__ = (
+        "backend",
+        "backlog",
+        "connections",
+        "heartbeat",
+        "lifetimes",
+        "loop",
+        "observer",
+        "policy",
+        "turns",
+    )
+
+    def __init__(
+        self,
+        connections: "ConnectionMap[ClientConnection]",
+        backend: Backend,
+        heartbeat: Heartbeat,
+        lifetimes: Lifetimes,
+        policy: ClientPolicy,
+    ) -> None:
+        self.connections = connections
+        self.backend = backend
+        self.heartbeat = heartbeat
+        self.lifetimes = lifetimes
+        self.policy = policy
+        self.loop = connections.loop
+        self.backlog = connections.backlog
+        self.observer = connections.observer
+        self.turns = connections.turns
+
+
+class ClientConnection:
+    """A client's connection, which backends know as `backends.Connection`.
+
+    Made before the handshake is decided. It keeps nothing of the handshake but
+    what others ask for: there may be a hundred thousand that are idle.
+
+    `state` is the only one that a connection has: what may be sent, read and
+    pinged goes by it. It is `closing` from the first close frame on, of either
+    side, and from the first write that failed; `closed` when the socket is gone.
+    """
+
+    __slots__ = (
+        "_began",
+        "_closing",
+        "_context",
+        "_early",
+        "_early_close",
+        "_inbox",
+        "_last_received",
+        "_protocol",
+        "_reception",
+        "_stall_timer",
+        "bytes_in",
+        "bytes_out",
+        "connected_at",
+        "id",
+        "last_heard",
+        "messages_in",
+        "messages_out",
+        "remote_ip",
+        "state",
+        "subprotocol",
+        "trace",
+        "user_agent",
+    )
+
+    def __init__(
+        self,
+        remote_ip: str,
+        user_agent: str,
+        trace: TraceContext | None,
+        context: ClientContext,
+        connection_id: str | None = None,
+    ) -> None:
+        self.id = connection_id or secrets.token_hex(16)
+        self.remote_ip = remote_ip
+        self.user_agent = user_agent
+        self.trace = trace
+        self._context = context
+
+        self.state: State = "connecting"
+        self.connected_at = datetime.now(UTC)
+        self._began = self.last_heard = self._last_received = self._now()
+        self.messages_in = self.messages_out = self.bytes_in = self.bytes_out = 0
+        self.subprotocol: str | None = None
+        self._protocol: ClientProtocol | None = None
+        self._inbox = Inbox(self, context)
+        self._reception = Reception(self._began)
+        self._stall_timer: asyncio.TimerHandle | None = None
+
+        # Frames sent by callbacks while the handshake is being decided.
+        self._early: list[str | bytes] = []
+        self._early_close: tuple[int, str, Initiator] | None = None
+        # Set by whoever closes first on this side: code, reason, initiator.
+        self._closing: tuple[int, str, Initiator] | None = None
+
+    def begin(
+        self,
+        stream: IOStream,
+        subprotocol: str | None,
+        compression: Compression | None,
+    ) -> None:
+        """The handshake was answered with 101, on `stream`."""
+        self.subprotocol = subprotocol
+        policy = self._context.policy
+        if policy.rates:
+            self._inbox.throttle = Throttle(policy.rates, policy.stalls)
+        self._protocol = ClientProtocol(
+            self, policy.max_message_size, compression, policy.rates.bytes
+        )
+        self._protocol.begin(stream)
+
+    # What ClientProtocol tells.
+
+    def on_open(self) -> None:
+        """The 101 is on its way: send what callbacks sent meanwhile."""
+        self.state = "open"
+        self._last_received = self._now()
+        self._context.heartbeat.add(self)
+        self._context.lifetimes.add(self)
+        self._context.observer.opened(self)
+        if logger.isEnabledFor(logging.INFO):
+            self._log_open()
+        early, self._early = self._early, []
+        for message in early:
+            with contextlib.suppress(ConnectionClosed):  # the client has gone
+                self.send(message)
+        if self._early_close is not None:
+            self.close(*self._early_close)
+        elif self._context.connections.draining:
+            self.drain()
+
+    def _log_open(self) -> None:
+        tell(logger, f"connection {self.id} opened by {self.remote_ip}", {
+            "event": "open", "connection_id": self.id, "remote_ip": self.remote_ip
+        })
+
+    def on_heard(self, size: int, at_once: bool) -> None:
+        """`size` bytes came, `at_once` where they did not have to be waited for."""
+        self.last_heard = self._context.loop.time()
+        throttle = self._inbox.throttle
+        if throttle is not None:
+            throttle.on_bytes(size, at_once, self.last_heard)
+
+    def on_pong(self) -> None:
+        """It answers a ping: it has read all that was sent before."""
+        self._reception.on_pong()
+
+    def on_message(self, message: str | bytes) -> None:
+        """Deliver a message now, or behind those that wait."""
+        size = size_of(message)
+        self.messages_in += 1
+        self.bytes_in += size
+        self._last_received = self.last_heard
+        self._context.observer.received(self, message, size)
+        inbox = self._inbox
+        if inbox.throttle is not None:
+            inbox.throttle.on_message(self._now())
+        inbox.put(message, size, self.last_heard)
+
+    def room(self) -> "asyncio.Future[None] | None":
+        """None where another message may be read, else what to wait for."""
+        return self._inbox.room()
+
+    @property
+    def send_timeout(self) -> float:
+        """Longest that it may take nothing of what waits for it, in seconds."""
+        return self._context.policy.send_timeout
+
+    @property
+    def last_active_at(self) -> datetime:
+        """When anything was last heard from the client or sent to it."""
+        active = max(self.last_heard, self._reception.last_sent) - self._began
+        return self.connected_at + timedelta(seconds=active)
+
+    @property
+    def reading_paused(self) -> bool:
+        """Whether nothing is read: too much waits for the backend, or came at once."""
+        return self._inbox.reading_paused
+
+    @property
+    def waiting_since(self) -> float:
+        """When the oldest of its events that wait came, on the loop's clock."""
+        return self._inbox.waiting_since
+
+    @property
+    def read_ahead(self) -> int:
+        """Bytes that may be read while there is no room: none above a rate."""
+        return 0 if self._inbox.throttle is not None else READ_AHEAD
+
+    @property
+    def turns(self) -> Turns:
+        """Where its work waits until others have had their turn."""
+        return self._context.turns
+
+    @property
+    def last_message_at(self) -> float:
+        """When a message, or a part of one, went either way, on the loop's clock."""
+        self._look_at_uptake()
+        return max(self._last_received, self._reception.last_active_at)
+
+    @property
+    def busy(self) -> bool:
+        """Whether messages wait, for the backend, for the client, or to be read."""
+        protocol = self._protocol
+        return self._inbox.busy or self._inbox.reading_paused or (
+            protocol is not None and protocol.bytes_waiting > 0
+        )
+
+    def on_kept(self, size: int) -> None:
+        """So many bytes are kept of a message that is not whole yet."""
+        if size:
+            self._last_received = self.last_heard
+        self._context.backlog.keep_part(self, size)
+
+    def on_leaving(self) -> None:
+        """The client's close frame came before ours, or a write has failed."""
+        self._begin_closing(None)
+
+    def on_failed(self, error: FrameError) -> None:
+        """The client broke the protocol, or a rule, or its message has no room."""
+        logger.info("connection %s: %s (%d)", self.id, error.reason, error.code, extra={
+            "event": "fail", "connection_id": self.id, "code": error.code
+        })
+        self._begin_closing((error.code, error.reason, "relay"))
+        assert self._protocol is not None
+        self._protocol.fail(error.code, error.reason)
+
+    def on_closed(self, peer: Close | None) -> None:
+        """The socket is gone; `peer` is the client's close frame if it came first."""
+        if self._closing is not None:
+            code, reason, initiator = self._closing
+            self.end(Close(code, reason), initiator)
+        else:
+            self.end(peer or Close(CloseCode.ABNORMAL, ""), "client")
+
+    # What backends, callbacks and the relay ask of a connection.
+
+    def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
+        """Send one frame; see `backends.Connection.send`."""
+        if self.state == "connecting" and self._early_close is None:
+            early = sum(map(size_of, self._early))
+            most = self._context.policy.max_send_buffer
+            if self._early and early + size_of(message) > most:
+                raise SendBufferFull
+            self._early.append(message)
+            return None
+        protocol = self._protocol
+        if self.state != "open" or protocol is None:
+            raise ConnectionClosed
+        size, waiting = size_of(message), protocol.bytes_waiting
+        if waiting and waiting + size > self._context.policy.max_send_buffer:
+            raise SendBufferFull
+        sent = protocol.send(message)
+        self.messages_out += 1
+        self.bytes_out += size
+        self._reception.last_sent = self._now()
+        self._context.observer.sent(self, message, size)
+        if sent is not None and self._stall_timer is None:
+            self._look_at_uptake()
+            self._watch_for_stall()
+        return sent
+
+    def give_up(self, error: BackendError, messages: int = 1) -> None:
+        """Give up messages and those behind them; see `backends.Connection`."""
+        logger.warning("connection %s gives up: %s", self.id, error, extra={
+            "event": "give_up", "connection_id": self.id, "undelivered": messages
+        })
+        self._inbox.give_up(messages)
+        self.close(CloseCode.TRY_AGAIN_LATER, "backend unavailable", "relay")
+
+    async def drained(self) -> None:
+        """Wait until the kernel has taken all frames, or the socket is gone."""
+        protocol = self._protocol
+        while self.state == "open" and protocol is not None and protocol.bytes_waiting:
+            try:
+                await protocol.drained()
+            except ConnectionClosed:
+                return
+
+    def close(
+        self,
+        code: int = CloseCode.NORMAL,
+        reason: str = "",
+        initiator: Initiator = "backend",
+    ) -> None:
+        """Start the closing handshake; see `backends.Connection.close`."""
+        if self.state == "connecting":
+            self._early_close = self._early_close or (code, reason, initiator)
+            return
+        protocol = self._protocol
+        if self.state != "open" or protocol is None:
+            return
+        self._begin_closing((code, reason, initiator))
+        if protocol.bytes_waiting >= self._context.policy.max_send_buffer and (
+            self._look_at_uptake() or 0.0
+        ) >= CLOSE_TIMEOUT:
+            protocol.give_up()  # a close frame would wait behind all of it
+        else:
+            protocol.close(code, reason)
+
+    def drain(self) -> None:
+        """Close because this instance stops; once open, if it is still connecting."""
+        if self.state == "open":
+            self.close(CloseCode.GOING_AWAY, "going away", "relay")
+
+    def expire(self, reason: str) -> None:
+        """Close because it has been silent, or open, for as long as it may."""
+        self.close(CloseCode.GOING_AWAY, reason, "relay")
+
+    def abort(self) -> None:
+        """Cut the connection off at once."""
+        if self._protocol is not None:
+            self._protocol.abort()
+
+    def beat(self) -> None:
+        """Send a ping, and note what stands before it."""
+        if self._protocol is not None:
+            self._look_at_uptake()
+            if self._protocol.send_ping():
+                self._reception.on_pinged(self.bytes_out)
+
+    def is_silent(self, since: float) -> bool:
+        """Whether no sign of life came since the beat at `since`.
+
+        What comes from it is one, and so is what its kernel acknowledges, but for
+        the ping, unless its answer can't be seen. Its kernel may have much that it
+        has yet to read before the ping: it has time for that.
+        """
+        protocol = self._protocol
+        if self.last_heard >= since or protocol is None:
+            return False
+        stalled, reception = self._look_at_uptake(), self._reception
+        if stalled is None:
+            taken_at = max(reception.taken_at, reception.last_sent)
+            if taken_at >= since or self.reading_paused or protocol.is_held:
+                return False
+            reading_time = reception.reading_time(self.bytes_out)
+            return self._now() >= max(taken_at, self.last_heard) + reading_time
+        if reception.taken_at >= since:
+            return False
+        # A slow client's kernel answers that it has no room: only nobody does not.
+        return protocol.outgoing().quiet >= max(self._now() - since, DELAYED_ACK) or (
+            stalled >= self._context.policy.send_timeout
+        )
+
+    def vanish(self) -> None:
+        """Give up a peer that shows no sign of life, once what it sent was read."""
+        protocol = self._protocol
+        if self.state == "open" and protocol is not None:
+            self._begin_closing((CloseCode.ABNORMAL, "ping timeout", "relay"))
+            protocol.give_up()
+
+    def _look_at_uptake(self) -> float | None:
+        """For how many seconds it has taken nothing of what is under way to it.
+
+        None: nothing is under way.
+        """
+        if self._protocol is None:
+            return None
+        return self._reception.look(self._protocol.outgoing(), self._now())
+
+    def _watch_for_stall(self) -> None:
+        """Close with 1008 a client that takes nothing for `send_timeout`."""
+        self._stall_timer = self._context.loop.call_later(
+            self._context.policy.send_timeout / STALL_LOOKS, self._look_for_stall
+        )
+
+    def _look_for_stall(self) -> None:
+        self._stall_timer = None
+        if self._is_stalled():
+            # What it took meanwhile may be seen only now.
+            after_reading(self._context.loop, self._judge_stall)
+        elif self._frames_wait():
+            self._watch_for_stall()
+
+    def _judge_stall(self) -> None:
+        protocol = self._protocol
+        if protocol is not None and self._is_stalled():
+            logger.info("connection %s takes nothing", self.id, extra={
+                "event": "stall", "connection_id": self.id
+            })
+            self._begin_closing((CloseCode.POLICY, "slow consumer", "relay"))
+            protocol.give_up()  # its buffer is full: a close frame can't reach it
+        elif self._frames_wait() and self._stall_timer is None:
+            self._watch_for_stall()
+
+    def _frames_wait(self) -> bool:
+        protocol = self._protocol
+        return (
+            self.state == "open" and protocol is not None and protocol.bytes_waiting > 0
+        )
+
+    def _is_stalled(self) -> bool:
+        return self._frames_wait() and (
+            (self._look_at_uptake() or 0.0) >= self._context.policy.send_timeout
+        )
+
+    # The end.
+
+    def _begin_closing(self, closing: tuple[int, str, Initiator] | None) -> None:
+        """Be `closing` from now on; `closing` is ours where this side began.
+
+        Whatever is decided after that changes nothing.
+        """
+        if self.state != "open":
+            return
+        self.state = "closing"
+        self._closing = closing
+        self._context.heartbeat.discard(self)
+        self._context.lifetimes.discard(self)
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+        if self._inbox.throttle is not None:
+            self._inbox.throttle.release()
+
+    def end(self, close: Close | None = None, initiator: Initiator = "relay") -> None:
+        """Forget the connection; tell the backend of its `close`, if there is one."""
+        self._begin_closing(None)
+        self.state = "closed"
+        context = self._context
+        context.backlog.keep_part(self, 0)
+        context.connections.remove(self)
+        if close is None:
+            self._inbox.close()
+            return
+        duration = self._now() - self._began
+        if self._protocol is not None:
+            context.observer.closed(self, close.code, initiator, duration)
+            if logger.isEnabledFor(logging.INFO):
+                self._log_close(close.code, initiator, duration)
+        context.connections.say_farewell(
+            self, self._farewell(close, initiator, duration)
+        )
+
+    def _log_close(self, code: int, initiator: Initiator, duration: float) -> None:
+        """Without the reason, which is the peer's text."""
+        message = (
+            f"connection {self.id} closed with {code:d} by {initiator} after"
+            f" {duration:.1f} s:"
+            f" {self.messages_in} messages in, {self.messages_out} out"
+        )
+        tell(logger, message, {
+            "event": "close",
+            "connection_id": self.id,
+            "code": code,
+            "initiator": initiator,
+            "seconds": round(duration, 3),
+            "messages_in": self.messages_in,
+            "messages_out": self.messages_out,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "undelivered": self._inbox.undelivered,
+            "waiting": len(self._inbox),
+        })
+
+    async def _farewell(
+        self, close: Close, initiator: Initiator, duration: float
+    ) -> None:
+        """Tell the backend of the end, after all that was read before it."""
+        # A farewell may wait for long, with thousands of others: let go of all
+        # that it does not need.
+        self._protocol = None
+        await self._inbox.delivered()
+        self._inbox.waiting_since = self._began + duration
+        closure = Closure(
+            close.code, close.reason, initiator, duration, self._inbox.undelivered
+        )
+        try:
+            await self._context.backend.disconnect(self, closure)
+        except BackendError as error:
+            logger.error(
+                "connection %s: disconnect not told: %s",
+                self.id,
+                error,
+                extra={"event": "untold", "connection_id": self.id},
+            )
+        finally:
+            self._inbox.close()
+
+    def _now(self) -> float:
+        return self._context.loop.time()
+
+
+# The map of all clients' connections.
+Connections = ConnectionMap[ClientConnection]

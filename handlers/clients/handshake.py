@@ -1,0 +1,259 @@
+"""A client's handshake: checked, decided on by the backend, and answered."""
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from tornado.iostream import StreamClosedError
+from tornado.websocket import WebSocketHandler
+
+from backends import (
+    BackendError,
+    ConnectionRefused,
+    Handshake,
+    HandshakeOutcome,
+    Initiator,
+    TraceContext,
+)
+from handlers.clients.connection import ClientConnection, ClientContext
+from handlers.clients.headers import flaw, is_key, members, told_headers
+from handlers.clients.tickets import Claim, Tickets
+from handlers.http.problem import ProblemHandler
+from handlers.telemetry.trace import HandshakeSpan, Tracer, trace_context
+from handlers.websocket.frames import Close, CloseCode
+from handlers.websocket.negotiation import subprotocols
+from handlers.websocket.protocol import agree_on_compression, switch
+
+logger = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499  # what nginx logs, where there was nobody left to answer
+
+
+class ClientSocketHandler(ProblemHandler, WebSocketHandler):
+    """A client's handshake, until it is refused or its `ClientConnection` open."""
+
+    def initialize(
+        self,
+        context: ClientContext,
+        tickets: Tickets,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self.context = context
+        self.policy = context.policy
+        self._asked = self.policy.trusted_proxies.read(
+            self.request.remote_ip or "",
+            self.request.headers,
+            self.request.host,
+            self.request.protocol == "https",
+        )
+        self.remote_ip = self._asked.remote_ip
+        self._tickets = tickets
+        self._claim: Claim | None = None
+        self._tracer = tracer
+        self._span: HandshakeSpan | None = None
+        self._connection_id: str | None = None
+        self._peer_gone = False
+
+    async def get(self, *args: Any, **kwargs: Any) -> None:
+        """Check the request, ask the backend, and only then accept.
+
+        Not in `prepare()`, which would ask before the checks.
+        """
+        trace = self._trace()
+        if not self._is_acceptable():
+            return
+        handshake = self._handshake(trace)
+        connection = ClientConnection(
+            self.remote_ip,
+            self.request.headers.get("User-Agent", ""),
+            # Of a trace that begins here, what follows later is no part.
+            trace and handshake.trace,
+            self.context,
+            None if self._claim is None else self._claim.connection_id,
+        )
+        self._connection_id = connection.id
+        self.context.connections.add(connection)
+        try:
+            await self._decide(connection, handshake)
+        except BaseException:  # a bug, ours or the backend's, which may have said yes
+            if connection.state == "connecting":
+                self._abandon(connection, "relay")
+                self._tell("no_verdict", HTTPStatus.INTERNAL_SERVER_ERROR)
+            raise
+
+    async def _decide(
+        self, connection: ClientConnection, handshake: Handshake
+    ) -> None:
+        """Ask the backend, and answer the handshake as it says."""
+        try:
+            subprotocol = await self.context.backend.connect(connection, handshake)
+            if subprotocol is not None and subprotocol not in handshake.subprotocols:
+                raise BackendError(
+                    "the backend chose a subprotocol that was not offered"
+                )
+        except ConnectionRefused as refused:
+            connection.end()
+            self._tell("refused", refused.status)
+            self._refuse(connection, refused)
+            return
+        except BackendError as error:
+            logger.warning("connection %s has no verdict: %s", connection.id, error,
+                           extra={"connection_id": connection.id})
+            self._abandon(connection, "relay")
+            self._tell("no_verdict", HTTPStatus.SERVICE_UNAVAILABLE)
+            self.problem(HTTPStatus.SERVICE_UNAVAILABLE, "The backend gave no verdict.")
+            return
+        if self._peer_gone or self.request.connection is None:
+            self._leave(connection)
+            return
+        if subprotocol is None:
+            subprotocol = next(
+                (p for p in handshake.subprotocols if p in self.policy.subprotocols),
+                None,
+            )
+        compression = agree_on_compression(self, self.policy.compression)
+        try:
+            stream = switch(self, subprotocol)
+        except StreamClosedError:
+            self._leave(connection)
+            return
+        self._tell("opened", HTTPStatus.SWITCHING_PROTOCOLS)
+        connection.begin(stream, subprotocol, compression)
+
+    def _leave(self, connection: ClientConnection) -> None:
+        """The client has gone before it could be told that it may come in."""
+        self._abandon(connection, "client")
+        self._tell("left", CLIENT_LEFT)
+
+    def _abandon(self, connection: ClientConnection, initiator: Initiator) -> None:
+        """End what never opened, and of which the backend may think that it did."""
+        connection.end(Close(CloseCode.ABNORMAL, ""), initiator)
+
+    def _is_acceptable(self) -> bool:
+        """Check headers and Origin (RFC 6455, section 4.2.1), then the limits."""
+        headers = self.request.headers
+        if headers.get("Upgrade", "").lower() != "websocket" or (
+            "upgrade" not in members(headers, "Connection")
+        ):
+            self._turn_away(
+                HTTPStatus.UPGRADE_REQUIRED,
+                "Only WebSockets are here.",
+                {"Upgrade": "websocket", "Connection": "Upgrade"},
+            )
+        elif headers.get("Sec-WebSocket-Version") != "13":
+            self._turn_away(
+                HTTPStatus.UPGRADE_REQUIRED,
+                "Only version 13 is served here.",
+                {"Sec-WebSocket-Version": "13"},
+            )
+        elif self.request.version != "HTTP/1.1":
+            self._turn_away(HTTPStatus.BAD_REQUEST, "A WebSocket needs HTTP/1.1.")
+        elif not is_key(headers.get("Sec-WebSocket-Key", "")):
+            self._turn_away(
+                HTTPStatus.BAD_REQUEST, "Sec-WebSocket-Key is not 16 bytes."
+            )
+        elif malformed := flaw(self.request, self.policy.compression is not None):
+            self._turn_away(HTTPStatus.BAD_REQUEST, malformed)
+        elif not self._is_origin_allowed(headers.get_list("Origin")):
+            self._turn_away(HTTPStatus.FORBIDDEN, "This origin may not connect.")
+        elif refusal := self.context.connections.refusal(
+            self.remote_ip, self._descriptor
+        ):
+            self._turn_away(
+                refusal.status,
+                refusal.detail,
+                {"Retry-After": str(refusal.retry_after)},
+            )
+        else:
+            return True
+        return False
+
+    @property
+    def _descriptor(self) -> int:
+        connection: Any = self.request.connection
+        descriptor: int = connection.descriptor
+        return descriptor
+
+    def _turn_away(
+        self, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self.context.connections.refusals.add(self.remote_ip, status, detail)
+        self._tell("turned_away", status)
+        for name, value in (headers or {}).items():
+            self.set_header(name, value)
+        self.problem(status, detail)
+
+    def _is_origin_allowed(self, origins: list[str]) -> bool:
+        self._claim = self._tickets.claim(self.request.query, origins)
+        if self._claim is not None:
+            return True
+        if not origins:
+            return not self.policy.require_origin
+        if len(origins) > 1:
+            return False
+        return self.policy.allowed_origins.allow(
+            origins[0], self._asked.host, self._asked.scheme
+        )
+
+    def _trace(self) -> TraceContext | None:
+        """The client's, and a span for this handshake where somebody makes them."""
+        trace = None
+        if self.policy.trust_traceparent:
+            trace = trace_context(self.request.headers.get_list("traceparent"))
+        if self._tracer is not None:
+            self._span = self._tracer.handshake(
+                trace,
+                self.request.protocol,
+                self.request.path,
+                self.request.request_time(),
+            )
+        return trace
+
+    def _handshake(self, trace: TraceContext | None) -> Handshake:
+        headers = self.request.headers
+        return Handshake(
+            headers=told_headers(headers, self.policy.withheld_headers),
+            path=self.request.path,
+            query=self.request.query if self._claim is None else self._claim.query,
+            remote_ip=self.remote_ip,
+            subprotocols=subprotocols(headers.get_list("Sec-WebSocket-Protocol")),
+            trace=trace if self._span is None else self._span.trace,
+        )
+
+    def _refuse(
+        self, connection: ClientConnection, refused: ConnectionRefused
+    ) -> None:
+        logger.debug("connection %s refused with %d", connection.id, refused.status,
+                     extra={"connection_id": connection.id})
+        self.context.connections.refusals.add(
+            self.remote_ip, refused.status, "That is the backend's verdict."
+        )
+        if self._peer_gone:
+            return
+        self.set_status(refused.status)
+        self.clear_header("Content-Type")
+        for name, value in refused.headers.items():
+            with contextlib.suppress(ValueError):  # it is no header's value
+                self.set_header(name, value)
+        self.finish(refused.body)
+
+    def _tell(self, outcome: HandshakeOutcome, status: int) -> None:
+        self.context.observer.handshake_ended(
+            outcome, status, self.remote_ip, self.request.request_time()
+        )
+        if self._span is not None:
+            self._span.end(outcome, status, self.remote_ip, self._connection_id)
+
+    def on_connection_close(self) -> None:
+        """The client left before the handshake was answered."""
+        self._peer_gone = True
+
+    def on_finish(self) -> None:
+        """It was answered, and this handler is of no more use.
+
+        What templates would need of it, were there any, refers to it, and Tornado
+        keeps that of a `WebSocketHandler`: each would be left to the collector.
+        """
+        self.ui.clear()

@@ -1,0 +1,240 @@
+"""One client's messages between reading and delivering, in order."""
+
+import asyncio
+import logging
+from collections import deque
+from typing import Protocol
+
+from backends import Backend, BackendError, Connection, Observer
+from handlers.backlog import Backlog
+from handlers.clients.policy import ClientPolicy
+from handlers.rates import Throttle
+from handlers.websocket.frames import CloseCode
+from handlers.websocket.turns import TURN, Turns, clock
+
+logger = logging.getLogger(__name__)
+
+NEVER = float("inf")  # on the loop's clock
+
+
+class InboxContext(Protocol):
+    """What the inboxes of one relay work with."""
+
+    loop: asyncio.AbstractEventLoop
+    backend: Backend
+    backlog: Backlog
+    observer: Observer
+    policy: ClientPolicy
+    turns: Turns
+
+
+class Inbox:
+    """Hands one message after the other to the backend; says when to read no more.
+
+    A message counts in the `Backlog` from `put` until it was taken or given up. Where
+    one can't be delivered, those behind it are given up with it, and the connection
+    is closed with 1013, or with 1011 where a bug is the cause.
+    """
+
+    __slots__ = (
+        "_connection",
+        "_context",
+        "_delivered",
+        "_full",
+        "_given_up",
+        "_head_size",
+        "_id",
+        "_queue",
+        "_queued_bytes",
+        "_room",
+        "busy",
+        "throttle",
+        "undelivered",
+        "waiting_since",
+    )
+
+    def __init__(self, connection: Connection, context: InboxContext) -> None:
+        self._connection: Connection | None = connection
+        self._id = connection.id
+        self._context = context
+        # Made where something waits; None while the backend is quick.
+        self._queue: deque[tuple[str | bytes, float]] | None = None
+        self._queued_bytes = 0
+        self._head_size = 0  # bytes of the message that the backend has
+        self.busy = False  # whether the backend has one
+        self._delivered: asyncio.Future[None] | None = None  # see `delivered`
+        # What reading waits for: this queue's own room (`_full`), the process's, or
+        # the throttle's, of which there is one where rates are limited.
+        self._room: asyncio.Future[None] | None = None
+        self._full = False
+        self._given_up = False
+        self.throttle: Throttle | None = None
+        self.undelivered = 0  # messages that were given up
+        self.waiting_since = NEVER  # when the oldest message that waits was read
+
+    def __len__(self) -> int:
+        """How many messages wait, the one that the backend has included."""
+        return len(self._queue or ()) + self.busy
+
+    def put(self, message: str | bytes, size: int, read_at: float) -> None:
+        """Deliver a message now, or behind those that wait.
+
+        `size` is its bytes, `read_at` when it was read, on the loop's clock.
+        """
+        if self._given_up:
+            self._count_undelivered(1)
+            return
+        self._context.backlog.hold(size)
+        if self.busy:
+            if self._queue is None:
+                self._queue = deque()
+            self._queue.append((message, read_at))
+            self._queued_bytes += size
+        else:
+            self._deliver(message, size, read_at)
+
+    # When to read.
+
+    def room(self) -> "asyncio.Future[None] | None":
+        """None where another message may be read, else what to wait for.
+
+        Raises `FrameError` where the client has sent too much for too long.
+        """
+        context, throttle = self._context, self.throttle
+        if throttle is not None:
+            held = throttle.room(context.loop.time())
+            if held is not None:
+                self._room = held
+                return held
+        queue = self._queue
+        if not queue or (
+            len(queue) < context.policy.queue_messages
+            and self._queued_bytes < context.policy.queue_bytes
+        ):
+            self._room = context.backlog.room()
+        elif self._room is None or self._room.done():
+            self._room = context.loop.create_future()
+            self._full = True
+        if throttle is not None and self._room is not None:
+            throttle.on_full(context.loop.time())
+        return self._room
+
+    @property
+    def reading_paused(self) -> bool:
+        """Whether nothing is read: too much waits for the backend, or came at once."""
+        return self._room is not None and not self._room.done()
+
+    # Delivering.
+
+    def _deliver(self, message: str | bytes, size: int, read_at: float) -> None:
+        """Hand messages to the backend, until one has to be waited for.
+
+        Those behind it that have waited already, only while its turn lasts.
+        """
+        ends_at = 0.0
+        connection, context = self._connection, self._context
+        assert connection is not None
+        while True:
+            self._head_size = size
+            try:
+                taken = context.backend.message(connection, message)
+            except Exception as error:
+                self._on_undeliverable(error)
+                return
+            if taken is not None:
+                self.busy = True
+                self.waiting_since = read_at
+                if not isinstance(taken, asyncio.Future):
+                    taken = asyncio.ensure_future(taken)
+                taken.add_done_callback(self._on_delivered)
+                return
+            context.backlog.release(size)
+            if not self._queue:
+                self._rest()
+                return
+            if not ends_at:
+                ends_at = clock() + TURN
+            elif clock() >= ends_at:
+                self.waiting_since = self._queue[0][1]
+                context.turns.wait(self._deliver_next)
+                return
+            message, size, read_at = self._next()
+
+    def _deliver_next(self) -> None:
+        if self._queue:
+            self._deliver(*self._next())
+        else:
+            self._rest()
+
+    def _on_delivered(self, taken: "asyncio.Future[None]") -> None:
+        if taken.cancelled():
+            self._on_undeliverable(BackendError("the relay stops"))
+        elif (error := taken.exception()) is not None:
+            self._on_undeliverable(error)
+        else:
+            self._context.backlog.release(self._head_size)
+            self._deliver_next()
+
+    def _next(self) -> tuple[str | bytes, int, float]:
+        assert self._queue
+        message, read_at = self._queue.popleft()
+        size = size_of(message)
+        self._queued_bytes -= size
+        if self._full and self._room is not None:  # it is this queue's own
+            self._full = False
+            self._room.set_result(None)
+            self._room = None
+        return message, size, read_at
+
+    def _rest(self) -> None:
+        """Everything read so far has been taken."""
+        self.busy = False
+        self.waiting_since = NEVER
+        self._queue = None
+        if self._delivered is not None and not self._delivered.done():
+            self._delivered.set_result(None)
+
+    async def delivered(self) -> None:
+        """Wait until every message was taken or given up."""
+        if self.busy:
+            self._delivered = self._context.loop.create_future()
+            await self._delivered
+
+    # Giving up.
+
+    def _on_undeliverable(self, error: BaseException) -> None:
+        """The message at the head can't be delivered."""
+        self._context.backlog.release(self._head_size)
+        assert self._connection is not None
+        if isinstance(error, BackendError):
+            self._connection.give_up(error)
+        else:
+            logger.error("bug on a message of %s", self._id, exc_info=error,
+                         extra={"connection_id": self._id})
+            self.give_up(1)
+            self._connection.close(CloseCode.INTERNAL_ERROR, "internal error", "relay")
+        self._rest()
+
+    def give_up(self, messages: int) -> None:
+        """Give up `messages` that left the queue, all that wait, and all that come."""
+        self._given_up = True
+        self._count_undelivered(messages + len(self._queue or ()))
+        while self._queue:
+            _, size, _ = self._next()
+            self._context.backlog.release(size)
+
+    def _count_undelivered(self, messages: int) -> None:
+        if messages:
+            self.undelivered += messages
+            self._context.observer.ended("message", self._id, "failed", messages)
+
+    def close(self) -> None:
+        """Let go of the connection, which lets go of this."""
+        self._connection = None
+
+
+def size_of(message: str | bytes) -> int:
+    """Bytes of a message on the wire, before compression."""
+    if isinstance(message, str) and not message.isascii():
+        return len(message.encode())
+    return len(message)

@@ -1,0 +1,100 @@
+"""What every client is held to: the options, as typed values."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tornado.options import Error as OptionError
+from tornado.options import define, options
+
+from handlers.clients.headers import NOT_TOLD, withheld_names
+from handlers.clients.origins import AllowedOrigins
+from handlers.clients.proxies import TrustedProxies
+from handlers.rates import Rates, Stalls
+from handlers.websocket.negotiation import subprotocols
+from handlers.websocket.protocol import Compression
+
+define("max_message_size", default=4 * 1024 * 1024, metavar="BYTES",
+       help="largest message, either way; a larger one closes with 1009, or gets 413")
+define("subprotocols", multiple=True, metavar="NAMES",
+       help="subprotocols to choose from where the backend chose none: the "
+            "client's first one that is named here")
+define("compression", default=False,
+       help="accept permessage-deflate (RFC 7692)")
+define("compression_level", default=6, metavar="LEVEL",
+       help="zlib's level, 1 (fast) to 9 (small)")
+define("max_send_buffer", default=1024 * 1024, metavar="BYTES",
+       help="most that waits to be sent to one client; above it a send gets 429")
+define("send_timeout", default=10.0, metavar="SECONDS",
+       help="longest that a client may take nothing while frames wait for it; "
+            "then it is closed with 1008")
+define("connection_queue_messages", default=64, metavar="COUNT",
+       help="messages of one client that wait for the backend; then reading stops")
+define("connection_queue_bytes", default=1024 * 1024, metavar="BYTES",
+       help="bytes of one client's messages that wait for the backend; one "
+            "message may always wait")
+
+
+@dataclass(frozen=True, slots=True)
+class ClientPolicy:
+    """What every client is held to; the options, as typed values."""
+
+    max_message_size: int = 4 * 1024 * 1024
+    allowed_origins: AllowedOrigins = field(default_factory=AllowedOrigins)
+    require_origin: bool = False
+    trusted_proxies: TrustedProxies = field(default_factory=TrustedProxies)
+    withheld_headers: frozenset[str] = NOT_TOLD
+    subprotocols: Sequence[str] = ()
+    compression: Compression | None = None
+    max_send_buffer: int = 1024 * 1024
+    send_timeout: float = 10.0
+    queue_messages: int = 64
+    queue_bytes: int = 1024 * 1024
+    rates: Rates = field(default_factory=Rates)
+    stalls: Stalls = field(default_factory=Stalls)
+    trust_traceparent: bool = True
+
+
+def make_policy() -> ClientPolicy:
+    """The policy of the options. Raises `OptionError` where they can't be met."""
+    try:
+        allowed_origins = AllowedOrigins(options.allowed_origins)
+    except ValueError as error:
+        raise OptionError(f"--allowed_origins: {error}") from None
+    try:
+        trusted_proxies = TrustedProxies(options.trusted_proxies)
+    except ValueError as error:
+        raise OptionError(f"--trusted_proxies: {error}") from None
+    try:
+        withheld_headers = withheld_names(options.withhold_headers)
+    except ValueError as error:
+        raise OptionError(f"--withhold_headers: {error}") from None
+    try:
+        subprotocols(options.subprotocols)
+    except ValueError as error:
+        raise OptionError(f"--subprotocols: {error}") from None
+    if options.max_queued_bytes < options.max_message_size:
+        raise OptionError(
+            f"--max_queued_bytes={options.max_queued_bytes} has no room for one"
+            f" message of --max_message_size={options.max_message_size}"
+        )
+    return ClientPolicy(
+        max_message_size=options.max_message_size,
+        allowed_origins=allowed_origins,
+        require_origin=options.require_origin,
+        trusted_proxies=trusted_proxies,
+        withheld_headers=withheld_headers,
+        subprotocols=tuple(options.subprotocols),
+        compression=(
+            Compression(options.compression_level) if options.compression else None
+        ),
+        max_send_buffer=options.max_send_buffer,
+        send_timeout=options.send_timeout,
+        queue_messages=options.connection_queue_messages,
+        queue_bytes=options.connection_queue_bytes,
+        rates=Rates(
+            options.messages_per_second,
+            options.bytes_per_second,
+            options.rate_patience,
+        ),
+        trust_traceparent=options.trust_traceparent,
+    )

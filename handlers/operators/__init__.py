@@ -1,0 +1,1 @@
+"""The operators' end: status, metrics and the console."""

@@ -1,0 +1,63 @@
+"""The console: a page for operators, at `/` of the callbacks' listener.
+
+`page` serves its files, `tail` watches while somebody looks, `live` streams what
+it saw, `connections` lists, sends and closes, `playground` lets the page connect
+as a client. What runs in the browser is in `page/`, as it stands.
+"""
+
+from tornado.options import define
+from tornado.routing import Matcher
+from tornado.web import RequestHandler
+
+from handlers.callbacks.tokens import OperatorGuard
+from handlers.clients.connection import Connections
+from handlers.clients.tickets import Tickets
+from handlers.operators.console.connections import (
+    CloseHandler,
+    ConnectionsHandler,
+    SendHandler,
+)
+from handlers.operators.console.live import LiveHandler, ViewerHandler
+from handlers.operators.console.page import Clients, PageHandler, read_files
+from handlers.operators.console.playground import PlaygroundHandler
+from handlers.operators.console.tail import Tail
+
+define("console", default=True,
+       help="the console, a page for operators at / of the callbacks' listener; it "
+            "answers whom /status answers")
+define("console_bodies", default=True,
+       help="let operators see the bodies of one connection's messages, when they "
+            "ask for them in the console")
+
+
+def console_routes(
+    guard: OperatorGuard,
+    connections: Connections,
+    tail: Tail,
+    tickets: Tickets,
+    clients: Clients,
+    max_message_size: int,
+) -> list[tuple[str | Matcher, type[RequestHandler], dict[str, object]]]:
+    """What the page is made of, and what it asks for."""
+    guarded = {"guard": guard}
+    one = r"/console/connections/([0-9a-f]{32})"
+    reached = {**guarded, "connections": connections}
+    page = {**guarded, "files": read_files(), "clients": clients}
+    return [
+        (r"/()", PageHandler, page),
+        (r"/console/([a-z]+\.(?:js|css|svg))", PageHandler, page),
+        (
+            r"/console/live",
+            LiveHandler,
+            {**guarded, "tail": tail, "clients": clients},
+        ),
+        (r"/console/viewers/([0-9a-f]{32})", ViewerHandler, {**guarded, "tail": tail}),
+        (r"/console/connections", ConnectionsHandler, reached),
+        (rf"{one}/send", SendHandler, {**reached, "max_body_size": max_message_size}),
+        (rf"{one}/close", CloseHandler, reached),
+        (
+            r"/console/playground",
+            PlaygroundHandler,
+            {**guarded, "tickets": tickets, "clients": clients},
+        ),
+    ]

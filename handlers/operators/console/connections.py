@@ -1,0 +1,117 @@
+"""Open connections, searched here so that the page holds few of many."""
+
+import asyncio
+import heapq
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any
+
+from handlers.callbacks.routes import Closing, OneConnectionHandler, Sending, describe
+from handlers.callbacks.tokens import OperatorGuard
+from handlers.clients.connection import ClientConnection, Connections
+from handlers.operators.console.guarded import GuardedHandler
+
+MAX_LISTED = 100
+DEFAULT_LISTED = 50
+MAX_SEARCH = 100  # characters
+AT_A_TIME = 1000  # connections that are looked at before others have their turn
+
+# What comes first.
+ORDERS: dict[str, Callable[[ClientConnection], Any]] = {
+    "newest": lambda c: c.connected_at,
+    "oldest": lambda c: -c.connected_at.timestamp(),
+    "active": lambda c: c.last_active_at,
+    "messages": lambda c: c.messages_in + c.messages_out,
+    "bytes": lambda c: c.bytes_in + c.bytes_out,
+}
+
+
+async def search(
+    connections: Iterable[ClientConnection], words: str
+) -> list[ClientConnection]:
+    """Those in which each word is found.
+
+    At the start of the id, or anywhere in address, user agent or subprotocol.
+    """
+    wanted = words.lower().split()
+    found = []
+    for number, connection in enumerate(connections, 1):
+        if not wanted or _has(connection, wanted):
+            found.append(connection)
+        if number % AT_A_TIME == 0:
+            await asyncio.sleep(0)
+    return found
+
+
+def _has(connection: ClientConnection, wanted: list[str]) -> bool:
+    told = (connection.remote_ip, connection.user_agent, connection.subprotocol or "")
+    text = "\n".join(told).lower()
+    return all(word in text or connection.id.startswith(word) for word in wanted)
+
+
+class ConnectionsHandler(GuardedHandler):
+    """`GET /console/connections?search=&sort=&limit=`: some, and how many there are.
+
+    As `GET /socket/<id>` tells of one; but the backend has not called back.
+    """
+
+    def initialize(  # type: ignore[override] # each route's own keywords
+        self, guard: OperatorGuard, connections: Connections
+    ) -> None:
+        super().initialize(guard)
+        self.connections = connections
+
+    async def get(self) -> None:
+        order = ORDERS.get(self.get_query_argument("sort", "newest"))
+        limit = self.get_query_argument("limit", str(DEFAULT_LISTED))
+        words = self.get_query_argument("search", "")
+        if (
+            order is None
+            or not (limit.isascii() and limit.isdigit() and len(limit) < 4)
+            or not 1 <= int(limit) <= MAX_LISTED
+            or len(words) > MAX_SEARCH
+        ):
+            self.problem(
+                HTTPStatus.BAD_REQUEST,
+                f"sort is one of {', '.join(ORDERS)}; limit is 1 to {MAX_LISTED};"
+                f" search has up to {MAX_SEARCH} characters.",
+            )
+            return
+        found = await search(self.connections, words)
+        self.answer(
+            {
+                "connections": [
+                    describe(connection)
+                    for connection in heapq.nlargest(int(limit), found, key=order)
+                ],
+                "found": len(found),
+                "total": len(self.connections),
+                "now": datetime.now(UTC).isoformat(),
+            }
+        )
+
+
+class OneHandler(GuardedHandler, OneConnectionHandler):
+    """What is done to one connection, by an operator and not by its backend."""
+
+    initiator = "relay"
+
+    def initialize(  # type: ignore[override] # each route's own keywords
+        self,
+        guard: OperatorGuard,
+        connections: Connections,
+        max_body_size: int | None = None,
+    ) -> None:
+        super().initialize(guard)
+        self.connections = connections
+        if max_body_size is not None:
+            self.max_body_size = max_body_size
+
+
+class SendHandler(OneHandler, Sending):
+    """`POST /console/connections/<id>/send`: the body becomes one frame."""
+
+
+class CloseHandler(OneHandler, Closing):
+    """`POST /console/connections/<id>/close`: with a code and a reason."""

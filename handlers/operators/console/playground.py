@@ -1,0 +1,38 @@
+"""The playground: the page connects to the relay, as a client of this relay."""
+
+from http import HTTPStatus
+
+from handlers.callbacks.tokens import OperatorGuard
+from handlers.clients.tickets import Tickets
+from handlers.operators.console.guarded import GuardedHandler
+from handlers.operators.console.page import Clients
+
+
+class PlaygroundHandler(GuardedHandler):
+    """`POST /console/playground`: leave for one handshake by the page that asks.
+
+    Answers with its `ticket`, the `connection_id` that it will have, and the
+    `origin` and `path` where clients connect; a null `origin` is the page's own.
+    """
+
+    def initialize(  # type: ignore[override] # each route's own keywords
+        self, guard: OperatorGuard, tickets: Tickets, clients: Clients
+    ) -> None:
+        super().initialize(guard)
+        self.tickets = tickets
+        self.clients = clients
+
+    def post(self) -> None:
+        origins = self.request.headers.get_list("Origin")
+        if len(origins) != 1:
+            self.problem(HTTPStatus.BAD_REQUEST, "This is for a page of an origin.")
+            return
+        ticket = self.tickets.issue(origins[0])
+        self.answer(
+            {
+                "ticket": ticket.secret,
+                "connection_id": ticket.connection_id,
+                "origin": self.clients.origin(self.request),
+                "path": self.clients.path,
+            }
+        )

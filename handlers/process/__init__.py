@@ -1,0 +1,1 @@
+"""The process itself: options, log, signals, systemd."""

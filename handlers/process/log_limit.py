@@ -1,0 +1,94 @@
+"""Repeats: of a flood of the same line, the first ones and a count.
+
+`handlers.process.logs` puts it before whatever writes the log.
+"""
+
+import asyncio
+import logging
+import time
+
+LINES = 20  # of one template, in one interval; the others are counted
+INTERVAL = 60.0  # seconds
+MAX_TEMPLATES = 200  # that are told apart in one interval
+MAX_TEMPLATE = 200  # characters of it
+
+# What peers can cause without end, though it is no warning.
+OF_PEERS = frozenset({"fail", "stall"})
+# Each connection has one at most, and the log alone tells of it; and our own.
+NEVER_COUNTED = frozenset({"untold", "repeat"})
+
+_Key = tuple[str, int, str]  # logger, level, template
+
+
+class Repeats(logging.Filter):
+    """Lets the first lines of each template through, and counts the others.
+
+    A template is a record's text without what is put into it. Warnings and
+    errors are held to this, and what peers do wrong; other lines are not, nor any
+    of a logger that tells everything, at `debug`.
+    """
+
+    def __init__(self, lines: int = LINES, interval: float = INTERVAL) -> None:
+        super().__init__()
+        self._lines = lines
+        self._interval = interval  # seconds
+        self._seen: dict[_Key, int] = {}
+        self._since = time.monotonic()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is to be written; the same for each handler that asks."""
+        fields = record.__dict__
+        event = fields.get("event")
+        if record.levelno < logging.WARNING and event not in OF_PEERS:
+            return True
+        if event in NEVER_COUNTED:
+            return True
+        if logging.getLogger(record.name).isEnabledFor(logging.DEBUG):
+            return True
+        if "_told" not in fields:
+            key = self._key(record)
+            self._seen[key] = number = self._seen.get(key, 0) + 1
+            fields["_told"] = number <= self._lines
+        told: bool = fields["_told"]
+        return told
+
+    def _key(self, record: logging.LogRecord) -> _Key:
+        message = record.msg
+        text = message if isinstance(message, str) else type(message).__name__
+        key = (record.name, record.levelno, text[:MAX_TEMPLATE])
+        if key in self._seen or len(self._seen) < MAX_TEMPLATES:
+            return key
+        return (record.name, record.levelno, "(several)")
+
+    def begin(self) -> None:
+        """Sum up after each interval, on the running loop, until `close()`."""
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._interval, self._on_time)
+
+    def _on_time(self) -> None:
+        self.sum_up()
+        self.begin()
+
+    def sum_up(self) -> None:
+        """Tell of those that were counted, and begin anew."""
+        seen, self._seen = self._seen, {}
+        since, self._since = self._since, time.monotonic()
+        for (name, level, template), number in seen.items():
+            untold = number - self._lines
+            if untold > 0:
+                logging.getLogger(name).log(
+                    level,
+                    "%d more like this in %.0f s: %s",
+                    untold,
+                    self._since - since,
+                    template,
+                    extra={"event": "repeat", "count": untold},
+                )
+
+    def close(self) -> None:
+        """Tell of the last ones."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.sum_up()

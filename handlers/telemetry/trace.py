@@ -1,0 +1,70 @@
+"""Trace context (W3C): which trace a handshake, and what follows it, belongs to.
+
+`handlers.telemetry.tracing` makes spans of it, where `--otel` says so.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from tornado.options import define
+
+from backends import HandshakeOutcome, TraceContext
+
+define("trust_traceparent", default=True,
+       help="go on with the trace that a handshake's traceparent names")
+define("otel", default=False,
+       help="make spans of handshakes, events and sends by OpenTelemetry, and "
+            "export them by OTLP as the variables OTEL_* say; needs the extra otel")
+
+# In any version these four come first (Trace Context, section 4.3 of level 2).
+_TRACEPARENT = re.compile(
+    r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL
+)
+_SAMPLED, _RANDOM = 0x01, 0x02  # all the flags that level 2 knows
+
+
+def trace_context(traceparents: Sequence[str]) -> TraceContext | None:
+    """What the `traceparent` headers of one request say; None for none, or nonsense.
+
+    Flags that nobody knows are left out, as has to be: "The behavior of other flags
+    [...] is reserved for future use. Vendors MUST set those to zero."
+    """
+    if len(traceparents) != 1:
+        return None
+    parts = _TRACEPARENT.fullmatch(traceparents[0])
+    if parts is None:
+        return None
+    version, trace_id, span_id, flags, more = parts.groups()
+    if version == "ff" or (version == "00" and more is not None):
+        return None
+    if not (trace_id.strip("0") and span_id.strip("0")):
+        return None
+    # Of a version to come, "Parse the sampled bit of flags", and nothing else.
+    known = _SAMPLED | _RANDOM if version == "00" else _SAMPLED
+    return TraceContext(trace_id, f"{int(flags, 16) & known:02x}", span_id)
+
+
+class HandshakeSpan(Protocol):
+    """The span of one handshake; `trace` is for what happens in it."""
+
+    @property
+    def trace(self) -> TraceContext: ...
+
+    def end(
+        self,
+        outcome: HandshakeOutcome,
+        status: int,
+        remote_ip: str,
+        connection_id: str | None,
+    ) -> None:
+        """It was answered, or its client has left."""
+
+
+class Tracer(Protocol):
+    """Whoever makes spans."""
+
+    def handshake(
+        self, client: TraceContext | None, scheme: str, path: str, seconds: float
+    ) -> HandshakeSpan:
+        """The span of a handshake that began `seconds` ago, below its client's."""

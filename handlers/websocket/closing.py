@@ -1,0 +1,107 @@
+"""The end of a client's connection: how long its socket may stay.
+
+Closing a socket with bytes under way, or with unread ones, loses the close frame
+and what stands before it. `handlers.websocket.protocol` makes a `Closing` when either
+side begins to close, so that an open connection pays nothing for it.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from backends.deadlines import after_reading
+from handlers.websocket.frames import Close
+from handlers.websocket.stream import ClientStream
+from handlers.websocket.uptake import Uptake
+
+CLOSE_TIMEOUT = 2.0  # seconds for the peer to answer, once it has taken all
+LINGER_TIMEOUT = 120.0  # seconds for a peer that is slow, in all
+LOOK_INTERVAL = 0.5  # seconds between two looks at a peer that is slow
+
+
+class Closing:
+    """Calls `on_over` when a closing connection's socket is to go.
+
+    While bytes are under way, it stays as long as the peer takes some of them
+    within `send_timeout` seconds; then for `CLOSE_TIMEOUT`. `peer` is the peer's close
+    frame, where it came first. `discarding` says that what comes is not looked at.
+    """
+
+    __slots__ = (
+        "_answer_by",
+        "_ends_at",
+        "_on_over",
+        "_send_timeout",
+        "_stream",
+        "_timer",
+        "_uptake",
+        "discarding",
+        "peer",
+    )
+
+    def __init__(
+        self, stream: ClientStream, send_timeout: float, on_over: Callable[[], None]
+    ) -> None:
+        self._stream = stream
+        self._send_timeout = send_timeout
+        self._on_over = on_over
+        self._answer_by = self._ends_at = 0.0  # on the loop's clock
+        self._timer: asyncio.TimerHandle | None = None
+        self._uptake: Uptake | None = None
+        self.discarding = False
+        self.peer: Close | None = None
+
+    def watch(self) -> None:
+        """Look whether it is over, from `CLOSE_TIMEOUT` on."""
+        loop = self._stream.loop
+        now = loop.time()
+        if self._timer is None:
+            self._ends_at = now + LINGER_TIMEOUT
+        self.cancel()
+        self._answer_by = now + CLOSE_TIMEOUT
+        self._timer = loop.call_at(self._answer_by, self._look)
+
+    def shut_down(self) -> None:
+        """Say that nothing more will be written, as soon as nothing waits."""
+        stream = self._stream
+        if not stream.closed and not stream.waiting:
+            stream.shut_down()
+        elif stream.waiting:
+            stream.drained().add_done_callback(lambda drained: self.shut_down())
+
+    def cancel(self) -> None:
+        """Look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        if self._is_over():
+            # What would show that it is not may have come already.
+            after_reading(self._stream.loop, self._judge)
+        else:
+            self._look_again()
+
+    def _judge(self) -> None:
+        if self._stream.closed:
+            return
+        if self._is_over():
+            self._on_over()
+        else:
+            self._look_again()
+
+    def _look_again(self) -> None:
+        if self.discarding and not self._stream.waiting:
+            self._stream.shut_down()  # once more, where TLS had no room to say so
+        loop = self._stream.loop
+        self._timer = loop.call_later(LOOK_INTERVAL, self._look)
+
+    def _is_over(self) -> bool:
+        now = self._stream.loop.time()
+        acknowledged, under_way, _ = self._stream.outgoing()
+        if now >= self._ends_at:
+            return True
+        if not under_way:
+            return now >= self._answer_by
+        self._answer_by = now + CLOSE_TIMEOUT
+        if self._uptake is None:
+            self._uptake = Uptake(acknowledged, now)
+        return self._uptake.look(acknowledged, now) >= self._send_timeout

@@ -1,0 +1,368 @@
+"""RFC 6455 frames, without a socket: bytes in, messages out, and the reverse.
+
+`handlers.websocket.protocol` reads and writes the bytes; here is only what they mean.
+"""
+
+import codecs
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple
+
+from tornado.util import _websocket_mask as unmask
+from tornado.util import _websocket_mask_python
+
+from handlers.websocket.deflate import DEFLATE_TAIL, BadStream, Inflater
+
+UNMASKS_IN_C = unmask is not _websocket_mask_python
+
+FIN = 0x80
+RSV1 = 0x40  # "per-message compressed" (RFC 7692, section 6)
+RSV23 = 0x30
+MASKED = 0x80
+MAX_CONTROL_PAYLOAD = 125  # bytes; RFC 6455, section 5.5
+MAX_CLOSE_REASON = MAX_CONTROL_PAYLOAD - 2  # bytes, after the code
+
+
+class Opcode(IntEnum):
+    """RFC 6455, section 5.2."""
+
+    CONTINUATION = 0x0
+    TEXT = 0x1
+    BINARY = 0x2
+    CLOSE = 0x8
+    PING = 0x9
+    PONG = 0xA
+
+
+class CloseCode(IntEnum):
+    """The codes the relay itself uses (RFC 6455, section 7.4.1, and IANA)."""
+
+    NORMAL = 1000
+    GOING_AWAY = 1001
+    PROTOCOL_ERROR = 1002
+    NO_STATUS = 1005  # never on the wire: a close frame without a code
+    ABNORMAL = 1006  # never on the wire: no close frame at all
+    INVALID_DATA = 1007
+    POLICY = 1008
+    TOO_BIG = 1009
+    INTERNAL_ERROR = 1011
+    TRY_AGAIN_LATER = 1013
+
+
+def is_valid_close_code(code: int) -> bool:
+    """Whether a peer may send `code` (RFC 6455, section 7.4, and IANA)."""
+    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
+class FrameError(Exception):
+    """The peer broke the protocol; `code` and `reason` are for the close frame."""
+
+    def __init__(self, code: CloseCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class Close(NamedTuple):
+    """A close frame: `code` is 1005 where it had none."""
+
+    code: int
+    reason: str
+
+
+class Ping(NamedTuple):
+    """A ping frame, to be answered with its payload."""
+
+    payload: bytes
+
+
+class Pong(NamedTuple):
+    """A pong frame."""
+
+    payload: bytes
+
+
+# A text message is a str, a binary one bytes.
+Received = str | bytes | Close | Ping | Pong
+
+
+class FrameParser:
+    """Turns a client's bytes into messages and control frames.
+
+    `max_message_size` bounds a message in bytes, decompressed and with all its
+    fragments. `inflater` is there where permessage-deflate was agreed on.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_decompress",
+        "_first",
+        "_fragments",
+        "_inflater",
+        "_mask",
+        "_max_message_size",
+        "_needed",
+        "_opcode",
+        "_remaining",
+        "_size",
+        "_text",
+        "_utf8",
+    )
+
+    def __init__(self, max_message_size: int, inflater: Inflater | None = None) -> None:
+        self._max_message_size = max_message_size
+        self._inflater = inflater
+        # A header, or a whole control frame, of which a part has come.
+        self._buffer = bytearray()
+        self._needed = 2  # bytes until it can be taken
+        # The data frame of which a part has come: its first byte, the bytes of it
+        # that are to come, and its mask, turned to the next of them.
+        self._first = 0
+        self._remaining = 0
+        self._mask = b""
+        # The message whose fragments are being collected; None between messages.
+        self._opcode: int | None = None
+        self._size = 0  # bytes of it that have come
+        self._fragments = bytearray()
+        self._decompress = False
+        # Text is decoded as it comes instead, so that bad UTF-8 fails fast.
+        self._utf8: codecs.IncrementalDecoder | None = None
+        self._text: io.StringIO | None = None
+
+    @property
+    def kept(self) -> int:
+        """Bytes of a message, or of a control frame, that is not whole yet."""
+        return self._size + len(self._buffer)
+
+    def feed(self, data: bytes) -> Iterator[Received]:
+        """Yield what `data` completes, and keep the rest.
+
+        Raises `FrameError` at the first violation, after which nothing more
+        may be fed.
+        """
+        return (received for received in self.frames(data) if received is not None)
+
+    def frames(self, data: bytes) -> Iterator[Received | None]:
+        """As `feed`, and None for a frame that completes nothing.
+
+        So whoever reads can stop after any number of frames, empty ones too.
+        """
+        buffer = self._buffer
+        if buffer:
+            buffer += data
+            if len(buffer) < self._needed:
+                return
+            data = bytes(buffer)
+            buffer.clear()
+        position, end = 0, len(data)
+        if self._remaining:
+            position = min(self._remaining, end)
+            yield self._take_part(data[:position])
+        while position < end:
+            start = position
+            if end - position < 2:
+                self._needed = 2
+                break
+            first, second = data[position], data[position + 1]
+            length = second & 0x7F
+            self._check_header(first, second, length)
+            position += 2
+            if length > MAX_CONTROL_PAYLOAD:
+                extended = 2 if length == 126 else 8
+                if end - position < extended:
+                    self._needed = 2 + extended
+                    position = start
+                    break
+                length = int.from_bytes(data[position : position + extended])
+                _check_length(length, extended)
+                position += extended
+            is_control = first & 0x08
+            size = length + self._size
+            if size > self._max_message_size and not is_control:
+                self._check_size(first, size)
+            wanted = 4 + length if is_control else 4
+            if end - position < wanted:
+                self._needed = position - start + wanted
+                position = start
+                break
+            mask = data[position : position + 4]
+            position += 4
+            if end - position < length:
+                self._first, self._remaining, self._mask = first, length, mask
+                if position < end:
+                    self._take_part(data[position:])
+                return
+            payload = unmask(mask, data[position : position + length])
+            position += length
+            yield self._take(first, payload)
+        if position < end:
+            buffer += data[position:] if position else data
+
+    def _take_part(self, part: bytes) -> Received | None:
+        """Take what has come of a data frame, as if it were a fragment.
+
+        So it is held once, and bad UTF-8 in it fails at once.
+        """
+        first, mask = self._first, self._mask
+        self._remaining -= len(part)
+        if self._remaining:
+            turn = len(part) % 4
+            self._first = Opcode.CONTINUATION | first & FIN
+            self._mask = mask[turn:] + mask[:turn]
+            first &= ~FIN
+        return self._take(first, unmask(mask, part))
+
+    def _check_size(self, first: int, size: int) -> None:
+        """Check the `size` of a message so far, which exceeds the maximum.
+
+        Compression may add to what can't be compressed.
+        """
+        compressed = first & RSV1 if self._opcode is None else self._decompress
+        if not compressed or size > deflate_bound(self._max_message_size):
+            raise FrameError(CloseCode.TOO_BIG, "message too big")
+
+    def _check_header(self, first: int, second: int, length: int) -> None:
+        opcode = first & 0x0F
+        if not second & MASKED:
+            raise FrameError(CloseCode.PROTOCOL_ERROR, "frame is not masked")
+        if first & RSV23:
+            raise FrameError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
+        if opcode >= Opcode.CLOSE:
+            if opcode > Opcode.PONG:
+                raise FrameError(CloseCode.PROTOCOL_ERROR, "unknown opcode")
+            if not first & FIN:
+                raise FrameError(CloseCode.PROTOCOL_ERROR, "fragmented control frame")
+            if length > MAX_CONTROL_PAYLOAD:
+                raise FrameError(CloseCode.PROTOCOL_ERROR, "control frame too long")
+            if first & RSV1:
+                raise FrameError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
+            return
+        if opcode > Opcode.BINARY:
+            raise FrameError(CloseCode.PROTOCOL_ERROR, "unknown opcode")
+        if first & RSV1 and (self._inflater is None or opcode == Opcode.CONTINUATION):
+            raise FrameError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
+        if (opcode == Opcode.CONTINUATION) != (self._opcode is not None):
+            raise FrameError(CloseCode.PROTOCOL_ERROR, "wrong continuation")
+
+    def _take(self, first: int, payload: bytes) -> Received | None:
+        opcode = first & 0x0F
+        if opcode >= Opcode.CLOSE:
+            return _control(opcode, payload)
+        if self._opcode is None:
+            compressed = bool(first & RSV1)
+            if first & FIN:
+                return self._message(opcode, payload, compressed)
+            self._opcode = opcode
+            self._decompress = compressed
+            if opcode == Opcode.TEXT and not compressed:
+                self._utf8 = codecs.getincrementaldecoder("utf-8")()
+                self._text = io.StringIO()
+        self._size += len(payload)
+        if self._utf8 is None or self._text is None:
+            self._fragments += payload
+        else:
+            try:
+                self._text.write(self._utf8.decode(payload, final=bool(first & FIN)))
+            except UnicodeDecodeError:
+                raise FrameError(CloseCode.INVALID_DATA, "text is not UTF-8") from None
+        return self._collected() if first & FIN else None
+
+    def _collected(self) -> str | bytes:
+        opcode, self._opcode, self._size = self._opcode, None, 0
+        if self._text is not None:
+            text = self._text.getvalue()
+            self._utf8 = self._text = None
+            return text
+        assert opcode is not None
+        payload, self._fragments = bytes(self._fragments), bytearray()
+        return self._message(opcode, payload, self._decompress)
+
+    def _message(self, opcode: int, payload: bytes, compressed: bool) -> str | bytes:
+        if compressed:
+            payload = self._inflate(payload)
+        if opcode == Opcode.BINARY:
+            return payload
+        try:
+            return payload.decode()
+        except UnicodeDecodeError:
+            raise FrameError(CloseCode.INVALID_DATA, "text is not UTF-8") from None
+
+    def _inflate(self, payload: bytes) -> bytes:
+        """Decompress one message, never making more than one byte too many."""
+        assert self._inflater is not None
+        try:
+            message = self._inflater.inflate(payload, self._max_message_size)
+        except BadStream:
+            raise FrameError(
+                CloseCode.INVALID_DATA, "bad compressed data"
+            ) from None
+        if len(message) > self._max_message_size:
+            raise FrameError(CloseCode.TOO_BIG, "message too big")
+        return message
+
+
+def _check_length(length: int, extended: int) -> None:
+    """Check an extended payload length (RFC 6455, section 5.2).
+
+    "the minimal number of bytes MUST be used to encode the length", and of eight
+    bytes "the most significant bit MUST be 0".
+    """
+    if length <= (MAX_CONTROL_PAYLOAD if extended == 2 else 0xFFFF):
+        raise FrameError(CloseCode.PROTOCOL_ERROR, "length is not minimal")
+    if length >> 63:
+        raise FrameError(CloseCode.PROTOCOL_ERROR, "length has its top bit set")
+
+
+def _control(opcode: int, payload: bytes) -> Close | Ping | Pong:
+    if opcode == Opcode.PING:
+        return Ping(payload)
+    if opcode == Opcode.PONG:
+        return Pong(payload)
+    if not payload:
+        return Close(CloseCode.NO_STATUS, "")
+    if len(payload) == 1:
+        raise FrameError(CloseCode.PROTOCOL_ERROR, "close code of one byte")
+    code = int.from_bytes(payload[:2])
+    if not is_valid_close_code(code):
+        raise FrameError(CloseCode.PROTOCOL_ERROR, "invalid close code")
+    try:
+        return Close(code, payload[2:].decode())
+    except UnicodeDecodeError:
+        raise FrameError(
+            CloseCode.INVALID_DATA, "close reason is not UTF-8"
+        ) from None
+
+
+def deflate(
+    message: bytes, level: int, mem_level: int, window_bits: int = zlib.MAX_WBITS
+) -> bytes:
+    """Compress one message on its own (RFC 7692, section 7.2.1)."""
+    deflater = zlib.compressobj(level, zlib.DEFLATED, -window_bits, mem_level)
+    data = deflater.compress(message) + deflater.flush(zlib.Z_SYNC_FLUSH)
+    return data[: -len(DEFLATE_TAIL)]
+
+
+def deflate_bound(size: int) -> int:
+    """Bytes that deflate may make of `size` at worst, as zlib's deflateBound has it."""
+    return size + (size + 7 >> 3) + (size + 63 >> 6) + 5
+
+
+def frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes:
+    """One whole frame, unmasked as a server's must be, in one piece."""
+    first = FIN | opcode | (RSV1 if compressed else 0)
+    length = len(payload)
+    if length <= MAX_CONTROL_PAYLOAD:
+        return bytes((first, length)) + payload
+    if length <= 0xFFFF:
+        return struct.pack("!BBH", first, 126, length) + payload
+    return struct.pack("!BBQ", first, 127, length) + payload
+
+
+def close_payload(code: int, reason: str = "") -> bytes:
+    """A close frame's payload; empty for 1005, which has no place on the wire."""
+    if code == CloseCode.NO_STATUS:
+        return b""
+    return code.to_bytes(2) + reason.encode()
