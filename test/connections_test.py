@@ -8,21 +8,22 @@ from service import DEADLINE, eventually
 from tornado.ioloop import IOLoop
 from tornado.web import Application
 
-import socketdock
 from backends import Backend, Observer
 from handlers.admission import Admission
 from handlers.backlog import Backlog
+from handlers.callbacks.routes import callback_routes
 from handlers.callbacks.tokens import CallbackTokens
 from handlers.clients.connection import ClientContext
 from handlers.clients.heartbeat import Heartbeat
 from handlers.clients.lifetimes import Lifetimes
 from handlers.clients.paths import ClientPaths
 from handlers.clients.policy import ClientPolicy
+from handlers.clients.routes import client_routes
 from handlers.clients.tickets import Tickets
 from handlers.connections import ConnectionMap
 from handlers.http.server import RequestBounds
 from handlers.http.tornado_server import TornadoServer
-from handlers.operators.status import Readiness
+from handlers.probes import Readiness
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -42,7 +43,7 @@ class HoldingBackend(Backend):
 
 
 async def make_application(**bounds: int) -> Application:
-    """What `socketdock.serve` makes, with a map that the test can look into."""
+    """What `socketdock.Service` makes, with a map that the test can look into."""
     admission = Admission(max_connections_per_ip=100)
     connections = ConnectionMap(Backlog(**bounds), admission)
     lifetimes = Lifetimes(idle_timeout=3600, max_lifetime=3600)
@@ -53,10 +54,10 @@ async def make_application(**bounds: int) -> Application:
     )
     readiness = Readiness(connections, backend, 0.0)
     readiness.started = True
-    routes = socketdock.client_routes(
+    routes = client_routes(
         ClientPaths(["/ws"]),
-        socketdock.callback_routes(
-            "", CallbackTokens(), readiness, max_message_size=1000, **shared
+        callback_routes(
+            "", CallbackTokens(), readiness, "1", max_message_size=1000, **shared
         ),
         context=context,
         tickets=Tickets(),

@@ -21,7 +21,8 @@ from tornado.web import Application
 
 from backends.loopback import LoopbackBackend
 from handlers.connections import ConnectionMap
-from handlers.operators.status import LiveHandler, Readiness, ReadyHandler, Status
+from handlers.operators.status import Status
+from handlers.probes import LiveHandler, Readiness, ReadyHandler
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 

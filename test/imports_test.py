@@ -19,6 +19,7 @@ LAYERS = (
     "backlog",
     "admission",
     "connections",
+    "probes",
     "clients",
     "callbacks",
     "operators",
@@ -71,7 +72,7 @@ def test_nobody_imports_socketdock(file):
 
 
 def test_options_are_set_by_socketdock_alone():
-    """Everybody else is given plain values."""
+    """Everybody else reads them, and only where something is made."""
     name = "handlers.process.options"
     importers = {
         file.stem

@@ -1,26 +1,18 @@
-"""Who may call back, and who may ask what operators ask.
-
-With `--callback_token`: whoever knows a token. Without: callbacks take everybody
-who reaches their listener, and what operators use answers only to this machine.
-The routes of both are in `handlers.callbacks.routes` and `handlers.operators.status`.
-"""
+"""Who may call back: with `--callback_token` whoever knows a token, else everybody."""
 
 import hashlib
 import hmac
-import ipaddress
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any
 
-from tornado.httputil import HTTPHeaders, HTTPServerRequest
+from tornado.httputil import HTTPServerRequest
 from tornado.options import Error as OptionError
 from tornado.options import define
 from tornado.routing import Matcher
 
 from backends.files import read_lines
-from handlers.http.body import BodyHandler, RefusingHandler
+from handlers.http.body import RefusingHandler
 
 define("callback_token", multiple=True, metavar="TOKENS",
        help="tokens, one of which each callback must bring (Authorization: "
@@ -103,9 +95,6 @@ def _digest(token: str, where: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-# Callbacks.
-
-
 class Unauthorized(Matcher):
     """Matches what is asked below `/socket/` without a token that is accepted.
 
@@ -133,112 +122,3 @@ class UnauthorizedHandler(RefusingHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         self.unauthorized(self._challenge)
-
-
-# Operators.
-
-
-# Where a proxy tells for whom it asks; X-Forwarded-* is looked for, too.
-FORWARDING_HEADERS = frozenset(
-    ("forwarded", "via", "x-real-ip", "client-ip", "x-client-ip", "true-client-ip",
-     "x-cluster-client-ip", "x-original-forwarded-for", "x-original-host",
-     "cf-connecting-ip", "cf-connecting-ipv6", "cdn-loop", "fastly-client-ip",
-     "fly-client-ip", "x-appengine-user-ip", "x-azure-clientip", "x-azure-socketip",
-     "x-envoy-external-address")
-)
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110, section 9.2.1
-
-HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class OperatorGuard:
-    """Who is an operator: whoever has a token, or without any, who is on this machine.
-
-    `on_loopback` says that the listener is bound to loopback addresses only.
-    That alone proves nothing: a proxy on this machine may ask for anybody, and
-    a page in a browser on it, too (DNS rebinding, request forgery).
-    """
-
-    tokens: CallbackTokens
-    on_loopback: bool
-
-    def refusal(self, method: str, scheme: str, headers: HTTPHeaders) -> str | None:
-        """None where a request may pass without a token, else why it may not.
-
-        `scheme` is that of the listener, http or https.
-        """
-        if not self.on_loopback:
-            return (
-                "Set --callback_token, or bind this listener to a loopback address."
-            )
-        if any(map(_is_of_a_proxy, headers)):
-            return "This came by way of a proxy: for that, set --callback_token."
-        hosts = headers.get_list("Host")
-        if len(hosts) != 1 or not is_loopback_host(hosts[0]):
-            return (
-                "Ask for a loopback name, such as localhost, or set --callback_token."
-            )
-        if not _is_same_origin(method, f"{scheme}://{hosts[0]}", headers):
-            return (
-                "A request that changes something needs an Origin, which must be this"
-                " one; or set --callback_token."
-            )
-        return None
-
-
-def _is_of_a_proxy(name: str) -> bool:
-    name = name.lower().replace("_", "-")
-    return name.startswith("x-forwarded") or name in FORWARDING_HEADERS
-
-
-def is_loopback_host(host: str) -> bool:
-    """Whether a `Host` header names this machine for itself (RFC 6761, section 6.3)."""
-    if (match := HOST.fullmatch(host)) is None:
-        return False
-    name = match[1].lower()
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def _is_same_origin(method: str, own: str, headers: HTTPHeaders) -> bool:
-    """Whether no page of another origin can have asked.
-
-    A browser names the origin where it lets a page change anything or open a
-    WebSocket, which is a GET; an origin that is named must be ours.
-    """
-    if origins := headers.get_list("Origin"):
-        return [origin.lower() for origin in origins] == [own.lower()]
-    return method in SAFE_METHODS or (
-        headers.get_list("Sec-Fetch-Site") == ["same-origin"]
-    )
-
-
-class OperatorHandler(BodyHandler):
-    """What all that operators use inherits: nobody else gets past `prepare()`."""
-
-    def initialize(self, guard: OperatorGuard) -> None:
-        self.guard = guard
-
-    async def prepare(self) -> None:
-        request, tokens = self.request, self.guard.tokens
-        self.set_header("Cache-Control", "no-store")
-        if tokens.required:
-            challenge = tokens.challenge(request.headers.get_list("Authorization"))
-            if challenge is not None:
-                self.set_header("Connection", "close")  # a body is not waited for
-                self.unauthorized(challenge)
-                return
-        elif (
-            refusal := self.guard.refusal(
-                str(request.method), request.protocol, request.headers
-            )
-        ) is not None:
-            self.set_header("Connection", "close")
-            self.problem(HTTPStatus.FORBIDDEN, refusal)
-            return
-        await super().prepare()

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from tornado.httputil import HTTPServerRequest
-from tornado.options import define
+from tornado.options import Error as OptionError
+from tornado.options import define, options
 from tornado.routing import Matcher
 
 from handlers.clients.headers import members
@@ -57,3 +58,11 @@ class Handshakes(Matcher):
         if found is None or "websocket" not in members(request.headers, "Upgrade"):
             return None
         return found
+
+
+def make_paths() -> ClientPaths:
+    """Where clients connect, from the options."""
+    try:
+        return ClientPaths(options.ws_path)
+    except ValueError as error:
+        raise OptionError(f"--ws_path: {error}") from None

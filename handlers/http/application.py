@@ -6,6 +6,7 @@ fields before a route could answer. A handshake's query is the backend's to read
 
 from collections.abc import Awaitable
 from functools import cached_property
+from typing import Any
 
 from tornado.escape import parse_qs_bytes
 from tornado.httputil import (
@@ -16,7 +17,11 @@ from tornado.httputil import (
     RequestStartLine,
     ResponseStartLine,
 )
-from tornado.web import Application
+from tornado.routing import Matcher
+from tornado.web import Application, RequestHandler
+
+# Path or matcher, handler and what it is initialized with.
+Routes = list[tuple[str | Matcher, type[RequestHandler], Any]]
 
 
 class RelayApplication(Application):

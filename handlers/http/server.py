@@ -2,7 +2,7 @@
 
 httptools parses, in C, what Tornado's own server parses in Python; handlers see
 no difference. A send, which is what a backend asks for all day, is answered
-straight from the parser where `quick` knows the answer, and by its handler where
+straight from the parser where `fast` knows the answer, and by its handler where
 not. `handlers.http.listener` accepts the connections, `handlers.http.sockets` reads and
 writes them. See docs/decisions/009.
 
@@ -79,7 +79,7 @@ class RequestBounds:
     kept: KeptBodies = field(default_factory=KeptBodies)
 
 
-class QuickAnswer:
+class FastResponse:
     """An answer that needs no handler."""
 
     status: int
@@ -106,12 +106,12 @@ class Request:
         "chunked",
         "complete",
         "declared",
+        "fast",
         "headers",
         "is_kept",
         "keep_alive",
         "length",
         "method",
-        "quick",
         "size",
         "target",
         "trailers",
@@ -131,7 +131,7 @@ class Request:
         self.declared = 0  # bytes of its body, by Content-Length
         self.length = 0  # bytes of its body so far
         self.chunked = self.complete = self.keep_alive = self.upgrade = False
-        self.quick: Quick | None = None  # what answers it without a handler
+        self.fast: FastHandler | None = None  # what answers it without a handler
 
     def take_body(self) -> bytes:
         """What has come of its body, which is the caller's from now on."""
@@ -162,7 +162,7 @@ class Request:
 
 
 # Answers a whole body; None leaves the request to its handler after all.
-Quick = Callable[[bytes], QuickAnswer | Awaitable[QuickAnswer] | None]
+FastHandler = Callable[[bytes], FastResponse | Awaitable[FastResponse] | None]
 
 
 class Mortal(Protocol):
@@ -244,7 +244,7 @@ class Deadlines:
 class RequestServer:
     """Serves requests on the sockets that it is given.
 
-    `quick` gives what answers a request without a handler, by its head, or None.
+    `fast` gives what answers a request without a handler, by its head, or None.
     `log` gets method, target and status of what was answered like that.
     """
 
@@ -252,12 +252,12 @@ class RequestServer:
         self,
         application: Application,
         bounds: RequestBounds,
-        quick: Callable[[Request], Quick | None] = lambda request: None,
+        fast: Callable[[Request], FastHandler | None] = lambda request: None,
         log: Callable[[str, str, int], None] = lambda method, target, status: None,
     ) -> None:
         self.application = application
         self.bounds = bounds
-        self.quick = quick
+        self.fast = fast
         self.log = log
         # Kept, since asking for it is a system call (getpid) before Python 3.12.
         self.loop = asyncio.get_running_loop()
@@ -483,10 +483,10 @@ class RequestConnection(SocketConnection):
         if self._exchange is not None:
             self._exchange.go_on()
             return
-        if request.quick is not None:
+        if request.fast is not None:
             if request.complete:
                 body = request.take_body()
-                answer = request.quick(body)
+                answer = request.fast(body)
                 if answer is not None:
                     if request.is_kept:
                         self._server.bounds.kept.discard(self)
@@ -504,10 +504,10 @@ class RequestConnection(SocketConnection):
         self._exchange.begin()
 
     def _answer(
-        self, request: Request, answer: QuickAnswer | Awaitable[QuickAnswer]
+        self, request: Request, answer: FastResponse | Awaitable[FastResponse]
     ) -> None:
         """Without a handler."""
-        if not isinstance(answer, QuickAnswer):
+        if not isinstance(answer, FastResponse):
             self.deadline = float("inf")
             self._answering = self.loop.create_task(self._answer_later(request, answer))
             return
@@ -517,7 +517,7 @@ class RequestConnection(SocketConnection):
         self.on_answered(keep_alive=True)
 
     async def _answer_later(
-        self, request: Request, answer: Awaitable[QuickAnswer]
+        self, request: Request, answer: Awaitable[FastResponse]
     ) -> None:
         answered = await answer
         self._answering = None
@@ -668,7 +668,7 @@ class RequestConnection(SocketConnection):
         asks = request.upgrade or request.method == "CONNECT"
         request.keep_alive = parser.should_keep_alive() and not asks
         request.upgrade = parser.should_upgrade()
-        request.quick = self._server.quick(request)
+        request.fast = self._server.fast(request)
         self._request = request
         self.deadline = self.loop.time() + self._server.bounds.body_timeout
 

@@ -30,7 +30,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
-from tornado.options import define
+from tornado.options import define, options
 
 from backends import (
     Attempt,
@@ -43,8 +43,9 @@ from backends import (
     Observer,
     Outcome,
 )
-from handlers.callbacks.tokens import OperatorGuard, OperatorHandler
 from handlers.clients.connection import Connections
+from handlers.operators.guard import OperatorGuard, OperatorHandler
+from handlers.telemetry.observers import Observers
 
 define("metrics", default=True,
        help="count what passes, for GET /metrics; without, there is no such path")
@@ -379,3 +380,16 @@ class MetricsHandler(OperatorHandler):
         self.finish(body)
 
     head = get
+
+
+def make_collector(
+    connections: Connections, backend: Backend, observers: Observers, version: str
+) -> RelayCollector | None:
+    """What Prometheus asks, with somebody who counts; None with --metrics=off."""
+    if not options.metrics:
+        return None
+    metrics = Metrics()
+    observers.add(metrics)
+    build = {"version": version, "backend": options.backend}
+    most = {"connections": options.max_connections, "pending": options.max_pending}
+    return RelayCollector(metrics, connections, backend, build, most)

@@ -1,6 +1,6 @@
 """The log: lines for people on a terminal, lines of JSON for programs.
 
-`socketdock.py` makes a `Log` of the options. All others write to a logger of the
+`make_log` makes a `Log` of the options. All others write to a logger of the
 standard library, and name in `extra` what a program may look for: `event`,
 `connection_id`, `code`. What repeats itself is counted (`handlers.process.log_limit`).
 """
@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import orjson
 from tornado.log import LogFormatter, enable_pretty_logging
 from tornado.options import Error as OptionError
-from tornado.options import define
+from tornado.options import define, options
 
 from backends import Unavailable
 from backends.files import read_text
@@ -37,6 +37,10 @@ define("log_format", default="auto", metavar="FORMAT",
 define("log_config", type=str, metavar="PATH",
        help="file for Python's logging.config, in JSON or YAML, in place of the "
             "other options of the log but --logging")
+
+# What Tornado's log file is made of.
+LOG_FILE = ("log_file_prefix", "log_file_max_size", "log_file_num_backups",
+            "log_rotate_mode", "log_rotate_when", "log_rotate_interval")
 
 MAX_LINE = 16 * 1024  # bytes; Docker and containerd cut longer ones in pieces
 UNFILLED = " (can't be filled in)"  # behind a message with the wrong arguments
@@ -456,3 +460,22 @@ def hush_peers(record: logging.LogRecord) -> bool:
         )
     own = logging.getLogger(record.name)
     return record.levelno >= logging.ERROR or own.isEnabledFor(logging.DEBUG)
+
+
+def make_log(levels: Callable[[], list[tuple[str, Any]]]) -> Log:
+    """The log, from now on; `levels` looks again where its level is set, and to what.
+
+    Raises `OptionError`.
+    """
+    to_file = bool(options.log_file_prefix)
+    if options.log_config:
+        for name in ("log_format", "log_to_stderr", "log_file_prefix"):
+            if options[name] not in (None, "", "auto"):
+                raise OptionError(f"--log_config leaves nothing for --{name} to say")
+    return Log(
+        levels,
+        options.log_format,
+        file_channels({n: options[n] for n in LOG_FILE}) if to_file else (),
+        options.log_to_stderr if options.log_to_stderr is not None else not to_file,
+        options.log_config or None,
+    )

@@ -48,7 +48,7 @@ from tornado.httputil import HTTPServerRequest
 from tornado.options import Error as OptionError
 
 from backends import Attempt, HandshakeOutcome, Observer, TraceContext
-from handlers.http.server import Quick, QuickAnswer, Request
+from handlers.http.server import FastHandler, FastResponse, Request
 from handlers.telemetry.trace import trace_context
 
 logger = logging.getLogger(__name__)
@@ -181,14 +181,14 @@ class Tracing(Observer):
 
     # Sends.
 
-    def quick(
-        self, quick: Callable[[Request], Quick | None], scheme: str
-    ) -> Callable[[Request], Quick | None]:
+    def fast(
+        self, fast: Callable[[Request], FastHandler | None], scheme: str
+    ) -> Callable[[Request], FastHandler | None]:
         """The same, with a span for each send that it answers."""
         bound = self._bound
 
-        def traced(request: Request) -> Quick | None:
-            answer = quick(request)
+        def traced(request: Request) -> FastHandler | None:
+            answer = fast(request)
             if answer is None:
                 return None
             traceparents = None
@@ -210,16 +210,16 @@ class Tracing(Observer):
             began = time_ns()
             path = request.target.partition(b"?")[0].decode()
 
-            def tell(given: QuickAnswer) -> QuickAnswer:
+            def tell(given: FastResponse) -> FastResponse:
                 self.add(_send(place, parent, began, scheme, path, given.status))
                 return given
 
-            async def tell_later(given: Awaitable[QuickAnswer]) -> QuickAnswer:
+            async def tell_later(given: Awaitable[FastResponse]) -> FastResponse:
                 return tell(await given)
 
             def traced_answer(
                 body: bytes,
-            ) -> QuickAnswer | Awaitable[QuickAnswer] | None:
+            ) -> FastResponse | Awaitable[FastResponse] | None:
                 given = answer(body)
                 if given is None:
                     return None  # its handler's turn
@@ -232,7 +232,7 @@ class Tracing(Observer):
         return traced
 
     def answered(self, request: HTTPServerRequest, status: int) -> None:
-        """A send was answered by a handler, and not as `quick` would."""
+        """A send was answered by a handler, and not as `fast` would."""
         if not _SEND_PATH.fullmatch(request.path):
             return  # whatever it is, it came without a token
         parent = trace_context(request.headers.get_list("traceparent"))

@@ -9,7 +9,6 @@ from tornado.options import define
 from tornado.routing import Matcher
 from tornado.web import RequestHandler
 
-from handlers.callbacks.tokens import OperatorGuard
 from handlers.clients.connection import Connections
 from handlers.clients.tickets import Tickets
 from handlers.operators.console.connections import (
@@ -21,6 +20,7 @@ from handlers.operators.console.live import LiveHandler, ViewerHandler
 from handlers.operators.console.page import Clients, PageHandler, read_files
 from handlers.operators.console.playground import PlaygroundHandler
 from handlers.operators.console.tail import Tail
+from handlers.operators.guard import OperatorGuard
 
 define("console", default=True,
        help="the console, a page for operators at / of the callbacks' listener; it "

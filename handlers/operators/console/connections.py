@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
-from handlers.callbacks.routes import Closing, OneConnectionHandler, Sending, describe
-from handlers.callbacks.tokens import OperatorGuard
+from handlers.callbacks.actions import describe
+from handlers.callbacks.routes import Closing, OneConnectionHandler, Sending
 from handlers.clients.connection import ClientConnection, Connections
 from handlers.operators.console.guarded import GuardedHandler
+from handlers.operators.guard import OperatorGuard
 
 MAX_LISTED = 100
 DEFAULT_LISTED = 50

@@ -4,7 +4,7 @@ import json
 from http import HTTPStatus
 from typing import Any
 
-from handlers.callbacks.tokens import OperatorHandler
+from handlers.operators.guard import OperatorHandler
 
 # For every answer, errors too: nothing of it is another site's to read or to show.
 SAFE_HEADERS = {

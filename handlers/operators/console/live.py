@@ -12,7 +12,6 @@ from typing import Any
 from tornado.iostream import StreamClosedError
 
 from backends.deadlines import RunningTime
-from handlers.callbacks.tokens import OperatorGuard
 from handlers.operators.console.guarded import GuardedHandler
 from handlers.operators.console.page import Clients
 from handlers.operators.console.tail import (
@@ -24,6 +23,7 @@ from handlers.operators.console.tail import (
     Viewer,
     Wishes,
 )
+from handlers.operators.guard import OperatorGuard
 
 TAKE_TIMEOUT = 30.0  # seconds that a viewer may take nothing
 RETRY_AFTER = 5  # seconds

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from tornado.httputil import HTTPServerRequest
 
-from handlers.callbacks.tokens import HOST, OperatorGuard
 from handlers.http.body import BodyHandler
+from handlers.http.listener import Listener
 from handlers.operators.console.guarded import GuardedHandler
+from handlers.operators.guard import HOST, OperatorGuard
 
 FOLDER = Path(__file__).resolve().parent / "page"
 INDEX = "index.html"
@@ -115,3 +116,13 @@ class PageHandler(GuardedHandler):
             "form-action 'none'",
             "frame-ancestors 'none'",
         ))
+
+
+def clients_of(
+    to_clients: Listener, to_backend: Listener, path: str
+) -> Clients:
+    """Where the console's page finds the clients' listener."""
+    if to_clients is to_backend:
+        return Clients(path)
+    address = None if to_clients.is_wildcard else to_clients.address
+    return Clients(path, to_clients.has_tls, address, to_clients.port)

@@ -2,10 +2,10 @@
 
 from http import HTTPStatus
 
-from handlers.callbacks.tokens import OperatorGuard
 from handlers.clients.tickets import Tickets
 from handlers.operators.console.guarded import GuardedHandler
 from handlers.operators.console.page import Clients
+from handlers.operators.guard import OperatorGuard
 
 
 class PlaygroundHandler(GuardedHandler):

@@ -1,0 +1,112 @@
+"""What may be done with one connection: find, send, close, describe.
+
+Each returns an `Outcome` and knows no HTTP: callbacks by HTTP, the console, and
+whatever else may ask for it share these rules.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from backends import ConnectionClosed, Initiator, SendBufferFull
+from backends.deadlines import RunningTime
+from handlers.clients.connection import ClientConnection, Connections
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Outcome:
+    """How it went: an HTTP status code and a sentence.
+
+    `retry_after`: seconds until it may go better.
+    """
+
+    status: HTTPStatus
+    detail: str
+    retry_after: int | None = None
+
+
+OK = Outcome(HTTPStatus.OK, "OK")
+# To be done after the handshake.
+ACCEPTED = Outcome(HTTPStatus.ACCEPTED, "Accepted")
+GONE = Outcome(HTTPStatus.GONE, "This connection is not open here.")
+FULL = Outcome(
+    HTTPStatus.TOO_MANY_REQUESTS,
+    "Too much waits for this client already.",
+    retry_after=1,  # a slow client may have read on by then
+)
+
+
+def find(
+    connection_id: str,
+    connections: Connections,
+    on_asked: Callable[[ClientConnection], None],
+) -> ClientConnection | None:
+    """The connection if it is connecting or open.
+
+    `on_asked` is called for one that is closing, too.
+    """
+    connection = connections.get(connection_id)
+    if connection is None:
+        return None
+    on_asked(connection)
+    return connection if connection.state in ("connecting", "open") else None
+
+
+def send(
+    connection: ClientConnection, message: str | bytes
+) -> Outcome | Awaitable[Outcome]:
+    """Send one frame: the outcome, or what to await it from while it waits."""
+    outcome = _now_or_later(connection)
+    try:
+        sent = connection.send(message)
+    except SendBufferFull:
+        return FULL
+    except ConnectionClosed:
+        return GONE
+    if sent is None:
+        return outcome
+    return _when_sent(connection, sent, outcome)
+
+
+async def _when_sent(
+    connection: ClientConnection, sent: "asyncio.Future[None]", outcome: Outcome
+) -> Outcome:
+    try:
+        async with RunningTime(asyncio.get_running_loop(), connection.send_timeout):
+            await sent
+    except (ConnectionClosed, TimeoutError):
+        return GONE
+    return outcome
+
+
+def close(
+    connection: ClientConnection, code: int, reason: str, initiator: Initiator
+) -> Outcome:
+    """Start the closing handshake; `reason` is at most 123 bytes of UTF-8."""
+    outcome = _now_or_later(connection)
+    connection.close(code, reason, initiator)
+    return outcome
+
+
+def _now_or_later(connection: ClientConnection) -> Outcome:
+    """What is done at once, or after the handshake. Ask before it is done."""
+    return ACCEPTED if connection.state == "connecting" else OK
+
+
+def describe(connection: ClientConnection) -> dict[str, Any]:
+    """What `GET /socket/<id>` tells of a connection."""
+    return {
+        "connection_id": connection.id,
+        "state": connection.state,
+        "connected_at": connection.connected_at.isoformat(),
+        "last_active_at": connection.last_active_at.isoformat(),
+        "remote_ip": connection.remote_ip,
+        "user_agent": connection.user_agent,
+        "subprotocol": connection.subprotocol,
+        "messages_in": connection.messages_in,
+        "messages_out": connection.messages_out,
+        "bytes_in": connection.bytes_in,
+        "bytes_out": connection.bytes_out,
+    }

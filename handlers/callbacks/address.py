@@ -1,0 +1,84 @@
+"""The URL at which the backend reaches this instance's callbacks."""
+
+import ipaddress
+import re
+from urllib.parse import urlsplit
+
+from tornado.options import Error as OptionError
+from tornado.options import define
+
+from backends.hosts import encoded_host
+from handlers.http.listener import Listener, is_wildcard
+
+define("externalhostandport", type=str, metavar="HOST:PORT",
+       help="how the backend reaches this instance's callbacks: host:port, or a "
+            "URL with scheme and optional path; none: the listener's address")
+
+# A name or an address as they stand in a URL, without brackets.
+HOST = re.compile(r"[\w.:-]+", re.ASCII)
+
+
+def callback_url(external: str | None, listener: Listener) -> str | None:
+    """How the backend reaches the callbacks, without a trailing slash.
+
+    None where nothing was given and the address is a wildcard.
+    """
+    if not external:
+        return None if listener.is_wildcard else listener.url("http")
+    scheme = "https" if listener.has_tls else "http"
+    url = external if "://" in external else f"{scheme}://{external}"
+    # There may be a password in it.
+    what = "--externalhostandport" + ("" if "@" in external else f"={external}")
+    try:
+        parts = urlsplit(url)
+        netloc = parts.netloc
+        if netloc.count(":") > 1 and "[" not in netloc:
+            netloc = in_brackets(netloc)
+        if not netloc.isascii():
+            netloc = with_encoded_host(netloc, what)
+        if netloc != parts.netloc:  # geturl() would lose an empty query
+            url = url.replace(parts.netloc, netloc, 1)
+            parts = urlsplit(url)
+        host = parts.hostname or ""
+        if ":" in host:
+            ipaddress.IPv6Address(host)
+        wrong = (
+            parts.scheme not in ("http", "https")
+            or not HOST.fullmatch(host)
+            or parts.netloc.endswith(":")
+            or parts.port == 0
+            or re.search(r"[@?#\\]", url)
+            or re.search(r"[^!-~]", url)
+        )
+    except ValueError:
+        wrong = True
+    if wrong:
+        raise OptionError(
+            f"{what} is neither host:port nor an http(s) URL; an IPv6 address stands"
+            " in brackets, [fd00::1]:8765"
+        )
+    if is_wildcard(host):
+        raise OptionError(f"{what} is every address, so none that can be called")
+    return url.rstrip("/")
+
+
+def in_brackets(netloc: str) -> str:
+    """Return `[fd00::1]:8765` for `fd00::1:8765`, which `$(POD_IP):8765` becomes.
+
+    It might be an address without a port, but a port is asked for. Raises
+    `ValueError` where what comes before the last colon is no IPv6 address.
+    """
+    address, _, port = netloc.rpartition(":")
+    return f"[{ipaddress.IPv6Address(address)}]:{port}"
+
+
+def with_encoded_host(netloc: str, what: str) -> str:
+    """Return `xn--bcher-kva.example:80` for `b\u00fccher.example:80`.
+
+    Raises `OptionError`, which begins with `what`, where it has no certain encoding.
+    """
+    host, colon, port = netloc.partition(":")
+    try:
+        return encoded_host(host) + colon + port
+    except ValueError as error:
+        raise OptionError(f"{what}: {error}") from None

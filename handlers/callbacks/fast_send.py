@@ -1,0 +1,99 @@
+"""Answers plain sends without a handler of Tornado's."""
+
+import re
+from collections.abc import Awaitable, Sequence
+from functools import lru_cache, partial
+
+from backends import Backend
+from handlers.callbacks.actions import GONE, Outcome, find, send
+from handlers.callbacks.bodies import has_text_charset, message_of
+from handlers.callbacks.responses import response_of
+from handlers.callbacks.tokens import CallbackTokens
+from handlers.clients.connection import Connections
+from handlers.http.server import FastHandler, FastResponse, Request
+
+# Backends name few hosts, each many times; beyond these the oldest is read anew.
+MAX_REMEMBERED = 64
+
+PLAIN_HOST = re.compile(rb"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
+
+
+@lru_cache(MAX_REMEMBERED)
+def is_plain_host(value: bytes) -> bool:
+    """Whether a Host header names a host as nearly all do."""
+    return PLAIN_HOST.fullmatch(value) is not None
+
+
+class FastSend:
+    """Answers a plain send as `SendHandler` would, by the same rules, without it.
+
+    Making a handler costs more than all the rest of a callback. Whatever is not
+    plain, or is not to be answered with 2xx, 410 or 429, is left to the handler.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        tokens: CallbackTokens,
+        connections: Connections,
+        backend: Backend,
+        max_message_size: int,
+    ) -> None:
+        self._max_message_size = max_message_size
+        self._target = re.compile(
+            rb"(?:%b)?/socket/([0-9a-f]{32})/send(?:\?type=(text|binary))?"
+            % re.escape(prefix.encode())
+        )
+        self._tokens = tokens
+        self._connections = connections
+        self._backend = backend
+
+    def __call__(self, request: Request) -> FastHandler | None:
+        """What takes the body; None for what is not plain."""
+        if request.method != "POST" or request.version != "1.1":
+            return None
+        if request.upgrade or not request.keep_alive:
+            return None
+        if request.declared > self._max_message_size:
+            return None
+        target = self._target.fullmatch(request.target)
+        if target is None:
+            return None
+        content_type = host = None
+        credentials = []
+        for name, value in request.headers:
+            if name == b"content-type":
+                if content_type is not None:
+                    return None
+                content_type = value.decode("latin-1")
+                if ";" in content_type and not has_text_charset(content_type):
+                    return None
+            elif name == b"host":
+                if host is not None or not is_plain_host(value):
+                    return None
+                host = value
+            elif name == b"authorization":
+                credentials.append(value.decode("latin-1"))
+            elif name in (b"expect", b"content-encoding"):
+                return None
+        if host is None or self._tokens.challenge(credentials) is not None:
+            return None
+        types = (target[2].decode(),) if target[2] else ()
+        return partial(self._send, target[1].decode(), content_type or "", types)
+
+    def _send(
+        self, connection_id: str, content_type: str, types: Sequence[str], body: bytes
+    ) -> FastResponse | Awaitable[FastResponse] | None:
+        try:
+            message = message_of(body, content_type, types)
+        except ValueError:
+            return None
+        connection = find(connection_id, self._connections, self._backend.called_back)
+        if connection is None:
+            return response_of(GONE)
+        outcome = send(connection, message)
+        return response_of(outcome) if isinstance(outcome, Outcome) else _later(outcome)
+
+
+async def _later(outcome: Awaitable[Outcome]) -> FastResponse:
+    return response_of(await outcome)

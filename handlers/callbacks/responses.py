@@ -1,0 +1,63 @@
+"""Outcomes as HTTP responses: text, or a problem document."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from http import HTTPStatus
+
+from handlers.callbacks.actions import Outcome
+from handlers.http.problem import PROBLEM_TYPE, problem_document
+from handlers.http.server import FastResponse
+
+
+@dataclass(frozen=True, eq=False)
+class Response(FastResponse):
+    """The response that tells of an outcome: for 2xx its sentence is the body.
+
+    Its parts are made once, since most outcomes are a few constants.
+    """
+
+    outcome: Outcome
+    more_headers: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def status(self) -> int:  # type: ignore[override] # read-only here
+        """As a number."""
+        return int(self.outcome.status)
+
+    @cached_property
+    def headers(self) -> Mapping[str, str]:
+        """All but those of the exchange itself."""
+        good = self.status < HTTPStatus.BAD_REQUEST
+        headers = {
+            "Content-Type": "text/plain; charset=utf-8" if good else PROBLEM_TYPE
+        }
+        if self.outcome.retry_after is not None:
+            headers["Retry-After"] = str(self.outcome.retry_after)
+        return {**headers, **self.more_headers}
+
+    @cached_property
+    def body(self) -> bytes:
+        """Text, or a problem document."""
+        if self.status < HTTPStatus.BAD_REQUEST:
+            return self.outcome.detail.encode()
+        return problem_document(self.outcome.status, self.outcome.detail)
+
+    @cached_property
+    def start(self) -> bytes:
+        """Its status line."""
+        phrase = self.outcome.status.phrase
+        return f"HTTP/1.1 {self.status} {phrase}\r\n".encode()
+
+    @cached_property
+    def rest(self) -> bytes:
+        """Its headers, but for `Date`, the empty line and its body."""
+        lines = [f"{name}: {value}" for name, value in self.headers.items()]
+        lines.append(f"Content-Length: {len(self.body)}")
+        return "\r\n".join((*lines, "", "")).encode() + self.body
+
+
+@lru_cache
+def response_of(outcome: Outcome) -> Response:
+    """The response that tells of `outcome`."""
+    return Response(outcome)

@@ -1,0 +1,119 @@
+"""Who may ask what operators ask.
+
+With `--callback_token`: whoever knows a token. Without: only this machine.
+"""
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from tornado.httputil import HTTPHeaders
+
+from handlers.callbacks.tokens import CallbackTokens
+from handlers.http.body import BodyHandler
+
+# Where a proxy tells for whom it asks; X-Forwarded-* is looked for, too.
+FORWARDING_HEADERS = frozenset(
+    ("forwarded", "via", "x-real-ip", "client-ip", "x-client-ip", "true-client-ip",
+     "x-cluster-client-ip", "x-original-forwarded-for", "x-original-host",
+     "cf-connecting-ip", "cf-connecting-ipv6", "cdn-loop", "fastly-client-ip",
+     "fly-client-ip", "x-appengine-user-ip", "x-azure-clientip", "x-azure-socketip",
+     "x-envoy-external-address")
+)
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110, section 9.2.1
+
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorGuard:
+    """Who is an operator: whoever has a token, or without any, who is on this machine.
+
+    `on_loopback` says that the listener is bound to loopback addresses only.
+    That alone proves nothing: a proxy on this machine may ask for anybody, and
+    a page in a browser on it, too (DNS rebinding, request forgery).
+    """
+
+    tokens: CallbackTokens
+    on_loopback: bool
+
+    def refusal(self, method: str, scheme: str, headers: HTTPHeaders) -> str | None:
+        """None where a request may pass without a token, else why it may not.
+
+        `scheme` is that of the listener, http or https.
+        """
+        if not self.on_loopback:
+            return (
+                "Set --callback_token, or bind this listener to a loopback address."
+            )
+        if any(map(_is_of_a_proxy, headers)):
+            return "This came by way of a proxy: for that, set --callback_token."
+        hosts = headers.get_list("Host")
+        if len(hosts) != 1 or not is_loopback_host(hosts[0]):
+            return (
+                "Ask for a loopback name, such as localhost, or set --callback_token."
+            )
+        if not _is_same_origin(method, f"{scheme}://{hosts[0]}", headers):
+            return (
+                "A request that changes something needs an Origin, which must be this"
+                " one; or set --callback_token."
+            )
+        return None
+
+
+def _is_of_a_proxy(name: str) -> bool:
+    name = name.lower().replace("_", "-")
+    return name.startswith("x-forwarded") or name in FORWARDING_HEADERS
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a `Host` header names this machine for itself (RFC 6761, section 6.3)."""
+    if (match := HOST.fullmatch(host)) is None:
+        return False
+    name = match[1].lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_same_origin(method: str, own: str, headers: HTTPHeaders) -> bool:
+    """Whether no page of another origin can have asked.
+
+    A browser names the origin where it lets a page change anything or open a
+    WebSocket, which is a GET; an origin that is named must be ours.
+    """
+    if origins := headers.get_list("Origin"):
+        return [origin.lower() for origin in origins] == [own.lower()]
+    return method in SAFE_METHODS or (
+        headers.get_list("Sec-Fetch-Site") == ["same-origin"]
+    )
+
+
+class OperatorHandler(BodyHandler):
+    """What all that operators use inherits: nobody else gets past `prepare()`."""
+
+    def initialize(self, guard: OperatorGuard) -> None:
+        self.guard = guard
+
+    async def prepare(self) -> None:
+        request, tokens = self.request, self.guard.tokens
+        self.set_header("Cache-Control", "no-store")
+        if tokens.required:
+            challenge = tokens.challenge(request.headers.get_list("Authorization"))
+            if challenge is not None:
+                self.set_header("Connection", "close")  # a body is not waited for
+                self.unauthorized(challenge)
+                return
+        elif (
+            refusal := self.guard.refusal(
+                str(request.method), request.protocol, request.headers
+            )
+        ) is not None:
+            self.set_header("Connection", "close")
+            self.problem(HTTPStatus.FORBIDDEN, refusal)
+            return
+        await super().prepare()

@@ -1,0 +1,19 @@
+"""The operators' routes; the console's are in its package."""
+
+from handlers.http.application import Routes
+from handlers.operators.guard import OperatorGuard
+from handlers.operators.metrics import MetricsHandler, RelayCollector
+from handlers.operators.status import Status, StatusHandler
+
+
+def operator_routes(
+    guard: OperatorGuard, status: Status, collector: RelayCollector | None
+) -> Routes:
+    """What operators may ask for, where the guard lets them."""
+    routes: Routes = [
+        (r"/status", StatusHandler, {"guard": guard, "status": status})
+    ]
+    if collector is not None:
+        found = {"guard": guard, "registry": collector.registry()}
+        routes.append((r"/metrics", MetricsHandler, found))
+    return routes

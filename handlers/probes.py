@@ -1,0 +1,106 @@
+"""What probes ask: `/livez`, `/readyz`, and `socketdock health`."""
+
+import http.client
+import ssl
+from http import HTTPStatus
+from typing import Any
+
+from tornado.options import define
+
+from backends import Backend
+from handlers.connections import ConnectionMap
+from handlers.http.problem import ProblemHandler
+
+define("ready_breaker_timeout", default=0.0, metavar="SECONDS",
+       help="/readyz is 503, too, once the backend has been away for that long; "
+            "0: whatever the backend does")
+
+PROBE_TIMEOUT = 2.0  # seconds for each step of a probe
+
+
+def probe(address: str, port: int, tls: bool) -> str | None:
+    """Ask the relay at an address for `/livez`: why it does not serve, else None.
+
+    Straight, whatever proxy the environment names. Whose certificate it is does
+    not matter: it is asked at an address that it may not name.
+    """
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    connection = (
+        http.client.HTTPSConnection(
+            address, port, timeout=PROBE_TIMEOUT, context=context
+        )
+        if tls
+        else http.client.HTTPConnection(address, port, timeout=PROBE_TIMEOUT)
+    )
+    try:
+        connection.request("GET", "/livez")
+        status = connection.getresponse().status
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    finally:
+        connection.close()
+    return None if status == 200 else f"it answers {status}"
+
+
+class LiveHandler(ProblemHandler):
+    """`GET /livez`: 200 while the process serves at all."""
+
+    def get(self) -> None:
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
+        self.set_header("Cache-Control", "no-store")
+        self.finish("ok\n")
+
+    head = get
+
+
+class Readiness:
+    """Whether new clients should come here, and if not, why.
+
+    `breaker_timeout` is for how many seconds the backend may be away; 0: for ever.
+    """
+
+    def __init__(
+        self, connections: ConnectionMap[Any], backend: Backend, breaker_timeout: float
+    ) -> None:
+        self._connections = connections
+        self._backend = backend
+        self._breaker_timeout = breaker_timeout
+        self.started = False  # set by whoever starts all the rest
+
+    @property
+    def state(self) -> str:
+        """starting, serving or draining."""
+        if self._connections.stopping:
+            return "draining"
+        return "serving" if self.started else "starting"
+
+    def why_not(self) -> str | None:
+        """The sentence for a balancer; None where it may send clients."""
+        if self._connections.stopping:
+            return "This instance is stopping."
+        if not self.started:
+            return "This instance is starting."
+        backend = self._backend.condition()
+        if not self._breaker_timeout or (backend.away or 0) < self._breaker_timeout:
+            return None
+        if backend.untried and not self._connections.backlog.events:
+            return None  # a new client has to find out that it is back
+        return f"The backend has been away for {backend.away:.0f} s."
+
+
+class ReadyHandler(LiveHandler):
+    """`GET /readyz`: 503 and why, where balancers should look away."""
+
+    def initialize(self, readiness: Readiness) -> None:
+        self.readiness = readiness
+
+    def get(self) -> None:
+        if (reason := self.readiness.why_not()) is not None:
+            self.set_header("Cache-Control", "no-store")
+            self.problem(HTTPStatus.SERVICE_UNAVAILABLE, reason)
+        else:
+            super().get()
+
+    head = get

@@ -1,0 +1,59 @@
+"""SIGTERM, SIGINT and SIGHUP."""
+
+import asyncio
+import logging
+import os
+import signal
+from typing import Protocol
+
+from tornado.options import Error as OptionError
+
+from handlers.process.systemd import SystemdNotifier
+
+logger = logging.getLogger(__name__)
+
+
+def stop_signal() -> asyncio.Event:
+    """Set by SIGTERM or SIGINT; from then on another one exits at once."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            logger.warning("stopped by a second signal")
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    # Until there is something to read again: by default it would end the process.
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)
+    return stop
+
+
+class Reloadable(Protocol):
+    """What reads files that may change: level, certificates, tokens, secrets."""
+
+    def reload(self) -> None:
+        """Read them again. Raises `OptionError`, and what it had stays."""
+
+
+def reload_on_signal(systemd: SystemdNotifier, *reloadables: Reloadable) -> None:
+    """Have SIGHUP read every file again that is named by an option."""
+
+    def on_signal() -> None:
+        systemd.reloading()
+        failed = False
+        for reloadable in reloadables:
+            try:
+                reloadable.reload()
+            except OptionError as error:
+                failed = True
+                logger.error("not read again, what was read before stays: %s", error)
+        logger.info(
+            "read again: %s",
+            "what was not wrong" if failed else "level, certificates, tokens, secrets",
+        )
+        systemd.ready()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_signal)
