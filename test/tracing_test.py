@@ -681,8 +681,13 @@ async def test_collector_that_fails_is_told_of_once(io_loop, status):
             assert time.monotonic() - began < 7.5
         lines = [line for line in service.log if "xported" in line]
         assert len(lines) == 2, service.log
-        reason = f"the collector answered {status}" if status else "Connection refused"
-        assert reason in lines[0]
+        # On a machine that is that slow, its time may be over before it is refused.
+        reasons = (
+            [f"the collector answered {status}"]
+            if status
+            else ["Connection refused", "timed out"]
+        )
+        assert any(reason in lines[0] for reason in reasons), lines[0]
         assert "20 of 20 spans were not exported" in lines[1]
         assert not any("OpenTelemetry:" in line for line in service.log)
 

@@ -559,7 +559,8 @@ def _root_of(error: BaseException) -> str:
             break
         if isinstance(root, OSError) and root.strerror:
             return root.strerror
-        name = type(root).__name__
+        # What urllib3 makes of a timeout that has passed before it is used.
+        name = "timed out" if type(root) is ValueError else type(root).__name__
         root = root.__cause__ or root.__context__
     return name
 
