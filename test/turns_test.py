@@ -29,7 +29,7 @@ from wire import (
     handshake,
 )
 
-from handlers.turns import ALL_TURNS, Turns
+from handlers.websocket.turns import ALL_TURNS, Turns
 
 pytestmark = [
     pytest.mark.gen_test(timeout=120),
