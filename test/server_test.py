@@ -252,14 +252,28 @@ async def test_head_is_measured_once_however_it_comes(relay, pieces):
 
 @pytest.mark.parametrize("pieces", [1, 2, 70])
 async def test_head_above_the_limit_is_refused_however_it_comes(relay, pieces):
-    """With 431, or the end."""
+    """With 431, then the end."""
     head = LIVEZ[:-2] + b"".join(b"X-%05d: %b\r\n" % (n, b"y" * 89) for n in range(700))
     request = head + b"\r\n"
     size = -(-len(request) // pieces)
     heard = await tell(
         relay.ws_url, *(request[at : at + size] for at in range(0, len(request), size))
     )
-    assert heard.ended and {431}.issuperset(heard.statuses)
+    assert heard.ended and heard.statuses == [431]
+
+
+async def test_too_many_headers_are_refused(relay):
+    """With 431, however short they are."""
+    head = LIVEZ[:-2] + b"".join(b"X-%d: y\r\n" % number for number in range(1100))
+    heard = await tell(relay.ws_url, head + b"\r\n")
+    assert heard.ended and heard.statuses == [431]
+
+
+async def test_chunk_extension_above_the_limit_is_refused(relay):
+    """With 431, as a head: 64 KiB in one line are more than anybody needs."""
+    request = SEND + b"Transfer-Encoding: chunked\r\n\r\n5;" + b"x" * 100_000
+    heard = await tell(relay.callback_url, request)
+    assert heard.ended and heard.statuses == [431]
 
 
 # Bodies of all requests together.

@@ -5,10 +5,12 @@ does: the tests of both run over the same requests.
 """
 
 import asyncio
+import contextlib
 import itertools
 import re
 import socket
 import ssl
+from types import TracebackType
 from typing import Any
 
 from tornado.http1connection import (
@@ -27,6 +29,7 @@ from tornado.httputil import (
     ResponseStartLine,
 )
 from tornado.iostream import (
+    BaseIOStream,
     IOStream,
     SSLIOStream,
     StreamClosedError,
@@ -46,6 +49,10 @@ from handlers.http.server import (
     add_option,
 )
 
+TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n"
+)
+PIECES_READ_AT_THE_END = 16  # of 64 KiB, of a peer that is refused
 BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 # What llhttp takes for a request line, which Tornado is less strict with: CONNECT
 # has an authority, all else a path, a URL or an asterisk, of visible ASCII.
@@ -81,7 +88,7 @@ class TornadoServer(HTTPServer):
     ) -> None:
         """Serve a connection that was accepted."""
         if tls is None:
-            stream = IOStream(accepted, max_buffer_size=self.max_buffer_size)
+            stream: IOStream = _Stream(accepted, max_buffer_size=self.max_buffer_size)
         else:
             try:
                 wrapped = tls.wrap_socket(
@@ -90,7 +97,7 @@ class TornadoServer(HTTPServer):
             except OSError:  # it has gone already
                 accepted.close()
                 return
-            stream = SSLIOStream(wrapped, max_buffer_size=self.max_buffer_size)
+            stream = _TLSStream(wrapped, max_buffer_size=self.max_buffer_size)
         self.handle_stream(stream, address)
 
     def handle_stream(self, stream: IOStream, address: Any) -> None:
@@ -121,6 +128,42 @@ class TornadoServer(HTTPServer):
         if self._deadlines is not None and isinstance(server_conn, _Connection):
             self._deadlines.discard(server_conn)
         super().on_close(server_conn)
+
+
+class _Bounded(BaseIOStream):
+    """Answers what is beyond a bound before it closes, and keeps nothing of it."""
+
+    def close(
+        self,
+        exc_info: bool
+        | BaseException
+        | tuple[type[BaseException] | None, BaseException | None, TracebackType | None]
+        | None = False,
+    ) -> None:
+        if isinstance(exc_info, UnsatisfiableReadError) and not self.closed():
+            if not self.writing():
+                self._refuse()
+            # The error would keep us, by its traceback, until cycles are collected.
+            exc_info = False
+            self._read_buffer = bytearray()
+            self._read_buffer_size = 0
+        super().close(exc_info)
+
+    def _refuse(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the peer has gone
+            self.write_to_fd(memoryview(TOO_LARGE))
+            # Unread bytes would reset the connection, and the answer be lost.
+            for _ in range(PIECES_READ_AT_THE_END):
+                if not self.read_from_fd(bytearray(self.read_chunk_size)):
+                    break
+
+
+class _Stream(_Bounded, IOStream):
+    """A plain connection."""
+
+
+class _TLSStream(_Bounded, SSLIOStream):
+    """One by TLS."""
 
 
 class _Connection(HTTP1ServerConnection):
@@ -201,7 +244,8 @@ class _Exchange(HTTP1Connection):
         if BARE_LINE_FEED.search(data.lstrip(b"\r\n")):
             raise HTTPInputError("a line feed alone")
         if data.count(b"\n") > MAX_HEADERS + 2:
-            raise HTTPInputError("too many headers")
+            self.stream.close(UnsatisfiableReadError("too many headers"))
+            raise StreamClosedError
         start_line, headers = super()._parse_headers(data)
         if not REQUEST_LINE.fullmatch(start_line):
             raise HTTPInputError("no request line")
