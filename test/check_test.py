@@ -3,7 +3,6 @@
 import asyncio
 import datetime
 import resource
-import socket
 import ssl
 import sys
 from contextlib import asynccontextmanager
@@ -12,6 +11,7 @@ import certificates
 import pytest
 import websockets
 from certificates import Authority, self_signed
+from ports import free_ports
 from service import DEADLINE, PROJECT, RecordingBackend, Service, tcp_server
 
 from backends.http.check import tls_remedy
@@ -43,13 +43,6 @@ def only(level, lines):
     return line
 
 
-def free_port():
-    """A port that was free just now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 def to(url):
     """The flags for a backend there, on a free port of ours."""
     return ("--bindport=0", "--backend=http", f"--messageuri={url}")
@@ -72,7 +65,7 @@ async def https(certificate, **context):
 async def test_nothing_wrong_is_status_0_and_the_backend_gets_no_event(io_loop):
     """Options may follow the subcommand; the backend is connected to, and no more."""
     async with RecordingBackend() as backend:
-        lines = await check(f"--bindport={free_port()}", *backend.flags(), status=0)
+        lines = await check(f"--bindport={free_ports(1)}", *backend.flags(), status=0)
         assert backend.events == []
     assert all(line.startswith("ok: ") for line in lines)
     reached = f"http://127.0.0.1:{backend.port} is reached"
@@ -125,7 +118,7 @@ async def test_options_that_miss_another_are_told(io_loop):
 
 async def test_backend_that_is_not_there_is_told(io_loop):
     """Nothing listens at its port."""
-    url = f"http://127.0.0.1:{free_port()}/message"
+    url = f"http://127.0.0.1:{free_ports(1)}/message"
     line = only("error", await check(*to(url), status=1))
     assert "Connection refused; start the backend there" in line
 

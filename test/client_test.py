@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -385,7 +386,9 @@ async def test_reader_that_stops_is_dead(io_loop):
         client.post(target, lambda: body, done.set_result)
         outcome = await asyncio.wait_for(done, DEADLINE)
         go_on.set()
-        assert "not taken in 0.5 s" in str(outcome)
+        # The kernel's clock of the same length may be the first.
+        assert isinstance(outcome, BackendAway)
+        assert re.search("not taken in 0.5 s|connection lost", str(outcome))
 
 
 async def test_callback_with_a_fault_takes_no_other_with_it(io_loop, caplog):

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_ports
 from project import copy_project
 from service import PROJECT
-from supervisord_test import free_ports
 
 pytestmark = pytest.mark.gen_test(timeout=120)
 

@@ -17,13 +17,14 @@ import pwd
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from ports import free_ports
 
 PROJECT = Path(__file__).resolve().parent.parent
 INSTALLING = 600.0  # seconds
@@ -74,19 +75,14 @@ def block(beginning: str) -> str:
     return found
 
 
-def free_ports() -> tuple[int, int]:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        with socket.create_server(("127.0.0.1", 0)) as other:
-            return one.getsockname()[1], other.getsockname()[1]
-
-
 class Newcomer:
     """Types commands in a clone."""
 
     def __init__(self, folder: Path, python: str, who: Who) -> None:
         self.who = who
         self.clone = folder / "my clone"
-        self.relay_port, self.backend_port = free_ports()
+        self.relay_port = free_ports(2)
+        self.backend_port = self.relay_port + 1
         self.environment = {
             **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
             "PATH": PATH,
@@ -201,6 +197,8 @@ def go(python: str, who: Who, tests: bool) -> None:
 
 def main() -> None:
     """One line for each Python; raises where something failed."""
+    # Whoever runs this may ignore Ctrl-C (`... &`): what is started here must not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--all", action="store_true")

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,12 +15,13 @@ from typing import Any
 
 import pytest
 import websockets
+from ports import free_ports
 from project import copy_project, installation, library
 from service import DEADLINE, RecordingBackend, eventually
 
-pytestmark = pytest.mark.gen_test(timeout=120)
+pytestmark = pytest.mark.gen_test(timeout=180)
 
-LONG = 60.0  # seconds for what takes supervisord ten: it waits between its starts
+LONG = 120.0  # seconds for what takes supervisord ten: it waits between its starts
 
 SPAWNED = re.compile(r"spawned: 'socketdock-\d+' with pid (\d+)")
 RUNNING = re.compile(r"socketdock-\d+ entered RUNNING state")
@@ -55,17 +55,6 @@ class Supervisor:
         async with asyncio.timeout(40):
             self.said += (await self.process.stdout.read()).decode()
             return await self.process.wait()
-
-
-def free_ports(number: int) -> int:
-    """The first of so many in a row that nobody uses."""
-    while True:
-        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
-            first = held.enter_context(socket.create_server(("127.0.0.1", 0)))
-            port: int = first.getsockname()[1]
-            for other in range(port + 1, port + number):
-                held.enter_context(socket.create_server(("127.0.0.1", other)))
-            return port
 
 
 @pytest.fixture
