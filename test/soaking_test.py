@@ -79,12 +79,13 @@ def flaws(
     return list(audit.delivery_flaws(book.attempts))
 
 
-def lost(sent: int, *attempts: Attempt) -> list[str]:
+def lost(sent: int, *attempts: Attempt, cut_off: bool = False) -> list[str]:
     """What the books say of a client that sent so many messages, and left."""
     meta = {"connection_id": ID, "query": "name=client"}
     connect = Attempt("connect", f"{ID}-connect", {"meta": meta}, "200", 0, 0)
     visit = Visit("", "client", random.Random(), sent=sent, left=True, close_code=1000)
-    audit = Audit(book_of(connect, *attempts), steady(), False, delivery_timeout=60)
+    book = book_of(connect, *attempts)
+    audit = Audit(book, steady(), False, delivery_timeout=60, cut_off=cut_off)
     return [each.what for each in audit.violations([visit], reads_at_once=True)]
 
 
@@ -177,6 +178,9 @@ def test_what_was_lost_unread_comes_late() -> None:
     assert len(flaws(*late, resets=(0.5,))) == 1  # nothing of this time was on it
     assert flaws(*late, resets=(3,)) == []
     assert flaws(*late, resets=(1.5,)) == []  # the next one was on another connection
+    retried = [message(0, 0, "503"), message(1, 4), message(0, 6)]
+    assert len(flaws(*retried)) == 1
+    assert flaws(*retried, resets=(3,)) == []  # it had gone again beside the other
     given_up = [message(0, 0, "503"), message(1, 4), disconnect(9, undelivered=1)]
     assert len(flaws(*given_up)) == 1
     assert flaws(*given_up, resets=(1,)) == []
@@ -210,14 +214,25 @@ def test_held_request_that_is_lost_five_seconds_behind_the_farewell_was_let_go(
     assert len(lost(1, message(0, 1, "lost", took=5.9), accepted)) == 1
 
 
+def test_what_failed_as_its_connection_was_told_of_dies_with_a_killed_relay() -> None:
+    """Not what the relay knew of when it sent the event."""
+    accepted = disconnect(4)
+    assert lost(1, message(0, 1, "lost", took=2.5), accepted, cut_off=True) == []
+    assert lost(1, message(0, 1, "lost", took=2.5), accepted)
+    assert lost(1, message(0, 1, "lost", took=1.5), accepted, cut_off=True)
+
+
 def test_request_may_be_let_go_as_it_fails_where_many_are_open() -> None:
     """Sixteen of one connection, since it is done to send one more."""
     for number, flawed in ((15, True), (16, False)):
         attempts = [
             message(0, 1, "lost", took=3),
-            *(message(n, 1 + n / 10, took=4) for n in range(1, number)),
+            *(message(n, 1 + n / 10, took=4) for n in range(1, number - 1)),
+            message(number - 1, 4.5, took=1),  # which the backend read late
         ]
         assert bool(lost(number, *attempts, disconnect(9))) is flawed
+        attempts[-1] = message(number - 1, 5.5)  # long after that
+        assert lost(number, *attempts, disconnect(9))
 
 
 def test_beats_are_counted_as_a_whole() -> None:

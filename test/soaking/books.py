@@ -99,8 +99,8 @@ class Audit:
             ])  # fmt: skip
         ends = (attempt.ended for attempt in attempts if attempt.ended < float("inf"))
         end = max(ends, default=began) + HELD_AFTERWARDS
-        resets = [at - began for at in self._book.resets if began < at < end]
-        yield f"connections were reset at {', '.join(f'{at:.3f}' for at in resets)}"
+        resets = {f"{at - began:.1f}" for at in self._book.resets if began < at < end}
+        yield f"connections were reset at {', '.join(sorted(resets, key=float))}"
 
     def told_of_all(self) -> bool:
         """Whether each connection that was accepted has had its disconnect event."""
@@ -153,11 +153,14 @@ class Audit:
         self, visit: Visit, meta: dict[str, Any], attempts: list[Attempt]
     ) -> Iterator[str]:
         """Each message came to an end of which the backend or the event knows."""
-        told = [a.ended for a in self._by_connection[meta["connection_id"]]
-                if a.kind == "disconnect" and a.accepted]
-        let_go = min(told, default=float("inf"))
-        if not self._cut_off:
-            let_go += HELD_AFTERWARDS
+        told = next(
+            a
+            for a in self._by_connection[meta["connection_id"]]
+            if a.kind == "disconnect" and a.accepted
+        )
+        let_go = told.ended + HELD_AFTERWARDS
+        if self._cut_off:  # what failed as the event was sent goes again, or is lost
+            let_go = self._pulse.ago(KNOWN, told.arrived)
         latest = {spoken(a): a for a in attempts}
         settled = {spoken(a) for a in attempts if self._is_settled(a)} | {
             number
@@ -179,7 +182,7 @@ class Audit:
         """Whether the relay may have let go of a message just as it failed.
 
         It does so to send one more while so many are open, and which of the two came
-        first only the relay knows.
+        first only the relay knows. Some of them the backend had not read by then.
         """
         if self._strict:
             return False
@@ -188,7 +191,11 @@ class Audit:
             for a in self._by_connection[failed.connection_id]
             if a.kind == "message"
         ]
-        highest = max(spoken(a) for a in attempts if a.arrived <= failed.ended)
+        highest = max(
+            spoken(a)
+            for a in attempts
+            if self._pulse.count(failed.ended, a.arrived) <= KNOWN
+        )
         settled = {
             spoken(a)
             for a in attempts
@@ -334,10 +341,17 @@ class Audit:
         for other in waiting:
             if spoken(other) > spoken(attempt):
                 continue
-            # One that does not come again was given up; what was open by then goes
-            # on, but nothing new does.
-            is_new = is_first and not self._is_doubtful(other.ended, attempt.arrived)
-            if is_new or replay.next_of(other) < float("inf"):
+            if replay.next_of(other) < float("inf"):
+                # It may have gone again beside this one, and been lost unread.
+                is_wrong = (
+                    self._book.first_reset(other.ended, attempt.arrived) == float("inf")
+                )
+            else:
+                # It was given up; what was open by then goes on, but nothing new.
+                is_wrong = is_first and not self._is_doubtful(
+                    other.ended, attempt.arrived
+                )
+            if is_wrong:
                 yield f"{label(attempt)} overtook {label(other)}, which had failed"
 
     def _went_later(self, failed: Attempt, other: Attempt, replay: "_Replay") -> bool:
