@@ -136,6 +136,7 @@ class Exchange:
     """
 
     __slots__ = (
+        "answer_timeout",
         "connection",
         "keep",
         "on_done",
@@ -160,6 +161,8 @@ class Exchange:
         self.on_done: Callable[[Answer | BackendError], None] | None = on_done
         self.on_sent = on_sent
         self.keep = keep
+        # Seconds for the answer, from when it is sent; None: no limit of that kind.
+        self.answer_timeout: float | None = None
         self.resent = False
         self.connection: _Connection | None = None
         self.timer: asyncio.TimerHandle | None = None
@@ -249,6 +252,7 @@ class Client:
         on_done: Callable[[Answer | BackendError], None],
         on_sent: Callable[[], None] | None = None,
         timeout: float | None = None,
+        line_timeout: float | None = None,
         keep: bool = False,
     ) -> Exchange:
         """Send what `write` returns, a whole request, and report its outcome.
@@ -256,24 +260,32 @@ class Client:
         `write` is called when a connection is there to send on, once more where
         the request has to go again at once: a wait in line makes no part of it old.
         `timeout` is in seconds from now to the answer; None waits for as long as
-        the connection lives. `keep` asks for the answer's headers and body.
+        the connection lives. With `line_timeout` it begins when the request is sent:
+        before that it may wait for so many seconds, which may be infinite, in a line
+        that does not move. `keep` asks for the answer's headers and body.
         """
         exchange = Exchange(target, write, on_done, on_sent, keep)
         if self.closed:
             self.loop.call_soon(exchange.finish, stopped(target))
             return exchange
-        if timeout is not None:
-            exchange.timer = self.loop.call_later(
-                timeout,
-                after_reading,
-                self.loop,
-                partial(self._on_timeout, exchange, timeout),
-            )
+        if line_timeout is not None:
+            exchange.answer_timeout = timeout
+        elif timeout is not None:
+            self._limit(exchange, timeout)
         origin = self._origins.get(target.origin)
         if origin is None:
             origin = self._origins[target.origin] = _Origin(self, target)
         origin.dispatch(exchange)
+        if line_timeout is not None and exchange.in_line:
+            self._limit_line(exchange, self.loop.time(), line_timeout)
         return exchange
+
+    def on_sending(self, exchange: Exchange) -> None:
+        """Its wait in line is over: from now on it waits for its answer."""
+        if exchange.timer is not None:
+            exchange.timer.cancel()
+        assert exchange.answer_timeout is not None
+        self._limit(exchange, exchange.answer_timeout)
 
     def trust(self, tls: ssl.SSLContext | None) -> None:
         """Make https connections with `tls`; needed before the first of them.
@@ -330,6 +342,38 @@ class Client:
             and other is not origin
             and (not origin.waiting or other.size() == 0 or other.size() < size - 1)
             for other in self._origins.values()
+        )
+
+    def _limit(self, exchange: Exchange, timeout: float) -> None:
+        exchange.timer = self.loop.call_later(
+            timeout,
+            after_reading,
+            self.loop,
+            partial(self._on_timeout, exchange, timeout),
+        )
+
+    def _limit_line(self, exchange: Exchange, since: float, timeout: float) -> None:
+        if timeout == float("inf"):
+            return
+        exchange.timer = self.loop.call_at(
+            since + timeout,
+            after_reading,
+            self.loop,
+            partial(self._judge_line, exchange, since, timeout),
+        )
+
+    def _judge_line(self, exchange: Exchange, since: float, timeout: float) -> None:
+        """Whether the line has stood still for as long as may be."""
+        if exchange.timer is None or not exchange.in_line:
+            return
+        if self.moved_at > since:
+            self._limit_line(exchange, self.moved_at, timeout)
+            return
+        exchange.timer = None
+        exchange.finish(
+            BackendError(
+                f"POST {exchange.target}: no connection became free in {timeout:g} s"
+            )
         )
 
     @staticmethod
@@ -623,9 +667,6 @@ class _Connection(asyncio.Protocol):
             return
         if not response.has_head:
             return
-        if exchange.timer is not None:
-            exchange.timer.cancel()  # the body has a limit of its own
-            exchange.timer = None
         if response.status == 408 and self.kept and exchange.may_go_again:
             # The server's word for a kept connection that it ends for lack of
             # a request (RFC 9110, section 15.5.9).
@@ -633,7 +674,11 @@ class _Connection(asyncio.Protocol):
             self.close()
             self._origin.busy.discard(self)
             self._origin.resend(exchange)
-        elif response.complete or response.size > MAX_DROPPED_BODY + MAX_HEAD_SIZE:
+            return
+        if exchange.timer is not None:
+            exchange.timer.cancel()  # the body has a limit of its own
+            exchange.timer = None
+        if response.complete or response.size > MAX_DROPPED_BODY + MAX_HEAD_SIZE:
             self._answer()
         elif self._body_timer is None:
             loop = self._origin.client.loop
@@ -722,6 +767,9 @@ class _Connection(asyncio.Protocol):
         self._exchange = exchange
         self._origin.busy.add(self)
         exchange.connection = self
+        client = self._origin.client
+        if exchange.answer_timeout is not None:
+            client.on_sending(exchange)
         try:
             self._transport.write(exchange.write())
         except Exception:
@@ -730,7 +778,6 @@ class _Connection(asyncio.Protocol):
             exchange.write = None  # nor is it tried again
             self.close()
             return
-        client = self._origin.client
         if self._paused:
             self._progress = _Progress(
                 client.loop, self._transport, client.dead_after, self._on_no_progress

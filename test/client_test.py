@@ -62,6 +62,54 @@ def serving(serve=None, answer: bytes = OK, **options):
     return tcp_server(serve or functools.partial(answer_all, answer), **options)
 
 
+async def test_time_for_an_answer_runs_from_when_the_request_is_sent(io_loop):
+    """Where the time in line has a limit of its own, which a moving line renews."""
+
+    async def slowly(reader, writer) -> None:
+        while await reader.readuntil(b"\r\n\r\n"):
+            await asyncio.sleep(0.4)
+            writer.write(OK)
+
+    async with serving(slowly) as port, using(max_connections=1) as client:
+        url = f"http://127.0.0.1:{port}/"
+        limits = {"timeout": 2, "line_timeout": 2}
+        answers = await asyncio.gather(*(post(client, url, **limits) for _ in range(8)))
+        assert [answer.status for answer in answers] == [200] * 8
+
+
+async def test_line_that_stands_still_and_a_silent_server_have_limits(io_loop):
+    """Each its own, and what waits in line was never sent."""
+    async with serving(answer=b"") as port, using(max_connections=1) as client:
+        url = f"http://127.0.0.1:{port}/"
+        first = asyncio.ensure_future(post(client, url, timeout=1, line_timeout=9))
+        await eventually(lambda: client.open == 1)
+        with pytest.raises(BackendError, match="no connection became free"):
+            await post(client, url, timeout=9, line_timeout=0.2)
+        with pytest.raises(BackendError, match="no answer in 1 s"):
+            await first
+
+
+@pytest.mark.parametrize("limits", [{}, {"line_timeout": 9}])
+async def test_request_that_goes_again_at_once_has_its_limit_still(io_loop, limits):
+    """A kept connection is ended by 408, and the next one stays silent."""
+    connections = 0
+
+    async def serve(reader, writer) -> None:
+        nonlocal connections
+        connections += 1
+        for answer in (OK, OK.replace(b"200 OK", b"408 Late")):
+            await reader.readuntil(b"\r\n\r\n")
+            if connections == 1:
+                writer.write(answer)
+
+    async with serving(serve) as port, using() as client:
+        url = f"http://127.0.0.1:{port}/"
+        await post(client, url)
+        with pytest.raises(BackendError, match="no answer in 1 s"):
+            await post(client, url, timeout=1, **limits)
+        assert connections == 2
+
+
 async def test_name_with_a_dead_family_is_reached_by_the_other(io_loop, monkeypatch):
     """Happy eyeballs: IPv6 is named first and refuses, IPv4 answers."""
 

@@ -186,15 +186,19 @@ async def test_without_a_connection_or_a_sign_of_life_there_is_a_deadline(io_loo
             await leave(first)
 
 
-async def test_who_waits_for_a_connection_in_a_line_that_moves_is_not_late(io_loop):
+@pytest.mark.parametrize("strictly", [(), ("--order_wait=inf", "--backend_timeout=1")])
+async def test_who_waits_for_a_connection_in_a_line_that_moves_is_not_late(
+    io_loop, strictly
+):
     """However long it takes: it is no failure of the backend."""
     async with FaultyBackend(lambda attempt: Reply(delay=0.3)) as backend:
-        flags = ("--max_backend_connections=1", "--delivery_timeout=1")
+        flags = ("--max_backend_connections=1", "--delivery_timeout=1", *strictly)
         async with Service(*backend.flags("message"), *flags) as service:
             clients = await talkers(service.ws_url, 10)
             await asyncio.gather(*(client.say() for client in clients))
             await backend.wait_for("message", 10)
             assert all(client.is_open for client in clients)
+            assert not [line for line in service.log if "goes again" in line]
             await leave(clients)
 
 

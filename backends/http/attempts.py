@@ -28,18 +28,20 @@ class Attempts:
         target: Target,
         event: Event,
         timeout: float,
+        line_timeout: float | None = None,
         keep: bool = False,
     ) -> Answer:
         """Post `event`, and wait at most `timeout` seconds for the answer.
 
-        With `keep`, it has its headers and body. Raises `BackendError` where
-        there is none.
+        With `line_timeout` these begin when it is sent, see `Client.post`. With
+        `keep`, the answer has its headers and body. Raises `BackendError` where there
+        is none.
         """
         loop = self._client.loop
         began = loop.time()
         outcome: Answer | BackendError
         try:
-            outcome = await self._post(target, event, timeout, keep)
+            outcome = await self._post(target, event, timeout, line_timeout, keep)
         except BackendError as error:
             outcome = error
         except asyncio.CancelledError:
@@ -66,7 +68,12 @@ class Attempts:
         return outcome
 
     async def _post(
-        self, target: Target, event: Event, timeout: float, keep: bool
+        self,
+        target: Target,
+        event: Event,
+        timeout: float,
+        line_timeout: float | None,
+        keep: bool,
     ) -> Answer:
         done: asyncio.Future[Answer] = self._client.loop.create_future()
 
@@ -83,6 +90,7 @@ class Attempts:
             partial(self._events.request, target, event),
             on_done,
             timeout=timeout,
+            line_timeout=line_timeout,
             keep=keep,
         )
         try:

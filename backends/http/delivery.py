@@ -357,6 +357,7 @@ class Delivery:
             on_done=request.on_done,
             on_sent=request.on_sent,
             timeout=deliveries.patience.backend_timeout,
+            line_timeout=float("inf"),  # it is judged here
         )
         if exchange.connection is None:  # it stands in line
             self._wait(self._line_deadline(request))

@@ -18,7 +18,9 @@ from backends.http.delivery import (
 )
 from backends.http.event import Event, EventWriter
 
-DISCONNECT_TIMEOUT = 30.0  # seconds for the answer to a disconnect event
+# Seconds for the answer to a disconnect event, and for a connection to become free
+# for it in a line that does not move.
+DISCONNECT_TIMEOUT = 30.0
 
 
 class Farewell:
@@ -154,7 +156,8 @@ class Farewells:
                     farewell.connection_id,
                     target,
                     farewell.event(),
-                    DISCONNECT_TIMEOUT,
+                    timeout=DISCONNECT_TIMEOUT,
+                    line_timeout=DISCONNECT_TIMEOUT,
                 )
             except BackendError as failure:
                 error = failure
