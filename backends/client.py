@@ -7,6 +7,7 @@ aiohappyeyeballs'.
 """
 
 import asyncio
+import errno
 import fcntl
 import itertools
 import logging
@@ -32,6 +33,9 @@ from backends.response import MAX_HEAD_SIZE, MalformedResponse, ResponseReader
 
 logger = logging.getLogger(__name__)
 
+# This process, or its machine, may open nothing more: no fault of the backend.
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE})
+SHORTAGE_PAUSE = 0.5  # seconds; then a connection is tried again
 MAX_CONNECTING = 128  # TCP handshakes under way at once to one origin
 ADDRESSES_TTL = 5.0  # seconds for which a name's addresses are used again
 IDLE_TIMEOUT = 60.0  # seconds; a connection unused for that long is closed
@@ -243,6 +247,7 @@ class Client:
         self.count = itertools.count(1)  # of connections, ever opened
         self.resolver = Resolver()
         self._origins: dict[tuple[str, str, int], _Origin] = {}
+        self._shortage: asyncio.TimerHandle | None = None  # of descriptors
         self.closed = False
 
     def post(
@@ -307,6 +312,8 @@ class Client:
     async def close(self) -> None:
         """Close every connection; what is under way ends with an error."""
         self.closed = True
+        if self._shortage is not None:
+            self._shortage.cancel()
         for origin in self._origins.values():
             await origin.close()
 
@@ -328,6 +335,21 @@ class Client:
                 self._origins.values(), key=lambda each: (each.size(), each.opened_at)
             ):
                 origin.connect_for_waiting()
+
+    @property
+    def has_shortage(self) -> bool:
+        """Whether no descriptor was left a moment ago: requests wait for one."""
+        return self._shortage is not None
+
+    def on_shortage(self) -> None:
+        """No descriptor is left: try again in a while, and open nothing until then."""
+        if self._shortage is None and not self.closed:
+            logger.warning("too many open files: events wait for a connection")
+            self._shortage = self.loop.call_later(SHORTAGE_PAUSE, self._end_shortage)
+
+    def _end_shortage(self) -> None:
+        self._shortage = None
+        self.on_slot_free()
 
     def needs_room(self, origin: "_Origin") -> bool:
         """Whether a free connection to `origin` has to end for another origin.
@@ -389,6 +411,10 @@ class Client:
             connection.close()
 
 
+class _Shortage(Exception):
+    """No descriptor is left for a connection."""
+
+
 class _Origin:
     """One scheme, host and port: its idle connections, and who waits for one."""
 
@@ -427,6 +453,8 @@ class _Origin:
         loop = self.client.loop
         while self.waiting and self.waiting[0].on_done is None:
             self.waiting.popleft()  # timed out or let go: no need of a connection
+        if self.client.has_shortage:
+            return
         while len(self._connecting) < min(len(self.waiting), MAX_CONNECTING):
             if self.client.open >= self.client.max_connections:
                 self.client.make_room()
@@ -444,6 +472,11 @@ class _Origin:
                 raise BackendAway(connection.why_lost())
         except asyncio.CancelledError:
             raise  # a task may be cancelled before it runs: see its callback
+        except _Shortage:
+            self._ends_connecting()
+            self.client.on_shortage()
+            self._slot_free()
+            return
         except BaseException as error:
             self._ends_connecting()
             self._slot_free()
@@ -471,7 +504,7 @@ class _Origin:
         self.client.loop.call_soon(self.client.on_slot_free)
 
     async def _open(self) -> "_Connection":
-        """Raises `BackendAway` with the step that failed, and why."""
+        """Raises `BackendAway` with the step that failed, and why; or `_Shortage`."""
         seconds = self.client.connect_timeout
         late = "DNS has not answered"
         try:
@@ -486,6 +519,8 @@ class _Origin:
         except TimeoutError:
             raise BackendAway(f"no connection in {seconds:g} s: {late}") from None
         except (OSError, UnicodeError) as error:  # the latter: no name for DNS
+            if isinstance(error, OSError) and error.errno in SHORTAGES:
+                raise _Shortage from error
             raise BackendAway(why_not_connected(error)) from error
 
     async def _converse(self, sock: socket.socket) -> "_Connection":

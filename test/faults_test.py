@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -637,3 +638,25 @@ def inherited_warnings() -> list[str]:
         if pair[0] == "-W"
         for part in pair
     ]
+
+
+async def test_messages_wait_for_a_descriptor(io_loop):
+    """That none is left is no fault of the backend's: nobody counts it as away."""
+    flags = ("--breaker_attempts=1", "--breaker_connections=1", "--log_format=text")
+    async with FaultyBackend() as backend:
+        async with Service(*backend.flags("message"), *flags) as service:
+            clients = [await websockets.connect(service.ws_url) for _ in range(5)]
+            process = service.process.pid
+            limits = resource.prlimit(process, resource.RLIMIT_NOFILE)
+            open_files = len(os.listdir(f"/proc/{process}/fd"))
+            resource.prlimit(process, resource.RLIMIT_NOFILE, (open_files, limits[1]))
+            for number, client in enumerate(clients):
+                await client.send(str(number))
+            await eventually(
+                lambda: any("too many open files" in line for line in service.log)
+            )
+            resource.prlimit(process, resource.RLIMIT_NOFILE, limits)
+            await eventually(lambda: len(backend.attempts) == len(clients))
+            for client in clients:
+                await client.close()
+    assert not any("away" in line or "cannot connect" in line for line in service.log)

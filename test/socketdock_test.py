@@ -1,6 +1,7 @@
 """The service as a process: its options from every source, its start and its stop."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -559,6 +560,18 @@ def test_log_file_that_nobody_reads(tmp_path):
     path = tmp_path / "log"
     os.mkfifo(path)
     assert str(path) in refusal(f"--log_file_prefix={path}", status=1)
+
+
+def test_log_config_s_file_that_nobody_reads(tmp_path):
+    """Whatever a handler calls it."""
+    path, config = tmp_path / "log", tmp_path / "log.json"
+    os.mkfifo(path)
+    file = {"class": "logging.FileHandler", "filename": str(path)}
+    config.write_text(json.dumps(
+        {"version": 1, "handlers": {"file": file}, "root": {"handlers": ["file"]}}
+    ))
+    told = refusal(f"--log_config={config}", status=1)
+    assert str(path) in told and "nobody reads this FIFO" in told
 
 
 # --help.

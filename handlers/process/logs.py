@@ -291,7 +291,10 @@ class Log:
 
     def _configure(self, config: dict[str, Any]) -> None:
         try:
-            logging.config.dictConfig(config)
+            with contextlib.ExitStack() as held:
+                for path in _paths_of_handlers(config):
+                    held.enter_context(_held_open(path))
+                logging.config.dictConfig(config)
         except Exception as error:  # of whatever class the file names
             if self._config is not None:
                 logging.config.dictConfig(self._config)
@@ -380,6 +383,15 @@ def file_channels(settings: Mapping[str, Any]) -> list[logging.Handler]:
         kind = Unavailable if isinstance(error, OSError) else OptionError
         raise kind(f"can't log as --log_* say: {error}") from None
     return owner.handlers
+
+
+def _paths_of_handlers(config: Mapping[str, Any]) -> Iterator[str]:
+    """Whatever may be the path of a file that a handler of `config` opens."""
+    handlers = config.get("handlers")
+    for settings in handlers.values() if isinstance(handlers, dict) else ():
+        for value in settings.values() if isinstance(settings, dict) else ():
+            if isinstance(value, str) and os.path.exists(value):
+                yield value
 
 
 @contextlib.contextmanager
