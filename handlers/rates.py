@@ -185,7 +185,7 @@ class Throttle:
             # Not from now on: whoever waits for credit may yet be quiet.
             self._pushing_since = credit_at
         elif now - self._pushing_since >= self._rates.patience:
-            raise FrameError(CloseCode.POLICY, "rate exceeded")
+            raise FrameError(CloseCode.POLICY_VIOLATION, "rate exceeded")
         loop = asyncio.get_running_loop()
         self._held = loop.create_future()
         self._timer = loop.call_at(credit_at, self._on_credit, credit_at)

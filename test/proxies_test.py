@@ -187,7 +187,7 @@ async def test_connect_event_leaves_out_what_is_not_the_client_s(io_loop):
         ("--trusted_proxies=10.0.0.0/33", "neither an address nor a network"),
         ("--trusted_proxies=10.0.0.1/8", "neither an address nor a network"),
         ("--trusted_proxies=proxy.example.com", "neither an address nor a network"),
-        ("--withhold_headers=Cookie:", "'Cookie:' is no header's name"),
+        ("--withhold_headers=Cookie:", "'Cookie:' is not a header name"),
     ],
 )
 def test_what_can_t_be_meant_stops_the_start(flag, why):

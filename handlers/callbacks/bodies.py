@@ -102,7 +102,7 @@ def parse_closing(body: bytes) -> tuple[int, str]:
     Raises `ValueError` with the sentence for the caller.
     """
     if not body.strip():
-        return CloseCode.NORMAL, ""
+        return CloseCode.NORMAL_CLOSURE, ""
     try:
         # Not of bytes, of which it would guess the encoding (RFC 8259, section 8.1).
         closing = json.loads(body.decode("utf-8-sig"))
@@ -110,7 +110,7 @@ def parse_closing(body: bytes) -> tuple[int, str]:
         raise ValueError("The body is not JSON in UTF-8.") from None
     if not isinstance(closing, dict):
         raise ValueError("The body is not a JSON object.")
-    code = closing.get("code", CloseCode.NORMAL)
+    code = closing.get("code", CloseCode.NORMAL_CLOSURE)
     if isinstance(code, float) and code.is_integer():
         code = int(code)  # 1000.0 is no other number in JSON (RFC 8259, section 6)
     if not isinstance(code, int) or isinstance(code, bool) or not (

@@ -148,7 +148,7 @@ class ConnectionHandler(CallbackHandler):
     async def delete(self, connection_id: str) -> None:
         if (connection := self.find(connection_id)) is None:
             return
-        actions.close(connection, CloseCode.NORMAL, "", self.initiator)
+        actions.close(connection, CloseCode.NORMAL_CLOSURE, "", self.initiator)
         self.clear_header("Content-Type")
         self.set_status(HTTPStatus.NO_CONTENT)
         self.finish()

@@ -31,8 +31,9 @@ from handlers.connections import ConnectionMap
 from handlers.process.logs import tell
 from handlers.rates import Throttle
 from handlers.websocket.closing import CLOSE_TIMEOUT
+from handlers.websocket.deflate import Compression
 from handlers.websocket.frames import Close, CloseCode, FrameError
-from handlers.websocket.protocol import READ_AHEAD, ClientProtocol, Compression, State
+from handlers.websocket.protocol import READ_AHEAD, ClientProtocol, State
 from handlers.websocket.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -281,7 +282,7 @@ class ClientConnection:
             code, reason, initiator = self._closing
             self.end(Close(code, reason), initiator)
         else:
-            self.end(peer or Close(CloseCode.ABNORMAL, ""), "client")
+            self.end(peer or Close(CloseCode.ABNORMAL_CLOSURE, ""), "client")
 
     # What backends, callbacks and the relay ask of a connection.
 
@@ -329,7 +330,7 @@ class ClientConnection:
 
     def close(
         self,
-        code: int = CloseCode.NORMAL,
+        code: int = CloseCode.NORMAL_CLOSURE,
         reason: str = "",
         initiator: Initiator = "backend",
     ) -> None:
@@ -362,15 +363,15 @@ class ClientConnection:
         if self._protocol is not None:
             self._protocol.abort()
 
-    def beat(self) -> None:
-        """Send a ping, and note what stands before it."""
+    def send_ping(self) -> None:
+        """Send a ping, and record how many bytes precede it."""
         if self._protocol is not None:
             self._look_at_uptake()
             if self._protocol.send_ping():
                 self._reception.on_pinged(self.bytes_out)
 
     def is_silent(self, since: float) -> bool:
-        """Whether no sign of life came since the beat at `since`.
+        """Whether no sign of life came since the ping at `since`.
 
         What comes from it is one, and so is what its kernel acknowledges, but for
         the ping, unless its answer can't be seen. Its kernel may have much that it
@@ -393,11 +394,11 @@ class ClientConnection:
             stalled >= self._context.policy.send_timeout
         )
 
-    def vanish(self) -> None:
-        """Give up a peer that shows no sign of life, once what it sent was read."""
+    def on_ping_timeout(self) -> None:
+        """End the connection with 1006, once what the peer had sent was read."""
         protocol = self._protocol
         if self.state == "open" and protocol is not None:
-            self._begin_closing((CloseCode.ABNORMAL, "ping timeout", "relay"))
+            self._begin_closing((CloseCode.ABNORMAL_CLOSURE, "ping timeout", "relay"))
             protocol.give_up()
 
     def _look_at_uptake(self) -> float | None:
@@ -429,7 +430,7 @@ class ClientConnection:
             logger.info("connection %s takes nothing", self.id, extra={
                 "event": "stall", "connection_id": self.id
             })
-            self._begin_closing((CloseCode.POLICY, "slow consumer", "relay"))
+            self._begin_closing((CloseCode.POLICY_VIOLATION, "slow consumer", "relay"))
             protocol.give_up()  # its buffer is full: a close frame can't reach it
         elif self._frames_wait() and self._stall_timer is None:
             self._watch_for_stall()

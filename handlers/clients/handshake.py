@@ -18,13 +18,18 @@ from backends import (
     TraceContext,
 )
 from handlers.clients.connection import ClientConnection, ClientContext
-from handlers.clients.headers import flaw, is_key, members, told_headers
+from handlers.clients.headers import (
+    forwarded_headers,
+    is_key,
+    malformed_reason,
+    members,
+)
 from handlers.clients.tickets import Claim, Tickets
 from handlers.http.problem import ProblemHandler
 from handlers.telemetry.trace import HandshakeSpan, Tracer, trace_context
 from handlers.websocket.frames import Close, CloseCode
 from handlers.websocket.negotiation import subprotocols
-from handlers.websocket.protocol import agree_on_compression, switch
+from handlers.websocket.upgrade import negotiate_compression, upgrade
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +118,9 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
                 (p for p in handshake.subprotocols if p in self.policy.subprotocols),
                 None,
             )
-        compression = agree_on_compression(self, self.policy.compression)
+        compression = negotiate_compression(self, self.policy.compression)
         try:
-            stream = switch(self, subprotocol)
+            stream = upgrade(self, subprotocol)
         except StreamClosedError:
             self._leave(connection)
             return
@@ -129,7 +134,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
 
     def _abandon(self, connection: ClientConnection, initiator: Initiator) -> None:
         """End what never opened, and of which the backend may think that it did."""
-        connection.end(Close(CloseCode.ABNORMAL, ""), initiator)
+        connection.end(Close(CloseCode.ABNORMAL_CLOSURE, ""), initiator)
 
     def _is_acceptable(self) -> bool:
         """Check headers and Origin (RFC 6455, section 4.2.1), then the limits."""
@@ -154,8 +159,10 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             self._turn_away(
                 HTTPStatus.BAD_REQUEST, "Sec-WebSocket-Key is not 16 bytes."
             )
-        elif malformed := flaw(self.request, self.policy.compression is not None):
-            self._turn_away(HTTPStatus.BAD_REQUEST, malformed)
+        elif reason := malformed_reason(
+            self.request, self.policy.compression is not None
+        ):
+            self._turn_away(HTTPStatus.BAD_REQUEST, reason)
         elif not self._is_origin_allowed(headers.get_list("Origin")):
             self._turn_away(HTTPStatus.FORBIDDEN, "This origin may not connect.")
         elif refusal := self.context.connections.refusal(
@@ -214,7 +221,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
     def _handshake(self, trace: TraceContext | None) -> Handshake:
         headers = self.request.headers
         return Handshake(
-            headers=told_headers(headers, self.policy.withheld_headers),
+            headers=forwarded_headers(headers, self.policy.withheld_headers),
             path=self.request.path,
             query=self.request.query if self._claim is None else self._claim.query,
             remote_ip=self.remote_ip,

@@ -1,4 +1,4 @@
-"""What a handshake says: its key, its offers, and the headers that backends see."""
+"""Headers of a handshake: which are malformed, and which the backend gets."""
 
 import base64
 import binascii
@@ -15,9 +15,9 @@ define("withhold_headers", multiple=True, metavar="NAMES",
        help="more headers of a handshake that the connect event leaves out, as "
             "Cookie")
 
-# Those of one hop, not of the client (RFC 9110, section 7.6.1, and RFC 7235's
-# for proxies), and those by which a WebSocket is agreed on (RFC 6455, 11.3).
-NOT_TOLD = frozenset({
+# Headers of one hop (RFC 9110, section 7.6.1, and RFC 7235's for proxies), and
+# those of the WebSocket handshake itself (RFC 6455, section 11.3).
+HOP_BY_HOP_HEADERS = frozenset({
     "connection",
     "keep-alive",
     "proxy-authenticate",
@@ -38,22 +38,23 @@ _NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)  # RFC 9110, section 5.6.2
 
 
 def withheld_names(names: Iterable[str]) -> frozenset[str]:
-    """Lower-case names of all headers that the connect event leaves out.
+    """Return the lower-case names of all headers that the connect event omits.
 
-    Raises `ValueError` with one sentence for a name that no header can have.
+    `names` are those that an operator withholds in addition. Raises `ValueError`
+    for a name that is not a valid header name.
     """
     for name in names:
         if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no header's name")
-    return NOT_TOLD | {name.lower() for name in names}
+            raise ValueError(f"{name!r} is not a header name")
+    return HOP_BY_HOP_HEADERS | {name.lower() for name in names}
 
 
-def told_headers(headers: HTTPHeaders, withheld: frozenset[str]) -> dict[str, str]:
-    """The headers for the connect event, by lower-case name, repeated ones joined.
+def forwarded_headers(headers: HTTPHeaders, withheld: frozenset[str]) -> dict[str, str]:
+    """Return the headers for the connect event, by lower-case name.
 
-    Joined by a comma; Cookie by a semicolon, since a comma may be part of a cookie
-    (RFC 6265, section 5.4; RFC 9113, section 8.2.3). Without `withheld`, and without
-    those that Connection says are for one hop.
+    Repeated ones are joined by a comma; Cookie by a semicolon, since a comma may be
+    part of a cookie (RFC 6265, section 5.4; RFC 9113, section 8.2.3). Omits
+    `withheld`, and the headers that Connection lists.
     """
     for_one_hop = set(members(headers, "Connection"))
     return {
@@ -64,7 +65,7 @@ def told_headers(headers: HTTPHeaders, withheld: frozenset[str]) -> dict[str, st
 
 
 def members(headers: HTTPHeaders, name: str) -> list[str]:
-    """The members of a header that is a list, in lower case."""
+    """Return the members of a list header, in lower case."""
     listed = ",".join(headers.get_list(name)).split(",")
     return [member.strip().lower() for member in listed if member.strip()]
 
@@ -77,24 +78,24 @@ def is_key(key: str) -> bool:
         return False
 
 
-def flaw(request: HTTPServerRequest, extensible: bool) -> str | None:
-    """What makes a handshake malformed, as one sentence; None where nothing does.
+def malformed_reason(request: HTTPServerRequest, extensible: bool) -> str | None:
+    """Return why a handshake is malformed, as one sentence; None if it is not.
 
-    Its key is not looked at here, nor are extensions where it is not `extensible`:
-    where none is agreed on, it is of no matter what was offered.
+    Does not check the key. Checks the extensions only if `extensible`: if the relay
+    accepts none, the offer does not matter.
     """
     headers = request.headers
     if request.body or "Transfer-Encoding" in headers:
-        return "A handshake has no body."
+        return "A handshake must not have a body."
     if not is_host(request.host):
-        return "Host is no host and port."
+        return "Host is not a host and port."
     try:
         subprotocols(headers.get_list("Sec-WebSocket-Protocol"))
     except ValueError:
-        return "Sec-WebSocket-Protocol is no list of tokens."
+        return "Sec-WebSocket-Protocol is not a list of tokens."
     try:
         if extensible:
             extensions(headers.get_list("Sec-WebSocket-Extensions"))
     except ValueError:
-        return "Sec-WebSocket-Extensions is no list of extensions."
+        return "Sec-WebSocket-Extensions is not a list of extensions."
     return None

@@ -1,7 +1,7 @@
-"""Pings every open connection, and finds the peers that have vanished.
+"""Pings every open connection, and detects the peers that no longer respond.
 
-Tornado's own ping costs a task per connection and closes clients whose
-messages are merely waiting for a slow backend; one timer serves them all here.
+Tornado's own ping costs a task per connection, and closes clients whose messages
+wait for a slow backend. Here one timer serves all connections.
 """
 
 import asyncio
@@ -26,28 +26,28 @@ define("ping_timeout", default=20.0, metavar="SECONDS",
 class Pinged(Protocol):
     """What is pinged: a `ClientConnection`."""
 
-    def beat(self) -> None:
+    def send_ping(self) -> None:
         """Send a ping."""
 
     def is_silent(self, since: float) -> bool:
-        """Whether no sign of life came since `since`, when it was pinged."""
+        """Whether the peer has shown no sign of life since `since`, the ping's time."""
 
-    def vanish(self) -> None:
-        """Give it up."""
+    def on_ping_timeout(self) -> None:
+        """End the connection: its peer no longer responds."""
 
 
 class Heartbeat:
     """Pings each connection every `interval` seconds; 0 turns it off.
 
-    A peer that shows no sign of life within `timeout` seconds of a ping is given
-    up. It says itself what a sign is: any byte that comes, since a pong has to wait
-    behind a large message that is on its way, or that is taken, since a ping has to.
+    Calls `on_ping_timeout` of a connection that is silent for `timeout` seconds
+    after a ping. What counts as a sign of life is up to the connection: not only a
+    pong, which may have to wait behind a large message.
     """
 
     def __init__(self, interval: float, timeout: float) -> None:
         self._interval = interval
         self._timeout = timeout
-        # Each keeps the order of its times, since all wait equally long.
+        # Both are ordered by time, since the interval is the same for all.
         self._ping_at: dict[Pinged, float] = {}
         self._pinged_at: dict[Pinged, float] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -60,7 +60,7 @@ class Heartbeat:
             self._arm(now)
 
     def discard(self, connection: Pinged) -> None:
-        """Ping it no more."""
+        """Stop pinging `connection`."""
         self._ping_at.pop(connection, None)
         self._pinged_at.pop(connection, None)
 
@@ -91,7 +91,7 @@ class Heartbeat:
 
     def _judge(self, now: float) -> None:
         for connection in self._due(self._pinged_at, now - self._timeout):
-            # One may have ended with another one.
+            # The end of one connection may end another.
             pinged_at = self._pinged_at.pop(connection, None)
             if pinged_at is not None:
                 _guarded(partial(_judge, connection, pinged_at))
@@ -104,7 +104,7 @@ class Heartbeat:
             self._ping_at[connection] = now + self._interval
             if self._timeout > 0:
                 self._pinged_at.setdefault(connection, now)
-            _guarded(connection.beat)
+            _guarded(connection.send_ping)
         self._arm(asyncio.get_running_loop().time())
 
     @staticmethod
@@ -117,11 +117,11 @@ class Heartbeat:
 
 def _judge(connection: Pinged, pinged_at: float) -> None:
     if connection.is_silent(pinged_at):
-        connection.vanish()
+        connection.on_ping_timeout()
 
 
 def _guarded(act: Callable[[], None]) -> None:
-    """So that a bug with one connection is none of the others'."""
+    """Call `act`; a bug in one connection must not affect the others."""
     try:
         act()
     except Exception:

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from tornado.options import Error as OptionError
 from tornado.options import define, options
 
-from handlers.clients.headers import NOT_TOLD, withheld_names
+from handlers.clients.headers import HOP_BY_HOP_HEADERS, withheld_names
 from handlers.clients.origins import AllowedOrigins
 from handlers.clients.proxies import TrustedProxies
 from handlers.rates import Rates, Stalls
+from handlers.websocket.deflate import Compression
 from handlers.websocket.negotiation import subprotocols
-from handlers.websocket.protocol import Compression
 
 define("max_message_size", default=4 * 1024 * 1024, metavar="BYTES",
        help="largest message, either way; a larger one closes with 1009, or gets 413")
@@ -42,7 +42,7 @@ class ClientPolicy:
     allowed_origins: AllowedOrigins = field(default_factory=AllowedOrigins)
     require_origin: bool = False
     trusted_proxies: TrustedProxies = field(default_factory=TrustedProxies)
-    withheld_headers: frozenset[str] = NOT_TOLD
+    withheld_headers: frozenset[str] = HOP_BY_HOP_HEADERS
     subprotocols: Sequence[str] = ()
     compression: Compression | None = None
     max_send_buffer: int = 1024 * 1024

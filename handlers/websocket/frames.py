@@ -1,12 +1,12 @@
-"""RFC 6455 frames, without a socket: bytes in, messages out, and the reverse.
+"""RFC 6455 frames without a socket: parses bytes into messages, and builds frames.
 
-`handlers.websocket.protocol` reads and writes the bytes; here is only what they mean.
+`handlers.websocket.protocol` reads and writes the bytes. Compressed messages go
+through `handlers.websocket.deflate`.
 """
 
 import codecs
 import io
 import struct
-import zlib
 from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tornado.util import _websocket_mask as unmask
 from tornado.util import _websocket_mask_python
 
-from handlers.websocket.deflate import DEFLATE_TAIL, BadStream, Inflater
+from handlers.websocket.deflate import BadStream, Inflater, deflate_bound
 
 UNMASKS_IN_C = unmask is not _websocket_mask_python
 
@@ -38,16 +38,19 @@ class Opcode(IntEnum):
 
 
 class CloseCode(IntEnum):
-    """The codes the relay itself uses (RFC 6455, section 7.4.1, and IANA)."""
+    """The codes that the relay itself uses, by their names in IANA's registry.
 
-    NORMAL = 1000
+    See RFC 6455, section 7.4.1, and the WebSocket Close Code Number Registry.
+    """
+
+    NORMAL_CLOSURE = 1000
     GOING_AWAY = 1001
     PROTOCOL_ERROR = 1002
-    NO_STATUS = 1005  # never on the wire: a close frame without a code
-    ABNORMAL = 1006  # never on the wire: no close frame at all
-    INVALID_DATA = 1007
-    POLICY = 1008
-    TOO_BIG = 1009
+    NO_STATUS_RCVD = 1005  # never on the wire: a close frame without a code
+    ABNORMAL_CLOSURE = 1006  # never on the wire: no close frame at all
+    INVALID_FRAME_PAYLOAD_DATA = 1007
+    POLICY_VIOLATION = 1008
+    MESSAGE_TOO_BIG = 1009
     INTERNAL_ERROR = 1011
     TRY_AGAIN_LATER = 1013
 
@@ -58,7 +61,7 @@ def is_valid_close_code(code: int) -> bool:
 
 
 class FrameError(Exception):
-    """The peer broke the protocol; `code` and `reason` are for the close frame."""
+    """The peer violated the protocol; `code` and `reason` go into the close frame."""
 
     def __init__(self, code: CloseCode, reason: str) -> None:
         super().__init__(reason)
@@ -67,14 +70,14 @@ class FrameError(Exception):
 
 
 class Close(NamedTuple):
-    """A close frame: `code` is 1005 where it had none."""
+    """A close frame; `code` is 1005 if the frame had none."""
 
     code: int
     reason: str
 
 
 class Ping(NamedTuple):
-    """A ping frame, to be answered with its payload."""
+    """A ping frame; the pong must have the same payload."""
 
     payload: bytes
 
@@ -90,10 +93,11 @@ Received = str | bytes | Close | Ping | Pong
 
 
 class FrameParser:
-    """Turns a client's bytes into messages and control frames.
+    """Parses a client's bytes into messages and control frames.
 
-    `max_message_size` bounds a message in bytes, decompressed and with all its
-    fragments. `inflater` is there where permessage-deflate was agreed on.
+    `max_message_size` is the limit of one message in bytes, with all its fragments
+    and after decompression. `inflater` is None unless permessage-deflate was
+    negotiated.
     """
 
     __slots__ = (
@@ -115,40 +119,40 @@ class FrameParser:
     def __init__(self, max_message_size: int, inflater: Inflater | None = None) -> None:
         self._max_message_size = max_message_size
         self._inflater = inflater
-        # A header, or a whole control frame, of which a part has come.
+        # An incomplete header, or an incomplete control frame.
         self._buffer = bytearray()
-        self._needed = 2  # bytes until it can be taken
-        # The data frame of which a part has come: its first byte, the bytes of it
-        # that are to come, and its mask, turned to the next of them.
+        self._needed = 2  # length of `_buffer` at which it can be parsed
+        # An incomplete data frame: its first byte, the number of payload bytes that
+        # are missing, and its mask, rotated to the next of them.
         self._first = 0
         self._remaining = 0
         self._mask = b""
         # The message whose fragments are being collected; None between messages.
         self._opcode: int | None = None
-        self._size = 0  # bytes of it that have come
+        self._size = 0  # bytes received of it
         self._fragments = bytearray()
         self._decompress = False
-        # Text is decoded as it comes instead, so that bad UTF-8 fails fast.
+        # Uncompressed text is decoded as it arrives, so that bad UTF-8 fails at once.
         self._utf8: codecs.IncrementalDecoder | None = None
         self._text: io.StringIO | None = None
 
     @property
     def kept(self) -> int:
-        """Bytes of a message, or of a control frame, that is not whole yet."""
+        """Bytes kept of an incomplete message or control frame."""
         return self._size + len(self._buffer)
 
     def feed(self, data: bytes) -> Iterator[Received]:
-        """Yield what `data` completes, and keep the rest.
+        """Yield the messages and control frames that `data` completes.
 
-        Raises `FrameError` at the first violation, after which nothing more
-        may be fed.
+        Keeps the rest. Raises `FrameError` at the first violation; do not feed more
+        data after that.
         """
         return (received for received in self.frames(data) if received is not None)
 
     def frames(self, data: bytes) -> Iterator[Received | None]:
-        """As `feed`, and None for a frame that completes nothing.
+        """As `feed`, but yields None for a frame that completes no message.
 
-        So whoever reads can stop after any number of frames, empty ones too.
+        So the caller can stop after any number of frames, even empty ones.
         """
         buffer = self._buffer
         if buffer:
@@ -202,9 +206,9 @@ class FrameParser:
             buffer += data[position:] if position else data
 
     def _take_part(self, part: bytes) -> Received | None:
-        """Take what has come of a data frame, as if it were a fragment.
+        """Handle the received part of a data frame as if it were a fragment.
 
-        So it is held once, and bad UTF-8 in it fails at once.
+        So its bytes are stored once, and bad UTF-8 fails at once.
         """
         first, mask = self._first, self._mask
         self._remaining -= len(part)
@@ -216,13 +220,14 @@ class FrameParser:
         return self._take(first, unmask(mask, part))
 
     def _check_size(self, first: int, size: int) -> None:
-        """Check the `size` of a message so far, which exceeds the maximum.
+        """Check the received `size` of a message, which exceeds the maximum.
 
-        Compression may add to what can't be compressed.
+        A compressed message may be larger than the original, if that was
+        incompressible.
         """
         compressed = first & RSV1 if self._opcode is None else self._decompress
         if not compressed or size > deflate_bound(self._max_message_size):
-            raise FrameError(CloseCode.TOO_BIG, "message too big")
+            raise FrameError(CloseCode.MESSAGE_TOO_BIG, "message too big")
 
     def _check_header(self, first: int, second: int, length: int) -> None:
         opcode = first & 0x0F
@@ -267,7 +272,9 @@ class FrameParser:
             try:
                 self._text.write(self._utf8.decode(payload, final=bool(first & FIN)))
             except UnicodeDecodeError:
-                raise FrameError(CloseCode.INVALID_DATA, "text is not UTF-8") from None
+                raise FrameError(
+                    CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8"
+                ) from None
         return self._collected() if first & FIN else None
 
     def _collected(self) -> str | bytes:
@@ -288,27 +295,29 @@ class FrameParser:
         try:
             return payload.decode()
         except UnicodeDecodeError:
-            raise FrameError(CloseCode.INVALID_DATA, "text is not UTF-8") from None
+            raise FrameError(
+                CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8"
+            ) from None
 
     def _inflate(self, payload: bytes) -> bytes:
-        """Decompress one message, never making more than one byte too many."""
+        """Decompress one message; produce at most one byte above the maximum."""
         assert self._inflater is not None
         try:
             message = self._inflater.inflate(payload, self._max_message_size)
         except BadStream:
             raise FrameError(
-                CloseCode.INVALID_DATA, "bad compressed data"
+                CloseCode.INVALID_FRAME_PAYLOAD_DATA, "bad compressed data"
             ) from None
         if len(message) > self._max_message_size:
-            raise FrameError(CloseCode.TOO_BIG, "message too big")
+            raise FrameError(CloseCode.MESSAGE_TOO_BIG, "message too big")
         return message
 
 
 def _check_length(length: int, extended: int) -> None:
-    """Check an extended payload length (RFC 6455, section 5.2).
+    """Check an extended payload length.
 
-    "the minimal number of bytes MUST be used to encode the length", and of eight
-    bytes "the most significant bit MUST be 0".
+    "the minimal number of bytes MUST be used to encode the length", and in the
+    8-byte form "the most significant bit MUST be 0" (RFC 6455, section 5.2).
     """
     if length <= (MAX_CONTROL_PAYLOAD if extended == 2 else 0xFFFF):
         raise FrameError(CloseCode.PROTOCOL_ERROR, "length is not minimal")
@@ -322,7 +331,7 @@ def _control(opcode: int, payload: bytes) -> Close | Ping | Pong:
     if opcode == Opcode.PONG:
         return Pong(payload)
     if not payload:
-        return Close(CloseCode.NO_STATUS, "")
+        return Close(CloseCode.NO_STATUS_RCVD, "")
     if len(payload) == 1:
         raise FrameError(CloseCode.PROTOCOL_ERROR, "close code of one byte")
     code = int.from_bytes(payload[:2])
@@ -332,26 +341,12 @@ def _control(opcode: int, payload: bytes) -> Close | Ping | Pong:
         return Close(code, payload[2:].decode())
     except UnicodeDecodeError:
         raise FrameError(
-            CloseCode.INVALID_DATA, "close reason is not UTF-8"
+            CloseCode.INVALID_FRAME_PAYLOAD_DATA, "close reason is not UTF-8"
         ) from None
 
 
-def deflate(
-    message: bytes, level: int, mem_level: int, window_bits: int = zlib.MAX_WBITS
-) -> bytes:
-    """Compress one message on its own (RFC 7692, section 7.2.1)."""
-    deflater = zlib.compressobj(level, zlib.DEFLATED, -window_bits, mem_level)
-    data = deflater.compress(message) + deflater.flush(zlib.Z_SYNC_FLUSH)
-    return data[: -len(DEFLATE_TAIL)]
-
-
-def deflate_bound(size: int) -> int:
-    """Bytes that deflate may make of `size` at worst, as zlib's deflateBound has it."""
-    return size + (size + 7 >> 3) + (size + 63 >> 6) + 5
-
-
 def frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes:
-    """One whole frame, unmasked as a server's must be, in one piece."""
+    """Build one complete frame, unmasked as a server's frames must be."""
     first = FIN | opcode | (RSV1 if compressed else 0)
     length = len(payload)
     if length <= MAX_CONTROL_PAYLOAD:
@@ -362,7 +357,7 @@ def frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes:
 
 
 def close_payload(code: int, reason: str = "") -> bytes:
-    """A close frame's payload; empty for 1005, which has no place on the wire."""
-    if code == CloseCode.NO_STATUS:
+    """Build a close frame's payload; empty for 1005, which is never sent."""
+    if code == CloseCode.NO_STATUS_RCVD:
         return b""
     return code.to_bytes(2) + reason.encode()

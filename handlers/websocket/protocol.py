@@ -1,30 +1,24 @@
-"""One client's WebSocket on its stream: accepting, reading, writing, closing.
+"""One client's WebSocket on its stream: reading, writing, closing.
 
-Tornado's own protocol class decides what a frame means in one private method,
-and gets it wrong in places (docs/decisions/002-own-frame-reading.md), so this is
-one of our own; `frames` knows the frames, `stream` the socket, `closing` how it ends,
-and `handlers.clients.connection` what to do with the messages.
-It has no state of its own: `Client.state` says whether it is open, and only what
-there is to do until it is closed stands here.
+Tornado's protocol class handles frames in one private method, with errors in it
+(docs/decisions/002-own-frame-reading.md), so this one replaces it. `frames` parses
+frames, `stream` reads and writes the socket, `closing` ends it, and
+`handlers.clients.connection` gets the messages. Whether the connection is open is
+`Client.state`; it is not stored here a second time.
 """
 
 import asyncio
-import base64
 import contextlib
-import hashlib
 import logging
-import zlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from tornado.iostream import IOStream
-from tornado.web import RequestHandler
 
 from backends import ConnectionClosed
 from handlers.websocket.closing import Closing
-from handlers.websocket.deflate import Contexts, Inflater
+from handlers.websocket.deflate import Compression, Inflater
 from handlers.websocket.frames import (
     Close,
     CloseCode,
@@ -35,58 +29,41 @@ from handlers.websocket.frames import (
     Pong,
     Received,
     close_payload,
-    deflate,
     frame,
 )
-from handlers.websocket.negotiation import agree_on_deflate, extensions
 from handlers.websocket.stream import ClientStream, client_stream
 from handlers.websocket.turns import TURN, Turns, clock
 from handlers.websocket.uptake import Outgoing
 
 logger = logging.getLogger(__name__)
 
-READ_CHUNK = 64 * 1024  # bytes taken from the stream at a time
-ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
-# Bytes of messages that are read while there is no room for them, so that the pings
-# between and behind them are answered.
+READ_CHUNK = 64 * 1024  # bytes read from the stream at a time
+# Bytes of messages that are read although there is no room for them, so that the
+# pings among them are answered.
 READ_AHEAD = READ_CHUNK
-MESSAGE_COST = 64  # bytes that each of them counts for besides, however short
+MESSAGE_COST = 64  # bytes that each of them counts in addition to its length
 
 State = Literal["connecting", "open", "closing", "closed"]
 
 
-@dataclass(frozen=True, slots=True)
-class Compression:
-    """permessage-deflate's settings (zlib): level 1 to 9, memory level 1 to 9.
-
-    `window_bits`, 9 to 15, is what a client may ask for (RFC 7692, 7.1.2.1).
-    `contexts` are those of all clients.
-    """
-
-    level: int = 6
-    mem_level: int = 8
-    window_bits: int = zlib.MAX_WBITS
-    contexts: Contexts = field(default_factory=Contexts)
-
-
 class Client(Protocol):
-    """Whom the protocol tells what happens: a `ClientConnection`."""
+    """What the protocol calls when something happens: a `ClientConnection`."""
 
     @property
     def state(self) -> State:
-        """That of the connection; everything here goes by it."""
+        """State of the connection, which decides what the protocol does."""
 
     @property
     def send_timeout(self) -> float:
-        """Longest that it may take nothing, in seconds."""
+        """Longest time in which the client may acknowledge nothing, in seconds."""
 
     @property
     def read_ahead(self) -> int:
-        """Bytes that may be read while there is no room."""
+        """Bytes of messages that may be read while there is no room for them."""
 
     @property
     def turns(self) -> Turns:
-        """Where to wait until the others have had their turn."""
+        """Where work waits until other clients have had their turn."""
 
     def on_open(self) -> None: ...
 
@@ -108,9 +85,9 @@ class Client(Protocol):
 
 
 class ReadAhead:
-    """Messages that were read while there was no room, until there is.
+    """Messages that were read while there was no room for them.
 
-    `left` is how many bytes more may be read or kept.
+    `left` is the number of bytes that may still be read or kept.
     """
 
     __slots__ = ("left", "messages")
@@ -120,13 +97,13 @@ class ReadAhead:
         self.messages: deque[str | bytes] = deque()
 
     def add(self, message: str | bytes) -> None:
-        """Keep a message; the one that exceeds the bound as well."""
+        """Keep a message, even one that exceeds the limit."""
         self.messages.append(message)
         self.left -= len(message) + MESSAGE_COST
 
 
 class ClientProtocol:
-    """Reads frames in bulk, writes each in one piece, closes by the book."""
+    """Reads frames in bulk, writes each with one call, closes as RFC 6455 says."""
 
     __slots__ = (
         "_ahead",
@@ -149,8 +126,7 @@ class ClientProtocol:
         compression: Compression | None = None,
         read_chunk: int = 0,
     ) -> None:
-        """`read_chunk` bytes at most are taken from the stream at a time; 0: as many
-        as are usual."""
+        """`read_chunk` is the most to read at a time, in bytes; 0: `READ_CHUNK`."""
         self._client = client
         self._compression = compression
         self._parser = FrameParser(
@@ -159,17 +135,18 @@ class ClientProtocol:
         self._read_chunk = min(read_chunk or READ_CHUNK, READ_CHUNK)
         self._stream: ClientStream
         self._closing: Closing | None = None  # from the first close frame on
-        self._kept = 0  # bytes of a message that is not whole, as the client was told
-        # What `FrameParser.frames` has yet to yield of the last chunk.
+        # Bytes of an incomplete message, as last reported by `Client.on_kept`.
+        self._kept = 0
+        # The rest of the last chunk, which `FrameParser.frames` has yet to yield.
         self._received: Iterator[Received | None] | None = None
         self._ahead: ReadAhead | None = None  # while there is no room
-        # Only the latest of the pings that came while a pong is on its way is
-        # answered (RFC 6455, section 5.5.3), so that pongs don't pile up.
+        # While a pong is being sent, only the latest ping is remembered and answered
+        # (RFC 6455, section 5.5.3), so that pongs cannot pile up.
         self._pong: asyncio.Future[None] | None = None
         self._latest_ping: bytes | None = None
 
     def begin(self, stream: IOStream) -> None:
-        """The 101 was written to `stream`: its socket is taken over."""
+        """Take over the socket of `stream`, to which the 101 was written."""
         self._stream = client_stream(stream, self._on_readable, self._on_lost)
         try:
             self._client.on_open()
@@ -185,7 +162,7 @@ class ClientProtocol:
     # Reading.
 
     def _on_readable(self) -> None:
-        if self._received is None:  # else what was read before goes on by itself
+        if self._received is None:  # else `turns` continues with the last chunk
             self._read_on(at_once=False)
 
     def _go_on(self) -> None:
@@ -199,9 +176,9 @@ class ClientProtocol:
             self._on_bug("reading from a client")
 
     def _read_share(self, at_once: bool) -> None:
-        """Take what has come, for as long as a client's turn lasts.
+        """Read and handle what has arrived, for as long as one turn lasts.
 
-        `at_once` says that it was there before we asked.
+        `at_once` says that it had arrived before the socket was asked.
         """
         stream, ends_at = self._stream, clock() + TURN
         is_full = True
@@ -213,12 +190,12 @@ class ClientProtocol:
                     size = min(size, ahead.left)
                 data = stream.read(size)
                 if not data:
-                    # After a failed write there is no more than what has come.
+                    # After a failed write nothing more will arrive.
                     if data is not None or stream.lost:
                         self._end()
                     return
                 self._client.on_heard(len(data), at_once)
-                # What fills a chunk is followed by what is there already.
+                # A full chunk means that more has arrived already.
                 at_once, is_full = True, len(data) == size
                 if ahead is not None:
                     ahead.left -= len(data)
@@ -243,9 +220,9 @@ class ClientProtocol:
             self._client.turns.wait(self._go_on)
 
     def _take(self, ends_at: float) -> None:
-        """Hand on what was read, or keep it until there is room for it.
+        """Deliver what was read, or keep it until there is room for it.
 
-        From `ends_at` on the rest of `_received` has to wait; one frame never does.
+        At least one frame is handled; from `ends_at` on the others wait.
         """
         assert self._received is not None
         try:
@@ -282,13 +259,13 @@ class ClientProtocol:
             self._client.on_kept(kept)
 
     def _is_ahead_enough(self) -> bool:
-        """Whether nothing more may be read until there is room."""
+        """Whether reading must stop until there is room."""
         return self._ahead is not None and self._ahead.left <= 0
 
     def _wait_for_room(self) -> None:
-        """Keep messages from now on, unless there is room for them.
+        """Keep messages from now on if there is no room for them.
 
-        Raises `FrameError` where the client has sent too much for too long.
+        Raises `FrameError` if the client has exceeded its rate for too long.
         """
         room = self._client.room()
         if room is not None:
@@ -299,16 +276,16 @@ class ClientProtocol:
         self._catch_up()
 
     def _catch_up(self) -> None:
-        """Hand on what was read ahead, while there is room and the turn lasts."""
+        """Deliver what was read ahead, while there is room and the turn lasts."""
         ahead, ends_at = self._ahead, clock() + TURN
-        if ahead is None:  # it ends: what was kept is handed on already
+        if ahead is None:  # the connection ends, and the messages were delivered
             return
         try:
             while (wait := self._client.room()) is None:
                 if not ahead.messages:
                     self._ahead = None
                     self._stream.start_reading()
-                    # Whoever may go on finds what came meanwhile at once.
+                    # Do not wait for the loop to report what came meanwhile.
                     self._read_on(at_once=True)
                     return
                 self._client.on_message(ahead.messages.popleft())
@@ -324,14 +301,14 @@ class ClientProtocol:
             self._on_bug("reading from a client")
 
     def _stop_taking(self) -> None:
-        """Hand on what was read ahead, room or not, and look at nothing more."""
+        """Deliver what was read ahead, even without room, and parse nothing more."""
         self._received = None
         ahead, self._ahead = self._ahead, None
         while ahead is not None and ahead.messages:
             self._client.on_message(ahead.messages.popleft())
 
     def _end(self) -> None:
-        """The peer has ended the connection, or it is lost, and all was read."""
+        """The peer has closed the TCP connection, or it is lost; all was read."""
         self._stop_taking()
         self.abort()
 
@@ -345,7 +322,7 @@ class ClientProtocol:
             # echos the status code it received" (RFC 6455, section 5.5.1).
             closing = self._write_close(close_payload(close.code))
             closing.peer = close
-        # Mostly the peer has sent nothing more, and closing loses nothing.
+        # Usually the peer has sent nothing more, and closing loses nothing.
         stream = self._stream
         if stream.closes_cleanly and not stream.waiting and not stream.read(READ_CHUNK):
             self.abort()
@@ -353,10 +330,10 @@ class ClientProtocol:
             self._discard()
 
     def _discard(self) -> None:
-        """Read nothing more of what comes: only until the peer has taken all.
+        """Discard what arrives until the peer has acknowledged all that was sent.
 
-        It is read all the same, since closing a socket with unread bytes resets it,
-        and what is under way would be lost.
+        It must be read, since closing a socket with unread bytes resets the
+        connection, and what was sent would be lost.
         """
         assert self._closing is not None
         if self._closing.discarding:
@@ -365,16 +342,16 @@ class ClientProtocol:
             self.abort()
             return
         self._closing.discarding = True
-        self._parser = FrameParser(0)  # what the other one kept is nobody's any more
+        self._parser = FrameParser(0)  # frees what the old one kept
         self._note_kept()
         self._stream.start_reading()
         self._closing.shut_down()
         self._closing.watch()
 
     def _on_lost(self) -> None:
-        """A write has failed: what the kernel still has is read, then it is over.
+        """A write has failed: read what the kernel still has, then end.
 
-        The peer may have sent messages, and a close frame, before it went.
+        The peer may have sent messages and a close frame before it disconnected.
         """
         self._client.on_leaving()
         if self._closing is not None and self._closing.discarding:
@@ -383,9 +360,9 @@ class ClientProtocol:
             self._go_on()
 
     def _on_over(self) -> None:
-        """The peer has had its time to answer our close frame."""
+        """The peer's time to answer the close frame is over."""
         if self._is_ahead_enough():
-            # Its answer may stand behind messages for which there is no room.
+            # The answer may be behind messages for which there is no room.
             self._stop_taking()
             self._discard()
         else:
@@ -405,9 +382,10 @@ class ClientProtocol:
     # Writing.
 
     def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
-        """Send one message as one frame: None once the kernel has all of it.
+        """Send one message as one frame.
 
-        Otherwise a future that is done then, or fails with `ConnectionClosed`.
+        Returns None if the kernel took all of it, otherwise a future that is done
+        when it has, or fails with `ConnectionClosed`.
         """
         if isinstance(message, str):
             opcode, payload = Opcode.TEXT, message.encode()
@@ -416,21 +394,16 @@ class ClientProtocol:
         compression = self._compression
         if compression is None:
             return self._stream.write(frame(opcode, payload))
-        payload = deflate(
-            payload,
-            compression.level,
-            compression.mem_level,
-            compression.window_bits,
-        )
+        payload = compression.compress(payload)
         return self._stream.write(frame(opcode, payload, compressed=True))
 
     @property
     def bytes_waiting(self) -> int:
-        """Bytes that were written and that the kernel has not taken."""
+        """Bytes that were written and that the kernel has not taken yet."""
         return self._stream.waiting
 
     def drained(self) -> "asyncio.Future[None]":
-        """Done when the kernel has taken all that was written before.
+        """Return a future that is done when the kernel has all that was written.
 
         It fails with `ConnectionClosed`.
         """
@@ -438,15 +411,15 @@ class ClientProtocol:
 
     @property
     def is_held(self) -> bool:
-        """Whether nothing is read, so that no pong can be seen."""
+        """Whether reading has stopped, so that no pong can be seen."""
         return self._is_ahead_enough()
 
     def outgoing(self) -> Outgoing:
-        """What is under way to the peer."""
+        """Ask the kernel what the peer has not acknowledged yet."""
         return self._stream.outgoing()
 
     def send_ping(self) -> bool:
-        """Send a ping, unless frames wait: they would keep it back.
+        """Send a ping, unless other frames wait, which would delay it.
 
         Returns whether it was sent.
         """
@@ -478,11 +451,11 @@ class ClientProtocol:
     # Closing.
 
     def close(self, code: int, reason: str) -> None:
-        """Send a close frame; the socket goes after the answer, or see `Closing`."""
+        """Send a close frame; the answer, or `Closing`, then closes the socket."""
         self._write_close(close_payload(code, reason)).watch()
 
     def fail(self, code: int, reason: str) -> None:
-        """Send a close frame, if none was sent, then look at nothing that comes."""
+        """Send a close frame unless one was sent, then discard what arrives."""
         self._stop_taking()
         if self._stream.closed:
             return
@@ -491,7 +464,7 @@ class ClientProtocol:
         self._discard()
 
     def give_up(self) -> None:
-        """Write nothing more, and take no more than what has come, which is read."""
+        """Stop writing and receiving; only what has arrived is still read."""
         self._stream.lose()
 
     def abort(self) -> None:
@@ -506,38 +479,7 @@ class ClientProtocol:
         self._client.on_closed(None if closing is None else closing.peer)
 
     def _write_close(self, payload: bytes) -> Closing:
-        with contextlib.suppress(ConnectionClosed):  # the stream tells of its end
+        with contextlib.suppress(ConnectionClosed):  # the stream reports its end
             self._stream.write(frame(Opcode.CLOSE, payload))
         self._closing = Closing(self._stream, self._client.send_timeout, self._on_over)
         return self._closing
-
-
-def agree_on_compression(
-    handler: RequestHandler, compression: Compression | None
-) -> Compression | None:
-    """What the 101 is to say of permessage-deflate, and how to go by it."""
-    if compression is None:
-        return None
-    offered = handler.request.headers.get_list("Sec-WebSocket-Extensions")
-    agreed = agree_on_deflate(extensions(offered))
-    if agreed is None:
-        return None
-    handler.set_header("Sec-WebSocket-Extensions", agreed.answer)
-    if agreed.window_bits != compression.window_bits:
-        return replace(compression, window_bits=agreed.window_bits)
-    return compression
-
-
-def switch(handler: RequestHandler, subprotocol: str | None) -> IOStream:
-    """Answer a handshake with 101; the stream is the WebSocket's from now on."""
-    key = handler.request.headers["Sec-WebSocket-Key"].encode()
-    accept = base64.b64encode(hashlib.sha1(key + ACCEPT_GUID).digest()).decode()
-    if subprotocol is not None:
-        handler.set_header("Sec-WebSocket-Protocol", subprotocol)
-    handler.clear_header("Content-Type")
-    handler.set_status(101)
-    handler.set_header("Upgrade", "websocket")
-    handler.set_header("Connection", "Upgrade")
-    handler.set_header("Sec-WebSocket-Accept", accept)
-    handler.finish()
-    return handler.detach()
