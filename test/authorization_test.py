@@ -106,7 +106,7 @@ async def ask(service: Service, *request: str, host: str | None = None) -> Respo
 # Callbacks.
 
 
-async def test_without_a_token_nothing_below_socket_is_told(io_loop):
+async def test_socket_routes_without_a_token_reveal_nothing(io_loop):
     """401 comes before 404, 405, 413, 400 and 410, with the prefix and without."""
     url = "--externalhostandport=http://relay.internal/sd"
     async with Service(TOKENS, url) as service:
@@ -242,7 +242,7 @@ async def test_body_without_a_token_is_dropped_and_then_answered(io_loop):
         assert answer.status == 410
 
 
-async def test_body_that_need_not_come_is_answered_at_once(io_loop):
+async def test_request_is_rejected_before_its_expected_body(io_loop):
     """401 without a 100 or a byte of the body, and the connection ends."""
     cases = [
         ["Expect: 100-continue", "Content-Length: 10"],
@@ -329,7 +329,7 @@ async def test_bad_token_stops_the_start(io_loop, value, complaint):
         assert secret not in line
 
 
-async def test_empty_token_opens_no_door(io_loop, tmp_path):
+async def test_empty_token_is_rejected(io_loop, tmp_path):
     """A value that somebody forgot to give stops the start."""
     conf = tmp_path / "conf"
     conf.write_text("callback_token = ['']\n")
@@ -351,7 +351,7 @@ async def test_empty_token_opens_no_door(io_loop, tmp_path):
         "callback_token = {'OLD': 1}",
     ],
 )
-async def test_no_complaint_shows_what_may_be_a_token(io_loop, tmp_path, given):
+async def test_error_lines_show_no_token(io_loop, tmp_path, given):
     """However wrongly it was given."""
     if isinstance(given, str):
         conf = tmp_path / "conf"
@@ -438,7 +438,7 @@ async def test_no_token_is_ever_shown(io_loop):
         ([], 0),
     ],
 )
-async def test_open_callbacks_are_a_warning_at_the_start(io_loop, flags, warnings):
+async def test_start_warns_of_callbacks_without_a_token(io_loop, flags, warnings):
     """Once, where they need no token on an address that is not loopback."""
     if "--bindip=::" in flags and not has_ipv6():
         leave_out("this machine has no ::1")
@@ -526,7 +526,7 @@ OTHER_HOSTS = [
 ]
 
 
-async def test_operators_ask_for_a_loopback_name(io_loop):
+async def test_operator_routes_require_a_loopback_host(io_loop):
     """A page that had its name rebound to 127.0.0.1 would ask for that name."""
     async with Service() as service:
         for host in LOCAL_HOSTS:
@@ -552,7 +552,7 @@ FORWARDED = [
 ]
 
 
-async def test_operators_come_by_way_of_no_proxy(io_loop):
+async def test_operator_routes_reject_proxied_requests(io_loop):
     """Whoever is behind it is not on this machine."""
     async with Service() as service:
         for header in FORWARDED:
@@ -573,7 +573,7 @@ async def test_operators_come_by_way_of_no_proxy(io_loop):
         (["--bindip=::"], "::1", 403),
     ],
 )
-async def test_operators_need_a_loopback_listener(io_loop, flags, host, status):
+async def test_operators_need_a_listener_on_loopback(io_loop, flags, host, status):
     """A wildcard is none, even where it was reached by 127.0.0.1."""
     if "::" in flags[0] and not has_ipv6():
         leave_out("this machine has no ::1")
@@ -605,7 +605,7 @@ ORIGINS = [
 ]
 
 
-async def test_operators_come_from_no_other_site(io_loop):
+async def test_operator_routes_reject_other_origins(io_loop):
     """A browser on this machine may show anybody's page."""
     async with Service() as service:
         for method, headers, passes in ORIGINS:

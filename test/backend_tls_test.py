@@ -64,7 +64,7 @@ def outdated(certificate: Certificate) -> ssl.SSLContext:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
-async def test_backend_of_the_authority_is_believed(io_loop, authority, host, version):
+async def test_certificate_of_backend_ca_is_trusted(io_loop, authority, host, version):
     """By its name or its IP address, with TLS 1.2 and 1.3, for every event."""
     context = limited(authority.server(host).server_context(), version)
     async with TLSBackend(context, host) as backend:
@@ -116,7 +116,7 @@ def speaking_tls_1_1(authority: Authority) -> ssl.SSLContext:
         (speaking_tls_1_1, "localhost", "alert protocol version"),
     ],
 )
-async def test_backend_that_is_not_believed_is_as_if_away(
+async def test_untrusted_backend_certificate_counts_as_unreachable(
     io_loop, authority, bad: Callable[[Authority], ssl.SSLContext], host, why
 ):
     """One warning says which and why; the message waits until it can be believed."""
@@ -149,7 +149,7 @@ def warnings_of(service: Service) -> list[str]:
     return [line for line in retries(service) if line.startswith("[W ")]
 
 
-async def test_handshake_is_503_where_the_backend_is_not_believed(io_loop, authority):
+async def test_untrusted_backend_certificate_is_503(io_loop, authority):
     """The log says why."""
     async with TLSBackend(expired(authority)) as backend:
         async with Service(

@@ -183,7 +183,7 @@ ERRORS = {400, 405, 411, 413, 414, 417, 431, 501, 505}
 
 
 @pytest.mark.parametrize("row", [*REFUSED, *REFUSED_LINES])
-async def test_request_that_is_not_to_be_trusted_is_refused(relay, row):
+async def test_ambiguous_request_is_rejected(relay, row):
     """At most one answer, an error, and the end; nothing behind it is read."""
     request = LINE + REFUSED[row] if row in REFUSED else REFUSED_LINES[row]
     heard = await relay.tell(request + SMUGGLED)
@@ -240,7 +240,7 @@ CUT = {
 
 
 @pytest.mark.parametrize("row", CUT)
-async def test_request_that_is_cut_short_is_none(relay, row):
+async def test_incomplete_request_is_not_served(relay, row):
     """It ends, and nothing of it reaches the client."""
     heard = await relay.tell(CUT[row], half_close=True)
     assert heard.ended
@@ -289,7 +289,7 @@ async def test_strange_target_has_its_answer(relay, row):
     assert await relay.frames() == []
 
 
-async def test_id_in_capitals_is_none(relay):
+async def test_connection_id_in_capitals_is_rejected(relay):
     """An id has one spelling."""
     for spelling in (relay.id.upper(), f"%{ord(relay.id[0]):02X}{relay.id[1:]}"):
         line = f"POST /socket/{spelling}/send HTTP/1.1\r\n".encode()

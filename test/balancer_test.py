@@ -302,7 +302,7 @@ async def test_clients_are_spread_and_known(io_loop, balancer, tmp_path):
 
 
 @each_balancer
-async def test_what_clients_write_is_not_believed(io_loop, balancer, tmp_path):
+async def test_forwarding_headers_of_clients_are_ignored(io_loop, balancer, tmp_path):
     """Neither X-Forwarded-For nor X-Forwarded-Proto passes."""
     forged = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https"}
     async with RecordingBackend() as backend:

@@ -105,7 +105,7 @@ async def test_probe_that_ends_without_an_outcome_is_not_the_last(io_loop):
     await eventually(breaker.take)
 
 
-async def test_waiter_that_raises_keeps_no_other_from_its_turn(io_loop):
+async def test_failing_waiter_does_not_block_others(io_loop):
     """Neither at a probe nor when the breaker closes."""
     breaker = Breaker(QUICK)
     fail(breaker, 20, 5)

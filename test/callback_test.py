@@ -190,7 +190,7 @@ async def test_body_that_would_have_to_be_decoded_is_415(io_loop, server):
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
-async def test_415_has_its_place_among_the_other_answers(io_loop, server):
+async def test_415_comes_after_413_and_before_400(io_loop, server):
     """Behind 401, 404, 405 and 413, before 400 and 410."""
     token = "0123456789abcdef"
     flags = (f"--http_server={server}", f"--callback_token={token}")
@@ -231,7 +231,7 @@ async def test_head_of_a_connection_is_get_without_a_body(io_loop):
 
 
 @pytest.mark.parametrize("identifier", ["0f6c2f", UNKNOWN + "0", "F" * 32, "x" * 32])
-async def test_what_can_be_no_id_has_an_answer_that_says_so(io_loop, identifier):
+async def test_malformed_connection_id_gets_an_explanation(io_loop, identifier):
     """404, as for each path that is none, but it names the reason."""
     async with RecordingBackend() as backend, Service() as service:
         for path in ("", "/send", "/disconnect", "/sent"):

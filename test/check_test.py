@@ -110,27 +110,27 @@ async def test_bad_option_is_status_2(io_loop):
     assert line == "socketdock: there is no option --bidport; did you mean --bindport?"
 
 
-async def test_options_that_miss_another_are_told(io_loop):
+async def test_check_reports_options_that_need_another_option(io_loop):
     """With everything else that was found."""
     line = only("error", await check("--bindport=0", "--backend=http", status=1))
     assert line == "error:   --backend=http needs --messageuri"
 
 
-async def test_backend_that_is_not_there_is_told(io_loop):
+async def test_check_reports_unreachable_backend(io_loop):
     """Nothing listens at its port."""
     url = f"http://127.0.0.1:{free_ports(1)}/message"
     line = only("error", await check(*to(url), status=1))
     assert "Connection refused; start the backend there" in line
 
 
-async def test_backend_with_a_name_that_is_none_is_told(io_loop):
+async def test_check_reports_unknown_backend_name(io_loop):
     """No resolver has to be asked for that."""
     line = only("error", await check(*to("http://no..name/"), status=1))
     assert "http://no..name:80: the name is unknown here" in line
     assert "mend it, or this machine's DNS" in line
 
 
-async def test_certificate_of_the_backend_that_has_expired_is_told(io_loop, tmp_path):
+async def test_check_reports_expired_backend_certificate(io_loop, tmp_path):
     """It has to renew it."""
     authority = Authority(tmp_path)
     async with https(authority.server(expired=True)) as url:
@@ -139,7 +139,7 @@ async def test_certificate_of_the_backend_that_has_expired_is_told(io_loop, tmp_
     assert "TLS: certificate has expired; renew the backend's certificate" in line
 
 
-async def test_certificate_that_nobody_vouches_for_is_told(io_loop, tmp_path):
+async def test_check_reports_untrusted_certificate(io_loop, tmp_path):
     """With the option that would name who does."""
     async with https(self_signed(tmp_path)) as url:
         line = only("error", await check(*to(url), status=1))
@@ -147,7 +147,7 @@ async def test_certificate_that_nobody_vouches_for_is_told(io_loop, tmp_path):
     assert line.endswith("in --backend_ca")
 
 
-async def test_server_that_hangs_up_on_tls_is_told(io_loop):
+async def test_check_reports_server_that_closes_during_tls(io_loop):
     """It says nothing, so the finding does."""
 
     async def hang_up(reader, writer):
@@ -167,14 +167,14 @@ async def test_server_that_hangs_up_on_tls_is_told(io_loop):
         (26, "have the backend's certificate issued anew"),  # not a server's
     ],
 )
-def test_advice_is_not_what_was_done(code, advice):
+def test_tls_advice_fits_the_error(code, advice):
     """--backend_ca helps only where the authority is unknown."""
     error = ssl.SSLCertVerificationError()
     error.verify_code = code
     assert tls_remedy(error).startswith(advice)
 
 
-async def test_certificate_for_another_name_is_told(io_loop, tmp_path):
+async def test_check_reports_certificate_for_another_name(io_loop, tmp_path):
     """The name in the URL has to be among its names."""
     authority = Authority(tmp_path)
     async with https(authority.server("elsewhere.example")) as url:
@@ -182,7 +182,7 @@ async def test_certificate_for_another_name_is_told(io_loop, tmp_path):
     assert only("error", lines).endswith("use a name that stands in the certificate")
 
 
-async def test_backend_that_wants_a_certificate_is_told(io_loop, tmp_path):
+async def test_check_reports_backend_that_requires_a_certificate(io_loop, tmp_path):
     """By TLS 1.3 that shows only after the handshake."""
     authority = Authority(tmp_path)
     async with https(authority.server(), client_ca=authority.path) as url:
@@ -190,7 +190,7 @@ async def test_backend_that_wants_a_certificate_is_told(io_loop, tmp_path):
     assert "--backend_cert" in only("error", lines)
 
 
-async def test_backend_that_speaks_no_tls_is_told(io_loop):
+async def test_check_reports_backend_without_tls(io_loop):
     """https:// to a port of http://."""
     async with RecordingBackend() as backend:
         url = backend.url("message").replace("http", "https")
@@ -199,7 +199,7 @@ async def test_backend_that_speaks_no_tls_is_told(io_loop):
     assert "; make it http://, or give the port that speaks TLS" in line
 
 
-async def test_port_in_use_is_told_and_its_relay_keeps_its_clients(io_loop):
+async def test_check_reports_port_in_use_and_leaves_its_relay_alone(io_loop):
     """A relay that runs with the very same options, for one."""
     async with Service() as service:
         port = service.ws_url.split(":")[2].split("/")[0]
@@ -210,13 +210,13 @@ async def test_port_in_use_is_told_and_its_relay_keeps_its_clients(io_loop):
     assert f"port {port} of 127.0.0.1: Address already in use; stop what" in line
 
 
-async def test_address_of_another_machine_is_told(io_loop):
+async def test_check_reports_address_of_another_machine(io_loop):
     """192.0.2.1 is nobody's (RFC 5737)."""
     lines = await check("--bindip=192.0.2.1", "--bindport=0", status=1)
     assert any("give an address that this machine has" in line for line in lines)
 
 
-async def test_certificate_of_ours_that_expires_is_told(io_loop, tmp_path, monkeypatch):
+async def test_check_reports_own_expiring_certificate(io_loop, tmp_path, monkeypatch):
     """As a warning within 14 days, as an error once it has."""
     authority = Authority(tmp_path)
     expired = authority.server(expired=True).both
@@ -231,13 +231,13 @@ async def test_certificate_of_ours_that_expires_is_told(io_loop, tmp_path, monke
     assert any("is good until 20" in line for line in await check(*flags, status=0))
 
 
-async def test_file_that_is_no_certificate_is_told(io_loop):
+async def test_check_reports_file_that_is_not_a_certificate(io_loop):
     """With the sentence of the start."""
     flags = ("--bindport=0", "--tls_cert=README.md")
     assert "can't use README.md for TLS" in only("error", await check(*flags, status=1))
 
 
-async def test_callbacks_without_a_token_on_a_public_address_are_told(io_loop):
+async def test_check_reports_callbacks_without_a_token_on_a_public_address(io_loop):
     """The start only warns of it."""
     flags = ("--bindport=0", "--bindip=0.0.0.0")
     line = only("error", await check(*flags, status=1))
@@ -245,7 +245,7 @@ async def test_callbacks_without_a_token_on_a_public_address_are_told(io_loop):
     await check(*flags, "--callback_token=0123456789abcdef", status=0)
 
 
-async def test_too_few_descriptors_are_told(io_loop):
+async def test_check_reports_too_few_descriptors(io_loop):
     """With where the limit is raised."""
     lines = await check(
         "--bindport=0",
@@ -256,7 +256,7 @@ async def test_too_few_descriptors_are_told(io_loop):
     assert "at most 512 files may be open here" in line and "LimitNOFILE=" in line
 
 
-async def test_state_dir_that_is_no_folder_is_told(io_loop):
+async def test_check_reports_state_dir_that_is_not_a_folder(io_loop):
     """Nothing is made, and a running relay's lock is left alone."""
     async with RecordingBackend() as backend:
         url = backend.url("message")
@@ -276,7 +276,7 @@ async def test_errors_are_in_the_exit_status_of_a_cut_output(io_loop):
     assert (piped.returncode, said) == (1, b"")
 
 
-async def test_state_dir_with_nobody_to_tell_is_told(io_loop, tmp_path):
+async def test_check_reports_state_dir_without_disconnecturi(io_loop, tmp_path):
     """By `check` and in the log; what it holds stays for a start that tells."""
     (tmp_path / "a.journal").write_bytes(b"socketdock journal 1 a\n+" + b"1" * 32)
     said = "--state_dir does nothing without --disconnecturi: nobody is told"

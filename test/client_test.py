@@ -282,7 +282,7 @@ async def test_odd_header_does_not_cost_the_answer(io_loop, row):
             assert made == (1 if is_kept else number)
 
 
-async def test_what_is_smuggled_behind_a_doubtful_answer_is_nobodys(io_loop):
+async def test_bytes_after_an_ambiguous_response_are_discarded(io_loop):
     """With two lengths: the body may hold what looks like the next answer."""
     answer = (
         b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -341,7 +341,7 @@ async def test_busy_origin_leaves_room_for_another(io_loop, most):
         assert answers > 0
 
 
-async def test_408_on_a_kept_connection_is_its_end(io_loop):
+async def test_408_on_a_kept_connection_ends_it(io_loop):
     """The request goes again at once; on a new connection 408 is an answer."""
     late = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"
     made = 0
@@ -393,7 +393,7 @@ async def test_connection_is_not_used_beyond_its_age(io_loop):
         await eventually(lambda: client.open == 0)
 
 
-async def test_slow_reader_is_not_dead(io_loop):
+async def test_ping_timeout_spares_slow_reader(io_loop):
     """Writing may take as long as it takes, while the peer takes something."""
     size = 32 * 2**20  # more than kernels keep
     body = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
@@ -419,7 +419,7 @@ async def test_slow_reader_is_not_dead(io_loop):
         assert took > 2
 
 
-async def test_reader_that_stops_is_dead(io_loop):
+async def test_ping_timeout_closes_client_that_stopped_reading(io_loop):
     """Its kernel takes what it has room for, and then nothing more."""
     body = b"POST / HTTP/1.1\r\nContent-Length: 67108864\r\n\r\n" + bytes(2**26)
     go_on = asyncio.Event()

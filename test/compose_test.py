@@ -68,7 +68,7 @@ def test_relays_are_stopped_later_than_they_drain(services):
         assert float(services[name]["stop_grace_period"].removesuffix("s")) > drain
 
 
-def test_relays_stop_later_than_haproxy_has_looked_away(services):
+def test_drain_delay_is_longer_than_haproxy_health_checks(services):
     """`--drain_delay` is above the interval of the checks times their number."""
     text = (CONF / "haproxy.cfg").read_text("utf-8")
     ((interval, fall),) = re.findall(r"check inter (\d+)s fall (\d+)", text)
@@ -77,7 +77,7 @@ def test_relays_stop_later_than_haproxy_has_looked_away(services):
         assert float(delay) > int(interval) * int(fall)
 
 
-def test_relays_believe_haproxy_alone(compose, services):
+def test_relays_trust_only_haproxy(compose, services):
     """Its address is fixed, and no other container gets it."""
     (pool,) = compose["networks"]["default"]["ipam"]["config"]
     address = services["haproxy"]["networks"]["default"]["ipv4_address"]

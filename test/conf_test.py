@@ -70,7 +70,7 @@ def test_conf_has_every_option_at_its_default(helped, conf):
     assert written == {name: default for name, _, default in helped}
 
 
-def test_conf_tells_each_unit_in_words(helped, conf):
+def test_conf_names_each_unit(helped, conf):
     """Nobody has to guess whether a limit is in seconds or milliseconds."""
     told = {
         OPTION.search(paragraph)[1]: paragraph
@@ -87,7 +87,7 @@ def test_conf_sets_nothing_as_it_ships(conf):
 
 
 @pytest.mark.gen_test
-async def test_every_line_of_conf_can_be_uncommented_as_it_stands(
+async def test_every_line_of_conf_can_be_uncommented(
     io_loop, conf, tmp_path
 ):
     """The relay starts with all of them set to their defaults."""

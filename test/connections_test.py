@@ -101,7 +101,7 @@ async def close_code(client: websockets.ClientConnection) -> int | None:
     return client.close_code
 
 
-async def test_both_ends_share_one_map(
+async def test_listeners_share_one_connection_map(
     io_loop, app, http_server, http_client, http_port, base_url
 ):
     """A client that connects is found by a callback, in the map of this loop."""

@@ -378,7 +378,7 @@ async def test_bodies_are_told_of_one_connection_when_asked_for(io_loop):
             await second.close()
 
 
-async def test_bodies_are_never_told_where_they_are_off(io_loop):
+async def test_bodies_are_never_shown_when_console_bodies_is_off(io_loop):
     """The relay refuses, whatever the page would do."""
     async with Service("--console_bodies=off") as service:
         async with live(service) as (stream, hello):
@@ -393,7 +393,7 @@ async def test_bodies_are_never_told_where_they_are_off(io_loop):
                 assert "body" not in await stream.until("received", id=one)
 
 
-async def test_wishes_are_checked(io_loop):
+async def test_viewer_filters_are_validated(io_loop):
     """400 says what each has to be; an unknown viewer is 404."""
     async with Service() as service, live(service) as (_, hello):
         viewer = f"/console/viewers/{hello['viewer']}"
@@ -410,7 +410,7 @@ async def test_wishes_are_checked(io_loop):
         assert answer.status == 404
 
 
-def test_viewer_is_told_no_more_than_it_can_read():
+def test_slow_viewer_gets_fewer_events():
     """A batch is bounded; the rest is counted. Followed connections have their own."""
     viewer = Viewer(lambda viewer: None)
     one, other = "a" * 32, "b" * 32
@@ -430,7 +430,7 @@ def test_viewer_is_told_no_more_than_it_can_read():
     assert viewer.wants("received", other)
 
 
-def test_viewer_is_told_what_it_wishes():
+def test_viewer_gets_the_events_it_asks_for():
     """Kinds, the beginning of an id, only failures; and what it follows besides."""
     viewer = Viewer(lambda viewer: None)
     one = "a" * 32
@@ -722,7 +722,7 @@ def test_tickets_end():
 # What it costs.
 
 
-def test_nobody_watches_while_nobody_looks():
+def test_no_events_are_collected_without_viewers():
     """The tail observes from the first page that is opened to the last one closed."""
 
     async def run() -> list[int]:

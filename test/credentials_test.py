@@ -226,7 +226,7 @@ def check_refused(why: str, secrets: list[str] | None = None, **files: str) -> s
     return message
 
 
-def test_certificates_are_judged_alike_on_every_python(tmp_path, monkeypatch):
+def test_certificates_are_verified_equally_on_every_python(tmp_path, monkeypatch):
     """3.13 refuses one that does not name its signer's key; curl and Go take it."""
     usual = ssl.create_default_context
 

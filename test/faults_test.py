@@ -148,7 +148,7 @@ async def test_client_that_left_before_the_deadline_is_accounted_for(io_loop):
             assert meta["undelivered"] == 3
 
 
-async def test_sick_backend_is_not_stampeded(io_loop):
+async def test_failing_backend_gets_one_probe_at_a_time(io_loop):
     """While it answers 503, about one attempt at a time; a 500 stops nobody."""
     async with FaultyBackend() as backend:
         async with Service(*backend.flags()) as service:
@@ -291,7 +291,7 @@ async def crash(service: Service) -> None:
     await service.process.wait()
 
 
-async def test_killed_relay_tells_of_each_connection_once(io_loop, tmp_path):
+async def test_restart_after_sigkill_reports_each_connection_once(io_loop, tmp_path):
     """After the restart: one disconnect event each, of the run that is dead."""
     state = f"--state_dir={tmp_path}"
     async with FaultyBackend() as backend:
@@ -378,7 +378,7 @@ def empty(file: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [tear, scribble, empty])
-async def test_spoilt_journal_is_reported_and_never_fatal(io_loop, tmp_path, spoil):
+async def test_corrupt_journal_is_reported_and_never_fatal(io_loop, tmp_path, spoil):
     """It starts, says so, relays; and says so once only."""
     async with FaultyBackend() as backend:
         flags = [*backend.flags(), f"--state_dir={tmp_path}"]

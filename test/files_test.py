@@ -41,7 +41,7 @@ async def test_byte_order_mark_is_left_out(io_loop, tmp_path, name):
 
 @pytest.mark.parametrize("name", [*TEXTS, *PEM])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "null", "missing"])
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path, certificate, name, kind):
+def test_special_files_are_rejected_at_once(tmp_path, certificate, name, kind):
     """Nothing is opened that could block; and it may become right: status 1."""
     path = tmp_path / "file"
     if kind == "pipe":

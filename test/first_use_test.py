@@ -8,7 +8,7 @@ from programs import leave_out
 from service import PROJECT
 
 
-def test_who_follows_readme_gets_an_answer():
+def test_readme_steps_work():
     """`make run`, a client; a backend, the relay, a client: in a new clone."""
     ended = subprocess.run(
         [sys.executable, "test/first_use.py"],

@@ -172,7 +172,7 @@ def bytewise(data: bytes) -> list[bytes]:
 
 @given(data=st.data(), compressed=st.booleans())
 @examples(400)
-def test_cuts_change_nothing(data, compressed):
+def test_fragmentation_of_reads_changes_nothing(data, compressed):
     """Any bytes mean the same in one piece, in some, and one by one."""
     wire = data.draw(mutated(compressed) | st.binary(max_size=300))
     meaning = parse([wire], compressed)

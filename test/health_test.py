@@ -129,7 +129,7 @@ async def test_backend_that_is_away_for_long_can_matter(io_loop):
                 assert (await status(service))["backend"]["away"] is None
 
 
-async def test_somebody_has_to_find_out_that_the_backend_is_back(io_loop):
+async def test_readyz_recovers_when_no_event_can_probe(io_loop):
     """Where no event waits, a new client is the one: so it must be let in."""
     flags = (*BREAKER, "--ready_breaker_timeout=0.2", "--delivery_timeout=1")
     async with ScriptedBackend(lambda kind: ScriptedBackend.CUT) as backend:

@@ -106,7 +106,7 @@ async def test_held_messages_take_as_much_memory_as_they_are_long(io_loop):
 
 
 @pytest.mark.parametrize("how", ["answered", "let go"])
-async def test_who_waits_for_held_bytes_goes_on_when_they_go(io_loop, how):
+async def test_reading_resumes_when_held_bytes_are_released(io_loop, how):
     """At once, not at a deadline."""
     async with FaultyBackend(lambda attempt: HOLD) as backend:
         flags = ("--order_wait=0.1", "--max_queued_bytes=250000")
@@ -187,7 +187,7 @@ async def test_without_a_connection_or_a_sign_of_life_there_is_a_deadline(io_loo
 
 
 @pytest.mark.parametrize("strictly", [(), ("--order_wait=inf", "--backend_timeout=1")])
-async def test_who_waits_for_a_connection_in_a_line_that_moves_is_not_late(
+async def test_waiting_in_a_moving_queue_is_not_late(
     io_loop, strictly
 ):
     """However long it takes: it is no failure of the backend."""
@@ -255,7 +255,7 @@ async def test_held_requests_of_one_that_has_left_are_let_go_one_by_one(io_loop)
             await leave([other])
 
 
-async def test_one_that_raises_takes_no_neighbor_with_it(io_loop, caplog):
+async def test_failing_request_does_not_affect_others(io_loop, caplog):
     """Of requests that become overdue by one timer, each is told."""
     told = []
 

@@ -208,7 +208,7 @@ def test_dead_run_on_a_full_disk_is_told_of_again(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "symlink"])
-def test_what_is_no_journal_does_not_keep_from_starting(tmp_path, caplog, kind):
+def test_unusable_journal_does_not_stop_the_start(tmp_path, caplog, kind):
     """Reported, and left as it is; nothing is opened that blocks."""
     path = tmp_path / "a.journal"
     target = tmp_path / "elsewhere"
@@ -366,7 +366,7 @@ def fill(path: Path) -> None:
                 file.write(bytes(4096))
 
 
-def test_what_was_set_aside_is_bounded(tmp_path, caplog):
+def test_set_aside_journals_are_bounded(tmp_path, caplog):
     """Each crash of the machine may leave one more; the latest stay."""
     for number in range(30):
         (tmp_path / f"{number:02}.corrupt-{number}").write_bytes(b"?")

@@ -340,7 +340,7 @@ RATE_OF_20 = pytest.mark.parametrize(
 
 @RATE_OF_20
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-async def test_stall_is_not_held_against_a_client(io_loop, loop, flag, message):
+async def test_stall_does_not_count_for_rates(io_loop, loop, flag, message):
     """SIGSTOP for longer than --rate_patience: what it sent meanwhile is read."""
     flags = (flag, "--rate_patience=1", f"--event_loop={loop}")
     async with Service(*flags) as service:
@@ -356,7 +356,7 @@ async def test_stall_is_not_held_against_a_client(io_loop, loop, flag, message):
 
 
 @RATE_OF_20
-async def test_slow_backend_is_not_held_against_a_client(io_loop, flag, message):
+async def test_slow_backend_does_not_count_for_rates(io_loop, flag, message):
     """Reading stops for longer than --rate_patience, and then finds what came."""
     async with RecordingBackend() as backend:
         let_go = withhold(backend, "message")

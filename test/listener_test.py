@@ -163,7 +163,7 @@ async def test_clients_leave_descriptors_to_callbacks_and_probes(
 
 
 @pytest.mark.gen_test
-async def test_limit_on_files_below_the_connections_is_told_at_the_start(io_loop):
+async def test_start_warns_of_a_file_limit_below_the_connections(io_loop):
     """With both numbers."""
     async with limited(400, "--max_connections=1000") as service:
         await echo(service)

@@ -601,7 +601,7 @@ async def test_repeats_are_counted_anew_in_each_interval(io_loop, caplog):
     assert caplog.text.count("48 more like this") == 2
 
 
-def test_what_is_no_flood_is_not_counted(caplog):
+def test_lines_without_a_limit_are_all_logged(caplog):
     """A connection's own lines, what programs say at info, other templates; debug."""
     book = Repeats(lines=2)
     for event in (None, "open", "close"):
@@ -674,7 +674,7 @@ def test_text_line_has_nothing_that_a_terminal_obeys(name):
     assert len(text) < 4 * MAX_LINE
 
 
-def test_line_whose_arguments_do_not_fit_is_a_line():
+def test_log_line_with_wrong_arguments_is_still_logged():
     """A bug in a line of the log is no end of it."""
     record = logging.LogRecord("here", 30, "", 0, "of %d %s", ("x",), None)
     for formatter in (JSONFormatter(), TextFormatter(color=False)):

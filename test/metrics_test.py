@@ -469,7 +469,7 @@ async def test_client_that_left_counts_as_left(io_loop):
 # Gauges.
 
 
-async def test_what_waits_is_told(io_loop):
+async def test_status_reports_pending_events(io_loop):
     """How much, and since when; when it has been taken, nothing waits."""
     strictly = ("--order_wait=inf", "--backend_timeout=60")
     async with RecordingBackend() as backend:
@@ -525,7 +525,7 @@ async def test_second_message_has_waited_since_it_was_read(io_loop):
                 answers[1].set()
 
 
-async def test_what_was_taken_waits_no_more(io_loop):
+async def test_accepted_events_are_no_longer_pending(io_loop):
     """Only what still does counts, if another client's."""
     taken = asyncio.Event()
 
@@ -808,7 +808,7 @@ async def test_format_is_negotiated(io_loop):
     ["version=", "version=x", "version=1.x", "version=" + "9" * 5000, "version=-1",
      "version=1..0", "version=\xff", ";;;,,=", "escaping=x", "*/*;q=x", "version=0"],
 )
-async def test_whatever_is_accepted_there_is_an_answer(io_loop, accept):
+async def test_accepted_handshakes_are_all_answered(io_loop, accept):
     """The library's reading of it is not for strangers' headers."""
     async with Service() as service:
         for kind in ("application/openmetrics-text", "text/plain"):

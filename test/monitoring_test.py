@@ -276,7 +276,7 @@ def test_each_alert_is_raised_in_time_and_only_then(rules, tmp_path):
     assert "SUCCESS" in promtool("test", "rules", path)
 
 
-def test_alerts_go_by_what_is_exported(rules, exported):
+def test_alerts_use_exported_metrics(rules, exported):
     """Names, and values of labels."""
     exported = {**exported, "up": [{}]}
     for rule in rules.values():
@@ -303,7 +303,7 @@ def test_alerts_tell_what_to_do(rules):
 # The dashboard.
 
 
-def test_dashboard_goes_by_what_is_exported(dashboard, exported):
+def test_dashboard_uses_exported_metrics(dashboard, exported):
     """Or a panel would stay empty for ever."""
     asked = list(expressions(dashboard))
     assert len(asked) > 30

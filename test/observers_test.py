@@ -96,7 +96,7 @@ def observed(outcome=None):
 # Observers.
 
 
-def test_nobody_need_watch():
+def test_observers_are_optional():
     """What happens unseen is not kept."""
     observers = Observers()
     observers.opened(OneConnection())
@@ -147,7 +147,7 @@ def test_watchers_come_and_go():
     assert [end[1] for end in second.ends] == ["2", "3"]
 
 
-def test_who_holds_observers_hears_of_who_comes_later():
+def test_late_observers_are_notified():
     """A `Relay` is made before anybody watches."""
     observers, watcher = Observers(), Watcher()
     backend = ObservedBackend(Scripted(), observers)
@@ -254,7 +254,7 @@ async def test_failures_pass_and_are_told(io_loop, error, outcome):
 
 
 @pytest.mark.gen_test
-async def test_all_else_is_the_backend_s_own(io_loop):
+async def test_observed_backend_delegates_other_calls(io_loop):
     """The relay need not know of the wrapper."""
     backend, inner, watcher = observed()
     connection = OneConnection()

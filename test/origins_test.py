@@ -172,7 +172,7 @@ async def test_same_origin_is_what_the_client_asked_its_proxy_for(io_loop):
         ("https://bücher.example", "is not ASCII"),
     ],
 )
-def test_what_no_page_can_send_stops_the_start(origin, why):
+def test_invalid_origin_is_rejected(origin, why):
     """One sentence names the option, the value, and what would do."""
     line = refusal(f"--allowed_origins=https://good.example,{origin}")
     assert f"--allowed_origins: {origin} {why}" in line

@@ -62,7 +62,7 @@ async def test_paths_are_those_that_are_named(io_loop, server, apart):
         assert await status(service.callback_url, "/livez", upgrade=False) == 200
 
 
-async def test_a_path_opens_no_callback(io_loop):
+async def test_public_path_does_not_skip_the_token_check(io_loop):
     """Below /socket/ a token is still asked for, but by handshakes."""
     flags = ("--ws_path=/socket", f"--callback_token={TOKEN}")
     async with Service(*flags) as service:
@@ -102,7 +102,7 @@ async def test_console_knows_where_clients_connect(io_loop):
         ("", "there has to be one"),
     ],
 )
-def test_what_is_no_path_stops_the_start(paths, why):
+def test_invalid_ws_path_is_rejected(paths, why):
     """One sentence names the option and what is wrong with it."""
     line = refusal(f"--ws_path={paths}")
     assert "--ws_path: " in line and why in line

@@ -81,7 +81,7 @@ async def test_client_s_address_is_the_last_one_that_a_trusted_proxy_names(io_lo
                 ), (source, forwarded)
 
 
-async def test_nobody_is_believed_by_default(io_loop):
+async def test_no_proxy_is_trusted_by_default(io_loop):
     """Without --trusted_proxies the address is that of the connection."""
     async with RecordingBackend() as backend:
         async with Service(*backend.flags("message", "connect")) as service:
@@ -190,7 +190,7 @@ async def test_connect_event_leaves_out_what_is_not_the_client_s(io_loop):
         ("--withhold_headers=Cookie:", "'Cookie:' is not a header name"),
     ],
 )
-def test_what_can_t_be_meant_stops_the_start(flag, why):
+def test_invalid_option_values_are_rejected(flag, why):
     """One sentence names the option and what is wrong with it."""
     line = refusal(flag)
     assert flag.partition("=")[0] in line and why in line

@@ -41,7 +41,7 @@ def dns(monkeypatch):
     slow.go_on.set()
 
 
-async def test_who_asks_for_the_same_name_shares_the_look_up(io_loop, dns):
+async def test_concurrent_lookups_of_one_name_are_shared(io_loop, dns):
     """Also once somebody has given up waiting for it."""
     resolver = Resolver()
     with pytest.raises(TimeoutError):

@@ -156,7 +156,7 @@ def test_response_without_an_end_is_read_until_the_connections(row, size):
 
 
 @pytest.mark.parametrize("row", NONE)
-def test_what_is_no_response_is_malformed(row, size):
+def test_invalid_response_is_malformed(row, size):
     """It says nothing that could be believed, or too much."""
     with pytest.raises(MalformedResponse):
         read(NONE[row], size=max(size, len(NONE[row]) // 1000))
@@ -225,14 +225,14 @@ def test_head_that_ends_within_a_line_has_no_status(head, size):
     assert not read(head, size=size).cut()
 
 
-def test_headers_are_known_of_an_odd_response_too():
+def test_headers_of_a_malformed_response_are_read():
     """Without the spaces around them, in one list where they are repeated."""
     odd = b"a b: c\r\nX : \t one \t\r\nx: t\0w\ro\r\nRetry-After:  3 \r\n"
     headers = read(OK + odd + BODY, size=2**20).headers
     assert (headers["x"], headers["retry-after"]) == ("one, t w o", "3")
 
 
-def test_white_space_around_a_value_is_none_of_it():
+def test_white_space_around_header_values_is_stripped():
     """RFC 9110, section 5.5."""
     headers = read(OK + b"Retry-After: \t3 \t\r\n" + BODY, size=2**20).headers
     assert headers["retry-after"] == "3"

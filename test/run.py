@@ -57,13 +57,13 @@ PARTS = (
         {"TEST_FLAGS": "--event_loop=asyncio --http_server=tornado"},
     ),
 )
-# What another Python cannot change: papers, pages in a browser, and what stands in
+# What another Python cannot change: docs, pages in a browser, and what stands in
 # front of the relay or calls it in another language. And what takes long: floods,
 # measurements, new environments.
 NOT_OF_THE_RELAY = named(
-    "balancer", "bench", "commands", "compose", "conformance", "console_page",
+    "balancer", "bench", "commands", "compose", "conformance", "console_page", "docs",
     "examples", "first_use", "imports", "interop", "makefile", "monitoring", "openapi",
-    "packaging", "papers", "proxies", "soaking", "supervisord", "systemd",
+    "packaging", "proxies", "soaking", "supervisord", "systemd",
 )
 TOO_LONG = named("attacks", "faults", "order", "resolver", "soak")
 RELAY = (

@@ -1,8 +1,8 @@
-"""Takes the pictures of the console that the papers show: `make screenshots`.
+"""Takes the pictures of the console that the docs show: `make screenshots`.
 
     python test/screenshots.py [--seconds=75]
 
-A relay of its own at each shot, on the ports of the papers, which must be free.
+A relay of its own at each shot, on the ports that the docs name, which must be free.
 What the pictures show has happened: clients that talk, a backend that answers and
 is away for a moment.
 """

@@ -135,7 +135,7 @@ EXPECT = ("100-continue", "100-Continue", "100-CONTINUE")
 
 
 @pytest.mark.parametrize("spelling", EXPECT)
-async def test_expectation_is_met_in_any_spelling(relay, spelling):
+async def test_expect_header_is_case_insensitive(relay, spelling):
     """The body comes when it is asked for (RFC 9110, section 10.1.1)."""
     parts = urlsplit(relay.ws_url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)

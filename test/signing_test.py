@@ -150,7 +150,7 @@ async def test_each_attempt_is_signed_anew(io_loop):
     assert first.headers["webhook-signature"] != again.headers["webhook-signature"]
 
 
-async def test_what_waited_for_a_connection_is_signed_when_it_is_sent(io_loop):
+async def test_event_is_signed_when_it_is_sent(io_loop):
     """A wait in line makes no event old, of whatever kind: the time is that of
     sending."""
     async with RecordingBackend() as backend:

@@ -143,13 +143,13 @@ FAULTY = {
 
 
 @pytest.mark.parametrize("attempts", FAULTLESS.values(), ids=FAULTLESS)
-def test_what_the_contract_allows_is_no_flaw(attempts: list[Attempt]) -> None:
+def test_soak_accepts_what_the_contract_allows(attempts: list[Attempt]) -> None:
     """Nothing is said of it."""
     assert flaws(*attempts) == []
 
 
 @pytest.mark.parametrize(("flaw", "attempts"), FAULTY.items(), ids=FAULTY)
-def test_what_the_contract_forbids_is_a_flaw(
+def test_soak_reports_what_the_contract_forbids(
     flaw: str, attempts: list[Attempt]
 ) -> None:
     """One, which says what was wrong."""
@@ -164,14 +164,14 @@ def test_with_strict_order_messages_are_accepted_in_order() -> None:
     assert flaws(*attempts, strict=True) == ["out of order: [1, 0]"]
 
 
-def test_nobody_is_judged_by_time_in_which_it_did_not_run() -> None:
+def test_time_while_the_process_was_stopped_does_not_count() -> None:
     """A message that was sent before a stall may come to be looked at after it."""
     overtaken = [message(0, 0, "503", took=1), message(1, 4.5), message(0, 6)]
     assert len(flaws(*overtaken)) == 1
     assert flaws(*overtaken, pulse=steady((1.1, 4))) == []
 
 
-def test_what_was_lost_unread_comes_late() -> None:
+def test_soak_expects_lost_events_late() -> None:
     """A reset of a connection takes with it what nobody has read."""
     late = [message(1, 2), message(0, 6)]
     assert len(flaws(*late)) == 1
@@ -186,7 +186,7 @@ def test_what_was_lost_unread_comes_late() -> None:
     assert flaws(*given_up, resets=(1,)) == []
 
 
-def test_what_was_lost_unread_has_failed_by_then() -> None:
+def test_soak_counts_lost_events_as_failed() -> None:
     """From then on its deadline counts, whatever Retry-After says later."""
     attempts = [
         message(0, 0), message(1, 9), message(2, 9.1, "503", retry_after=3),
@@ -214,7 +214,7 @@ def test_held_request_that_is_lost_five_seconds_behind_the_farewell_was_let_go(
     assert len(lost(1, message(0, 1, "lost", took=5.9), accepted)) == 1
 
 
-def test_what_failed_as_its_connection_was_told_of_dies_with_a_killed_relay() -> None:
+def test_message_that_failed_during_its_disconnect_event_is_lost_by_sigkill() -> None:
     """Not what the relay knew of when it sent the event."""
     accepted = disconnect(4)
     assert lost(1, message(0, 1, "lost", took=2.5), accepted, cut_off=True) == []
@@ -235,7 +235,7 @@ def test_request_may_be_let_go_as_it_fails_where_many_are_open() -> None:
         assert lost(number, *attempts, disconnect(9))
 
 
-def test_beats_are_counted_as_a_whole() -> None:
+def test_pulse_counts_beats_between_two_times() -> None:
     """Those that lie between two times."""
     pulse = Pulse()
     for second in range(10):
@@ -260,7 +260,7 @@ async def test_backend_that_resets_a_connection_does_so_at_once(io_loop) -> None
 
 
 @pytest.mark.gen_test
-async def test_reset_of_a_connection_that_waited_is_in_the_book(io_loop) -> None:
+async def test_reset_of_a_waiting_connection_is_recorded(io_loop) -> None:
     """Nobody has read what was on it."""
     async with FaultyBackend() as backend:
         backend.go_away("reset")
@@ -270,7 +270,7 @@ async def test_reset_of_a_connection_that_waited_is_in_the_book(io_loop) -> None
         assert backend.first_reset(0, time.monotonic()) == backend.resets[0]
 
 
-def test_odd_answers_have_one_place_for_the_status() -> None:
+def test_status_of_malformed_responses_is_read_in_one_place() -> None:
     """And each Retry-After can be written in Latin-1, as headers are."""
     for form in (*READABLE, *READABLE_TO_THE_END):
         assert form.count(b"%d") == 1

@@ -230,7 +230,7 @@ def injected(
 
 
 @pytest.mark.gen_test
-async def test_what_kubernetes_injects_is_not_even_that(io_loop):
+async def test_variables_injected_by_kubernetes_are_ignored(io_loop):
     """Nor a value: the variables of services whose names begin with socketdock."""
     environment = {}
     for service in (
@@ -271,14 +271,14 @@ async def test_empty_variable_counts_as_not_set(io_loop, tmp_path):
     ["[::1]", "127.0.0.1:8765", "127.0.0.1,127.0.0.2", "http://x", "fe80::x", "a b"],
 )
 @pytest.mark.parametrize("name", ["bindip", "callbackip"])
-def test_address_that_can_be_none_stays_wrong(name, address):
+def test_invalid_bind_address_exits_with_2(name, address):
     """Status 2: it will not come later."""
     line = refusal("--callbackport=0", f"--{name}={address}")
     assert f"--{name} must be an address, such as 127.0.0.1" in line
 
 
 @pytest.mark.parametrize("source", ["flag", "file"])
-def test_empty_address_is_not_every_address(tmp_path, source):
+def test_empty_bind_address_is_rejected(tmp_path, source):
     """Whoever means every address writes one that says so."""
     flag = {"flag": "--bindip=", "file": written(tmp_path / "conf", "bindip = ''")}
     assert "bindip must be an address, such as 127.0.0.1" in refusal(flag[source])
@@ -335,7 +335,7 @@ def test_external_address_that_cannot_be_called(given):
     ["0", "0.0.0.0", "0x0", "00.0", "::", "::0", "0:0:0:0:0:0:0:0", "::ffff:0.0.0.0"],
 )
 @pytest.mark.parametrize("name", ["bindip", "callbackip"])
-def test_wildcard_is_known_in_every_spelling(name, address):
+def test_wildcard_address_is_recognized_in_every_spelling(name, address):
     """No backend can be given a URL with it."""
     also = ["--callbackport=0"] if name == "callbackip" else []
     line = refusal(*HTTP, *also, f"--{name}={address}")
@@ -616,7 +616,7 @@ def test_help_shows_what_most_relays_need():
 
 @pytest.mark.parametrize("words", [["--help"], ["--help-all"], ["--version"],
                                    ["check", "--bindport=0"]])
-def test_what_is_printed_may_be_cut_or_not_be_printed(words):
+def test_closed_or_full_output_gives_no_traceback(words):
     """`| head` and a full disk: no traceback."""
     command = [*SOCKETDOCK, *words]
     piped = subprocess.run(

@@ -44,7 +44,7 @@ async def test_frames_in_one_segment_with_the_handshake_are_read(io_loop, loop):
 
 @LOOPS
 @pytest.mark.gen_test
-async def test_what_tls_has_decrypted_is_read(io_loop, loop, authority):
+async def test_bytes_decrypted_by_tls_are_read(io_loop, loop, authority):
     """Though the kernel has nothing more: a record that is read in two parts."""
     tls = ssl.create_default_context(cafile=str(authority.path))
     server = authority.server()

@@ -194,7 +194,7 @@ async def test_processes_share_the_clients_port(io_loop, control, tmp_path):
                 await client.close()
 
 
-async def test_wrong_option_ends_fatal(io_loop, control, tmp_path):
+async def test_invalid_option_ends_fatal(io_loop, control, tmp_path):
     """It is started four times, not for ever; supervisorctl shows it."""
     conf, environment = checkout(tmp_path, tmp_path)
     conf = adapted(conf, control)

@@ -132,7 +132,7 @@ async def test_relay_does_without_a_systemd_that_is_not_there(io_loop, address):
     assert sum("NOTIFY_SOCKET" in line for line in service.log) == 1
 
 
-async def test_systemd_that_goes_is_a_warning(io_loop, tmp_path):
+async def test_lost_systemd_socket_is_a_warning(io_loop, tmp_path):
     """Nothing of it reaches the clients."""
     address = str(tmp_path / "notify")
     with Systemd(address) as systemd:

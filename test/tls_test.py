@@ -230,7 +230,7 @@ async def test_hangup_changes_the_certificate_and_drops_no_connection(
 
 
 @pytest.mark.gen_test
-async def test_what_is_not_tls_ends_and_harms_nobody(io_loop, authority, server):
+async def test_plain_bytes_at_a_tls_port_end_the_connection(io_loop, authority, server):
     """Plain HTTP, garbage and silence, at a listener that has TLS."""
     async with Service(f"--tls_cert={server.both}", "--header_timeout=1") as service:
         host, _, port = service.ws_url.split("/")[2].rpartition(":")

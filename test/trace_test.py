@@ -202,7 +202,7 @@ def test_parent_is_kept():
     assert trace_context([]) is None
 
 
-async def test_nothing_of_opentelemetry_is_imported_when_off(io_loop):
+async def test_opentelemetry_is_not_imported_when_off(io_loop):
     """`--otel` is off by default, and costs nothing then."""
     command = [sys.executable, "-X", "importtime", "socketdock.py"]
     async with Service(command=command) as service:

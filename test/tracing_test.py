@@ -469,7 +469,7 @@ async def test_backend_in_process_has_spans_too(io_loop):
         assert span.attributes["socketdock.outcome"] == "delivered"
 
 
-async def test_what_is_not_sampled_is_not_exported(io_loop):
+async def test_unsampled_spans_are_not_exported(io_loop):
     """The sampler decides; the backend is told the same by its flags."""
     async with Collector() as collector, RecordingBackend() as backend:
         environment = collector.environment(OTEL_TRACES_SAMPLER="always_off")

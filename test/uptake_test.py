@@ -365,7 +365,7 @@ async def test_stall_ends_no_send_that_waits(io_loop, loop):
 # Who is idle.
 
 
-async def test_message_that_is_under_way_is_no_idleness(io_loop):
+async def test_partial_message_counts_as_activity(io_loop):
     """A byte of it is enough; and when no more come, the time runs."""
     async with Service("--idle_timeout=1", "--ping_interval=0") as service:
         with await SlowClient.connect(service.ws_url) as client:
@@ -378,7 +378,7 @@ async def test_message_that_is_under_way_is_no_idleness(io_loop):
     assert client.frames() == [(TEXT, b"a" * 10), (CLOSE, b"\x03\xe9idle")]
 
 
-async def test_slow_download_is_no_idleness(io_loop):
+async def test_slow_download_counts_as_activity(io_loop):
     """The kernel has all of the message, and the client takes it bit by bit."""
     size, rate = 2_000_000, 300_000
     flags = ("--idle_timeout=1", "--ping_interval=0")

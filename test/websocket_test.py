@@ -380,7 +380,7 @@ async def test_overdue_failure_gives_up_what_waits_behind(io_loop):
 
 
 @pytest.mark.gen_test
-async def test_unmasking_in_python_is_told_at_the_start(io_loop):
+async def test_start_warns_of_unmasking_in_python(io_loop):
     """It works, but a message of 1 MiB takes a large part of a second."""
     async with Service(environment={"TORNADO_EXTENSION": "0"}) as slow:
         async with websockets.connect(slow.ws_url) as client:

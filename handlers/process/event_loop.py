@@ -41,7 +41,7 @@ def save_collecting() -> None:
     It stops everything: for 10 ms to look at what was made at the start, which
     stays to the end, and for 50 ms with 10,000 clients, whose messages on their way
     would call it once a second, as if they were garbage. What a visit leaves needs
-    no collector (test/garbage_test.py).
+    no collector (test/memory_cycles_test.py).
     """
     gc.collect()
     gc.freeze()

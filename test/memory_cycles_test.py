@@ -153,7 +153,7 @@ class Visitors:
         Visitors.left_mid_verdict,
     ],
 )
-async def test_nothing_is_left_to_the_collector(
+async def test_closed_connections_leave_no_cycles(
     io_loop, doing: Callable[[Visitors], Awaitable[None]]
 ):
     """Or it would have to look through all clients to find it."""

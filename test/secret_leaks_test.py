@@ -324,7 +324,7 @@ async def by_signal(service: Service, folder: Path, mark: Marks) -> None:
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
-async def test_path_can_not_forge_a_line_of_the_log(io_loop, server):
+async def test_path_cannot_forge_a_log_line(io_loop, server):
     """Whatever bytes it has, it is one line at most, and nothing to a terminal."""
     odd = (b"/\x85[I]", b"/\x9b2J\xc2\x9b2J\xe2\x80\xa8", b"/%0a%1b[2J", b"/%85[I]")
     async with Service("--logging=debug", f"--http_server={server}") as service:

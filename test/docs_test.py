@@ -1,4 +1,4 @@
-"""What the papers name is there: links, tests and modules."""
+"""The docs name only what exists: links, tests, modules and log lines."""
 
 import ast
 import re
@@ -6,34 +6,34 @@ import re
 import pytest
 from service import PROJECT
 
-PAPERS = sorted([*PROJECT.glob("*.md"), *PROJECT.glob("docs/**/*.md")])
+PAGES = sorted([*PROJECT.glob("*.md"), *PROJECT.glob("docs/**/*.md")])
 LINK = re.compile(r"\]\((?!https?://)([^)#]*)(?:#([^)]+))?\)")
 HEADING = re.compile(r"^#+ (.+)$", flags=re.MULTILINE)
 TEST = re.compile(r"\btest_\w+…?")
 
 
 def anchor(heading):
-    """As GitHub makes it of a heading."""
+    """Return the anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
-@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: path.name)
-def test_links_lead_somewhere(paper):
-    """To a file or folder of ours, and to a heading in it."""
-    for path, heading in LINK.findall(paper.read_text("utf-8")):
-        target = paper.parent / path if path else paper
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_have_targets(page):
+    """To a file or folder of the project, and to a heading in it."""
+    for path, heading in LINK.findall(page.read_text("utf-8")):
+        target = page.parent / path if path else page
         assert target.exists(), path
         if heading:
             headings = HEADING.findall(target.read_text("utf-8"))
             assert heading in map(anchor, headings), f"{path}#{heading}"
 
 
-@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: path.name)
-def test_tests_that_are_named_exist(paper):
-    """A claim without its test is none."""
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_tests_that_are_named_exist(page):
+    """A named test is defined in test/*_test.py."""
     sources = [path.read_text("utf-8") for path in (PROJECT / "test").glob("*_test.py")]
     there = set(re.findall(r"def (test_\w+)\(", "\n".join(sources)))
-    for name in TEST.findall(paper.read_text("utf-8")):
+    for name in TEST.findall(page.read_text("utf-8")):
         start = name.removesuffix("…")
         assert start in there or (
             start != name and any(test.startswith(start) for test in there)
@@ -41,7 +41,7 @@ def test_tests_that_are_named_exist(paper):
 
 
 def test_architecture_has_every_module():
-    """In its tree, under its folder's name."""
+    """In its tree."""
     text = (PROJECT / "ARCHITECTURE.md").read_text("utf-8")
     tree = text.partition("```")[2].partition("```")[0]
     modules = list(PROJECT.glob("socketdock*.py"))
@@ -57,7 +57,7 @@ def test_architecture_has_every_module():
 
 
 def test_every_dependency_has_its_reason():
-    """In docs/decisions, those of the tests and of the benchmark too."""
+    """In docs/decisions; also those of the tests and of the benchmark."""
     decisions = (PROJECT / "docs" / "decisions").glob("*.md")
     reasons = "\n".join(path.read_text("utf-8") for path in decisions).lower()
     setup = (PROJECT / "setup.py").read_text("utf-8")
@@ -69,8 +69,8 @@ def test_every_dependency_has_its_reason():
         assert f"**{name.lower()}**" in reasons, name
 
 
-def said():
-    """All that the source may say, `…` for what is not known before."""
+def source_strings():
+    """Yield every string of the source, with `…` for each placeholder."""
     for pattern in ("socketdock*.py", "handlers/**/*.py", "backends/**/*.py"):
         for path in PROJECT.glob(pattern):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -78,14 +78,14 @@ def said():
                     yield re.sub(r"%[-.\d]*[a-z]", "…", node.value)
 
 
-@pytest.mark.parametrize("paper", ["delivery.md", "troubleshooting.md"])
-def test_lines_of_the_log_are_the_source_s(paper):
-    """As the tables quote them, which may leave out the rest of a line."""
-    text = (PROJECT / "docs" / paper).read_text("utf-8")
+@pytest.mark.parametrize("page", ["delivery.md", "troubleshooting.md"])
+def test_quoted_log_lines_exist_in_the_source(page):
+    """A table may quote only the start of a line, followed by `…`."""
+    text = (PROJECT / "docs" / page).read_text("utf-8")
     table = re.split("^## .* log$", text, flags=re.MULTILINE)[1]
     lines = re.findall(r"^\| `(.+?)` \|", table, flags=re.MULTILINE)
     assert len(lines) > 10
-    there = set(said())
+    there = set(source_strings())
     for line in lines:
         start = line.removesuffix("…")
         assert line in there or (
