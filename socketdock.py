@@ -211,6 +211,7 @@ class Service:
             options.max_connections_per_ip,
             options.handshakes_per_second,
             self.descriptors.websocket,
+            self.policy.stalls,
         )
         backlog = Backlog(options.max_pending, options.max_queued_bytes)
         return Connections(backlog, admission, self.observers)

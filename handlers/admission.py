@@ -15,7 +15,7 @@ from ipaddress import IPv6Address
 
 from tornado.options import define
 
-from handlers.rates import BURST, spent
+from handlers.rates import BURST, Stalls, spent
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ class Refusal:
 class Admission:
     """Counts connections and handshakes; 0 stands for any number.
 
-    What has a descriptor above `last_descriptor` may not become a WebSocket.
+    What has a descriptor above `last_descriptor` may not become a WebSocket. By
+    `stalls`, handshakes that waited while the process stood still have their rate.
 
     An address is an IPv4 address, or an IPv6 network of 64 bits, which is what
     one household or one machine gets.
@@ -59,11 +60,15 @@ class Admission:
         max_connections_per_ip: int = 0,
         handshakes_per_second: float = 0.0,
         last_descriptor: int = sys.maxsize,
+        stalls: Stalls | None = None,
     ) -> None:
         self._max_connections = max_connections
         self._max_per_address = max_connections_per_ip
         self._rate = handshakes_per_second
         self._last_descriptor = last_descriptor
+        self._stalls = stalls or Stalls()
+        if handshakes_per_second:
+            self._stalls.watch()
         self._present = 0
         self._present_from: Counter[str | bytes] = Counter()
         # When the handshakes of each address are paid for, on the loop's clock;
@@ -108,15 +113,17 @@ class Admission:
                 "This address makes handshakes faster than it may.",
                 max(RETRY_AFTER, math.ceil(paid_until - now)),
             )
-        self._forget_those_of_before(now)
-        self._paid_until[address] = spent(paid_until, now, 1 / self._rate)
+        # Who waited while the process stood still came at the rate, as far as we know.
+        burst = BURST + self._stalls.latest
+        self._forget_those_of_before(now - burst)
+        self._paid_until[address] = spent(paid_until, now, 1 / self._rate, burst)
         return None
 
-    def _forget_those_of_before(self, now: float) -> None:
+    def _forget_those_of_before(self, full_at: float) -> None:
         """Drop addresses whose credit is whole again."""
         while self._paid_until:
             address, paid_until = next(iter(self._paid_until.items()))
-            if paid_until > now - BURST and len(self._paid_until) < MAX_ADDRESSES:
+            if paid_until > full_at and len(self._paid_until) < MAX_ADDRESSES:
                 return
             del self._paid_until[address]
 

@@ -26,6 +26,7 @@ define("rate_patience", default=10.0, metavar="SECONDS",
 
 BURST = 1.0  # seconds' worth that may come at once, and one more in any case
 STALL_INTERVAL = 0.5  # seconds between two looks whether the process stood still
+CATCH_UP_TIME = 10.0  # seconds after a stall in which what waited is read
 
 
 def spent(
@@ -46,19 +47,33 @@ class Stalls:
     runs once somebody has asked.
     """
 
-    __slots__ = ("_due", "_seconds", "_timer")
+    __slots__ = ("_due", "_latest", "_over_at", "_seconds", "_timer")
 
     def __init__(self) -> None:
         self._seconds = 0.0
+        self._latest = 0.0  # seconds
+        self._over_at = float("-inf")
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def seconds(self) -> float:
         """Seconds in all; what is under way counts, before the timer runs."""
+        self.watch()
+        return self._seconds + self._late()
+
+    @property
+    def latest(self) -> float:
+        """Seconds of the last one, where what waited may still be coming in; or 0."""
+        late = self._late()
+        if late or _clock() >= self._over_at + CATCH_UP_TIME:
+            return late
+        return self._latest
+
+    def watch(self) -> None:
+        """Look for stalls from now on."""
         if self._timer is None:
             self._start()
-        return self._seconds + self._late()
 
     def close(self) -> None:
         """Stop the timer."""
@@ -71,12 +86,15 @@ class Stalls:
         self._timer = loop.call_later(STALL_INTERVAL, self._tick)
 
     def _tick(self) -> None:
-        self._seconds += self._late()
+        late = self._late()
+        if late:
+            self._seconds += late
+            self._latest, self._over_at = late, _clock()
         self._start()
 
     def _late(self) -> float:
         late = _clock() - self._due
-        return late if late > STALL else 0.0
+        return late if self._timer is not None and late > STALL else 0.0
 
 
 def _clock() -> float:

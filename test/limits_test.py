@@ -6,8 +6,10 @@ import time
 
 import pytest
 import websockets
+from faults import tell
 from service import DEADLINE, RecordingBackend, Service, eventually, refusal, withhold
 from tornado.web import RequestHandler
+from wire import handshake
 
 from handlers import admission
 from handlers.admission import Admission, RefusalLog
@@ -169,6 +171,27 @@ async def test_a_second_s_worth_of_handshakes_may_come_at_once(io_loop):
     admitted = [doors.refusal("203.0.113.1", 9) is None for _ in range(100)]
     assert 5 <= sum(admitted) < 10 and all(admitted[:5])
     await eventually(lambda: doors.refusal("203.0.113.1", 9) is None, 2)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+async def test_stall_is_not_held_against_handshakes_that_waited(io_loop, loop):
+    """As many come in as the rate means for that time, and no more."""
+    rate, seconds, count = 5, 4, 60
+    flags = (TRUSTED, f"--handshakes_per_second={rate}", f"--event_loop={loop}")
+    request = handshake("X-Forwarded-For: 203.0.113.1")
+    async with Service(*flags) as service:
+        async with connect(service.ws_url, "203.0.113.1"):
+            pass
+        async with service.stalled(seconds):
+            began = time.monotonic()
+            waiting = [
+                asyncio.create_task(tell(service.ws_url, request, answers=1))
+                for _ in range(count)
+            ]
+        heard = await asyncio.gather(*waiting)
+        took = time.monotonic() - began
+    admitted = sum(each.statuses == [101] for each in heard)
+    assert rate * seconds <= admitted <= rate * (took + 2)
 
 
 async def test_table_of_addresses_is_bounded(io_loop, monkeypatch):
