@@ -25,18 +25,20 @@ import asyncio
 import importlib
 import importlib.util
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Literal, NamedTuple, Protocol
 
 from tornado.options import Error as OptionError
 
+# Part of the interface, for backends outside the project.
+from backends.check import Check as Check
+from backends.check import Finding as Finding
+from backends.check import expiry_finding as expiry_finding
+
 # Listed, since this package also has modules that backends share.
 BUILT_IN = ("http", "loopback")
-
-EXPIRES_SOON = 14 * 24 * 3600  # seconds
 
 Initiator = Literal["client", "backend", "relay"]
 
@@ -353,47 +355,6 @@ class Backend(abc.ABC):
     async def close(self) -> None:
         """Let go of what is open. Called once, after the last disconnect."""
         return None
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of `socketdock check`.
-
-    An error keeps the relay from its work; a warning will, or may. Both say how
-    to mend it.
-    """
-
-    level: Literal["ok", "warning", "error"]
-    text: str
-
-
-def expiry_finding(what: str, not_after: float) -> Finding:
-    """Of a certificate that is good until `not_after`, in seconds since 1970."""
-    left = not_after - time.time()
-    day = time.strftime("%Y-%m-%d", time.gmtime(not_after))
-    if left < 0:
-        return Finding("error", f"{what} has expired on {day}; renew it")
-    if left < EXPIRES_SOON:
-        return Finding("warning", f"{what} expires on {day}; renew it")
-    return Finding("ok", f"{what} is good until {day}")
-
-
-class Check:
-    """Looks at what a backend needs, before there is one.
-
-    `make_check(relay)` raises `OptionError` as `make_backend(relay)` would, but
-    nothing starts: a relay with the same options may be running. `descriptors`
-    is that of the `Backend`; of `certificates`, PEM files, the relay tells when
-    they expire.
-    """
-
-    descriptors = 0
-    certificates: Sequence[str] = ()
-
-    async def findings(self) -> AsyncIterator[Finding]:
-        """Yield what was found. No event is sent, and nothing is changed."""
-        return
-        yield
 
 
 def names() -> list[str]:

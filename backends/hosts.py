@@ -1,17 +1,19 @@
-"""International host names, as DNS has them.
+"""Hosts and ports of URLs: international names as in DNS, default ports.
 
-Such names stand in URLs that options give, for backends and for ourselves, so this
-module imports nothing of the project.
+Backends and handlers both read URLs, so this module imports nothing of the project.
 """
 
-# In which IDNA 2003, as in Python, and IDNA 2008, as in browsers, name other hosts.
+DEFAULT_PORTS = {"http": 80, "https": 443}  # by scheme; RFC 9110, section 4.2
+
+# IDNA 2003 (Python) and IDNA 2008 (browsers) encode these as different hosts.
 AMBIGUOUS_IN_IDNA = "\u00df\u03c2\u200c\u200d"
 
 
 def encoded_host(host: str) -> str:
-    """An international host name as DNS has it (`xn--…`).
+    """Return an international host name as DNS has it (`xn--…`).
 
-    Raises `ValueError` where that cannot be told, with what to write instead.
+    Raises `ValueError` where the encoding is ambiguous or there is none, with what
+    to write instead.
     """
     if host.isascii():
         return host

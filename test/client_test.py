@@ -13,7 +13,8 @@ from certificates import Authority
 from service import DEADLINE, eventually, tcp_server
 
 from backends import BackendAway, BackendError
-from backends.client import Answer, Client, Target
+from backends.client import Client, Response
+from backends.target import Target
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -42,7 +43,7 @@ async def using(
         await eventually(lambda: client.open == 0)
 
 
-async def post(client: Client, url: str, **options) -> Answer:
+async def post(client: Client, url: str, **options) -> Response:
     """One request's answer; raises what went wrong."""
     done = asyncio.get_running_loop().create_future()
     client.post(Target.parse(url), lambda: REQUEST, done.set_result, **options)
@@ -72,7 +73,7 @@ async def test_time_for_an_answer_runs_from_when_the_request_is_sent(io_loop):
 
     async with serving(slowly) as port, using(max_connections=1) as client:
         url = f"http://127.0.0.1:{port}/"
-        limits = {"timeout": 2, "line_timeout": 2}
+        limits = {"timeout": 2, "queue_timeout": 2}
         answers = await asyncio.gather(*(post(client, url, **limits) for _ in range(8)))
         assert [answer.status for answer in answers] == [200] * 8
 
@@ -81,15 +82,15 @@ async def test_line_that_stands_still_and_a_silent_server_have_limits(io_loop):
     """Each its own, and what waits in line was never sent."""
     async with serving(answer=b"") as port, using(max_connections=1) as client:
         url = f"http://127.0.0.1:{port}/"
-        first = asyncio.ensure_future(post(client, url, timeout=1, line_timeout=9))
+        first = asyncio.ensure_future(post(client, url, timeout=1, queue_timeout=9))
         await eventually(lambda: client.open == 1)
         with pytest.raises(BackendError, match="no connection became free"):
-            await post(client, url, timeout=9, line_timeout=0.2)
+            await post(client, url, timeout=9, queue_timeout=0.2)
         with pytest.raises(BackendError, match="no answer in 1 s"):
             await first
 
 
-@pytest.mark.parametrize("limits", [{}, {"line_timeout": 9}])
+@pytest.mark.parametrize("limits", [{}, {"queue_timeout": 9}])
 async def test_request_that_goes_again_at_once_has_its_limit_still(io_loop, limits):
     """A kept connection is ended by 408, and the next one stays silent."""
     connections = 0
@@ -327,7 +328,7 @@ async def test_busy_origin_leaves_room_for_another(io_loop, most):
 
         def count(outcome: object) -> None:
             nonlocal answers
-            if isinstance(outcome, Answer):  # else it is being closed
+            if isinstance(outcome, Response):  # else it is being closed
                 answers += 1
                 go_on()
 
@@ -415,7 +416,7 @@ async def test_ping_timeout_spares_slow_reader(io_loop):
         target = Target.parse(f"http://127.0.0.1:{port}/")
         client.post(target, lambda: body, done.set_result)
         outcome = await asyncio.wait_for(done, 25)
-        assert isinstance(outcome, Answer), outcome
+        assert isinstance(outcome, Response), outcome
         assert took > 2
 
 
@@ -552,7 +553,7 @@ async def test_413_before_the_body_is_the_answer(io_loop, authority, version):
             target = Target.parse(f"https://localhost:{port}/")
             client.post(target, lambda: body, done.set_result)
             outcome = await asyncio.wait_for(done, DEADLINE)
-            assert isinstance(outcome, Answer), outcome
+            assert isinstance(outcome, Response), outcome
             assert outcome.status == 413
 
 
@@ -604,7 +605,7 @@ async def test_dot_behind_a_name_is_for_dns_alone(io_loop, authority, monkeypatc
         done = asyncio.get_running_loop().create_future()
         client.post(target, lambda: request, done.set_result)
         outcome = await asyncio.wait_for(done, DEADLINE)
-        assert isinstance(outcome, Answer), outcome
+        assert isinstance(outcome, Response), outcome
         assert (asked, greeted) == (["backend.example."], ["backend.example"])
         assert f"Host: backend.example:{port}\r\n".encode() in heads[0]
 
@@ -626,7 +627,7 @@ async def test_request_that_is_let_go_gives_its_place_back(io_loop, authority):
         target = Target.parse(f"https://localhost:{port}/")
         exchange = client.post(target, lambda: REQUEST, lambda outcome: None)
         await asyncio.wait_for(asked.wait(), DEADLINE)
-        exchange.let_go()
+        exchange.abandon()
         await eventually(lambda: client.open == 0)
         go_on.set()
 

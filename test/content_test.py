@@ -9,8 +9,8 @@ import websockets
 from faults import ScriptedBackend
 from service import Service
 
+from backends.client.response import MalformedResponse
 from backends.http.content import decoded, parsed_json
-from backends.response import MalformedResponse
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 

@@ -17,7 +17,7 @@ from service import (
 )
 from tornado.web import RequestHandler
 
-from backends.client import Answer
+from backends.client import Response
 from backends.http.delivery import MAX_BACKOFF, backoff, retry_after
 
 pytestmark = pytest.mark.gen_test(timeout=90)
@@ -577,8 +577,8 @@ async def test_handshakes_probe_too(io_loop):
 )
 async def test_retry_after_is_seconds_or_a_date(io_loop, value, seconds):
     """What is neither is as if it were not there."""
-    assert retry_after(Answer(503, {"retry-after": value}, b"")) == seconds
-    past = Answer(503, {"retry-after": "Fri, 01 Jan 2021 00:00:00 GMT"}, b"")
+    assert retry_after(Response(503, {"retry-after": value}, b"")) == seconds
+    past = Response(503, {"retry-after": "Fri, 01 Jan 2021 00:00:00 GMT"}, b"")
     assert retry_after(past) == 0.0
 
 
@@ -605,9 +605,9 @@ FAR = "Thu, 01 Jan 99999999999999999999 00:00:00 GMT"
 )
 async def test_any_retry_after_value_is_survived(io_loop, value):
     """Whatever stands in Retry-After or Date, there is an answer to it."""
-    wait = retry_after(Answer(503, {"retry-after": value}, b""))
+    wait = retry_after(Response(503, {"retry-after": value}, b""))
     assert wait is None or wait >= 0
-    wait = retry_after(Answer(503, {"retry-after": LATER, "date": value}, b""))
+    wait = retry_after(Response(503, {"retry-after": LATER, "date": value}, b""))
     assert wait is None or wait >= 0
 
 
@@ -626,16 +626,16 @@ LATER = "Thu, 01 Jan 2026 00:00:07 GMT"
 )
 async def test_retry_after_s_date_counts_from_the_answer_s_own(io_loop, date, seconds):
     """The backend's clock may differ from ours."""
-    answer = Answer(503, {"retry-after": LATER, "date": date}, b"")
+    answer = Response(503, {"retry-after": LATER, "date": date}, b"")
     assert retry_after(answer) == seconds
 
 
 async def test_retry_after_may_be_a_date_of_c(io_loop):
     """asctime's, which names no zone: it is UTC (RFC 9110, section 5.6.7)."""
     headers = {"retry-after": "Thu Jan  1 00:00:07 2026", "date": LATER}
-    assert retry_after(Answer(503, headers, b"")) == 0.0
+    assert retry_after(Response(503, headers, b"")) == 0.0
     headers["date"] = "Thu, 01 Jan 2026 00:00:00 GMT"
-    assert retry_after(Answer(503, headers, b"")) == 7.0
+    assert retry_after(Response(503, headers, b"")) == 7.0
 
 
 @pytest.mark.parametrize("attempts", [1, 1025, 10**9])

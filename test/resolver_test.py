@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from programs import leave_out
 
-from backends import resolver
-from backends.resolver import Resolver
+from backends.client import resolver
+from backends.client.resolver import Resolver
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from backends.response import MalformedResponse, ResponseReader
+from backends.client.response import MalformedResponse, ResponseReader
 
 OK = b"HTTP/1.1 200 OK\r\n"
 BODY = b"Content-Length: 2\r\n\r\nOK"

@@ -25,7 +25,7 @@ from backends import (
     Relay,
 )
 from backends.breaker import Breaker, Tripping
-from backends.client import Client, Target
+from backends.client import Client
 from backends.http.attempts import Attempts
 from backends.http.check import NOBODY_TO_TELL, HTTPCheck
 from backends.http.credentials import CredentialSources
@@ -34,6 +34,7 @@ from backends.http.event import EventWriter
 from backends.http.farewells import Farewell, Farewells
 from backends.http.verdicts import Verdicts
 from backends.journal import DeadRun, StateDirectory
+from backends.target import Target
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,10 @@ from functools import partial
 
 from backends import Attempt, BackendError, EventName, Observer
 from backends.breaker import Breaker
-from backends.client import Answer, Client, Target
+from backends.client import Client, Response
 from backends.http.delivery import attempt_outcome
 from backends.http.event import Event, EventWriter
+from backends.target import Target
 
 
 class Attempts:
@@ -28,20 +29,20 @@ class Attempts:
         target: Target,
         event: Event,
         timeout: float,
-        line_timeout: float | None = None,
+        queue_timeout: float | None = None,
         keep: bool = False,
-    ) -> Answer:
+    ) -> Response:
         """Post `event`, and wait at most `timeout` seconds for the answer.
 
-        With `line_timeout` these begin when it is sent, see `Client.post`. With
+        With `queue_timeout` these begin when it is sent, see `Client.post`. With
         `keep`, the answer has its headers and body. Raises `BackendError` where there
         is none.
         """
         loop = self._client.loop
         began = loop.time()
-        outcome: Answer | BackendError
+        outcome: Response | BackendError
         try:
-            outcome = await self._post(target, event, timeout, line_timeout, keep)
+            outcome = await self._post(target, event, timeout, queue_timeout, keep)
         except BackendError as error:
             outcome = error
         except asyncio.CancelledError:
@@ -49,7 +50,7 @@ class Attempts:
             raise
         became = attempt_outcome(outcome)
         self._breaker.record(connection_id, became == "away")
-        answer = outcome if isinstance(outcome, Answer) else None
+        answer = outcome if isinstance(outcome, Response) else None
         self._observer.attempted(
             Attempt(
                 name,
@@ -72,12 +73,12 @@ class Attempts:
         target: Target,
         event: Event,
         timeout: float,
-        line_timeout: float | None,
+        queue_timeout: float | None,
         keep: bool,
-    ) -> Answer:
-        done: asyncio.Future[Answer] = self._client.loop.create_future()
+    ) -> Response:
+        done: asyncio.Future[Response] = self._client.loop.create_future()
 
-        def on_done(outcome: Answer | BackendError) -> None:
+        def on_done(outcome: Response | BackendError) -> None:
             if done.done():
                 return
             if isinstance(outcome, BackendError):
@@ -90,11 +91,11 @@ class Attempts:
             partial(self._events.request, target, event),
             on_done,
             timeout=timeout,
-            line_timeout=line_timeout,
+            queue_timeout=queue_timeout,
             keep=keep,
         )
         try:
             return await done
         finally:
             if not done.done() or done.cancelled():
-                exchange.let_go()
+                exchange.abandon()

@@ -14,15 +14,11 @@ from pathlib import Path
 
 import aiohappyeyeballs
 
-from backends import Check, Finding, expiry_finding
-from backends.client import (
-    HAPPY_EYEBALLS_DELAY,
-    TLS_HANG_UP,
-    Target,
-    is_hang_up,
-    tls_failure,
-)
-from backends.resolver import Resolver
+from backends.check import Check, Finding, expiry_finding
+from backends.client.pool import HAPPY_EYEBALLS_DELAY
+from backends.client.resolver import Resolver
+from backends.client.tls_failures import TLS_HANG_UP, is_hang_up, tls_failure
+from backends.target import Target
 
 # Seconds. By TLS 1.3 a client learns only afterwards that its certificate is not
 # taken; a server that takes it says nothing until it is asked.

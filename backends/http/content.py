@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from backends.response import MalformedResponse
+from backends.client.response import MalformedResponse
 
 MAX_CODINGS = 2  # of one body; each is decoded within the limit
 # For zlib.decompressobj: gzip, zlib's own format, and bare deflate.

@@ -29,10 +29,11 @@ from backends import (
     Observer,
 )
 from backends.breaker import Breaker
-from backends.client import Answer, Client, Target
+from backends.client import Client, Response
 from backends.deadlines import after_reading
 from backends.http.event import Event, EventWriter
 from backends.http.held import Held, OverdueLine, Request
+from backends.target import Target
 from backends.waiting import Line
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def is_success(status: int) -> bool:
     return 200 <= status < 300
 
 
-def attempt_outcome(outcome: Answer | BackendError) -> AttemptOutcome:
+def attempt_outcome(outcome: Response | BackendError) -> AttemptOutcome:
     """What became of an attempt: it was taken or refused, or may go again."""
     if isinstance(outcome, BackendError):
         return "away" if isinstance(outcome, BackendAway) else "timeout"
@@ -304,7 +305,7 @@ class Delivery:
         self._deliveries.held.discard(request)
         self._tell_of_attempt(request, "let_go", None)
         self._deliveries.observer.ended("message", self._connection.id, "let_go")
-        exchange.let_go()
+        exchange.abandon()
         self._tell_of_change()
         self._pump()
 
@@ -357,7 +358,7 @@ class Delivery:
             on_done=request.on_done,
             on_sent=request.on_sent,
             timeout=deliveries.patience.backend_timeout,
-            line_timeout=float("inf"),  # it is judged here
+            queue_timeout=float("inf"),  # it is judged here
         )
         if exchange.connection is None:  # it stands in line
             self._wait(self._line_deadline(request))
@@ -386,10 +387,10 @@ class Delivery:
         """No answer in time: the next message may go."""
         exchange = request.exchange
         assert exchange is not None
-        if exchange.in_line:  # its kept connection had ended: it was not sent
+        if exchange.queued:  # its kept connection had ended: it was not sent
             self._wait(self._line_deadline(request))
             return
-        exchange.hold()  # nobody closes a connection as idle that late
+        exchange.forbid_resend()  # nobody closes a connection as idle that late
         self._deliveries.held.add(request)
         # Whoever took it whole and has not reset it is there.
         self._deliveries.breaker.record(self._connection.id, away=False)
@@ -399,7 +400,7 @@ class Delivery:
             self._deliveries.on_sign_of_life(request)
         self._pump()
 
-    def on_done(self, request: Request, outcome: Answer | BackendError) -> None:
+    def on_done(self, request: Request, outcome: Response | BackendError) -> None:
         """An answer came, or none will."""
         self._end_attempt(request)
         became = attempt_outcome(outcome)
@@ -510,17 +511,17 @@ class Delivery:
         if gate is None or gate.number < failed.number:
             return
         assert gate.exchange is not None
-        if gate.exchange.in_line:
+        if gate.exchange.queued:
             self._withdraw(gate)
         else:
-            gate.exchange.hold()
+            gate.exchange.forbid_resend()
 
     def _withdraw(self, gate: Request) -> None:
         """Back from the line for a connection: it was not sent."""
         exchange = gate.exchange
         assert exchange is not None
         self._end_attempt(gate)
-        exchange.let_go()
+        exchange.abandon()
         self._deliveries.breaker.record_nothing()
         self._put_back(gate)
 
@@ -616,7 +617,7 @@ class Delivery:
     def _judge_line(self, gate: Request, now: float) -> None:
         exchange = gate.exchange
         assert exchange is not None
-        if not exchange.in_line:
+        if not exchange.queued:
             return
         if now < self._line_deadline(gate):
             self._wait(self._line_deadline(gate))  # the line has moved
@@ -639,7 +640,7 @@ def backoff(attempts: int) -> float:
     return random.uniform(0.0, min(MAX_BACKOFF, MIN_BACKOFF * 2**doublings))
 
 
-def retry_after(answer: Answer) -> float | None:
+def retry_after(answer: Response) -> float | None:
     """Seconds that Retry-After asks for (RFC 9110, section 10.2.3), or None.
 
     A date counts from the answer's own Date, since clocks differ. Infinite where

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import orjson
 
 from backends import Closure, Handshake, Relay, TraceContext
-from backends.client import Target
 from backends.http.signature import Signer
+from backends.target import Target
 
 
 class Event(NamedTuple):

@@ -5,7 +5,6 @@ import itertools
 
 from backends import BackendAway, BackendError, Closure, Observer, TraceContext
 from backends.breaker import Breaker
-from backends.client import Target
 from backends.deadlines import after_reading
 from backends.http.attempts import Attempts
 from backends.http.delivery import (
@@ -17,6 +16,7 @@ from backends.http.delivery import (
     retry_after,
 )
 from backends.http.event import Event, EventWriter
+from backends.target import Target
 
 # Seconds for the answer to a disconnect event, and for a connection to become free
 # for it in a line that does not move.
@@ -157,7 +157,7 @@ class Farewells:
                     target,
                     farewell.event(),
                     timeout=DISCONNECT_TIMEOUT,
-                    line_timeout=DISCONNECT_TIMEOUT,
+                    queue_timeout=DISCONNECT_TIMEOUT,
                 )
             except BackendError as failure:
                 error = failure

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from backends import BackendError
-from backends.client import Answer, Exchange
+from backends.client import Exchange, Response
 from backends.deadlines import after_reading
 from backends.http.event import Event
 from backends.waiting import Waiters, call_one
@@ -29,7 +29,7 @@ class Owner(Protocol):
     def on_overdue(self, request: "Request") -> None:
         """There is no answer in time."""
 
-    def on_done(self, request: "Request", outcome: Answer | BackendError) -> None:
+    def on_done(self, request: "Request", outcome: Response | BackendError) -> None:
         """An answer came, or none will."""
 
     def let_go(self, request: "Request") -> None:
@@ -72,7 +72,7 @@ class Request:
     def on_overdue(self) -> None:
         self.owner.on_overdue(self)
 
-    def on_done(self, outcome: Answer | BackendError) -> None:
+    def on_done(self, outcome: Response | BackendError) -> None:
         self.owner.on_done(self, outcome)
 
     def leave_line(self) -> None:

@@ -3,12 +3,13 @@
 import re
 
 from backends import BackendError, ConnectionRefused
-from backends.client import Answer, Target
+from backends.client import Response
+from backends.client.response import MAX_KEPT_BODY, MalformedResponse
 from backends.http.attempts import Attempts
 from backends.http.content import decoded, parsed_json
 from backends.http.delivery import hint, is_success
 from backends.http.event import Event
-from backends.response import MAX_KEPT_BODY, MalformedResponse
+from backends.target import Target
 
 MAX_REFUSAL_BODY = 4096  # bytes of a refusal's body that the client gets
 
@@ -52,7 +53,7 @@ class Verdicts:
         return chosen_subprotocol(body)
 
 
-def verdict_of(answer: Answer) -> ConnectionRefused:
+def verdict_of(answer: Response) -> ConnectionRefused:
     """The backend's no, with what of it the client gets.
 
     A body that cannot be decoded is left out: the status says enough.

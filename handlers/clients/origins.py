@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from tornado.options import define
 
+from backends.hosts import DEFAULT_PORTS
+
 define("allowed_origins", multiple=True, metavar="ORIGINS",
        help="origins whose pages may connect, as https://app.example.com, "
             "https://*.example.com, capacitor://localhost, file:// or null; "
@@ -20,7 +22,6 @@ define("require_origin", default=False,
 
 # Some clients name the scheme of the WebSocket's own URL.
 _SAME_AS = {"ws": "http", "wss": "https"}
-_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 # As it is serialized (RFC 6454, section 6.1), and as Host is (RFC 9110, 7.2).
 _ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z\d+.-]*)://(?P<authority>.*)", re.ASCII)
@@ -72,7 +73,7 @@ class AllowedOrigins:
             return False
         if not self._named:
             scheme = scheme or given.scheme
-            return scheme in _DEFAULT_PORTS and (
+            return scheme in DEFAULT_PORTS and (
                 given == split_origin(f"{scheme}://{host}")
             )
         return any(_matches(given, named) for named in self._named)
@@ -90,9 +91,9 @@ def split_origin(text: str) -> Origin | None:
         return None
     host, port = authority
     scheme = _SAME_AS.get(parts["scheme"], parts["scheme"])
-    if not host and (scheme in _DEFAULT_PORTS or port is not None):
+    if not host and (scheme in DEFAULT_PORTS or port is not None):
         return None
-    return Origin(scheme, host, _DEFAULT_PORTS.get(scheme) if port is None else port)
+    return Origin(scheme, host, DEFAULT_PORTS.get(scheme) if port is None else port)
 
 
 def is_host(text: str) -> bool:

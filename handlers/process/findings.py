@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 from tornado.options import Error as OptionError
 
-from backends import Finding, expiry_finding
+from backends.check import Finding, expiry_finding
 from backends.files import read_text
 
 # Tags of DER (X.680, section 8.6).

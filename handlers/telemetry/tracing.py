@@ -48,6 +48,7 @@ from tornado.httputil import HTTPServerRequest
 from tornado.options import Error as OptionError
 
 from backends import Attempt, HandshakeOutcome, Observer, TraceContext
+from backends.hosts import DEFAULT_PORTS
 from handlers.http.server import FastHandler, FastResponse, Request
 from handlers.telemetry.trace import trace_context
 
@@ -637,5 +638,5 @@ def _of_url(url: str) -> tuple[str, Attributes]:
         "url.full": url,
         "url.template": parts.path,
         "server.address": parts.hostname or "",
-        "server.port": parts.port or {"http": 80, "https": 443}[parts.scheme],
+        "server.port": parts.port or DEFAULT_PORTS[parts.scheme],
     }

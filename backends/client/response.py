@@ -1,4 +1,4 @@
-"""Responses as `client` reads them: the status counts, however odd the headers.
+"""Responses, and how `connection` reads them: the status counts, even of a bad head.
 
 httptools parses them, with those leniencies that leave no doubt where a response
 ends. Of a head that it gives up, `repaired` makes one that it reads; the
@@ -9,6 +9,8 @@ counts and the body does not.
 
 import contextlib
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import httptools
@@ -33,7 +35,16 @@ SWITCHING_PROTOCOLS = 101  # final here: nobody asked for it
 
 
 class MalformedResponse(Exception):
-    """What came is no response; the message says why."""
+    """What was received is not a response; the message says why."""
+
+
+@dataclass(slots=True)
+class Response:
+    """A response: its status, and its headers and body where they were asked for."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
 
 
 class ResponseReader:

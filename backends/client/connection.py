@@ -1,0 +1,280 @@
+"""One TCP connection to an origin: one exchange at a time.
+
+`pool` makes it and is told when it is free, when it has ended, and when a request
+has to be sent again.
+"""
+
+import asyncio
+import logging
+import random
+import ssl
+from collections import deque
+from typing import Protocol, cast
+
+from backends import BackendAway, BackendError
+from backends.client.dead_peers import SendProgress
+from backends.client.exchange import Exchange
+from backends.client.response import (
+    MAX_HEAD_SIZE,
+    MalformedResponse,
+    Response,
+    ResponseReader,
+)
+from backends.client.tls_failures import TLS_NO_RESPONSE, tls_failure
+from backends.deadlines import after_reading
+
+logger = logging.getLogger(__name__)
+
+MAX_DROPPED_BODY = 1024 * 1024  # bytes; beyond, the connection is closed
+BODY_TIMEOUT = 5.0  # seconds from a response's headers to its end; then closed, too
+# Seconds after a TLS handshake in which a lost connection may mean its rejection.
+REJECTION_TIME = 2.0
+MIN_AGE_SHARE = 0.8  # of the connection age, so that not all are replaced at once
+
+
+class ClientSettings(Protocol):
+    """The settings of the client that a connection needs."""
+
+    loop: asyncio.AbstractEventLoop
+    dead_after: float
+    connection_age: float
+
+
+class Origin(Protocol):
+    """The pool of one scheme, host and port, as its connections see it."""
+
+    @property
+    def client(self) -> ClientSettings:
+        """The client whose settings count."""
+
+    tls: ssl.SSLContext | None
+    busy: "set[PooledConnection]"
+    waiting: deque[Exchange]
+
+    def on_free(self, connection: "PooledConnection") -> None:
+        """A connection has finished its exchange."""
+
+    def on_lost(self, connection: "PooledConnection") -> None:
+        """A connection's socket is gone."""
+
+    def resend(self, exchange: Exchange) -> None:
+        """Send once more, on a new connection."""
+
+
+class PooledConnection(asyncio.Protocol):
+    """One TCP connection; after each exchange its origin decides what comes next."""
+
+    def __init__(self, origin: Origin, tls: ssl.SSLContext | None) -> None:
+        self._origin = origin
+        self._tls = tls
+        self._why_lost = ""  # where TLS has said it
+        self._transport: asyncio.Transport | None = None
+        self._made_at = 0.0  # on the loop's clock, as the next one
+        self._retire_at = 0.0  # no request is sent from then on
+        self._response = ResponseReader()
+        self._exchange: Exchange | None = None
+        self._adopted = False  # whether the origin counts it, and is told of its end
+        self.kept = False  # used before, or idle: the server may have closed it
+        self._paused = False
+        self._progress: SendProgress | None = None  # while the kernel has not taken all
+        self.idle_since = 0.0  # on the loop's clock
+        self._body_timer: asyncio.TimerHandle | None = None
+
+    # The transport's callbacks.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        client = self._origin.client
+        self._made_at = client.loop.time()
+        self._retire_at = self._made_at + client.connection_age * random.uniform(
+            MIN_AGE_SHARE, 1
+        )
+        # So that writing pauses exactly while the kernel has not taken all. A
+        # TLS transport pauses at its limit, a plain one above it; what TLS has
+        # handed to its own transport (64 KiB at most) counts as sent.
+        self._transport.set_write_buffer_limits(high=1 if self._tls else 0, low=0)
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if self._exchange is not None:
+            self._exchange.sent()
+
+    def data_received(self, data: bytes) -> None:
+        response, exchange = self._response, self._exchange
+        if exchange is None:
+            self.close()  # a response that nobody asked for
+            return
+        try:
+            response.feed(data)
+        except MalformedResponse as error:
+            self._fail(BackendError, str(error))
+            self.close()
+            return
+        if not response.has_head:
+            return
+        if response.status == 408 and self.kept and exchange.may_resend:
+            # The server closes an idle kept connection (RFC 9110, section 15.5.9).
+            self._exchange = None
+            self.close()
+            self._origin.busy.discard(self)
+            self._origin.resend(exchange)
+            return
+        if exchange.timer is not None:
+            exchange.timer.cancel()  # the body has a limit of its own
+            exchange.timer = None
+        if response.complete or response.size > MAX_DROPPED_BODY + MAX_HEAD_SIZE:
+            self._finish()
+        elif self._body_timer is None:
+            loop = self._origin.client.loop
+            self._body_timer = loop.call_later(
+                BODY_TIMEOUT, after_reading, loop, self._on_body_timeout
+            )
+
+    def eof_received(self) -> bool:
+        return False  # close; connection_lost() reports it
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if isinstance(error, ssl.SSLError):
+            self._why_lost = tls_failure(error)
+        elif self._may_be_rejected():
+            self._why_lost = TLS_NO_RESPONSE
+        self._transport = None
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        exchange = self._exchange
+        if exchange is None:
+            pass
+        elif self.kept and not self._response.started and exchange.may_resend:
+            # The server closed an idle connection while the request was on its
+            # way (RFC 9112, section 9.3.1), and has not processed it.
+            self._exchange = None
+            self._origin.on_lost(self)
+            self._origin.resend(exchange)
+            self._response.end()
+            return
+        elif self._response.cut():
+            # Its body or its head ended with the connection: the status counts.
+            self._finish()
+        else:
+            self._fail(BackendAway, self.why_lost())
+        self._response.end()
+        if self._adopted:
+            self._origin.on_lost(self)
+
+    # What the origin calls.
+
+    def adopt(self) -> bool:
+        """Return whether it is open; from now on, its end frees a place."""
+        self._adopted = self._transport is not None
+        return self._adopted
+
+    def why_lost(self) -> str:
+        """Describe the end of a connection that came before the end of its response."""
+        if self._why_lost:
+            return self._why_lost
+        if self._response.started:
+            return "connection lost in the answer's middle"
+        return "connection lost before an answer"
+
+    def _may_be_rejected(self) -> bool:
+        """Whether the peer may have rejected our certificate unnoticed.
+
+        In TLS 1.3 a client learns of the rejection only when it reads, and not even
+        then where the connection was reset. A peer that sends a session ticket has
+        accepted the certificate (RFC 8446, section 4.6.1).
+        """
+        if self._tls is None or self._transport is None or self._response.started:
+            return False
+        age = self._origin.client.loop.time() - self._made_at
+        tls = self._transport.get_extra_info("ssl_object")
+        return (
+            not self.kept
+            and age < REJECTION_TIME
+            and tls.version() == "TLSv1.3"
+            and not (tls.session and tls.session.has_ticket)
+        )
+
+    def is_usable(self) -> bool:
+        """Whether another request may be sent on it."""
+        return (
+            self._transport is not None
+            and not self._transport.is_closing()
+            and self._tls is self._origin.tls
+            and self._origin.client.loop.time() < self._retire_at
+        )
+
+    def send(self, exchange: Exchange) -> None:
+        """Write one request."""
+        assert self._transport is not None and exchange.write is not None
+        self._response.begin(exchange.keep)
+        self._exchange = exchange
+        self._origin.busy.add(self)
+        client = self._origin.client
+        exchange.begin(self, client.loop)
+        try:
+            self._transport.write(exchange.write())
+        except Exception:
+            logger.exception("POST %s: no request could be made", exchange.target)
+            self._why_lost = "no request could be made"
+            exchange.forbid_resend()
+            self.close()
+            return
+        if self._paused:
+            self._progress = SendProgress(
+                client.loop, self._transport, client.dead_after, self._on_no_progress
+            )
+        elif exchange.on_sent is not None:
+            client.loop.call_soon(exchange.sent)
+
+    def close(self) -> None:
+        """Close after what was written has been sent; at once if the kernel is full."""
+        if self._transport is not None:
+            if self._paused:
+                self._transport.abort()
+            else:
+                self._transport.close()
+
+    def _finish(self) -> None:
+        """Report the response; the connection is free if the response has ended."""
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
+        response = self._response
+        exchange, self._exchange = self._exchange, None
+        outcome = Response(
+            response.status, response.headers, response.body if response.keep else b""
+        )
+        self.kept = True
+        reusable = response.complete and response.reusable and not self._paused
+        has_waiting = bool(self._origin.waiting)
+        if not reusable:
+            self.close()
+        elif not has_waiting:  # free for what is sent because of this response
+            self._origin.on_free(self)
+        if exchange is not None:
+            exchange.connection = None
+            exchange.finish(outcome)
+        if reusable and has_waiting:  # unless this response took them off the queue
+            self._origin.on_free(self)
+
+    def _on_body_timeout(self) -> None:
+        if self._body_timer is not None:
+            self._finish()
+
+    def _fail(self, kind: type[BackendError], why: str) -> None:
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.connection = None
+            exchange.finish(kind(f"POST {exchange.target}: {why}"))
+
+    def _on_no_progress(self) -> None:
+        self._fail(BackendAway, f"not taken in {self._origin.client.dead_after:g} s")
+        if self._transport is not None:
+            self._transport.abort()

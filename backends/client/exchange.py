@@ -1,0 +1,142 @@
+"""One request and its outcome.
+
+`pool` makes it and has it sent; `connection` reports what became of it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from backends import BackendError
+from backends.client.response import Response
+from backends.deadlines import after_reading
+from backends.target import Target
+from backends.waiting import call_one
+
+logger = logging.getLogger(__name__)
+
+
+class Closable(Protocol):
+    """The connection that a request was sent on."""
+
+    def close(self) -> None:
+        """Close it, after what was written has been sent."""
+
+
+class Exchange:
+    """One request, from when it is queued until it has an outcome.
+
+    `on_sent` is called when the kernel has the whole request, `on_done` once
+    with the response or the `BackendError`, neither before `Client.post`
+    returns. After `abandon` neither is called.
+    """
+
+    __slots__ = (
+        "answer_timeout",
+        "connection",
+        "keep",
+        "on_done",
+        "on_sent",
+        "resent",
+        "target",
+        "timer",
+        "write",
+    )
+
+    def __init__(
+        self,
+        target: Target,
+        write: Callable[[], bytes],
+        on_done: Callable[[Response | BackendError], None],
+        on_sent: Callable[[], None] | None,
+        keep: bool,
+    ) -> None:
+        self.target = target
+        # None when the request may not be sent again.
+        self.write: Callable[[], bytes] | None = write
+        self.on_done: Callable[[Response | BackendError], None] | None = on_done
+        self.on_sent = on_sent
+        self.keep = keep
+        # Seconds for the response from when it is sent; None: no limit of that kind.
+        self.answer_timeout: float | None = None
+        self.resent = False
+        self.connection: Closable | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+    def finish(self, outcome: Response | BackendError) -> None:
+        """Report the outcome; nothing where one was reported before."""
+        on_done, self.on_done, self.on_sent = self.on_done, None, None
+        self.write = None
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        if on_done is not None:
+            try:
+                on_done(outcome)
+            except Exception:  # the requests of others go on
+                logger.exception("bug in %r", on_done)
+
+    @property
+    def queued(self) -> bool:
+        """Whether it waits for a connection, for the first time or again."""
+        return self.connection is None
+
+    @property
+    def pending(self) -> bool:
+        """Whether somebody waits for its outcome: it has none, nor was abandoned."""
+        return self.on_done is not None
+
+    @property
+    def may_resend(self) -> bool:
+        """Whether it may be sent again at once if its kept connection ends."""
+        return (
+            not self.resent and self.on_done is not None and self.write is not None
+        )
+
+    def abandon(self) -> None:
+        """Close the request's connection, or give up its place in the queue."""
+        self.on_done = self.on_sent = self.write = None
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        if self.connection is not None:
+            self.connection.close()
+
+    def forbid_resend(self) -> None:
+        """Never send it again at once, even if its kept connection ends."""
+        self.write = None
+
+    def limit(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
+        """End it with an error unless there is a response in `timeout` seconds."""
+        self.timer = loop.call_later(
+            timeout, after_reading, loop, partial(self._on_timeout, timeout)
+        )
+
+    def begin(self, connection: Closable, loop: asyncio.AbstractEventLoop) -> None:
+        """It is being sent on `connection`: the time for its response runs."""
+        self.connection = connection
+        if self.answer_timeout is not None:
+            if self.timer is not None:
+                self.timer.cancel()  # for its wait in the queue
+            self.limit(loop, self.answer_timeout)
+
+    def _on_timeout(self, timeout: float) -> None:
+        if self.timer is None:
+            return  # the response has been read meanwhile
+        self.timer = None
+        connection = self.connection
+        self.finish(BackendError(f"POST {self.target}: no answer in {timeout:g} s"))
+        if connection is not None:
+            connection.close()
+
+    def sent(self) -> None:
+        """The kernel has taken the last byte."""
+        if self.on_sent is not None:
+            call_one(self.on_sent)
+
+
+def stopped(target: Target) -> BackendError:
+    """Return the outcome of a request when the client is closed."""
+    return BackendError(f"POST {target}: the relay stops")

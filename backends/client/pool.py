@@ -1,0 +1,446 @@
+"""The pool: connections by origin, and the requests that wait for one.
+
+`connection` sends a request and reads its response. `resolver` looks names up, and
+aiohappyeyeballs races IPv6 against IPv4.
+"""
+
+import asyncio
+import errno
+import itertools
+import logging
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import aiohappyeyeballs
+
+from backends import BackendAway, BackendError
+from backends.client.connection import PooledConnection
+from backends.client.dead_peers import set_keepalive
+from backends.client.exchange import Exchange, stopped
+from backends.client.resolver import Resolver
+from backends.client.response import Response
+from backends.client.tls_failures import TLS_HANG_UP, connect_failure, is_hang_up
+from backends.deadlines import RunningTime, after_reading
+from backends.target import Target
+from backends.waiting import call_one
+
+logger = logging.getLogger(__name__)
+
+# This process, or its machine, may open no more: that is no failure of the backend.
+NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
+NO_DESCRIPTORS_PAUSE = 0.5  # seconds; then a connection is tried again
+MAX_CONNECTING = 128  # TCP handshakes under way at once to one origin
+ADDRESSES_TTL = 5.0  # seconds for which a name's addresses are used again
+IDLE_TIMEOUT = 60.0  # seconds; a connection unused for that long is closed
+HAPPY_EYEBALLS_DELAY = 0.25  # seconds; RFC 8305, section 8
+# Seconds; above any --backend_connect_timeout, which ends a handshake that is late.
+TLS_HANDSHAKE_TIMEOUT = 86400.0
+# Seconds for the peer's close_notify, while its place is not free.
+TLS_SHUTDOWN_TIMEOUT = 1.0
+
+
+class Client:
+    """A pool of connections to all origins that it POSTs to.
+
+    `max_connections` bounds those open or being opened, over all origins;
+    beyond it requests are queued, and `on_starved` is called for each, so
+    that its owner may abandon another request. `connect_timeout` covers name
+    lookup, TCP and TLS. A dead peer is detected within `dead_after` seconds. No
+    request is sent on a connection that is older than `connection_age` seconds,
+    so that changes of DNS and new servers are found.
+    """
+
+    def __init__(
+        self,
+        max_connections: int,
+        connect_timeout: float,
+        dead_after: float,
+        connection_age: float = float("inf"),
+        on_starved: Callable[[], None] = lambda: None,
+    ) -> None:
+        # Kept, since asking for it is a system call (getpid) before Python 3.12.
+        self.loop = asyncio.get_running_loop()
+        self.max_connections = max_connections
+        self.connect_timeout = connect_timeout
+        self.dead_after = dead_after
+        self.connection_age = connection_age
+        self.on_starved = on_starved
+        self.tls: ssl.SSLContext | None = None
+        self.open = 0
+        self.moved_at = float("-inf")  # when a queue last moved, on the loop's clock
+        self.count = itertools.count(1)  # of connections, ever opened
+        self.resolver = Resolver()
+        self._origins: dict[tuple[str, str, int], _Origin] = {}
+        self._pause: asyncio.TimerHandle | None = None  # while no descriptor is left
+        self.closed = False
+
+    def post(
+        self,
+        target: Target,
+        write: Callable[[], bytes],
+        on_done: Callable[[Response | BackendError], None],
+        on_sent: Callable[[], None] | None = None,
+        timeout: float | None = None,
+        queue_timeout: float | None = None,
+        keep: bool = False,
+    ) -> Exchange:
+        """Send what `write` returns, a whole request, and report its outcome.
+
+        `write` is called when there is a connection to send on, so that a wait in
+        the queue makes no part of it old, and again where the request is sent again.
+        `timeout` is in seconds from now to the response; None waits for as long as
+        the connection lives. With `queue_timeout` it begins when the request is
+        sent; before, the request may wait for so many seconds, which may be
+        infinite, in a queue that does not move. `keep` asks for the response's
+        headers and body.
+        """
+        exchange = Exchange(target, write, on_done, on_sent, keep)
+        if self.closed:
+            self.loop.call_soon(exchange.finish, stopped(target))
+            return exchange
+        if queue_timeout is not None:
+            exchange.answer_timeout = timeout
+        elif timeout is not None:
+            exchange.limit(self.loop, timeout)
+        origin = self._origins.get(target.origin)
+        if origin is None:
+            origin = self._origins[target.origin] = _Origin(self, target)
+        origin.dispatch(exchange)
+        if queue_timeout is not None and exchange.queued:
+            self._limit_queue(exchange, self.loop.time(), queue_timeout)
+        return exchange
+
+    def trust(self, tls: ssl.SSLContext | None) -> None:
+        """Make https connections with `tls`; needed before the first of them.
+
+        On those made with another context, requests under way are completed,
+        and no other is sent.
+        """
+        self.tls = tls
+        for origin in self._origins.values():
+            origin.trust(tls)
+
+    @property
+    def starved(self) -> bool:
+        """Whether requests wait and no connection may be opened for them."""
+        return self.open >= self.max_connections and any(
+            origin.waiting for origin in self._origins.values()
+        )
+
+    async def close(self) -> None:
+        """Close every connection; what is under way ends with an error."""
+        self.closed = True
+        if self._pause is not None:
+            self._pause.cancel()
+        for origin in self._origins.values():
+            await origin.close()
+
+    def make_room(self) -> None:
+        """Close an idle connection to another origin, or call `on_starved`."""
+        for origin in self._origins.values():
+            if origin.idle:
+                origin.idle.pop().close()
+                return
+        call_one(self.on_starved)
+
+    def on_slot_free(self) -> None:
+        """A connection ended: origins that wait may open another.
+
+        First the one with the fewest connections; of those with as many, the one
+        that has opened none for the longest time.
+        """
+        if not self.closed:
+            for origin in sorted(
+                self._origins.values(), key=lambda each: (each.size(), each.opened_at)
+            ):
+                origin.connect_for_waiting()
+
+    @property
+    def paused(self) -> bool:
+        """Whether no descriptor was left a moment ago: requests wait for one."""
+        return self._pause is not None
+
+    def on_no_descriptors(self) -> None:
+        """No descriptor is left: open no connection for a while."""
+        if self._pause is None and not self.closed:
+            logger.warning("too many open files: events wait for a connection")
+            self._pause = self.loop.call_later(NO_DESCRIPTORS_PAUSE, self._resume)
+
+    def _resume(self) -> None:
+        self._pause = None
+        self.on_slot_free()
+
+    def needs_room(self, origin: "_Origin") -> bool:
+        """Whether a free connection to `origin` must be closed for another origin.
+
+        For when no more may be opened. Each origin gets as many as it needs, or
+        all get equally many; connections are not opened and closed in turn.
+        """
+        size = origin.size()
+        return any(
+            other.waiting
+            and other is not origin
+            and (not origin.waiting or other.size() == 0 or other.size() < size - 1)
+            for other in self._origins.values()
+        )
+
+    def _limit_queue(self, exchange: Exchange, since: float, timeout: float) -> None:
+        if timeout == float("inf"):
+            return
+        exchange.timer = self.loop.call_at(
+            since + timeout,
+            after_reading,
+            self.loop,
+            partial(self._judge_queue, exchange, since, timeout),
+        )
+
+    def _judge_queue(self, exchange: Exchange, since: float, timeout: float) -> None:
+        """Give up a request if the queue has not moved for `timeout` seconds."""
+        if exchange.timer is None or not exchange.queued:
+            return
+        if self.moved_at > since:
+            self._limit_queue(exchange, self.moved_at, timeout)
+            return
+        exchange.timer = None
+        exchange.finish(
+            BackendError(
+                f"POST {exchange.target}: no connection became free in {timeout:g} s"
+            )
+        )
+
+
+class _NoDescriptors(Exception):
+    """No descriptor is left for a connection."""
+
+
+class _Origin:
+    """One scheme, host and port: its connections, and the requests that wait."""
+
+    def __init__(self, client: Client, target: Target) -> None:
+        self.client = client
+        self.target = target
+        # What its connections are made with from now on; None: plain TCP.
+        self.tls = client.tls if target.scheme == "https" else None
+        self.idle: list[PooledConnection] = []
+        self.busy: set[PooledConnection] = set()
+        self.waiting: deque[Exchange] = deque()
+        # Owned here while they connect; a failure goes to a request that waits.
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._expiry: asyncio.TimerHandle | None = None  # one for all that are idle
+        self._addresses: Sequence[aiohappyeyeballs.AddrInfoType] = ()
+        self._resolved_at = float("-inf")
+        self.opened_at = 0  # `client.count` when it opened its last one
+
+    def size(self) -> int:
+        """Connections that are open or being opened."""
+        return len(self.idle) + len(self.busy) + len(self._connecting)
+
+    def dispatch(self, exchange: Exchange) -> None:
+        """Send on an idle connection, or wait for one."""
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.is_usable():
+                connection.send(exchange)
+                return
+            connection.close()
+        self.waiting.append(exchange)
+        self.connect_for_waiting()
+
+    def connect_for_waiting(self) -> None:
+        """Open connections for the requests that wait, within the bounds."""
+        loop = self.client.loop
+        while self.waiting and not self.waiting[0].pending:
+            self.waiting.popleft()  # timed out or abandoned: needs no connection
+        if self.client.paused:
+            return
+        while len(self._connecting) < min(len(self.waiting), MAX_CONNECTING):
+            if self.client.open >= self.client.max_connections:
+                self.client.make_room()
+                return
+            self.client.open += 1
+            self.opened_at = next(self.client.count)
+            task = loop.create_task(self._connect())
+            self._connecting.add(task)
+            task.add_done_callback(self._on_connecting_ended)
+
+    async def _connect(self) -> None:
+        try:
+            connection = await self._open()
+            if not connection.adopt():
+                raise BackendAway(connection.why_lost())
+        except asyncio.CancelledError:
+            raise  # a task may be cancelled before it runs: see its callback
+        except _NoDescriptors:
+            self._stop_connecting()
+            self.client.on_no_descriptors()
+            self._slot_free()
+            return
+        except BaseException as error:
+            self._stop_connecting()
+            self._slot_free()
+            # Even for a bug of ours: else each request that waits would repeat it.
+            if (exchange := self._next_waiting()) is not None:
+                exchange.finish(BackendAway(f"POST {exchange.target}: {error}"))
+            if not isinstance(error, BackendAway):
+                raise
+            return
+        self._stop_connecting()  # before its connection may end, and free a place
+        self._hand_on(connection)
+
+    def _stop_connecting(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connecting.discard(task)
+
+    def _on_connecting_ended(self, task: "asyncio.Task[None]") -> None:
+        self._connecting.discard(task)
+        if task.cancelled():
+            self._slot_free()
+
+    def _slot_free(self) -> None:
+        self.client.open -= 1
+        self.client.loop.call_soon(self.client.on_slot_free)
+
+    async def _open(self) -> PooledConnection:
+        """Raises `BackendAway` with the failed step and why, or `_NoDescriptors`."""
+        seconds = self.client.connect_timeout
+        late = "DNS has not answered"
+        try:
+            async with RunningTime(self.client.loop, seconds):
+                addresses = await self._resolve()
+                late = "the host has not answered"
+                sock = await aiohappyeyeballs.start_connection(
+                    addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY, interleave=1
+                )
+                late = "the TLS handshake has not ended"
+                return await self._wrap(sock)
+        except TimeoutError:
+            raise BackendAway(f"no connection in {seconds:g} s: {late}") from None
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name for DNS
+            if isinstance(error, OSError) and error.errno in NO_DESCRIPTORS:
+                raise _NoDescriptors from error
+            raise BackendAway(connect_failure(error)) from error
+
+    async def _wrap(self, sock: socket.socket) -> PooledConnection:
+        """Make a connection from a connected socket, with TLS for https."""
+        tls = self.tls
+        assert tls is not None or self.target.scheme == "http"
+        try:
+            set_keepalive(sock, self.client.dead_after)
+            _, connection = await self.client.loop.create_connection(
+                lambda: PooledConnection(self, tls),
+                sock=sock,
+                ssl=tls,
+                server_hostname=self.target.server_name if tls else None,
+                ssl_handshake_timeout=TLS_HANDSHAKE_TIMEOUT if tls else None,
+                ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT if tls else None,
+            )
+        except BaseException as error:
+            sock.close()
+            if tls is not None and is_hang_up(error):
+                raise BackendAway(TLS_HANG_UP) from error
+            raise
+        return connection
+
+    async def _resolve(self) -> Sequence[aiohappyeyeballs.AddrInfoType]:
+        """The host's addresses, looked up at most once in `ADDRESSES_TTL`."""
+        loop = self.client.loop
+        if loop.time() > self._resolved_at + ADDRESSES_TTL:
+            self._addresses = await self.client.resolver.resolve(
+                self.target.host, self.target.port
+            )
+            self._resolved_at = loop.time()
+        return self._addresses
+
+    def on_free(self, connection: PooledConnection) -> None:
+        """A connection has finished its exchange."""
+        self.busy.discard(connection)
+        client = self.client
+        if client.open >= client.max_connections and client.needs_room(self):
+            connection.close()
+        else:
+            self._hand_on(connection)
+
+    def trust(self, tls: ssl.SSLContext | None) -> None:
+        """Make connections with `tls`, and close the idle ones that were not."""
+        if self.target.scheme == "https":
+            self.tls = tls
+        fresh = [connection for connection in self.idle if connection.is_usable()]
+        for connection in set(self.idle).difference(fresh):
+            connection.close()
+        self.idle = fresh
+
+    def _hand_on(self, connection: PooledConnection) -> None:
+        client = self.client
+        if not connection.is_usable():
+            connection.close()
+        elif self.waiting and (exchange := self._next_waiting()) is not None:
+            connection.send(exchange)
+        elif client.open >= client.max_connections and client.needs_room(self):
+            connection.close()
+        else:
+            self._keep_idle(connection)
+
+    def _keep_idle(self, connection: PooledConnection) -> None:
+        connection.kept = True
+        connection.idle_since = self.client.loop.time()
+        self.idle.append(connection)
+        if self._expiry is None:
+            self._expiry = self.client.loop.call_later(IDLE_TIMEOUT, self._expire)
+
+    def _expire(self) -> None:
+        """Close connections that are unused for too long, the oldest first."""
+        self._expiry = None
+        now = self.client.loop.time()
+        for connection in list(self.idle):
+            left = connection.idle_since + IDLE_TIMEOUT - now
+            if left > 0:
+                self._expiry = self.client.loop.call_later(left, self._expire)
+                return
+            connection.close()
+
+    def _next_waiting(self) -> Exchange | None:
+        while self.waiting:
+            exchange = self.waiting.popleft()
+            if exchange.pending:
+                self.client.moved_at = self.client.loop.time()
+                return exchange
+        return None
+
+    def on_lost(self, connection: PooledConnection) -> None:
+        """A connection's socket is gone."""
+        self.busy.discard(connection)
+        if connection in self.idle:
+            self.idle.remove(connection)
+        self.client.open -= 1
+        self.client.on_slot_free()
+
+    def resend(self, exchange: Exchange) -> None:
+        """Send once more, on a new connection."""
+        exchange.connection = None
+        if self.client.closed:
+            exchange.finish(stopped(exchange.target))
+            return
+        exchange.resent = True
+        for connection in self.idle:  # probably as stale as the one that failed
+            connection.close()
+        self.idle.clear()
+        self.waiting.appendleft(exchange)
+        self.connect_for_waiting()
+
+    async def close(self) -> None:
+        """Close all connections; requests that wait end with an error."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        connecting = list(self._connecting)
+        for task in connecting:
+            task.cancel()
+        await asyncio.gather(*connecting, return_exceptions=True)
+        for connection in [*self.idle, *self.busy]:
+            connection.close()
+        self.idle.clear()
+        while (exchange := self._next_waiting()) is not None:
+            exchange.finish(stopped(exchange.target))

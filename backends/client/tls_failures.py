@@ -1,0 +1,29 @@
+"""What to say of a connection that could not be made, or ended in its handshake."""
+
+import ssl
+
+TLS_HANG_UP = "TLS: the connection was closed in the handshake"
+TLS_NO_RESPONSE = "TLS: connection lost at once: it may want a client certificate"
+
+
+def is_hang_up(error: BaseException) -> bool:
+    """Whether a TLS handshake failed because the peer, or the network, ended it."""
+    return isinstance(error, ConnectionError | ssl.SSLEOFError)
+
+
+def connect_failure(error: OSError | UnicodeError) -> str:
+    """Describe why there is no connection, in one line, whatever the error lacks."""
+    if isinstance(error, ssl.SSLError):
+        return tls_failure(error)
+    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return f"cannot connect: {why}"
+
+
+def tls_failure(error: ssl.SSLError) -> str:
+    """Describe a failed handshake, or an alert, in one line."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"TLS: {error.verify_message.rstrip('.')}"
+    if error.reason == "WRONG_VERSION_NUMBER":
+        return "TLS: the backend speaks another protocol"
+    # OpenSSL's name for it, such as TLSV13_ALERT_CERTIFICATE_REQUIRED.
+    return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}"
