@@ -41,12 +41,12 @@ from handlers.http.access_log import log_access, log_request
 from handlers.http.application import RelayApplication, Routes
 from handlers.http.binding import bind_listeners
 from handlers.http.body import NotFoundHandler
-from handlers.http.kept import MAX_KEPT_BODIES, KeptBodies
+from handlers.http.body_budget import MAX_BODY_BYTES, BodyBudget
 from handlers.http.listener import Descriptors, Server, bindable, is_wildcard
 from handlers.http.server import FastHandler, Request, RequestBounds, RequestServer
 from handlers.http.tornado_server import TornadoServer
 from handlers.operators.console import console_routes
-from handlers.operators.console.page import clients_of
+from handlers.operators.console.assets import clients_of
 from handlers.operators.console.tail import Tail
 from handlers.operators.guard import OperatorGuard
 from handlers.operators.metrics import make_collector
@@ -280,12 +280,12 @@ class Service:
 
     def _listen(self) -> None:
         most = self.policy.max_message_size
-        kept = KeptBodies(max(MAX_KEPT_BODIES, 2 * most))
+        body_budget = BodyBudget(max(MAX_BODY_BYTES, 2 * most))
         one_listener = self.to_clients is self.to_backend
         for_backend = self._for_backend()
         both = make_server(
             self._for_clients(for_backend) if one_listener else for_backend,
-            bounds(kept, max_body_size=most),
+            bounds(body_budget, max_body_size=most),
             self.observers,
             self._fast_send(),
             self.tracing,
@@ -296,7 +296,7 @@ class Service:
         self.to_backend.serve(both, self.descriptors.callback)
         for_clients = make_server(
             self._for_clients([]),
-            bounds(kept, max_body_size=options.max_header_size),
+            bounds(body_budget, max_body_size=options.max_header_size),
             self.observers,
         )
         self.to_clients.serve(for_clients, self.descriptors.client)
@@ -394,14 +394,14 @@ async def report_stop(connections: Connections, backend: Backend) -> None:
         )
 
 
-def bounds(kept: KeptBodies, max_body_size: int) -> RequestBounds:
+def bounds(body_budget: BodyBudget, max_body_size: int) -> RequestBounds:
     """Those of one listener's requests; `max_body_size` in bytes."""
     return RequestBounds(
         options.header_timeout,
         options.body_timeout,
         options.max_header_size,
         max_body_size,
-        kept,
+        body_budget,
     )
 
 

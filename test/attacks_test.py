@@ -4,7 +4,7 @@ import pytest
 from attacks import PEERS, attack, doors
 from service import Service
 
-from handlers.http.kept import MAX_KEPT_BODIES
+from handlers.http.body_budget import MAX_BODY_BYTES
 
 pytestmark = pytest.mark.gen_test(timeout=90)
 
@@ -38,6 +38,6 @@ async def test_bodies_at_their_largest_are_bounded_together(io_loop, server, kin
         url = service.callback_url
         found = await attack(service, url, kind, CROWD, 1.0)
         # What is kept, and half as much again in the gaps between; what is read.
-        most = MAX_KEPT_BODIES * 3 // 2 + CROWD * EACH
+        most = MAX_BODY_BYTES * 3 // 2 + CROWD * EACH
         assert found.during - found.before < most, found
         assert found.longest_call < 10, found

@@ -24,7 +24,7 @@ from backends.loopback import make_backend
 from handlers.clients.tickets import MAX_TICKETS, TICKET_LIFETIME, Tickets
 from handlers.connections import ConnectionMap
 from handlers.operators.console.connections import ORDERS, search
-from handlers.operators.console.live import parse_wishes
+from handlers.operators.console.live import parse_filter
 from handlers.operators.console.tail import (
     EVENTS_PER_BATCH,
     FOLLOWED_PER_BATCH,
@@ -32,7 +32,7 @@ from handlers.operators.console.tail import (
     SHOWN_OF_BODY,
     Tail,
     Viewer,
-    Wishes,
+    ViewerFilter,
 )
 from handlers.telemetry.observers import Observers
 
@@ -414,7 +414,7 @@ def test_slow_viewer_gets_fewer_events():
     """A batch is bounded; the rest is counted. Followed connections have their own."""
     viewer = Viewer(lambda viewer: None)
     one, other = "a" * 32, "b" * 32
-    viewer.wishes = parse_wishes({"followed": [one]})
+    viewer.filter = parse_filter({"followed": [one]})
     wanted = 0
     for _ in range(10_000):
         for connection in (one, other):
@@ -434,7 +434,7 @@ def test_viewer_gets_the_events_it_asks_for():
     """Kinds, the beginning of an id, only failures; and what it follows besides."""
     viewer = Viewer(lambda viewer: None)
     one = "a" * 32
-    viewer.wishes = Wishes(frozenset({"attempt"}), "bb", True, frozenset({one}))
+    viewer.filter = ViewerFilter(frozenset({"attempt"}), "bb", True, frozenset({one}))
     assert viewer.wants("opened", one)
     assert not viewer.wants("attempt", "bb00")
     assert viewer.wants("attempt", "bb00", failed=True)

@@ -20,7 +20,7 @@ from service import DEADLINE, RecordingBackend, Service, eventually
 from tornado.ioloop import IOLoop
 from wire import KEY, TEXT, frame, handshake
 
-from handlers.http.kept import KeptBodies
+from handlers.http.body_budget import BodyBudget
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -321,25 +321,25 @@ async def test_bodies_of_all_requests_together_are_bounded(io_loop, server, more
 
 async def test_refused_body_of_which_more_comes_takes_no_other_with_it(io_loop):
     """More of it may be read in the turn in which it is refused."""
-    bodies = KeptBodies(most=100)
+    budget = BodyBudget(max_size=100)
     refused: list[str] = []
     heard = asyncio.Event()
 
-    class Keeper:
+    class Holder:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def refuse_to_keep(self) -> None:
-            bodies.discard(self)
+        def on_over_budget(self) -> None:
+            budget.release(self)
             refused.append(self.name)
             heard.set()
 
-    first, second = Keeper("first"), Keeper("second")
-    bodies.keep(first, 60)
-    bodies.keep(second, 60)
-    bodies.keep(first, 61)
+    first, second = Holder("first"), Holder("second")
+    budget.hold(first, 60)
+    budget.hold(second, 60)
+    budget.hold(first, 61)
     await asyncio.wait_for(heard.wait(), DEADLINE)
-    bodies.keep(second, 100)  # nothing of the first one counts any more
+    budget.hold(second, 100)  # nothing of the first one counts any more
     assert refused == ["first"]
 
 

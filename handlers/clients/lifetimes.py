@@ -1,7 +1,7 @@
-"""Ends connections that say nothing, or have lasted long enough.
+"""Closes connections that are idle or too old.
 
-One timer serves them all. It turns once a second, or more often for short
-limits, and looks only at those whose time may have come.
+One timer serves all connections. It fires once a second, or more often for short
+limits, and checks only the connections that may have expired.
 """
 
 import asyncio
@@ -28,16 +28,16 @@ TURNS = 20  # in the shorter one of the two limits
 JITTER = 0.1  # of a lifetime: those who came together don't all go together
 
 
-class Mortal(Protocol):
-    """What ends: a `ClientConnection`."""
+class Expirable(Protocol):
+    """A connection that may expire: a `ClientConnection`."""
 
     @property
     def last_message_at(self) -> float:
-        """When a message, or a part of one, went either way, on the loop's clock."""
+        """Time of the last message, or part of one, in or out, on the loop's clock."""
 
     @property
     def busy(self) -> bool:
-        """Whether messages are waiting, so that silence means nothing."""
+        """Whether messages wait for the backend, so that the client is not idle."""
 
     def expire(self, reason: str) -> None: ...
 
@@ -54,16 +54,16 @@ class Lifetimes:
         shortest = min(self._idle_timeout, self._max_lifetime)
         self._on = shortest < float("inf")
         self._turn_time = max(MIN_TURN, min(MAX_TURN, shortest / TURNS))
-        # Whom to look at in which turn, and when their lives end at the latest,
-        # on the loop's clock.
-        self._turns: dict[int, dict[Mortal, float]] = {}
-        self._turn_of: dict[Mortal, int] = {}
-        # Those whose turn has come, until what has come from them was read.
-        self._due: dict[Mortal, float] = {}
+        # Connections by the turn in which to check them, each with the time at which
+        # it must end, on the loop's clock.
+        self._turns: dict[int, dict[Expirable, float]] = {}
+        self._turn_of: dict[Expirable, int] = {}
+        # Connections to check once everything that has arrived was read.
+        self._due: dict[Expirable, float] = {}
         self._last_turn = 0
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, connection: Mortal) -> None:
+    def add(self, connection: Expirable) -> None:
         """Watch `connection` from now on."""
         if not self._on:
             return
@@ -74,8 +74,8 @@ class Lifetimes:
             self._arm()
         self._look_at(connection, min(now + self._idle_timeout, ends_at), ends_at)
 
-    def discard(self, connection: Mortal) -> None:
-        """Watch it no more."""
+    def discard(self, connection: Expirable) -> None:
+        """Stop watching `connection`."""
         self._due.pop(connection, None)
         turn = self._turn_of.pop(connection, None)
         if turn is not None:
@@ -88,7 +88,7 @@ class Lifetimes:
         if self._timer is not None:
             self._timer.cancel()
 
-    def _look_at(self, connection: Mortal, at: float, ends_at: float) -> None:
+    def _look_at(self, connection: Expirable, at: float, ends_at: float) -> None:
         turn = max(self._turn_at(at), self._last_turn) + 1  # the one after that time
         self._turns.setdefault(turn, {})[connection] = ends_at
         self._turn_of[connection] = turn
@@ -126,7 +126,7 @@ class Lifetimes:
         if self._turns and self._timer is None:
             self._arm()
 
-    def _judge(self, connection: Mortal, ends_at: float, now: float) -> None:
+    def _judge(self, connection: Expirable, ends_at: float, now: float) -> None:
         heard = now if connection.busy else connection.last_message_at
         if now >= ends_at:
             connection.expire("lifetime")

@@ -1,4 +1,7 @@
-"""A request's body, bounded here and not by Tornado, which would answer a bare 400."""
+"""Handlers that bound a request's body themselves.
+
+Tornado's own limit would answer 400 without a body.
+"""
 
 from http import HTTPStatus
 from typing import Any
@@ -6,28 +9,28 @@ from typing import Any
 from tornado.httputil import HTTPHeaders
 from tornado.web import stream_request_body
 
-from handlers.http.kept import RETRY_AFTER, KeptBodies, joined
+from handlers.http.body_budget import RETRY_AFTER, BodyBudget, joined
 from handlers.http.problem import ProblemHandler
 
-# A body that is not wanted is read to its end and dropped, so that the peer sees
-# the answer and no reset; beyond these bounds the connection ends instead.
+# A rejected body is read to its end and discarded, so that the peer gets the answer
+# and not a reset. Beyond these limits the connection is closed instead.
 MAX_DISCARDED_BODY = 64 * 1024 * 1024  # bytes
 DISCARD_TIMEOUT = 5.0  # seconds
 
 
 @stream_request_body
 class BodyHandler(ProblemHandler):
-    """A handler that keeps a body of up to `max_body_size` bytes."""
+    """A handler that accepts a body of up to `max_body_size` bytes."""
 
     max_body_size = 0
     _body: bytes | bytearray = b""
     _length = 0
 
     @property
-    def _kept(self) -> KeptBodies:
+    def _budget(self) -> BodyBudget:
         connection: Any = self.request.connection
-        kept: KeptBodies = connection.kept_bodies
-        return kept
+        budget: BodyBudget = connection.body_budget
+        return budget
 
     async def prepare(self) -> None:
         connection: Any = self.request.connection
@@ -45,7 +48,7 @@ class BodyHandler(ProblemHandler):
             return
         if self._length <= self.max_body_size:
             self._body = joined(self._body, chunk)
-            self._kept.keep(self, self._length)
+            self._budget.hold(self, self._length)
         else:
             self._drop_body()
             if self._length > MAX_DISCARDED_BODY - len(chunk):
@@ -57,23 +60,23 @@ class BodyHandler(ProblemHandler):
     def on_connection_close(self) -> None:
         self._drop_body()
 
-    def refuse_to_keep(self) -> None:
-        """503: the process has no room for the body."""
+    def on_over_budget(self) -> None:
+        """Answer 503: the process has no memory for the body."""
         self._drop_body()
         if not self._finished:
             self.set_header("Connection", "close")
             self.set_header("Retry-After", str(RETRY_AFTER))
             self.problem(
                 HTTPStatus.SERVICE_UNAVAILABLE,
-                "This instance keeps as many bytes of bodies as it may.",
+                "This instance has no memory for this body now.",
             )
 
     def _drop_body(self) -> None:
         self._body = b""
-        self._kept.discard(self)
+        self._budget.release(self)
 
     def _refuse_early(self) -> None:
-        """Answer without the rest of the body, after which the connection ends."""
+        """Answer without reading the rest of the body, then close the connection."""
         self.set_header("Connection", "close")
         if self._has(str(self.request.method).lower()):
             self._refuse_body()
@@ -83,11 +86,11 @@ class BodyHandler(ProblemHandler):
     def _refuse_body(self) -> None:
         self.problem(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"A body may have {self.max_body_size} bytes.",
+            f"The body is larger than {self.max_body_size} bytes.",
         )
 
     def take_body(self) -> bytes | None:
-        """The whole body; None where it was not taken, which has been answered."""
+        """Return the whole body; None if it was rejected, which has been answered."""
         if self._finished:
             return None
         if self._length > self.max_body_size:
@@ -99,10 +102,10 @@ class BodyHandler(ProblemHandler):
 
 
 class RefusingHandler(BodyHandler):
-    """Refuses all methods alike, and keeps no byte of a body.
+    """Rejects every method in the same way, and discards the body.
 
-    It has no method itself, so that Tornado thinks 405 of each; `write_error`
-    says what it is instead.
+    It defines no method, so Tornado answers 405 to each; subclasses replace that in
+    `write_error`.
     """
 
     async def prepare(self) -> None:
@@ -112,7 +115,7 @@ class RefusingHandler(BodyHandler):
 
 
 class NotFoundHandler(RefusingHandler):
-    """404, for every path that is no route's."""
+    """Answers 404 to every path without a route."""
 
     detail = "There is nothing at this path."
 
@@ -121,7 +124,7 @@ class NotFoundHandler(RefusingHandler):
 
 
 def _declared_length(headers: HTTPHeaders) -> float:
-    """What `Content-Length` says; 0 where Tornado will refuse it, or it is absent."""
+    """Return `Content-Length`; 0 if it is absent, or invalid, which Tornado rejects."""
     digits = headers.get("Content-Length", "0")
     if not (digits.isascii() and digits.isdigit()):
         return 0

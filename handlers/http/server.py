@@ -36,7 +36,7 @@ from tornado.iostream import IOStream, StreamClosedError
 from tornado.web import Application
 
 from backends.deadlines import after_reading
-from handlers.http.kept import RETRY_AFTER, KeptBodies, joined
+from handlers.http.body_budget import RETRY_AFTER, BodyBudget, joined
 from handlers.http.sockets import READ_SIZE, SocketConnection
 
 logger = logging.getLogger(__name__)
@@ -69,14 +69,14 @@ NOTED = frozenset({b"content-length", b"transfer-encoding", b"upgrade"})
 class RequestBounds:
     """What every request is held to: seconds, and bytes.
 
-    `kept` is what the bodies of all requests together are held to.
+    `body_budget` is what the bodies of all requests together are held to.
     """
 
     header_timeout: float
     body_timeout: float
     max_header_size: int
     max_body_size: int
-    kept: KeptBodies = field(default_factory=KeptBodies)
+    body_budget: BodyBudget = field(default_factory=BodyBudget)
 
 
 class FastResponse:
@@ -165,7 +165,7 @@ class Request:
 FastHandler = Callable[[bytes], FastResponse | Awaitable[FastResponse] | None]
 
 
-class Mortal(Protocol):
+class Expirable(Protocol):
     """What `Deadlines` ends."""
 
     deadline: float  # on the loop's clock
@@ -183,18 +183,18 @@ class Deadlines:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         # With when they were accepted, on the loop's clock.
-        self.connections: dict[Mortal, float] = {}
+        self.connections: dict[Expirable, float] = {}
         self._loop = loop
         self._next = 0.0  # tick, on the loop's clock
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, connection: Mortal) -> None:
+    def add(self, connection: Expirable) -> None:
         """Look after a connection until it is discarded."""
         self.connections[connection] = self._loop.time()
         if self._timer is None:
             self._wait()
 
-    def discard(self, connection: Mortal) -> None:
+    def discard(self, connection: Expirable) -> None:
         """Look after a connection no more."""
         self.connections.pop(connection, None)
 
@@ -489,17 +489,17 @@ class RequestConnection(SocketConnection):
                 answer = request.fast(body)
                 if answer is not None:
                     if request.is_kept:
-                        self._server.bounds.kept.discard(self)
+                        self._server.bounds.body_budget.release(self)
                     self._answer(request, answer)
                     return
                 request.body = body
             elif request.length <= self._server.bounds.max_body_size:
                 if request.length:
                     request.is_kept = True
-                    self._server.bounds.kept.keep(self, request.length)
+                    self._server.bounds.body_budget.hold(self, request.length)
                 return
         if request.is_kept:
-            self._server.bounds.kept.discard(self)
+            self._server.bounds.body_budget.release(self)
         self._exchange = Exchange(self, self._server, request)
         self._exchange.begin()
 
@@ -722,7 +722,7 @@ class RequestConnection(SocketConnection):
         if partial is not None and partial is self._request:
             self.give_up(status)
 
-    def refuse_to_keep(self) -> None:
+    def on_over_budget(self) -> None:
         """The process has no room for the rest of the body of the one at hand."""
         request = self._request
         if request is None or request.complete or self._exchange is not None:
@@ -734,7 +734,7 @@ class RequestConnection(SocketConnection):
 
     def give_up(self, status: bytes) -> None:
         """The request at hand can't be completed: `status`, if it has no answer."""
-        self._server.bounds.kept.discard(self)
+        self._server.bounds.body_budget.release(self)
         exchange, self._exchange = self._exchange, None
         self._request = self._partial = None
         if exchange is not None:
@@ -804,7 +804,7 @@ class RequestConnection(SocketConnection):
         """The socket is no longer ours; whoever waits for it is told."""
         self._closing = True
         self._server.deadlines.discard(self)
-        self._server.bounds.kept.discard(self)
+        self._server.bounds.body_budget.release(self)
         self._parser = None
         self._inbox = bytearray()
         exchange, self._exchange = self._exchange, None
@@ -910,9 +910,9 @@ class Exchange(HTTPConnection):
         return self._connection._sock.fileno()
 
     @property
-    def kept_bodies(self) -> KeptBodies:
+    def body_budget(self) -> BodyBudget:
         """What all bodies are counted in, until handlers take them."""
-        return self._connection._server.bounds.kept
+        return self._connection._server.bounds.body_budget
 
     def set_close_callback(self, callback: Callable[[], None] | None) -> None:
         """Call it when the peer goes before it is answered."""

@@ -37,7 +37,7 @@ from tornado.iostream import (
 )
 from tornado.web import Application
 
-from handlers.http.kept import KeptBodies
+from handlers.http.body_budget import BodyBudget
 from handlers.http.server import (
     ANSWER_TIMEOUT,
     IDLE_TIMEOUT,
@@ -313,9 +313,9 @@ class _Exchange(HTTP1Connection):
         return self.stream.socket.fileno()
 
     @property
-    def kept_bodies(self) -> KeptBodies:
+    def body_budget(self) -> BodyBudget:
         """What all bodies are counted in, until handlers take them."""
-        return self._connection.bounds.kept
+        return self._connection.bounds.body_budget
 
     def set_body_timeout(self, timeout: float) -> None:
         """In seconds from now."""

@@ -1,8 +1,8 @@
 """The console: a page for operators, at `/` of the callbacks' listener.
 
-`page` serves its files, `tail` watches while somebody looks, `live` streams what
-it saw, `connections` lists, sends and closes, `playground` lets the page connect
-as a client. What runs in the browser is in `page/`, as it stands.
+`assets` serves the files of `page/`, which run in the browser as they are. `tail`
+observes while the page is open, `live` streams what it saw, `connections` lists,
+sends and closes, `playground` lets the page connect as a client.
 """
 
 from tornado.options import define
@@ -11,13 +11,13 @@ from tornado.web import RequestHandler
 
 from handlers.clients.connection import Connections
 from handlers.clients.tickets import Tickets
+from handlers.operators.console.assets import Clients, PageHandler, read_files
 from handlers.operators.console.connections import (
     CloseHandler,
     ConnectionsHandler,
     SendHandler,
 )
 from handlers.operators.console.live import LiveHandler, ViewerHandler
-from handlers.operators.console.page import Clients, PageHandler, read_files
 from handlers.operators.console.playground import PlaygroundHandler
 from handlers.operators.console.tail import Tail
 from handlers.operators.guard import OperatorGuard
@@ -38,7 +38,7 @@ def console_routes(
     clients: Clients,
     max_message_size: int,
 ) -> list[tuple[str | Matcher, type[RequestHandler], dict[str, object]]]:
-    """What the page is made of, and what it asks for."""
+    """Return the routes of the page's files and data."""
     guarded = {"guard": guard}
     one = r"/console/connections/([0-9a-f]{32})"
     reached = {**guarded, "connections": connections}

@@ -1,4 +1,4 @@
-"""What the console's data routes share: the guard, and what keeps browsers apart."""
+"""Shared by the console's data routes: the guard, and headers against other sites."""
 
 import json
 from http import HTTPStatus
@@ -6,7 +6,7 @@ from typing import Any
 
 from handlers.operators.guard import OperatorHandler
 
-# For every answer, errors too: nothing of it is another site's to read or to show.
+# On every response, errors included: no other site may read or embed it.
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -15,13 +15,13 @@ SAFE_HEADERS = {
 }
 OWN_SITE = ("same-origin", "none")  # of Sec-Fetch-Site; none: typed by a person
 
-MAX_WISH = 4096  # bytes of JSON that the page sends
+MAX_REQUEST = 4096  # bytes of JSON that the page sends
 
 
 class GuardedHandler(OperatorHandler):
     """A route for operators, and for no page but the console's own."""
 
-    max_body_size = MAX_WISH
+    max_body_size = MAX_REQUEST
 
     def set_default_headers(self) -> None:
         super().set_default_headers()
@@ -35,19 +35,19 @@ class GuardedHandler(OperatorHandler):
             # It could read nothing of the answer, but take a viewer's place.
             self.problem(HTTPStatus.FORBIDDEN, "This is for the console's own page.")
 
-    def take_wish(self) -> dict[str, Any] | None:
-        """The body, a JSON object; None where it is none, which has been answered."""
+    def take_json(self) -> dict[str, Any] | None:
+        """Return the body, a JSON object; None if it is not one, which was answered."""
         body = self.take_body()
         if body is None:
             return None
         try:
-            wish = json.loads(body)
+            document = json.loads(body)
         except (ValueError, RecursionError):
-            wish = None
-        if not isinstance(wish, dict):
+            document = None
+        if not isinstance(document, dict):
             self.problem(HTTPStatus.BAD_REQUEST, "The body is not a JSON object.")
             return None
-        return wish
+        return document
 
     def answer(self, document: dict[str, Any]) -> None:
         """Finish with JSON."""

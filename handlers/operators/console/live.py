@@ -1,6 +1,6 @@
-"""What the tail saw, as lines of JSON on one long answer.
+"""Streams what the tail saw to the page, as lines of JSON in one long response.
 
-By `fetch`, not as an EventSource, which could bring no token.
+The page reads it by `fetch`, since an EventSource cannot send a token.
 """
 
 import asyncio
@@ -12,8 +12,8 @@ from typing import Any
 from tornado.iostream import StreamClosedError
 
 from backends.deadlines import RunningTime
+from handlers.operators.console.assets import Clients
 from handlers.operators.console.guarded import GuardedHandler
-from handlers.operators.console.page import Clients
 from handlers.operators.console.tail import (
     KINDS,
     MAX_FOLLOWED,
@@ -21,7 +21,7 @@ from handlers.operators.console.tail import (
     SHOWN_OF_BODY,
     Tail,
     Viewer,
-    Wishes,
+    ViewerFilter,
 )
 from handlers.operators.guard import OperatorGuard
 
@@ -33,7 +33,7 @@ BEGINNING_OF_ID = re.compile(r"[0-9a-f]{0,32}")
 
 
 class TailHandler(GuardedHandler):
-    """What has to do with the tail."""
+    """A route that uses the tail."""
 
     def initialize(  # type: ignore[override] # each route's own keywords
         self, guard: OperatorGuard, tail: Tail
@@ -89,18 +89,18 @@ class LiveHandler(TailHandler):
         }
 
     async def _pass_on(self, lines: bytes) -> None:
-        """Send them, when the ones before have been taken."""
+        """Send lines once the client has taken those before."""
         self.write(lines)
         async with RunningTime(asyncio.get_running_loop(), TAKE_TIMEOUT):
             await self.flush()
 
     def _is_allowed_still(self) -> bool:
-        """Its token may have been taken away meanwhile."""
+        """Whether its token is still valid."""
         given = self.request.headers.get_list("Authorization")
         return self.guard.tokens.challenge(given) is None
 
     def _abort(self) -> None:
-        """Cut it off, where `finish` would wait for a peer that takes nothing."""
+        """Close the connection; `finish` would wait for a peer that reads nothing."""
         connection: Any = self.request.connection
         stream = getattr(connection, "stream", None)
         if stream is not None:
@@ -115,43 +115,43 @@ class LiveHandler(TailHandler):
 
 
 class ViewerHandler(TailHandler):
-    """`POST /console/viewers/<id>`: what the viewer of that stream wishes to see.
+    """`POST /console/viewers/<id>`: sets the filter of that viewer.
 
-    JSON with any of `kinds`, `connection`, `failures`, `followed` and `bodies`, as
-    `Wishes` has them; what is not there is as in the beginning.
+    JSON with any of `kinds`, `connection`, `failures`, `followed` and `bodies`, as in
+    `ViewerFilter`; a member that is absent has its default.
     """
 
     def post(self, viewer_id: str) -> None:
-        wish = self.take_wish()
-        if wish is None:
+        wanted = self.take_json()
+        if wanted is None:
             return
         viewer = self.tail.viewer(viewer_id)
         if viewer is None:
             self.problem(HTTPStatus.NOT_FOUND, "There is no such viewer now.")
             return
         try:
-            wishes = parse_wishes(wish)
+            viewer_filter = parse_filter(wanted)
         except ValueError as error:
             self.problem(HTTPStatus.BAD_REQUEST, str(error))
             return
-        if wishes.bodies is not None and not self.tail.may_show_bodies:
+        if viewer_filter.bodies is not None and not self.tail.may_show_bodies:
             self.problem(
                 HTTPStatus.FORBIDDEN, "Bodies are not shown: --console_bodies is off."
             )
             return
-        viewer.wishes = wishes
+        viewer.filter = viewer_filter
         self.clear_header("Content-Type")
         self.set_status(HTTPStatus.NO_CONTENT)
         self.finish()
 
 
-def parse_wishes(wish: dict[str, Any]) -> Wishes:
-    """Raises `ValueError` with the sentence for a 400."""
-    kinds = wish.get("kinds", sorted(KINDS))
-    beginning = wish.get("connection", "")
-    failures = wish.get("failures", False)
-    followed = wish.get("followed", [])
-    bodies = wish.get("bodies")
+def parse_filter(wanted: dict[str, Any]) -> ViewerFilter:
+    """Parse a filter. Raises `ValueError` with the detail of the 400."""
+    kinds = wanted.get("kinds", sorted(KINDS))
+    beginning = wanted.get("connection", "")
+    failures = wanted.get("failures", False)
+    followed = wanted.get("followed", [])
+    bodies = wanted.get("bodies")
     if not isinstance(kinds, list) or not all(
         isinstance(kind, str) and kind in KINDS for kind in kinds
     ):
@@ -168,7 +168,9 @@ def parse_wishes(wish: dict[str, Any]) -> Wishes:
         raise ValueError(f"followed is a list of up to {MAX_FOLLOWED} ids.")
     if bodies is not None and not _is_id(bodies):
         raise ValueError("bodies is the id of one connection, or null.")
-    return Wishes(frozenset(kinds), beginning, failures, frozenset(followed), bodies)
+    return ViewerFilter(
+        frozenset(kinds), beginning, failures, frozenset(followed), bodies
+    )
 
 
 def _is_id(value: object) -> bool:

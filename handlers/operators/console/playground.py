@@ -3,8 +3,8 @@
 from http import HTTPStatus
 
 from handlers.clients.tickets import Tickets
+from handlers.operators.console.assets import Clients
 from handlers.operators.console.guarded import GuardedHandler
-from handlers.operators.console.page import Clients
 from handlers.operators.guard import OperatorGuard
 
 

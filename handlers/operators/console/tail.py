@@ -1,9 +1,8 @@
-"""What the console's viewers see: an observer that is there while somebody looks.
+"""Collects what the console's viewers see; observes only while there is a viewer.
 
-Every quarter of a second each viewer gets the events of that time, as far as they
-are what it wishes to see and no more than it can read; every second a snapshot.
-A viewer that reads slowly gets them when it has read: what waits for it is one
-batch, and the newest snapshot. `handlers.operators.console.live` streams it.
+Each viewer gets a batch of events every 0.25 s, those that match its filter, up to
+a limit; and a snapshot every second. Only one batch and the latest snapshot wait
+for a viewer that reads slowly. `handlers.operators.console.live` streams them.
 """
 
 import asyncio
@@ -33,11 +32,11 @@ MAX_VIEWERS = 16
 CLOSE_TIMEOUT = 0.5  # seconds
 BATCH_INTERVAL = 0.25  # seconds
 BATCHES_PER_SNAPSHOT = 4
-EVENTS_PER_BATCH = 25  # more of them nobody can read; the rest is counted
-FOLLOWED_PER_BATCH = 250  # of the connections that a viewer follows
-MAX_FOLLOWED = 4  # connections: one in the playground, one that is looked at
+EVENTS_PER_BATCH = 25  # nobody can read more; the others are only counted
+FOLLOWED_PER_BATCH = 250  # events of the connections that a viewer follows
+MAX_FOLLOWED = 4  # connections; the page follows two: playground and detail view
 SHOWN_OF_BODY = 1024  # characters of a text, bytes of a binary message
-MAX_LATENCIES = 1000  # of one second, of which percentiles are made
+MAX_LATENCIES = 1000  # of one second, sampled for the percentiles
 
 KINDS = frozenset(
     ("handshake", "opened", "closed", "received", "sent", "attempt", "given_up")
@@ -49,7 +48,7 @@ Event = dict[str, Any]
 
 @dataclass(slots=True)
 class Counts:
-    """What happened while anybody watched, since the relay's start."""
+    """Counts of what happened while there were viewers, since the start."""
 
     opened: int = 0
     closed: int = 0
@@ -65,12 +64,12 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What one viewer wants to see.
+class ViewerFilter:
+    """Selects the events that one viewer gets.
 
-    Events of those `kinds`, of connections whose id begins with `connection`, and
-    only what went wrong where `failures` is set; besides all of those `followed`,
-    and the bodies of one connection's messages.
+    Events of these `kinds`, of connections whose id begins with `connection`; only
+    failures if `failures` is set. In addition every event of the connections
+    `followed`. Message bodies only of the connection `bodies`.
     """
 
     kinds: frozenset[str] = KINDS
@@ -81,11 +80,11 @@ class Wishes:
 
 
 class Viewer:
-    """One person's stream: what waits to be sent on it."""
+    """One stream of the console: its filter, and the events that wait for it."""
 
     def __init__(self, on_leave: Callable[["Viewer"], None]) -> None:
         self.id = secrets.token_hex(16)
-        self.wishes = Wishes()
+        self.filter = ViewerFilter()
         self.ended = False  # nothing comes any more
         self._on_leave = on_leave
         self._events: list[Event] = []
@@ -95,16 +94,16 @@ class Viewer:
         self._changed = asyncio.Event()
 
     def wants(self, kind: str, connection_id: str, failed: bool = False) -> bool:
-        """Whether there is room for an event that it wishes to see."""
-        wishes = self.wishes
-        if connection_id in wishes.followed:
+        """Whether an event matches the filter, and there is room for it."""
+        wanted = self.filter
+        if connection_id in wanted.followed:
             if self._followed < FOLLOWED_PER_BATCH:
                 self._followed += 1
                 return True
         elif (
-            kind not in wishes.kinds
-            or (wishes.failures and not failed)
-            or not connection_id.startswith(wishes.connection)
+            kind not in wanted.kinds
+            or (wanted.failures and not failed)
+            or not connection_id.startswith(wanted.connection)
         ):
             return False
         elif len(self._events) - self._followed < EVENTS_PER_BATCH:
@@ -113,17 +112,17 @@ class Viewer:
         return False
 
     def add(self, event: Event) -> None:
-        """One that it `wants`."""
+        """Add an event for which `wants` has returned true."""
         self._events.append(event)
 
     def wake(self, snapshot: bytes | None) -> None:
-        """A batch's time is over; there may be a newer snapshot."""
+        """End a batch; `snapshot` replaces one that has not been sent yet."""
         self._snapshot = snapshot or self._snapshot
         if self._snapshot is not None or self._events or self._skipped:
             self._changed.set()
 
     async def next(self) -> bytes:
-        """Lines of JSON, when there are any; empty at the end."""
+        """Wait for the next lines of JSON; empty bytes mean the end."""
         await self._changed.wait()
         self._changed.clear()
         lines = []
@@ -142,21 +141,21 @@ class Viewer:
         return b"".join(line + b"\n" for line in lines)
 
     def end(self) -> None:
-        """There is nothing more to see."""
+        """Send what waits, then end the stream."""
         self.ended = True
         self._changed.set()
 
     def leave(self) -> None:
-        """It looks no more."""
+        """End the stream: the page was closed."""
         self.end()
         self._on_leave(self)
 
 
 class Tail(Observer):
-    """Watches while there are viewers; costs nothing while there are none.
+    """Observes the relay while there are viewers; costs nothing without them.
 
-    `named` is what the page tells of this relay. Bodies are shown to nobody
-    unless `may_show_bodies`.
+    `named` holds the names that the page shows: version, instance, backend. No
+    viewer gets bodies unless `may_show_bodies`.
     """
 
     def __init__(
@@ -181,10 +180,10 @@ class Tail(Observer):
         self._closed = False
         self._left = asyncio.Event()  # by all of them
 
-    # Who looks.
+    # Viewers.
 
     def join(self) -> Viewer | None:
-        """Another viewer, who has to leave; None where there are too many."""
+        """Add a viewer, which must `leave`; None if there are too many."""
         if self._closed or len(self._viewers) >= MAX_VIEWERS:
             return None
         if not self._viewers:
@@ -195,7 +194,7 @@ class Tail(Observer):
         return viewer
 
     def viewer(self, viewer_id: str) -> Viewer | None:
-        """The viewer of that id, who looks now."""
+        """Return the current viewer of that id."""
         return self._viewers.get(viewer_id)
 
     def _on_leave(self, viewer: Viewer) -> None:
@@ -207,9 +206,9 @@ class Tail(Observer):
             self._left.set()
 
     async def close(self) -> None:
-        """The relay stops: every stream ends, and there are no more.
+        """End every stream, and accept no more viewers.
 
-        Returns when they have ended, or after `CLOSE_TIMEOUT`.
+        Returns when the streams have ended, or after `CLOSE_TIMEOUT`.
         """
         self._closed = True
         if not self._viewers:
@@ -221,7 +220,7 @@ class Tail(Observer):
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._left.wait()
         except TimeoutError:
-            pass  # whoever reads slowly is cut off with its listener
+            pass  # the listener closes the connections of slow viewers
 
     def _tick(self) -> None:
         self._batches += 1
@@ -234,10 +233,10 @@ class Tail(Observer):
             viewer.wake(snapshot)
         self._timer = self._connections.loop.call_later(BATCH_INTERVAL, self._tick)
 
-    # What there is to see.
+    # Events.
 
     def snapshot(self) -> dict[str, Any]:
-        """The relay at this moment; `counts` only ever grow while it runs."""
+        """Describe the relay now; `counts` never decrease while it runs."""
         connections = self._connections
         condition = self._backend.condition()
         latencies = sorted(self._latencies)
@@ -353,12 +352,12 @@ class Tail(Observer):
                     size=size,
                     number=_number(kind, connection),
                 )
-                if self.may_show_bodies and viewer.wishes.bodies == connection.id:
+                if self.may_show_bodies and viewer.filter.bodies == connection.id:
                     event |= _shown(message)
                 viewer.add(event)
 
     def _keep(self, seconds: float) -> None:
-        """A fair sample of a second's attempts, however many there are."""
+        """Keep a uniform sample of the latencies since the last snapshot."""
         if len(self._latencies) < MAX_LATENCIES:
             self._latencies.append(seconds)
             return
@@ -372,13 +371,13 @@ def _event(kind: str, connection_id: str, **details: Any) -> Event:
 
 
 def _number(kind: str, connection: Any) -> int:
-    """Which of its connection's messages that is, in its direction, from 1."""
+    """Return the message's number within its connection and direction, from 1."""
     counted = connection.messages_in if kind == "received" else connection.messages_out
     return int(counted)
 
 
 def _shown(message: str | bytes) -> Event:
-    """The beginning of a body: text as it is, binary in hex."""
+    """Return the beginning of a body: text as it is, binary in hex."""
     beginning = message[:SHOWN_OF_BODY]
     if isinstance(beginning, bytes):
         body = beginning.hex(" ")
@@ -392,7 +391,7 @@ def _milliseconds(seconds: float) -> float:
 
 
 def _percentile(ordered: Sequence[float], share: float) -> float | None:
-    """In milliseconds; None of nothing."""
+    """Return a percentile in milliseconds; None if there are no values."""
     if not ordered:
         return None
     return _milliseconds(ordered[int(len(ordered) * share)])

@@ -1,4 +1,4 @@
-"""The page itself: a handful of files, and what a browser may do with them."""
+"""Serves the console's files, and tells browsers what the page may do (CSP)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ MEDIA_TYPES = {
 
 
 def read_files() -> dict[str, bytes]:
-    """The files of the page, by name."""
+    """Read the page's files; returns their contents by name."""
     return {
         path.name: path.read_bytes()
         for path in FOLDER.iterdir()
@@ -34,11 +34,11 @@ def read_files() -> dict[str, bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Clients:
-    """Where clients connect, as a browser reaches it that has the console's page.
+    """Where a browser that shows the console's page can connect as a client.
 
-    `path` is that of a WebSocket. `port` is None where the page is on the same
-    listener, `address` is None where the clients' listener is bound to every
-    address, that of the page among them.
+    `path` is the path of WebSockets. `port` is None if the page is on the same
+    listener. `address` is None if the clients' listener is bound to every address,
+    including the page's.
     """
 
     path: str
@@ -47,7 +47,7 @@ class Clients:
     port: int | None = None
 
     def origin(self, request: HTTPServerRequest) -> str | None:
-        """`ws://host:port`; None for the page's own origin, or an unknown one."""
+        """Return `ws://host:port`; None for the page's own origin, or if unknown."""
         if self.port is None:
             return None
         scheme = "wss" if self.has_tls else "ws"
@@ -58,11 +58,11 @@ class Clients:
         return f"{scheme}://{match[1]}:{self.port}" if match else None
 
     def sources(self, request: HTTPServerRequest) -> str:
-        """What a Content-Security-Policy has to name for it, beside 'self'."""
+        """Return its sources for a Content-Security-Policy, in addition to 'self'."""
         if (origin := self.origin(request)) is not None:
             return origin
-        # Not all browsers take 'self' for WebSockets, too; by which of the two the
-        # page came, a proxy before us may know alone.
+        # Not every browser applies 'self' to WebSockets. Only a proxy in front of the
+        # relay may know whether the page came by TLS.
         if HOST.fullmatch(request.host):
             return f"ws://{request.host} wss://{request.host}"
         return ""
@@ -71,8 +71,8 @@ class Clients:
 class PageHandler(GuardedHandler):
     """`GET /` and the page's other files.
 
-    They hold no data. So where a token is required they come without: a browser
-    sends none when it opens a page. The page then asks for one.
+    They hold no data. A browser sends no token when it opens a page, so these files
+    need none, even if tokens are configured. The page then asks for one.
     """
 
     max_body_size = 0
@@ -88,7 +88,7 @@ class PageHandler(GuardedHandler):
         if self.guard.tokens.required:
             await BodyHandler.prepare(self)
         else:
-            # Not the console's own check: other sites may have links to this page.
+            # Skips the check of GuardedHandler: other sites may link to this page.
             await super(GuardedHandler, self).prepare()
 
     def get(self, name: str) -> None:
@@ -105,7 +105,7 @@ class PageHandler(GuardedHandler):
     head = get
 
     def _policy(self) -> str:
-        """Nothing but our own files, and the two ends of this relay."""
+        """Allow only the relay's own files, and connections to its two listeners."""
         return "; ".join((
             "default-src 'none'",
             "script-src 'self'",
@@ -121,7 +121,7 @@ class PageHandler(GuardedHandler):
 def clients_of(
     to_clients: Listener, to_backend: Listener, path: str
 ) -> Clients:
-    """Where the console's page finds the clients' listener."""
+    """Return where the console's page can reach the clients' listener."""
     if to_clients is to_backend:
         return Clients(path)
     address = None if to_clients.is_wildcard else to_clients.address
