@@ -84,12 +84,13 @@ __version__ = "0.1.0"
 logger = logging.getLogger("socketdock")
 
 define("backend", default="loopback", metavar="NAME",
-       help="who answers: loopback, http, or a module's full name")
+       help="the backend: loopback (an echo server), http, or the full name of a "
+            "module")
 define("instance_name", type=str, metavar="NAME",
-       help="this instance's name in events; none: the host's name")
+       help="name of this instance in events; none: the host name")
 define("config", type=str, metavar="PATH",
-       help="options file; none: conf/socketdock.conf beside socketdock.py, "
-            "where it exists")
+       help="options file; none: conf/socketdock.conf beside socketdock.py, if it "
+            "exists")
 
 END_GRACE = 0.8  # seconds after the drain's time, then whatever is left is cut off
 STOP_REPORT_INTERVAL = 2.0  # seconds

@@ -20,13 +20,13 @@ from handlers.rates import BURST, Stalls, spent
 logger = logging.getLogger(__name__)
 
 define("max_connections", default=15000, metavar="COUNT",
-       help="most connections at once; then handshakes get 503")
+       help="most open connections; above it handshakes get 503")
 define("max_connections_per_ip", default=0, metavar="COUNT0",
-       help="most connections of one address at once; then its handshakes get "
-            "429; 0: any number")
+       help="most open connections of one address; above it its handshakes get 429; "
+            "0: no limit")
 define("handshakes_per_second", default=0.0, metavar="RATE",
-       help="most handshakes of one address in a second; then they get 429; 0: "
-            "any number")
+       help="most handshakes per second of one address; above it they get 429; 0: no "
+            "limit")
 
 MAX_ADDRESSES = 100_000  # whose rate is known; beyond, the longest unseen is forgotten
 RETRY_AFTER = 1  # seconds; what keeps a handshake out may be over by then

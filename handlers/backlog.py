@@ -11,12 +11,11 @@ from handlers.websocket.frames import CloseCode, FrameError
 logger = logging.getLogger(__name__)
 
 define("max_pending", default=100_000, metavar="COUNT",
-       help="most events that wait for the backend in the whole process; then "
-            "reading stops everywhere and handshakes get 503")
+       help="most events in the whole process that wait for the backend; then reading "
+            "stops and handshakes get 503")
 define("max_queued_bytes", default=256 * 1024 * 1024, metavar="BYTES",
-       help="most bytes of messages that wait for the backend in the whole "
-            "process; then likewise; of those whose answer is overdue; and of "
-            "those that are not whole yet, the slowest of which then get 1013")
+       help="most bytes in the whole process, for each of three: messages that wait "
+            "for the backend, overdue messages, incomplete messages")
 
 WARNING_INTERVAL = 60.0  # seconds between two warnings that reading stops
 

@@ -23,13 +23,14 @@ from handlers.websocket.turns import Turns
 logger = logging.getLogger(__name__)
 
 define("drain_delay", default=0.0, metavar="SECONDS",
-       help="at the stop, handshakes are still accepted for that long, until "
-            "balancers have looked away")
+       help="at shutdown: how long handshakes are still accepted, until load "
+            "balancers have noticed")
 define("drain_spread", default=0.0, metavar="SECONDS",
-       help="at the stop, clients are closed one after the other over that time")
+       help="at shutdown: period over which the clients are closed, one after the "
+            "other")
 define("drain_timeout", default=25.0, metavar="SECONDS",
-       help="longest wait at the stop for clients to close and the backend to be "
-            "told, from the end of --drain_spread")
+       help="at shutdown: longest wait after --drain_spread for clients to close and "
+            "events to be delivered")
 
 NEVER = float("inf")  # on the loop's clock
 

@@ -12,8 +12,8 @@ from handlers.connections import ConnectionMap
 from handlers.http.problem import ProblemHandler
 
 define("ready_breaker_timeout", default=0.0, metavar="SECONDS",
-       help="/readyz is 503, too, once the backend has been away for that long; "
-            "0: whatever the backend does")
+       help="/readyz returns 503 when the backend has been unreachable for this long; "
+            "0: never")
 
 PROBE_TIMEOUT = 2.0  # seconds for each step of a probe
 

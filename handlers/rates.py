@@ -15,14 +15,14 @@ from backends.deadlines import STALL
 from handlers.websocket.frames import CloseCode, FrameError
 
 define("messages_per_second", default=0.0, metavar="RATE",
-       help="most messages of one client in a second; then reading slows; 0: "
-            "any number")
+       help="most messages per second of one client; above it reading slows; 0: no "
+            "limit")
 define("bytes_per_second", default=0, metavar="BYTES0",
-       help="most bytes of one client's frames in a second; then reading slows; "
-            "0: any number")
+       help="most bytes per second of one client's frames; above it reading slows; 0: "
+            "no limit")
 define("rate_patience", default=10.0, metavar="SECONDS",
-       help="longest that a client may send more than these without a break; "
-            "then it is closed with 1008")
+       help="longest time that a client may exceed its rates without a break; then it "
+            "is closed with 1008")
 
 BURST = 1.0  # seconds' worth that may come at once, and one more in any case
 STALL_INTERVAL = 0.5  # seconds between two looks whether the process stood still

@@ -39,51 +39,53 @@ from backends.target import Target
 logger = logging.getLogger(__name__)
 
 define("messageuri", type=str, metavar="URL",
-       help="each client message is POSTed here; required")
+       help="URL to which each client message is POSTed; required")
 define("disconnecturi", type=str, metavar="URL",
-       help="told of every closed connection; none: not told")
+       help="URL that receives an event for each closed connection; none: not sent")
 define("connecturi", type=str, metavar="URL",
-       help="asked before a connection is accepted; none: all are accepted")
+       help="URL that decides whether each connection is accepted; none: accept all")
 define("handshake_timeout", default=10.0, metavar="SECONDS",
-       help="longest wait for the verdict of --connecturi; then 503")
+       help="longest wait for the response of --connecturi; then the client gets 503")
 define("order_wait", default=1.0, metavar="SECONDS",
-       help="after that long without an answer the next message is sent all the "
-            "same; inf: strictly one at a time, which needs --backend_timeout")
+       help="longest time that the next message waits for the answer to the one "
+            "before; inf: no limit, requires --backend_timeout")
 define("max_unanswered", default=16, metavar="COUNT",
-       help="most message requests of one connection that are open at once")
+       help="most unanswered message requests per connection")
 define("backend_timeout", default=0.0, metavar="SECONDS",
-       help="longest wait for a message's answer; 0: as long as the connection "
-            "to the backend lives, since answers may be held")
+       help="longest wait for the answer to a message; 0: no limit, for backends that "
+            "hold answers")
 define("delivery_timeout", default=60.0, metavar="SECONDS",
-       help="longest that a message is retried after its first failure, or waits "
-            "for a backend without a sign of life; then its client gets 1013")
+       help="how long a message is retried after its first failure, or waits for a "
+            "backend without a sign of life; then its client is closed with 1013")
 define("disconnect_timeout", default=300.0, metavar="SECONDS",
-       help="longest that a disconnect event is retried after its first failure")
+       help="how long a disconnect event is retried after its first failure")
 define("backend_connect_timeout", default=5.0, metavar="SECONDS",
-       help="longest wait for a connection to the backend: name, TCP and TLS")
+       help="longest wait for a connection to the backend: DNS, TCP and TLS")
 define("backend_dead_after", default=60.0, metavar="SECONDS",
-       help="a backend's host that vanished without a word is noticed by then")
+       help="seconds until a dead backend host is detected")
 define("backend_connection_age", default=300.0, metavar="SECONDS",
-       help="no request is sent on an older connection to the backend, so that "
-            "changes of DNS and new servers are found; 0: on any")
+       help="age at which a connection to the backend takes no more requests, so that "
+            "DNS changes and new servers are found; 0: no limit")
 define("max_backend_connections", default=4096, metavar="COUNT",
-       help="most connections to the backend at once, held answers included")
+       help="most connections to the backend, including those with held answers")
 
 define("state_dir", type=str, metavar="PATH",
-       help="folder where the ids of open connections survive a crash, so that "
-            "the next start tells of them, by --disconnecturi; none: not kept")
+       help="folder that keeps the ids of open connections over a crash, so that the "
+            "next start can send their disconnect events; none: not kept")
 define("breaker_window", default=10.0, metavar="SECONDS",
-       help="the circuit breaker looks back that long")
+       help="period over which the circuit breaker counts attempts")
 define("breaker_attempts", default=20, metavar="COUNT",
-       help="it opens at so many attempts in its window, not before")
+       help="fewest attempts in the window before the breaker opens")
 define("breaker_share", default=0.5, metavar="SHARE",
-       help="and where that share of them found the backend away, 0 to 1")
+       help="share of the attempts in the window, 0 to 1, that must fail to reach the "
+            "backend before the breaker opens")
 define("breaker_connections", default=5, metavar="COUNT",
-       help="and where these were events of so many connections")
+       help="fewest client connections that the failed attempts must come from before "
+            "the breaker opens")
 define("breaker_first_probe", default=0.5, metavar="SECONDS",
-       help="while it is open, one attempt goes after that time")
+       help="time from the opening of the breaker to its first probe")
 define("breaker_last_probe", default=5.0, metavar="SECONDS",
-       help="and then in longer and longer intervals, up to this")
+       help="longest interval between probes; each interval doubles up to this")
 
 MAX_FAREWELLS_OF_DEAD_RUNS = 64  # under way at once
 FAREWELLS_TIMEOUT = 2.0  # seconds for those to end at the stop

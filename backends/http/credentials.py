@@ -20,20 +20,20 @@ from backends.http.signature import Signer, key_of
 
 define("webhook_secret", multiple=True, metavar="SECRETS",
        help="secrets that sign each event (Standard Webhooks: whsec_ and base64); "
-            "several at once, to change them; none: not signed")
+            "list several to rotate them; none: not signed")
 define("webhook_secret_file", type=str, metavar="PATH",
-       help="file of secrets that sign each event, one a line; re-read on SIGHUP")
+       help="file of secrets that sign each event, one per line; re-read on SIGHUP")
 define("backend_headers_file", type=str, metavar="PATH",
-       help="file of headers that each event gets, such as a gateway's "
-            "credentials: Name: value, one a line; re-read on SIGHUP")
+       help="file of headers that are added to each event, such as a gateway's "
+            "credentials: Name: value, one per line; re-read on SIGHUP")
 define("backend_ca", type=str, metavar="PATH",
-       help="authorities (PEM) that vouch for an https backend; re-read on "
-            "SIGHUP; none: the system's")
+       help="CA certificates (PEM) that verify an https backend; re-read on SIGHUP; "
+            "none: the system's")
 define("backend_cert", type=str, metavar="PATH",
-       help="certificate chain (PEM) that is shown to an https backend that asks; "
-            "re-read on SIGHUP; none: none")
+       help="client certificate chain (PEM) for an https backend that requests one; "
+            "re-read on SIGHUP; none: no certificate")
 define("backend_key", type=str, metavar="PATH",
-       help="its private key (PEM); none: it is in the file of --backend_cert")
+       help="private key (PEM) of --backend_cert; none: in the same file")
 
 MAX_FILE_SIZE = 16 * 1024  # bytes of headers, as most servers take, or of secrets
 MAX_SECRETS = 16  # each costs time and 48 bytes per event

@@ -11,8 +11,9 @@ from backends.hosts import encoded_host
 from handlers.http.listener import Listener, is_wildcard
 
 define("externalhostandport", type=str, metavar="HOST:PORT",
-       help="how the backend reaches this instance's callbacks: host:port, or a "
-            "URL with scheme and optional path; none: the listener's address")
+       help="how the backend reaches the callbacks of this instance: host:port, or a "
+            "URL with scheme and optional path; none: the address of the callback "
+            "listener")
 
 # A name or an address as they stand in a URL, without brackets.
 HOST = re.compile(r"[\w.:-]+", re.ASCII)

@@ -15,10 +15,10 @@ from backends.files import read_lines
 from handlers.http.body import RefusingHandler
 
 define("callback_token", multiple=True, metavar="TOKENS",
-       help="tokens, one of which each callback must bring (Authorization: "
-            "Bearer); several at once, to change them; none: callbacks need none")
+       help="accepted tokens; each callback needs one (Authorization: Bearer); list "
+            "several to rotate them; none: callbacks need no token")
 define("callback_token_file", type=str, metavar="PATH",
-       help="file of tokens that callbacks must bring, one a line; re-read on SIGHUP")
+       help="file of accepted callback tokens, one per line; re-read on SIGHUP")
 
 MIN_TOKEN_LENGTH = 16  # characters; 96 bits where they are random base64
 MAX_TOKEN_FILE = 64 * 1024  # bytes

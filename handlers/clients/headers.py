@@ -12,8 +12,7 @@ from handlers.clients.origins import is_host
 from handlers.websocket.negotiation import extensions, subprotocols
 
 define("withhold_headers", multiple=True, metavar="NAMES",
-       help="more headers of a handshake that the connect event leaves out, as "
-            "Cookie")
+       help="more handshake headers that the connect event omits, such as Cookie")
 
 # Headers of one hop (RFC 9110, section 7.6.1, and RFC 7235's for proxies), and
 # those of the WebSocket handshake itself (RFC 6455, section 11.3).

@@ -18,9 +18,9 @@ from backends.deadlines import after_reading
 logger = logging.getLogger(__name__)
 
 define("ping_interval", default=20.0, metavar="SECONDS",
-       help="time between pings to each client; 0 turns them off")
+       help="time between pings to each client; 0: no pings")
 define("ping_timeout", default=20.0, metavar="SECONDS",
-       help="longest wait for any sign of life after a ping; 0 waits forever")
+       help="longest wait for a sign of life after a ping; 0: no limit")
 
 
 class Pinged(Protocol):

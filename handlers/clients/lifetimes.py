@@ -16,11 +16,11 @@ from backends.deadlines import after_reading
 logger = logging.getLogger(__name__)
 
 define("idle_timeout", default=0.0, metavar="SECONDS",
-       help="longest that a client may go without a message, or a part of one, "
-            "either way; then it is closed with 1001; 0: forever")
+       help="longest time without message data in either direction; then the client "
+            "is closed with 1001; 0: no limit")
 define("max_lifetime", default=0.0, metavar="SECONDS",
-       help="longest that a connection may last; then it is closed with 1001, "
-            "some a little sooner; 0: forever")
+       help="longest duration of a connection; then it is closed with 1001, up to a "
+            "tenth earlier; 0: no limit")
 
 # Seconds between two turns, which is how late a close may be.
 MIN_TURN, MAX_TURN = 0.01, 1.0

@@ -14,11 +14,11 @@ from tornado.options import define
 from backends.hosts import DEFAULT_PORTS
 
 define("allowed_origins", multiple=True, metavar="ORIGINS",
-       help="origins whose pages may connect, as https://app.example.com, "
-            "https://*.example.com, capacitor://localhost, file:// or null; "
-            "* for all; none: the same origin only")
+       help="origins whose pages may connect, such as https://app.example.com, "
+            "https://*.example.com, capacitor://localhost, file:// or null; *: all "
+            "origins; none: the same origin only")
 define("require_origin", default=False,
-       help="refuse clients that send no Origin, as all but browsers do")
+       help="reject clients that send no Origin header; browsers always send one")
 
 # Some clients name the scheme of the WebSocket's own URL.
 _SAME_AS = {"ws": "http", "wss": "https"}

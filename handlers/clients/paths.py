@@ -16,7 +16,7 @@ from tornado.routing import Matcher
 from handlers.clients.headers import members
 
 define("ws_path", default=["/ws"], multiple=True, metavar="PATHS",
-       help="paths where clients connect, each with and without a slash at its end")
+       help="paths where clients connect, with or without a trailing slash")
 
 # Of RFC 3986, section 3.3, what stays as it stands on its way through proxies.
 _PATH = re.compile(r"/(?:[\w.~!$&'()*+;=:@/-]|%[\da-fA-F]{2})*", re.ASCII)

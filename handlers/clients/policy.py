@@ -14,24 +14,26 @@ from handlers.websocket.deflate import Compression
 from handlers.websocket.negotiation import subprotocols
 
 define("max_message_size", default=4 * 1024 * 1024, metavar="BYTES",
-       help="largest message, either way; a larger one closes with 1009, or gets 413")
+       help="largest message in either direction; a larger one closes with 1009, or "
+            "gets 413")
 define("subprotocols", multiple=True, metavar="NAMES",
-       help="subprotocols to choose from where the backend chose none: the "
-            "client's first one that is named here")
+       help="subprotocols to select from when the backend selected none; the first "
+            "one that the client offers is used")
 define("compression", default=False,
        help="accept permessage-deflate (RFC 7692)")
 define("compression_level", default=6, metavar="LEVEL",
-       help="zlib's level, 1 (fast) to 9 (small)")
+       help="zlib level, 1 (fast) to 9 (small)")
 define("max_send_buffer", default=1024 * 1024, metavar="BYTES",
-       help="most that waits to be sent to one client; above it a send gets 429")
+       help="most bytes that wait to be sent to one client; above it a send gets 429")
 define("send_timeout", default=10.0, metavar="SECONDS",
-       help="longest that a client may take nothing while frames wait for it; "
+       help="longest time that a client may receive nothing while frames wait for it; "
             "then it is closed with 1008")
 define("connection_queue_messages", default=64, metavar="COUNT",
-       help="messages of one client that wait for the backend; then reading stops")
+       help="most messages of one client that wait for the backend; then reading from "
+            "it stops")
 define("connection_queue_bytes", default=1024 * 1024, metavar="BYTES",
-       help="bytes of one client's messages that wait for the backend; one "
-            "message may always wait")
+       help="most bytes of one client's messages that wait for the backend; a single "
+            "message is always accepted")
 
 
 @dataclass(frozen=True, slots=True)

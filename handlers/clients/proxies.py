@@ -25,7 +25,8 @@ from handlers.clients.origins import is_host
 
 define("trusted_proxies", multiple=True, metavar="NETWORKS",
        help="addresses and networks (10.0.0.0/8) of proxies whose X-Forwarded-For, "
-            "X-Forwarded-Proto and X-Forwarded-Host are believed; none: nobody's are")
+            "X-Forwarded-Proto and X-Forwarded-Host are trusted; none: no proxy is "
+            "trusted")
 
 # What proxies write into X-Forwarded-Proto, some of them ws and wss.
 _SCHEMES = {"http": "http", "ws": "http", "https": "https", "wss": "https"}

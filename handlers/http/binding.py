@@ -6,13 +6,14 @@ from tornado.options import define, options
 from handlers.http.listener import Listener, TLSFiles, collide
 
 define("bindip", default="127.0.0.1", metavar="ADDRESS",
-       help="address where clients connect")
+       help="address of the client listener")
 define("bindport", default=8765, metavar="PORT",
-       help="port where clients connect; 0 takes a free one")
+       help="port of the client listener; 0: any free port")
 define("callbackip", type=str, metavar="ADDRESS",
-       help="address of a second listener, for callbacks; none: --bindip")
+       help="address of the callback listener; none: --bindip; needs --callbackport")
 define("callbackport", type=int, metavar="PORT",
-       help="port of a second listener, for callbacks; none: one serves both")
+       help="port of a separate callback listener; none: one listener serves clients "
+            "and callbacks")
 
 CALLBACK_TLS = ("callback_tls_cert", "callback_tls_key", "callback_client_ca")
 

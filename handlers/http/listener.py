@@ -29,28 +29,31 @@ from backends.files import require_regular
 logger = logging.getLogger(__name__)
 
 define("tls_cert", type=str, metavar="PATH",
-       help="certificate chain (PEM) of the clients' listener, which serves wss "
-            "then; re-read on SIGHUP; none: no TLS")
+       help="certificate chain (PEM) of the client listener, which then serves wss; "
+            "re-read on SIGHUP; none: no TLS")
 define("tls_key", type=str, metavar="PATH",
-       help="its private key (PEM); none: it is in the file of --tls_cert")
+       help="private key (PEM) of --tls_cert; none: in the same file")
 define("callback_tls_cert", type=str, metavar="PATH",
-       help="likewise for the listener of --callbackport")
+       help="certificate chain (PEM) of the separate callback listener, which then "
+            "serves https; re-read on SIGHUP; none: no TLS")
 define("callback_tls_key", type=str, metavar="PATH",
-       help="likewise for the listener of --callbackport")
+       help="private key (PEM) of --callback_tls_cert; none: in the same file")
 define("callback_client_ca", type=str, metavar="PATH",
-       help="authorities (PEM) of which callers on the listener of --callbackport "
-            "need a certificate (mutual TLS); none: they need none")
+       help="CA certificates (PEM) that verify the certificates of callers on the "
+            "separate callback listener (mutual TLS); none: callers need no "
+            "certificate")
 define("header_timeout", default=10.0, metavar="SECONDS",
-       help="longest wait for a connection's first request, TLS included")
+       help="longest wait for the first request of a connection, TLS handshake "
+            "included")
 define("body_timeout", default=60.0, metavar="SECONDS",
-       help="longest wait for a request's body, from its headers to its last byte")
+       help="longest wait for a request body, from its headers to its last byte")
 define("max_header_size", default=64 * 1024, metavar="BYTES",
-       help="largest request line and headers")
+       help="largest request line plus headers")
 define("http_server", default="fast", metavar="NAME",
-       help="who reads requests: fast, by a parser in C, with sends answered before "
-            "a handler is made; or tornado")
+       help="HTTP parser: fast (in C; answers sends without a handler object) or "
+            "tornado")
 define("reuse_port", default=False,
-       help="let several processes of one host share the clients' port (SO_REUSEPORT)")
+       help="let several processes on one host share the client port (SO_REUSEPORT)")
 
 BACKLOG = 4096  # connections that the kernel holds until they are accepted
 ACCEPT_BATCH = 128  # connections accepted before others have their turn

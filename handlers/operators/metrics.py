@@ -48,7 +48,7 @@ from handlers.operators.guard import OperatorGuard, OperatorHandler
 from handlers.telemetry.observers import Observers
 
 define("metrics", default=True,
-       help="count what passes, for GET /metrics; without, there is no such path")
+       help="collect metrics and serve GET /metrics; off: the path does not exist")
 
 # Upper bounds of the histogram, in seconds: from a backend beside us to one that
 # holds its answers.

@@ -9,7 +9,7 @@ from tornado.options import Error as OptionError
 from tornado.options import define
 
 define("event_loop", default="auto", metavar="LOOP",
-       help="auto, uvloop or asyncio; auto: uvloop where it is installed")
+       help="uvloop, asyncio, or auto: uvloop if it is installed")
 
 COLLECT_AFTER = 10_000  # objects that were made and have not gone
 

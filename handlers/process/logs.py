@@ -33,10 +33,10 @@ from handlers.process.log_limit import Repeats
 logger = logging.getLogger(__name__)
 
 define("log_format", default="auto", metavar="FORMAT",
-       help="text, json, or auto: text on a terminal, JSON lines elsewhere")
+       help="text, json, or auto: text on a terminal, JSON elsewhere")
 define("log_config", type=str, metavar="PATH",
-       help="file for Python's logging.config, in JSON or YAML, in place of the "
-            "other options of the log but --logging")
+       help="file for Python's logging.config, in JSON or YAML; replaces all log "
+            "options except --logging")
 
 # What Tornado's log file is made of.
 LOG_FILE = ("log_file_prefix", "log_file_max_size", "log_file_num_backups",

@@ -34,7 +34,7 @@ OTHER_SPELLINGS = {
     "log-level": "logging",
 }
 
-# What --help shows; all others are for few.
+# What --help shows; --help-all shows all.
 EVERYDAY = frozenset({
     "allowed_origins", "backend", "bindip", "bindport", "callback_token_file",
     "callbackip", "callbackport", "config", "connecturi", "disconnecturi",
@@ -44,20 +44,20 @@ EVERYDAY = frozenset({
 })
 USAGE = """\
 Usage: socketdock [--option=value ...]
-       socketdock check [--option=value ...]   what would keep it from its work
-       socketdock health [--option=value ...]  whether the relay with these serves
+       socketdock check [--option=value ...]   finds problems before the start
+       socketdock health [--option=value ...]  asks whether this relay serves
        socketdock --version | --help | --help-all
 
 Relays WebSocket clients to a backend that speaks only HTTP. An echo server:
 
     socketdock --bindport=8765
 
-Each message is POSTed to a backend, which answers by callbacks:
+Each message is POSTed to a backend, which replies by callbacks:
 
     socketdock --backend=http --messageuri=http://127.0.0.1:8000/message
 
-Every option can be set in the environment as SOCKETDOCK_<OPTION>, too, and in the
-file that --config names; the flag beats both."""
+Options can also be set in the environment (SOCKETDOCK_<OPTION>) and in the file that
+--config names. A flag overrides the environment, the environment the file."""
 
 ENVIRONMENT_PREFIX = "SOCKETDOCK_"
 # What Kubernetes injects for services called socketdock, socketdock-metrics and so
@@ -493,13 +493,13 @@ def print_help(all_options: bool) -> None:
             for line in lines[1:]:
                 print(f"{'':40}{line}")
     if not all_options:
-        print("\n--help-all prints all others, too.")
+        print("\n--help-all prints all options.")
 
 
 def _purpose_of(module: str) -> str:
     """The first line of what a module says of itself, and its name."""
     if module == "options":
-        return "Everyday options"
+        return "Common options"
     if module == "socketdock":
         return "The service (socketdock)"
     told = (getattr(sys.modules.get(module), "__doc__", None) or "").strip()

@@ -12,10 +12,10 @@ from tornado.options import define
 from backends import HandshakeOutcome, TraceContext
 
 define("trust_traceparent", default=True,
-       help="go on with the trace that a handshake's traceparent names")
+       help="continue the trace in a handshake's traceparent header")
 define("otel", default=False,
-       help="make spans of handshakes, events and sends by OpenTelemetry, and "
-            "export them by OTLP as the variables OTEL_* say; needs the extra otel")
+       help="create OpenTelemetry spans of handshakes, events and sends, and export "
+            "them by OTLP as the variables OTEL_* configure; needs the extra otel")
 
 # In any version these four come first (Trace Context, section 4.3 of level 2).
 _TRACEPARENT = re.compile(

@@ -23,11 +23,10 @@ from handlers.operators.console.tail import Tail
 from handlers.operators.guard import OperatorGuard
 
 define("console", default=True,
-       help="the console, a page for operators at / of the callbacks' listener; it "
-            "answers whom /status answers")
+       help="serve the console, a page for operators, at / of the callback listener; "
+            "the access rules are those of /status")
 define("console_bodies", default=True,
-       help="let operators see the bodies of one connection's messages, when they "
-            "ask for them in the console")
+       help="let operators view the message bodies of one connection in the console")
 
 
 def console_routes(
