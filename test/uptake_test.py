@@ -396,6 +396,25 @@ async def test_slow_download_counts_as_activity(io_loop):
     assert event["meta"]["duration"] > 0.8 * size / rate
 
 
+async def test_silence_begins_when_the_last_byte_is_taken(io_loop):
+    """The kernel took all of the message at once, and the client slowly."""
+    size, rate, idle = 40_000, 10_000, 5
+    flags = (f"--idle_timeout={idle}", "--ping_interval=0")
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            with await SlowClient.connect(service.ws_url, 8192) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                began = time.monotonic()
+                await backend.call(event["meta"]["send"], body=bytes(size))
+                assert time.monotonic() - began < size / rate / 2
+                reading = asyncio.create_task(client.read(rate=rate))
+                await backend.wait_for("disconnect", 1)
+                took = time.monotonic() - began
+                await reading
+    assert client.frames() == [(BINARY, bytes(size)), (CLOSE, b"\x03\xe9idle")]
+    assert took > idle + 3  # seconds, of more than four that it reads
+
+
 # All of them.
 
 

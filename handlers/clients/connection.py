@@ -408,7 +408,9 @@ class ClientConnection:
         """
         if self._protocol is None:
             return None
-        return self._reception.look(self._protocol.outgoing(), self._now())
+        return self._reception.look(
+            self._protocol.outgoing(), self._now(), self.bytes_out, self.last_heard
+        )
 
     def _watch_for_stall(self) -> None:
         """Close with 1008 a client that takes nothing for `send_timeout`."""

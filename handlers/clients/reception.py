@@ -6,6 +6,8 @@ from handlers.websocket.uptake import Outgoing, Uptake
 SLOW_READER = 40_000  # bytes per second; whoever is slower may be taken for gone
 # Seconds in which a kernel acknowledges what came (RFC 9293, section 3.8.6.3).
 DELAYED_ACK = 0.5
+# Seconds by which the loop's clock and the kernel's may differ: it counts in ticks.
+CLOCKS_APART = 0.02
 
 
 class Reception:
@@ -27,15 +29,23 @@ class Reception:
         self._answered = 0
         self._pinged: int | None = None
 
-    def look(self, outgoing: Outgoing, now: float) -> float | None:
+    def look(
+        self, outgoing: Outgoing, now: float, bytes_sent: int, last_heard: float
+    ) -> float | None:
         """For how many seconds it has taken nothing of what is under way to it.
 
-        None: nothing is under way.
+        None: nothing is under way. `last_heard` is when anything came from it.
         """
         if not outgoing.under_way:
             if self._uptake is not None:
                 self._uptake = None
                 self.taken_at = now
+            elif outgoing.quiet and not self._is_pinged_since(bytes_sent):
+                # Its latest acknowledgment, unless that came with bytes of its own,
+                # is that of the last message.
+                acknowledged_at = now - outgoing.quiet
+                if acknowledged_at > last_heard + CLOCKS_APART:
+                    self.taken_at = max(self.taken_at, acknowledged_at)
             return None
         if self._uptake is None:
             self._uptake = Uptake(outgoing.acknowledged, now)
@@ -59,6 +69,10 @@ class Reception:
         """It answers a ping: it has read all that was sent before."""
         if self._pinged is not None:
             self._answered, self._pinged = self._pinged, None
+
+    def _is_pinged_since(self, bytes_sent: int) -> bool:
+        """Whether a ping has left behind all of `bytes_sent`."""
+        return bytes_sent == (self._answered if self._pinged is None else self._pinged)
 
     def reading_time(self, bytes_sent: int) -> float:
         """Seconds for what it may have yet to read, if it is slow."""

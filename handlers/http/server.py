@@ -47,7 +47,7 @@ LINGER_TIMEOUT = 2.0  # seconds in which a peer may see why it is closed
 TICK = 0.5  # seconds between two looks at who is late
 LEAST_STAY = 1.0  # seconds that a connection has, though there is no room for more
 MAX_CLOSED = 256  # connections that make room at once
-STALL = 0.1  # seconds by which a tick is late where nobody was served meanwhile
+LATE_TICK = 0.1  # seconds; by how much more a tick is late counts against nobody
 # Bytes of one connection behind the request at hand; then reading stops.
 MAX_AHEAD = READ_SIZE
 MAX_HEADERS = 1000  # of one request, trailers included: each takes its time
@@ -226,7 +226,7 @@ class Deadlines:
     def _tick(self) -> None:
         now = self._loop.time()
         late_by = now - self._next
-        if late_by > STALL:
+        if late_by > LATE_TICK:
             for connection in self.connections:
                 connection.deadline += late_by
         if any(connection.deadline < now for connection in self.connections):
