@@ -13,7 +13,7 @@ from certificates import Authority
 from service import DEADLINE, eventually, tcp_server
 
 from backends import BackendAway, BackendError
-from backends.client import Client, Response
+from backends.client import Client, NoConnection, Response
 from backends.target import Target
 
 pytestmark = pytest.mark.gen_test(timeout=60)
@@ -84,7 +84,7 @@ async def test_line_that_stands_still_and_a_silent_server_have_limits(io_loop):
         url = f"http://127.0.0.1:{port}/"
         first = asyncio.ensure_future(post(client, url, timeout=1, queue_timeout=9))
         await eventually(lambda: client.open == 1)
-        with pytest.raises(BackendError, match="no connection became free"):
+        with pytest.raises(NoConnection, match="no connection became free"):
             await post(client, url, timeout=9, queue_timeout=0.2)
         with pytest.raises(BackendError, match="no answer in 1 s"):
             await first

@@ -6,8 +6,8 @@ or opens a connection for each request, `connection` sends it, and `response` re
 the answer.
 """
 
-from backends.client.exchange import Exchange
+from backends.client.exchange import Exchange, NoConnection
 from backends.client.pool import Client
 from backends.client.response import Response
 
-__all__ = ["Client", "Exchange", "Response"]
+__all__ = ["Client", "Exchange", "NoConnection", "Response"]

@@ -18,6 +18,10 @@ from backends.waiting import call_one
 logger = logging.getLogger(__name__)
 
 
+class NoConnection(BackendError):
+    """The request was not sent: the queue for a connection did not move."""
+
+
 class Closable(Protocol):
     """The connection that a request was sent on."""
 
@@ -39,6 +43,7 @@ class Exchange:
         "keep",
         "on_done",
         "on_sent",
+        "queue_timeout",
         "resent",
         "target",
         "timer",
@@ -59,8 +64,10 @@ class Exchange:
         self.on_done: Callable[[Response | BackendError], None] | None = on_done
         self.on_sent = on_sent
         self.keep = keep
-        # Seconds for the response from when it is sent; None: no limit of that kind.
+        # Seconds for the response from when it is sent, and for a connection while the
+        # queue does not move; None: no limit of that kind.
         self.answer_timeout: float | None = None
+        self.queue_timeout: float | None = None
         self.resent = False
         self.connection: Closable | None = None
         self.timer: asyncio.TimerHandle | None = None
@@ -117,9 +124,10 @@ class Exchange:
     def begin(self, connection: Closable, loop: asyncio.AbstractEventLoop) -> None:
         """It is being sent on `connection`: the time for its response runs."""
         self.connection = connection
+        if self.queue_timeout is not None and self.timer is not None:
+            self.timer.cancel()  # for its wait in the queue
+            self.timer = None
         if self.answer_timeout is not None:
-            if self.timer is not None:
-                self.timer.cancel()  # for its wait in the queue
             self.limit(loop, self.answer_timeout)
 
     def _on_timeout(self, timeout: float) -> None:

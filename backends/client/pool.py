@@ -19,7 +19,7 @@ import aiohappyeyeballs
 from backends import BackendAway, BackendError
 from backends.client.connection import PooledConnection
 from backends.client.dead_peers import set_keepalive
-from backends.client.exchange import Exchange, stopped
+from backends.client.exchange import Exchange, NoConnection, stopped
 from backends.client.resolver import Resolver
 from backends.client.response import Response
 from backends.client.tls_failures import TLS_HANG_UP, connect_failure, is_hang_up
@@ -93,25 +93,30 @@ class Client:
         the queue makes no part of it old, and again where the request is sent again.
         `timeout` is in seconds from now to the response; None waits for as long as
         the connection lives. With `queue_timeout` it begins when the request is
-        sent; before, the request may wait for so many seconds, which may be
-        infinite, in a queue that does not move. `keep` asks for the response's
-        headers and body.
+        sent; before, the request waits for at most so many seconds in a queue that
+        does not move, and its outcome is then `NoConnection`. `keep` asks for the
+        response's headers and body.
         """
         exchange = Exchange(target, write, on_done, on_sent, keep)
         if self.closed:
             self.loop.call_soon(exchange.finish, stopped(target))
             return exchange
         if queue_timeout is not None:
-            exchange.answer_timeout = timeout
+            exchange.answer_timeout, exchange.queue_timeout = timeout, queue_timeout
         elif timeout is not None:
             exchange.limit(self.loop, timeout)
         origin = self._origins.get(target.origin)
         if origin is None:
             origin = self._origins[target.origin] = _Origin(self, target)
         origin.dispatch(exchange)
-        if queue_timeout is not None and exchange.queued:
-            self._limit_queue(exchange, self.loop.time(), queue_timeout)
+        if exchange.queued:
+            self.on_queued(exchange)
         return exchange
+
+    def on_queued(self, exchange: Exchange) -> None:
+        """From now on it waits for a connection, for the first time or again."""
+        if exchange.queue_timeout is not None:
+            self._limit_queue(exchange, self.loop.time(), exchange.queue_timeout)
 
     def trust(self, tls: ssl.SSLContext | None) -> None:
         """Make https connections with `tls`; needed before the first of them.
@@ -188,8 +193,8 @@ class Client:
         )
 
     def _limit_queue(self, exchange: Exchange, since: float, timeout: float) -> None:
-        if timeout == float("inf"):
-            return
+        if exchange.timer is not None:
+            exchange.timer.cancel()
         exchange.timer = self.loop.call_at(
             since + timeout,
             after_reading,
@@ -204,9 +209,8 @@ class Client:
         if self.moved_at > since:
             self._limit_queue(exchange, self.moved_at, timeout)
             return
-        exchange.timer = None
         exchange.finish(
-            BackendError(
+            NoConnection(
                 f"POST {exchange.target}: no connection became free in {timeout:g} s"
             )
         )
@@ -429,6 +433,7 @@ class _Origin:
             connection.close()
         self.idle.clear()
         self.waiting.appendleft(exchange)
+        self.client.on_queued(exchange)
         self.connect_for_waiting()
 
     async def close(self) -> None:

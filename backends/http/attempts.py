@@ -5,7 +5,7 @@ from functools import partial
 
 from backends import Attempt, BackendError, EventName, Observer
 from backends.breaker import Breaker
-from backends.client import Client, Response
+from backends.client import Client, NoConnection, Response
 from backends.http.delivery import attempt_outcome
 from backends.http.event import Event, EventWriter
 from backends.target import Target
@@ -43,11 +43,11 @@ class Attempts:
         outcome: Response | BackendError
         try:
             outcome = await self._post(target, event, timeout, queue_timeout, keep)
-        except BackendError as error:
-            outcome = error
-        except asyncio.CancelledError:
+        except (NoConnection, asyncio.CancelledError):
             self._breaker.record_nothing()
             raise
+        except BackendError as error:
+            outcome = error
         became = attempt_outcome(outcome)
         self._breaker.record(connection_id, became == "away")
         answer = outcome if isinstance(outcome, Response) else None

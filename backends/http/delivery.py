@@ -29,7 +29,7 @@ from backends import (
     Observer,
 )
 from backends.breaker import Breaker
-from backends.client import Client, Response
+from backends.client import Client, NoConnection, Response
 from backends.deadlines import after_reading
 from backends.http.event import Event, EventWriter
 from backends.http.held import Held, OverdueLine, Request
@@ -352,16 +352,14 @@ class Delivery:
         request.began_at = now
         self._gate = request
         self._open[request] = None
-        exchange = request.exchange = deliveries.client.post(
+        request.exchange = deliveries.client.post(
             deliveries.target,
             partial(deliveries.events.request, deliveries.target, request.event),
             on_done=request.on_done,
             on_sent=request.on_sent,
             timeout=deliveries.patience.backend_timeout,
-            queue_timeout=float("inf"),  # it is judged here
+            queue_timeout=deliveries.patience.delivery_timeout,
         )
-        if exchange.connection is None:  # it stands in line
-            self._wait(self._line_deadline(request))
 
     def _tell_if_quiet(self) -> None:
         if self._quiet is None or self._backlog or self._gate is not None:
@@ -378,8 +376,6 @@ class Delivery:
 
     def on_sent(self, request: Request) -> None:
         """The kernel has the whole request: its time runs."""
-        if self._timer is not None:
-            self._wait_no_more()  # for a connection
         request.sent_at = self._deliveries.loop.time()
         self._deliveries.line(self._order_wait).add(request)
 
@@ -388,7 +384,6 @@ class Delivery:
         exchange = request.exchange
         assert exchange is not None
         if exchange.queued:  # its kept connection had ended: it was not sent
-            self._wait(self._line_deadline(request))
             return
         exchange.forbid_resend()  # nobody closes a connection as idle that late
         self._deliveries.held.add(request)
@@ -403,6 +398,9 @@ class Delivery:
     def on_done(self, request: Request, outcome: Response | BackendError) -> None:
         """An answer came, or none will."""
         self._end_attempt(request)
+        if isinstance(outcome, NoConnection):
+            self._on_unsent(request, outcome)
+            return
         became = attempt_outcome(outcome)
         if isinstance(outcome, BackendError):
             self._tell_of_attempt(request, became, None)
@@ -428,8 +426,6 @@ class Delivery:
         self._open.pop(request, None)
         if self._gate is request:
             self._gate = None
-            if self._timer is not None:
-                self._wait_no_more()  # for a connection
 
     def _tell_of_attempt(
         self, request: Request, outcome: AttemptOutcome, status: int | None
@@ -525,6 +521,15 @@ class Delivery:
         self._deliveries.breaker.record_nothing()
         self._put_back(gate)
 
+    def _on_unsent(self, request: Request, error: NoConnection) -> None:
+        """No connection became free: others' requests hold them all."""
+        self._deliveries.breaker.record_nothing()
+        self._put_back(request)
+        self._give_up(error)
+        if self._changed is not None:
+            self._tell_of_change()
+        self._pump()
+
     def _give_up(self, error: BackendError) -> None:
         """Give up the message at the head, and all behind it."""
         messages = len(self._backlog)
@@ -574,11 +579,6 @@ class Delivery:
         # Sent as a whole, or it would be the gate.
         return oldest.sent_at + self._deliveries.patience.delivery_timeout
 
-    def _line_deadline(self, request: Request) -> float:
-        """When no connection to the backend has become free for too long."""
-        since = max(request.began_at, self._deliveries.client.moved_at)
-        return since + self._deliveries.patience.delivery_timeout
-
     def _wait(self, deadline: float, line: Line | None = None) -> None:
         """Have `_pump` called at `deadline`, or before by `line`."""
         if self._timer is not None:
@@ -603,27 +603,14 @@ class Delivery:
         """A wait may have lasted too long; what had come by then has been read."""
         if self._timer is None:
             return  # it has ended meanwhile
-        now, gate = self._deliveries.loop.time(), self._gate
-        if gate is not None:
-            self._judge_line(gate, now)
-        elif self._backlog and now >= self._backlog[0].not_before:
+        now = self._deliveries.loop.time()
+        if self._backlog and now >= self._backlog[0].not_before:
             if self._has_too_many_open():
                 if now >= self._room_deadline():
                     self._give_up(self._error("too many are unanswered"))
             elif self._line is self._deliveries.breaker and now >= self._deadline():
                 self._give_up(self._error("the backend is away"))
         self._pump()
-
-    def _judge_line(self, gate: Request, now: float) -> None:
-        exchange = gate.exchange
-        assert exchange is not None
-        if not exchange.queued:
-            return
-        if now < self._line_deadline(gate):
-            self._wait(self._line_deadline(gate))  # the line has moved
-            return
-        self._withdraw(gate)
-        self._give_up(self._error("no connection became free"))
 
     def _error(self, why: str) -> BackendError:
         return BackendError(f"POST {self._deliveries.target}: {why}")
