@@ -36,11 +36,25 @@ LARGE = 300_000  # bytes of a push that fills buffers
 HUGE = 4_000_000  # bytes of one that is as long as can be
 NORMAL = struct.pack("!H", 1000)  # payload of a close frame (RFC 6455, section 7.4.1)
 CLOSE_READ = 1.2  # seconds in which the relay, if it runs, has read a close frame
-CATCHING_UP = 0.5  # seconds that a slow reader may be behind its rate, at most
+CATCHING_UP = 0.5  # seconds that a slow reader may be behind its rate to make it good
 
 
 class Refused(Exception):
     """The handshake was not answered with 101."""
+
+
+class Pace:
+    """Keeps a rate on a busy machine: who was late goes on at once."""
+
+    def __init__(self) -> None:
+        self._next = 0.0  # when it may go on (`time.monotonic()`)
+
+    async def rest(self, seconds: float) -> None:
+        """Wait until so many seconds behind the end of the rest before."""
+        now = time.monotonic()
+        self._next = max(self._next, now - CATCHING_UP) + seconds
+        if self._next > now:
+            await asyncio.sleep(self._next - now)
 
 
 @dataclass
@@ -217,10 +231,13 @@ class Fed(Talker):
         await asyncio.gather(*feeds)
 
     async def _read(self) -> None:
+        pace = Pace()
         with contextlib.suppress(websockets.ConnectionClosed):
             while True:
                 self.received.append(number_of(await self.client.recv(decode=False)))
-                await asyncio.sleep(0.05)
+                # By its pace: the library reads nothing until most of what it has
+                # read before is taken, which a busy machine would make long.
+                await pace.rest(0.05)
         self.close_code = self.client.protocol.close_rcvd and self.client.close_code
 
 
@@ -235,8 +252,7 @@ class Bare(Visit):
     receive_buffer: ClassVar[int] = 64 * 1024
 
     rate: float = float("inf")  # bytes a second that it reads, at most
-    # When it may read on, by its rate (`time.monotonic()`).
-    reads_at: float = 0.0
+    pace: Pace = field(default_factory=Pace)
 
     async def connect(self) -> None:
         parts = urlsplit(self.target)
@@ -311,15 +327,8 @@ class Bare(Visit):
             size -= len(part)
             start = (start + part)[:200]
             if self.rate != float("inf"):
-                await self._rest(len(part) / self.rate)
+                await self.pace.rest(len(part) / self.rate)
         return start
-
-    async def _rest(self, seconds: float) -> None:
-        """Keep the rate: where the soak was late, it reads on at once."""
-        now = time.monotonic()
-        self.reads_at = max(self.reads_at, now - CATCHING_UP) + seconds
-        if self.reads_at > now:
-            await asyncio.sleep(self.reads_at - now)
 
     async def end(self) -> None:
         self.rate = float("inf")
