@@ -140,8 +140,8 @@ async def test_failed_message_that_is_cut_off_at_the_stop_is_told(io_loop):
             service.process.send_signal(signal.SIGTERM)
             await talker.until_closed()
             assert await asyncio.wait_for(service.process.wait(), 60) == 1
-            (line,) = [line for line in service.log if "not drained" in line]
-            assert re.search(r" and 1 messages are cut off", line)
+        (line,) = [line for line in service.log if "not drained" in line]
+        assert re.search(r" and 1 messages are cut off", line)
     assert kinds(backend)[:2] == ["message", "disconnect"]
 
 
