@@ -789,7 +789,7 @@ async def tell(
     3 where a peer may also stay. `source` is the address that it comes from.
     """
     if deadline is None:
-        deadline = 3.0 if answers is None else DEADLINE
+        deadline = DEADLINE
     parts = urlsplit(url)
     heard = Heard()
     loop = asyncio.get_running_loop()

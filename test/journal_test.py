@@ -282,24 +282,22 @@ socketdock.main()
 
 
 @pytest.mark.parametrize("what", ["folder", "lock"])
-def test_folder_of_another_user_says_so(tmp_path, what):
+def test_folder_of_another_user_says_so(what):
     """A user who may not write there, or to the lock that another one left."""
     if os.getuid():
         leave_out("another user to be takes root")
-    for folder in tmp_path.parents:  # of pytest's own, below that for temporary files
-        if folder == Path(tempfile.gettempdir()):
-            break
-        folder.chmod(0o755)
-    if what == "lock":
-        tmp_path.chmod(0o777)
-        (tmp_path / "lock").touch(0o600)
-    else:
-        tmp_path.chmod(0o755)
-    started = ended(
-        "socketdock.py", "--bindport=0", *HTTP, f"--state_dir={tmp_path}",
-        command=(sys.executable, "-c", AS_NOBODY),
-    )
-    said = f"socketdock: --state_dir={tmp_path}: {tmp_path}/lock: Permission denied\n"
+    with tempfile.TemporaryDirectory() as name:  # none of pytest's, which it shuts
+        folder = Path(name)
+        if what == "lock":
+            folder.chmod(0o777)
+            (folder / "lock").touch(0o600)
+        else:
+            folder.chmod(0o755)
+        started = ended(
+            "socketdock.py", "--bindport=0", *HTTP, f"--state_dir={folder}",
+            command=(sys.executable, "-c", AS_NOBODY),
+        )
+    said = f"socketdock: --state_dir={folder}: {folder}/lock: Permission denied\n"
     assert (started.returncode, started.stderr) == (1, said)
 
 

@@ -75,10 +75,14 @@ async def test_running_out_of_descriptors_pauses_accepting(io_loop):
 
 
 async def answered(host, port, stack):
-    """The reader of a connection that asked for a WebSocket."""
-    reader, writer = await asyncio.open_connection(host, int(port))
+    """The reader of a connection that asked for a WebSocket, at once.
+
+    One that is silent for as long as 400 others take to connect may be closed.
+    """
+    sock = socket.create_connection((host, int(port)))
+    sock.sendall(handshake())
+    reader, writer = await asyncio.open_connection(sock=sock)
     stack.callback(writer.close)
-    writer.write(handshake())
     return reader
 
 
