@@ -1,10 +1,13 @@
 """What is malformed in a handshake, row by row; docs/bad-input.md is its table."""
 
 import re
+import socket
 import textwrap
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import pytest
+import websockets
 from faults import tell
 from service import DEADLINE, RecordingBackend, Service, eventually
 from tornado.ioloop import IOLoop
@@ -306,6 +309,19 @@ async def test_bug_in_a_handshake_leaves_nothing(io_loop, tmp_path):
         ((status, headers, body),) = heard.answers()
         assert (status, headers["retry-after"], body) == (401, "7", b"no")
         assert "www-authenticate" not in headers
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+async def test_client_that_left_before_its_turn_is_no_bug(io_loop, server):
+    """Many that hang up behind their handshakes: nothing is logged of them."""
+    async with Service(f"--http_server={server}") as service:
+        parts = urlsplit(service.ws_url)
+        for _ in range(200):
+            with socket.create_connection((parts.hostname, parts.port)) as sock:
+                sock.sendall(handshake())
+        async with websockets.connect(service.ws_url):
+            pass
+    assert not [line for line in service.log if "bug" in line]
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])

@@ -309,8 +309,9 @@ class _Exchange(HTTP1Connection):
 
     @property
     def descriptor(self) -> int:
-        """The number of its connection's socket."""
-        return self.stream.socket.fileno()
+        """The number of its connection's socket; -1 once that is closed."""
+        sock = self.stream.socket
+        return -1 if sock is None else sock.fileno()
 
     @property
     def body_budget(self) -> BodyBudget:
