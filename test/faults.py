@@ -779,17 +779,14 @@ async def tell(
     *pieces: bytes,
     answers: int | None = None,
     half_close: bool = False,
-    deadline: float | None = None,
+    deadline: float = DEADLINE,
     source: str | None = None,
 ) -> Heard:
     """Send bytes on a bare connection, and hear what comes back.
 
     Until the peer hangs up, or has given that many final answers; at most for
-    `deadline` seconds: by default long enough for answers that are counted on, and
-    3 where a peer may also stay. `source` is the address that it comes from.
+    `deadline` seconds. `source` is the address that it comes from.
     """
-    if deadline is None:
-        deadline = DEADLINE
     parts = urlsplit(url)
     heard = Heard()
     loop = asyncio.get_running_loop()

@@ -17,7 +17,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 PROCESSORS = len(os.sched_getaffinity(0))
 # More than processors, since tests wait for deadlines to pass.
-WORKERS = PROCESSORS * 2
+WORKERS = PROCESSORS * 5 // 2
 # A test takes no port that another one may take, and no folder.
 PARALLEL = (f"--numprocesses={WORKERS}", "--dist=worksteal")
 
