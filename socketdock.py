@@ -42,8 +42,10 @@ from handlers.http.application import RelayApplication, Routes
 from handlers.http.binding import bind_listeners
 from handlers.http.body import NotFoundHandler
 from handlers.http.body_budget import MAX_BODY_BYTES, BodyBudget
+from handlers.http.bounds import RequestBounds
 from handlers.http.listener import Descriptors, Server, bindable, is_wildcard
-from handlers.http.server import FastHandler, Request, RequestBounds, RequestServer
+from handlers.http.request import FastHandler, Request
+from handlers.http.server import RequestServer
 from handlers.http.tornado_server import TornadoServer
 from handlers.operators.console import console_routes
 from handlers.operators.console.assets import clients_of

@@ -21,7 +21,7 @@ from handlers.clients.policy import ClientPolicy
 from handlers.clients.routes import client_routes
 from handlers.clients.tickets import Tickets
 from handlers.connections import ConnectionMap
-from handlers.http.server import RequestBounds
+from handlers.http.bounds import RequestBounds
 from handlers.http.tornado_server import TornadoServer
 from handlers.probes import Readiness
 

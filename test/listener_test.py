@@ -18,7 +18,8 @@ from tornado.web import Application, RequestHandler
 from websockets.protocol import State
 from wire import handshake
 
-from handlers.http.server import RequestBounds, RequestServer
+from handlers.http.bounds import RequestBounds
+from handlers.http.server import RequestServer
 
 RELAY = f'exec {shlex.quote(sys.executable)} socketdock.py "$@"'
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: relay\r\n\r\n"

@@ -10,7 +10,7 @@ from handlers.callbacks.bodies import has_text_charset, message_of
 from handlers.callbacks.responses import response_of
 from handlers.callbacks.tokens import CallbackTokens
 from handlers.clients.connection import Connections
-from handlers.http.server import FastHandler, FastResponse, Request
+from handlers.http.request import FastHandler, FastResponse, Request
 
 # Backends name few hosts, each many times; beyond these the oldest is read anew.
 MAX_REMEMBERED = 64

@@ -7,7 +7,7 @@ from http import HTTPStatus
 
 from handlers.callbacks.actions import Outcome
 from handlers.http.problem import PROBLEM_TYPE, problem_document
-from handlers.http.server import FastResponse
+from handlers.http.request import FastResponse
 
 
 @dataclass(frozen=True, eq=False)

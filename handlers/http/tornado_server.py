@@ -38,16 +38,15 @@ from tornado.iostream import (
 from tornado.web import Application
 
 from handlers.http.body_budget import BodyBudget
-from handlers.http.server import (
+from handlers.http.bounds import (
     ANSWER_TIMEOUT,
     IDLE_TIMEOUT,
     LINES_PER_PIECE,
     MAX_HEADERS,
-    SWITCHING_PROTOCOLS,
-    Deadlines,
     RequestBounds,
-    add_option,
 )
+from handlers.http.deadlines import Deadlines
+from handlers.http.response import SWITCHING_PROTOCOLS, add_option
 
 TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n"

@@ -49,7 +49,7 @@ from tornado.options import Error as OptionError
 
 from backends import Attempt, HandshakeOutcome, Observer, TraceContext
 from backends.hosts import DEFAULT_PORTS
-from handlers.http.server import FastHandler, FastResponse, Request
+from handlers.http.request import FastHandler, FastResponse, Request
 from handlers.telemetry.trace import trace_context
 
 logger = logging.getLogger(__name__)
