@@ -1,9 +1,9 @@
-"""SocketDock: lets WebSocket clients talk to backends that speak only HTTP.
+"""SocketDock: relays between WebSocket clients and a backend that speaks only HTTP.
 
     python socketdock.py --backend=http --messageuri=http://127.0.0.1:8000/message
 
-Here the service is put together, as the options say; it starts, relays and drains.
-Both ends of the relay are in `handlers`, what stands behind it is in `backends`.
+This module composes the service from the options, starts it and drains it.
+`handlers` has the client side and the callback side, `backends` the backends.
 """
 
 import asyncio
@@ -94,10 +94,10 @@ define("config", type=str, metavar="PATH",
        help="options file; none: conf/socketdock.conf beside socketdock.py, if it "
             "exists")
 
-END_GRACE = 0.8  # seconds after the drain's time, then whatever is left is cut off
+END_GRACE = 0.8  # seconds after the drain timeouts, before the rest is cut off
 STOP_REPORT_INTERVAL = 2.0  # seconds
-DESCRIPTORS = 256  # for callbacks under way, the log, and the process itself
-USAGE_ERROR = 2  # exit status: an option that cannot be right
+DESCRIPTORS = 256  # for open callbacks, the log, and the process itself
+USAGE_ERROR = 2  # exit status: an invalid option
 
 
 def make_server(
@@ -107,9 +107,9 @@ def make_server(
     fast: Callable[[Request], FastHandler | None] = lambda request: None,
     tracing: "Tracing | None" = None,
 ) -> Server:
-    """What serves `routes`, and answers 404 to everything else.
+    """Create the server for `routes`; all other paths get 404.
 
-    `fast` may answer a send before its handler is made.
+    `fast` may answer a send without creating a handler.
     """
 
     def on_answered(handler: RequestHandler) -> None:
@@ -134,9 +134,9 @@ def make_server(
 async def serve(log: Log) -> int:
     """Start, relay until a signal, and drain. Returns the exit status.
 
-    Raises `OptionError` where an option keeps it from starting.
+    Raises `OptionError` if an option prevents the start.
     """
-    stop = stop_signal()  # before anybody can know that this has started
+    stop = stop_signal()  # before anything can observe the start
     service = Service()
     service.start(log)
     await stop.wait()
@@ -144,10 +144,10 @@ async def serve(log: Log) -> int:
 
 
 class Service:
-    """The relay of one process: everything that the options ask for, put together.
+    """The relay of one process, composed as the options say.
 
-    Its parts are made here and nowhere else, on the running loop. Raises
-    `OptionError` where one can't be made.
+    All parts are created here, on the running loop. Raises `OptionError` if one
+    cannot be created.
     """
 
     def __init__(self) -> None:
@@ -219,7 +219,7 @@ class Service:
         backlog = Backlog(options.max_pending, options.max_queued_bytes)
         return Connections(backlog, admission, self.observers)
 
-    # What may be asked for.
+    # Routes.
 
     def _for_clients(self, others: Routes) -> Routes:
         context = ClientContext(
@@ -266,7 +266,7 @@ class Service:
 
     @property
     def _prefix(self) -> str:
-        """The path before that of each callback."""
+        """The path prefix of each callback."""
         return urlsplit(self.callback_url or "").path
 
     def _fast_send(self) -> Callable[[Request], FastHandler | None]:
@@ -304,10 +304,10 @@ class Service:
         )
         self.to_clients.serve(for_clients, self.descriptors.client)
 
-    # From the start to the end.
+    # Start and shutdown.
 
     def start(self, log: Log) -> None:
-        """Listen, and say so."""
+        """Listen, and log the addresses."""
         self._listen()
         log.begin()
         reload_on_signal(
@@ -339,7 +339,7 @@ class Service:
                            " lacks its speedups module; install one of its wheels")
 
     async def stop(self, log: Log) -> int:
-        """Drain and close, within the drain's time. Returns the exit status."""
+        """Drain and close within the drain timeouts. Returns the exit status."""
         self.systemd.stopping()
         longest = options.drain_delay + options.drain_spread + options.drain_timeout
         end_at = time.monotonic() + longest + END_GRACE
@@ -353,9 +353,9 @@ class Service:
         return status
 
     async def _drain(self) -> bool:
-        """Whether all was told and taken in time."""
+        """Return whether everything closed and was delivered in time."""
         reporting = asyncio.create_task(report_stop(self.connections, self.backend))
-        # With a port of its own each process would refuse what nobody else can take.
+        # Another process takes new clients only if they share the port.
         leaves = options.reuse_port and self.to_clients is not self.to_backend
         drained = await self.connections.drain(
             options.drain_delay,
@@ -384,7 +384,7 @@ class Service:
 
 
 async def report_stop(connections: Connections, backend: Backend) -> None:
-    """Say every few seconds what the stop waits for, until it is cancelled."""
+    """Log every few seconds what the shutdown waits for, until cancelled."""
     while True:
         await asyncio.sleep(STOP_REPORT_INTERVAL)
         away = backend.condition().away
@@ -398,7 +398,7 @@ async def report_stop(connections: Connections, backend: Backend) -> None:
 
 
 def bounds(body_budget: BodyBudget, max_body_size: int) -> RequestBounds:
-    """Those of one listener's requests; `max_body_size` in bytes."""
+    """Return the limits of one listener's requests; `max_body_size` in bytes."""
     return RequestBounds(
         options.header_timeout,
         options.body_timeout,
@@ -409,10 +409,10 @@ def bounds(body_budget: BodyBudget, max_body_size: int) -> RequestBounds:
 
 
 async def check(warnings: Sequence[str]) -> int:
-    """Print what would keep the relay from its work, and how to mend it.
+    """Print problems that would disturb the relay, and how to fix them.
 
-    `warnings` are those of the options. Returns the exit status, 1 where
-    anything is wrong.
+    `warnings` are those of the options. Returns the exit status, 1 if there is
+    an error.
     """
     found = [Finding("warning", warning) for warning in warnings]
     with _found_wrong(found):
@@ -432,14 +432,14 @@ async def check(warnings: Sequence[str]) -> int:
         found += [port_finding("--callbackport", address, options.callbackport)]
     with _found_wrong(found):
         await _check_ends(found)
-    with contextlib.suppress(BrokenPipeError):  # the exit status says the same
+    with contextlib.suppress(BrokenPipeError):  # the exit status still reports it
         for finding in found:
             print(f"{finding.level + ':':<9}{finding.text}")
     return int(any(finding.level == "error" for finding in found))
 
 
 async def _check_ends(found: list[Finding]) -> None:
-    # To listen at their own ports would take clients from a relay that runs.
+    # Listening on the real ports would take clients from a running relay.
     to_clients, to_backend = bind_listeners(elsewhere=True)
     on_loopback = to_backend.is_loopback
     external = callback_url(options.externalhostandport, to_backend)
@@ -454,7 +454,7 @@ async def _check_ends(found: list[Finding]) -> None:
                 Finding(
                     "error",
                     f"callbacks need no token, and {to_backend.address or '*'} can be"
-                    " reached from elsewhere; set --callback_token_file",
+                    " reached from other machines; set --callback_token_file",
                 )
             )
     backend = Check()
@@ -482,13 +482,13 @@ def _found_wrong(found: list[Finding]) -> Iterator[None]:
 
 
 def health() -> int:
-    """Say whether the relay with these options serves. Returns the exit status."""
+    """Print whether the relay with these options serves. Returns the exit status."""
     host = bindable(options.bindip)
     if is_wildcard(host):
         host = "::1" if ":" in host else "127.0.0.1"
     where = f"port {options.bindport} of {host}"
     if not options.bindport:
-        why: str | None = "--bindport=0 says not where it listens"
+        why: str | None = "the port is unknown: --bindport=0"
     else:
         why = probe(host, options.bindport, bool(options.tls_cert))
     with contextlib.suppress(BrokenPipeError):
@@ -497,7 +497,7 @@ def health() -> int:
 
 
 def run(command: str, words: list[str]) -> int:
-    """Do what a command asks for. Returns the exit status; raises `OptionError`."""
+    """Run a command. Returns the exit status; raises `OptionError`."""
     if "--version" in words:
         print(f"SocketDock {__version__}")
         return 0
@@ -528,14 +528,14 @@ def main() -> None:
         status = run(command, words)
     except OptionError as error:
         print(f"socketdock: {error}", file=sys.stderr)
-        # Docker knows 0 and 1 only.
+        # Docker allows only 0 and 1.
         passing = isinstance(error, Unavailable) or command == "health"
         status = 1 if passing else USAGE_ERROR
-    except KeyboardInterrupt:  # before there was anything to drain
+    except KeyboardInterrupt:  # before there is anything to drain
         status = 1
-    except BrokenPipeError:  # `head` has seen enough
+    except BrokenPipeError:  # `head` has closed the pipe
         status = 0
-    except OSError as error:  # a full disk, say, which help is printed to
+    except OSError as error:  # such as a full disk under redirected help
         print(f"socketdock: {error}", file=sys.stderr)
         status = 1
     leave(status)

@@ -28,16 +28,16 @@ define("handshakes_per_second", default=0.0, metavar="RATE",
        help="most handshakes per second of one address; above it they get 429; 0: no "
             "limit")
 
-MAX_ADDRESSES = 100_000  # whose rate is known; beyond, the longest unseen is forgotten
-RETRY_AFTER = 1  # seconds; what keeps a handshake out may be over by then
-RETRY_AFTER_FULL = 5  # seconds; connections don't end that quickly
-REFUSALS_TOLD = 20  # handshakes refused, in one interval, with a line each
-REFUSAL_INTERVAL = 60.0  # seconds; the others of it are told in one warning
+MAX_ADDRESSES = 100_000  # with a known rate; beyond, the least recent one is dropped
+RETRY_AFTER = 1  # seconds; the cause may be over by then
+RETRY_AFTER_FULL = 5  # seconds; connections end less quickly
+REFUSALS_TOLD = 20  # rejected handshakes per interval with a log line each
+REFUSAL_INTERVAL = 60.0  # seconds; one warning counts the others
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What a handshake is answered that may not come in now."""
+    """The response to a handshake that is rejected."""
 
     status: HTTPStatus
     detail: str
@@ -45,13 +45,14 @@ class Refusal:
 
 
 class Admission:
-    """Counts connections and handshakes; 0 stands for any number.
+    """Counts connections and handshakes against limits; 0 means no limit.
 
-    What has a descriptor above `last_descriptor` may not become a WebSocket. By
-    `stalls`, handshakes that waited while the process stood still have their rate.
+    A socket with a descriptor above `last_descriptor` is rejected. `stalls` tells
+    how long the process stood still: handshakes that waited meanwhile do not count
+    as a burst.
 
-    An address is an IPv4 address, or an IPv6 network of 64 bits, which is what
-    one household or one machine gets.
+    An address is an IPv4 address, or an IPv6 /64 network, which one household or
+    one machine usually has.
     """
 
     def __init__(
@@ -71,22 +72,22 @@ class Admission:
             self._stalls.watch()
         self._present = 0
         self._present_from: Counter[str | bytes] = Counter()
-        # When the handshakes of each address are paid for, on the loop's clock;
-        # in the order in which they came last.
+        # When each address has credit again, on the loop's clock; the address with
+        # the least recent handshake first.
         self._paid_until: dict[str | bytes, float] = {}
 
     def refusal(self, remote_ip: str, descriptor: int) -> Refusal | None:
-        """None where one more handshake may come in now, and is counted."""
+        """Return None and count the handshake if it is allowed, else the rejection."""
         if descriptor > self._last_descriptor:
             return Refusal(
                 HTTPStatus.SERVICE_UNAVAILABLE,
-                "This instance has as many files open as it may.",
+                "File descriptor limit of this instance reached.",
                 RETRY_AFTER_FULL,
             )
         if self._present >= self._max_connections:
             return Refusal(
                 HTTPStatus.SERVICE_UNAVAILABLE,
-                "This instance has as many connections as it may.",
+                "Connection limit of this instance reached.",
                 RETRY_AFTER_FULL,
             )
         if not self._max_per_address and not self._rate:
@@ -97,7 +98,7 @@ class Admission:
         ):
             return Refusal(
                 HTTPStatus.TOO_MANY_REQUESTS,
-                "This address has as many connections as it may.",
+                "Connection limit of this address reached.",
                 RETRY_AFTER_FULL,
             )
         if not self._rate:
@@ -110,17 +111,17 @@ class Admission:
             self._paid_until[address] = paid_until
             return Refusal(
                 HTTPStatus.TOO_MANY_REQUESTS,
-                "This address makes handshakes faster than it may.",
+                "Handshake rate limit of this address exceeded.",
                 max(RETRY_AFTER, math.ceil(paid_until - now)),
             )
-        # Who waited while the process stood still came at the rate, as far as we know.
+        # Handshakes that waited during a stall may have come at the allowed rate.
         burst = BURST + self._stalls.latest
         self._forget_those_of_before(now - burst)
         self._paid_until[address] = spent(paid_until, now, 1 / self._rate, burst)
         return None
 
     def _forget_those_of_before(self, full_at: float) -> None:
-        """Drop addresses whose credit is whole again."""
+        """Drop addresses whose credit is complete again."""
         while self._paid_until:
             address, paid_until = next(iter(self._paid_until.items()))
             if paid_until > full_at and len(self._paid_until) < MAX_ADDRESSES:
@@ -128,13 +129,13 @@ class Admission:
             del self._paid_until[address]
 
     def enter(self, remote_ip: str) -> None:
-        """One more connection is here."""
+        """Count a connection."""
         self._present += 1
         if self._max_per_address:
             self._present_from[_network_of(remote_ip)] += 1
 
     def leave(self, remote_ip: str) -> None:
-        """One has gone."""
+        """Stop counting a connection."""
         self._present -= 1
         if self._max_per_address:
             address = _network_of(remote_ip)
@@ -150,10 +151,10 @@ def _network_of(remote_ip: str) -> str | bytes:
 
 
 class RefusalLog:
-    """Tells operators of handshakes that are refused, however many they are.
+    """Logs rejected handshakes without flooding the log.
 
-    The first ones of each interval have a line each; the others are counted,
-    and told in one warning at its end.
+    The first ones of each interval get a line each. The others are counted, and
+    one warning at the end of the interval has their number.
     """
 
     def __init__(
@@ -166,7 +167,7 @@ class RefusalLog:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, remote_ip: str, status: int, reason: str) -> None:
-        """One was refused; `reason` holds nothing that the client sent."""
+        """Log or count a rejection; `reason` must not contain data of the client."""
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(
                 self._interval, self.sum_up
@@ -181,7 +182,7 @@ class RefusalLog:
             self._untold[status] += 1
 
     def sum_up(self) -> None:
-        """Tell of those that were counted, and begin anew."""
+        """Log the number of the counted ones, and start a new interval."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,4 +1,4 @@
-"""What waits for the backend in the whole process, and when reading stops."""
+"""Limits what waits for the backend in the whole process."""
 
 import asyncio
 import logging
@@ -17,22 +17,22 @@ define("max_queued_bytes", default=256 * 1024 * 1024, metavar="BYTES",
        help="most bytes in the whole process, for each of three: messages that wait "
             "for the backend, overdue messages, incomplete messages")
 
-WARNING_INTERVAL = 60.0  # seconds between two warnings that reading stops
+WARNING_INTERVAL = 60.0  # seconds between warnings that reading stops
 
 
 class Sender(Protocol):
-    """Whoever sends a message in parts."""
+    """The sender of a message that arrives in parts."""
 
     def on_failed(self, error: FrameError) -> None:
-        """The message has no room; the connection ends with the error's code."""
+        """Close the connection with the error's code, because the bound is reached."""
 
 
 class Backlog:
-    """Counts events that wait and bytes of messages, whole ones and parts.
+    """Counts waiting events, their bytes, and the bytes of incomplete messages.
 
-    An event is a message that was read, or a disconnect notification, whose size
-    is 0. At `max_events` or `max_bytes` nothing more is read. Parts of messages
-    have a bound of their own, of `max_bytes`.
+    An event is a message that was read, or a disconnect event, whose size is 0.
+    At `max_events` or `max_bytes` reading stops. Incomplete messages have a
+    separate bound, also `max_bytes`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Backlog:
         self.bytes = 0
         self._max_events = max_events
         self._max_bytes = max_bytes
-        # Bytes of each message that is not whole, the longest under way first.
+        # Bytes of each incomplete message, the oldest message first.
         self._parts: dict[Sender, int] = {}
         self._part_bytes = 0
         self._room: asyncio.Future[None] | None = None
@@ -50,16 +50,16 @@ class Backlog:
 
     @property
     def full(self) -> bool:
-        """Whether so much waits that nothing more may be read."""
+        """Whether a bound is reached, so that reading must stop."""
         return self.events >= self._max_events or self.bytes >= self._max_bytes
 
     def hold(self, size: int) -> None:
-        """An event of `size` bytes waits from now on."""
+        """Count an event of `size` bytes that starts to wait."""
         self.events += 1
         self.bytes += size
 
     def release(self, size: int) -> None:
-        """An event waits no more: it was taken or given up."""
+        """Stop counting an event that was accepted or given up."""
         self.events -= 1
         self.bytes -= size
         if self._room is not None and not self.full:
@@ -67,7 +67,7 @@ class Backlog:
             room.set_result(None)
 
     def room(self) -> "asyncio.Future[None] | None":
-        """None where more may be read, else what to wait for."""
+        """Return None if reading may continue, else a future to wait for."""
         if self.events < self._max_events and self.bytes < self._max_bytes:
             return None
         if self._room is None:
@@ -79,10 +79,10 @@ class Backlog:
         return self._room
 
     def keep_part(self, sender: Sender, size: int) -> None:
-        """Parts of a message take `size` bytes, until it is whole; 0: no more.
+        """Record that an incomplete message holds `size` bytes; 0: it is complete.
 
-        Where all parts together exceed the bound, the message that has taken
-        longest ends with 1013: whoever sends at a usual pace is through long before.
+        If all incomplete messages together exceed the bound, the oldest one fails
+        with 1013. Messages that arrive at a usual rate complete long before.
         """
         self._part_bytes += size - self._parts.get(sender, 0)
         if size:
@@ -94,5 +94,5 @@ class Backlog:
         slowest = next(iter(self._parts))
         self.keep_part(slowest, 0)
         slowest.on_failed(
-            FrameError(CloseCode.TRY_AGAIN_LATER, "too much is not whole")
+            FrameError(CloseCode.TRY_AGAIN_LATER, "too many incomplete messages")
         )

@@ -1,7 +1,7 @@
 """Every connection of this process by its id, and the farewells still under way.
 
-One `ConnectionMap` is made on the running IOLoop and handed to each handler by
-its route; nothing else is shared between the two ends.
+One `ConnectionMap` is created on the running IOLoop and passed to each handler by
+its route. Client handlers and callback handlers share nothing else.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ NEVER = float("inf")  # on the loop's clock
 
 
 class Listed(Protocol):
-    """What the map asks of a connection."""
+    """The interface of a connection that the map needs."""
 
     @property
     def id(self) -> str: ...
@@ -46,7 +46,7 @@ class Listed(Protocol):
     def state(self) -> str: ...
     @property
     def waiting_since(self) -> float:
-        """When the oldest of its events that wait came, on the loop's clock."""
+        """When its oldest waiting event was read, on the loop's clock."""
 
     def drain(self) -> None:
         """Close because this instance stops."""
@@ -70,7 +70,7 @@ class ConnectionMap(Generic[C]):
         admission: Admission | None = None,
         observer: Observer | None = None,
     ) -> None:
-        # Kept, since asking for it is a system call (getpid) before Python 3.12.
+        # Kept because each lookup is a system call (getpid) before Python 3.12.
         self.loop = asyncio.get_running_loop()
         self.turns = Turns(self.loop)
         self._connections: dict[str, C] = {}
@@ -82,8 +82,8 @@ class ConnectionMap(Generic[C]):
         self._admission = admission or Admission()
         self.refusals = RefusalLog()
         self.observer = observer or Observer()
-        self.stopping = False  # a balancer should look away
-        self.draining = False  # handshakes are refused
+        self.stopping = False  # /readyz returns 503
+        self.draining = False  # handshakes are rejected
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -93,7 +93,7 @@ class ConnectionMap(Generic[C]):
 
     @property
     def open(self) -> int:
-        """How many of them are open: neither connecting nor closing."""
+        """Number of open connections, without connecting and closing ones."""
         return sum(
             connection.state == "open" for connection in self._connections.values()
         )
@@ -109,36 +109,36 @@ class ConnectionMap(Generic[C]):
         self.total += 1
 
     def remove(self, connection: C) -> None:
-        """Forget a connection; nothing where it is not listed."""
+        """Remove a connection, if it is listed."""
         if self._connections.pop(connection.id, None) is not None:
             self._admission.leave(connection.remote_ip)
         self._changed.set()
 
     def refusal(self, remote_ip: str, descriptor: int) -> Refusal | None:
-        """None where a handshake may be decided on, else why it may not.
+        """Return None if a handshake is allowed, else the rejection.
 
         `descriptor` is the number of its socket.
         """
         if self.draining or self.backlog.full:
             return Refusal(
                 HTTPStatus.SERVICE_UNAVAILABLE,
-                "This instance is stopping."
+                "This instance is shutting down."
                 if self.draining
-                else "Too much waits for the backend.",
+                else "Backend queue is full.",
                 RETRY_AFTER,
             )
         return self._admission.refusal(remote_ip, descriptor)
 
     @property
     def oldest_pending(self) -> float:
-        """For how many seconds the event has waited that has waited longest; or 0."""
-        if not self.backlog.events:  # as it is mostly: nobody has to be looked at
+        """Seconds that the oldest waiting event has waited, or 0."""
+        if not self.backlog.events:  # the usual case, without a look at each connection
             return 0.0
         waiting = chain(self._connections.values(), self._farewells.values())
         since = min((connection.waiting_since for connection in waiting), default=NEVER)
         return max(0.0, self.loop.time() - since)
 
-    # The end.
+    # Shutdown.
 
     def say_farewell(
         self, connection: C, farewell: Coroutine[None, None, None]
@@ -185,7 +185,7 @@ class ConnectionMap(Generic[C]):
             async with asyncio.timeout_at(deadline):
                 await self._emptied()
         if self._connections or self._farewells:
-            # What ends them may have come already.
+            # The bytes that end them may have arrived already.
             read = self.loop.create_future()
             after_reading(self.loop, lambda: read.set_result(None))
             await read
@@ -222,5 +222,5 @@ class ConnectionMap(Generic[C]):
             if early > 0:
                 await asyncio.sleep(early)
             connection.drain()
-        for connection in self:  # accepted while the others were closed
+        for connection in self:  # those accepted meanwhile
             connection.drain()

@@ -79,7 +79,7 @@ class Readiness:
     def why_not(self) -> str | None:
         """The sentence for a balancer; None where it may send clients."""
         if self._connections.stopping:
-            return "This instance is stopping."
+            return "This instance is shutting down."
         if not self.started:
             return "This instance is starting."
         backend = self._backend.condition()
@@ -87,7 +87,7 @@ class Readiness:
             return None
         if backend.untried and not self._connections.backlog.events:
             return None  # a new client has to find out that it is back
-        return f"The backend has been away for {backend.away:.0f} s."
+        return f"The backend has been unreachable for {backend.away:.0f} s."
 
 
 class ReadyHandler(LiveHandler):

@@ -1,8 +1,8 @@
-"""How fast one client may send: reading slows, and in the end it is closed.
+"""Rate limits of one client: reading slows, then the connection is closed.
 
-A bucket of credit is one number, the time at which it is full but for one burst:
-what is spent pushes it into the future, and while it lies there, there is no
-credit (the "virtual scheduling" of ITU-T I.371).
+A bucket of credit is one number, the time at which there is credit again. Spending
+moves it into the future; while it is in the future, there is no credit (the
+"virtual scheduling" of ITU-T I.371).
 """
 
 import asyncio
@@ -24,27 +24,27 @@ define("rate_patience", default=10.0, metavar="SECONDS",
        help="longest time that a client may exceed its rates without a break; then it "
             "is closed with 1008")
 
-BURST = 1.0  # seconds' worth that may come at once, and one more in any case
-STALL_INTERVAL = 0.5  # seconds between two looks whether the process stood still
-CATCH_UP_TIME = 10.0  # seconds after a stall in which what waited is read
+BURST = 1.0  # seconds' worth that may arrive at once, and one more in any case
+STALL_INTERVAL = 0.5  # seconds between checks whether the process stood still
+CATCH_UP_TIME = 10.0  # seconds after a stall in which the backlog is read
 
 
 def spent(
     paid_until: float, now: float, seconds: float, burst: float = BURST
 ) -> float:
-    """A bucket from which `seconds` worth of its rate is taken.
+    """Take `seconds` worth of its rate from a bucket, and return its new value.
 
-    There is credit again when `now` is past what this returns. `burst` is the
-    most credit that it can hold, in seconds' worth.
+    There is credit again when `now` is past that value. `burst` is the most
+    credit that the bucket can hold, in seconds' worth.
     """
     return max(paid_until, now - burst) + seconds
 
 
 class Stalls:
-    """How long the process stood still: by SIGSTOP, or with its machine.
+    """Measures how long the process was stopped: by SIGSTOP, or with its machine.
 
-    By a clock that goes on meanwhile, where there is one, and by a timer that only
-    runs once somebody has asked.
+    It uses a clock that continues meanwhile, if there is one, and a timer that
+    starts with the first use.
     """
 
     __slots__ = ("_due", "_latest", "_over_at", "_seconds", "_timer")
@@ -58,20 +58,20 @@ class Stalls:
 
     @property
     def seconds(self) -> float:
-        """Seconds in all; what is under way counts, before the timer runs."""
+        """Total seconds, including a stall that the timer has not seen yet."""
         self.watch()
         return self._seconds + self._late()
 
     @property
     def latest(self) -> float:
-        """Seconds of the last one, where what waited may still be coming in; or 0."""
+        """Seconds of the last stall while its backlog may still be arriving, else 0."""
         late = self._late()
         if late or _clock() >= self._over_at + CATCH_UP_TIME:
             return late
         return self._latest
 
     def watch(self) -> None:
-        """Look for stalls from now on."""
+        """Start measuring."""
         if self._timer is None:
             self._start()
 
@@ -98,14 +98,14 @@ class Stalls:
 
 
 def _clock() -> float:
-    """Seconds, those for which a machine was suspended included where they can be."""
+    """Return seconds, including time in suspension if the system counts it."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class _Bucket:
-    """Credit for what comes at a rate: `BURST` at most, and what was left unread.
+    """Credit at a rate: at most `BURST`, plus credit for time without reading.
 
-    What could come while nothing was read is credit that comes on top, once.
+    The credit for time in which nothing was read is added once.
     """
 
     __slots__ = ("_burst", "paid_until")
@@ -115,18 +115,18 @@ class _Bucket:
         self._burst = BURST  # seconds' worth
 
     def spend(self, seconds: float, now: float) -> None:
-        """Take `seconds` worth out of it."""
+        """Spend `seconds` worth of credit."""
         self.paid_until = spent(self.paid_until, now, seconds, self._burst)
         self._burst = max(BURST, min(self._burst, now - self.paid_until))
 
     def excuse(self, seconds: float) -> None:
-        """For so long nothing was read."""
+        """Add credit for `seconds` in which nothing was read."""
         self._burst += seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What one client may send in a second; 0 stands for any number."""
+    """What one client may send per second; 0 means no limit."""
 
     messages: float = 0.0
     bytes: int = 0
@@ -137,10 +137,10 @@ class Rates:
 
 
 class Throttle:
-    """Holds the reading of one client to its rates.
+    """Limits reading from one client to its rates.
 
-    Time in which nothing was read, whatever the client did, is not held against it:
-    what came meanwhile comes at once when reading goes on.
+    Time in which nothing was read does not count against the client: what it sent
+    meanwhile arrives at once when reading continues.
     """
 
     __slots__ = (
@@ -159,18 +159,18 @@ class Throttle:
     def __init__(self, rates: Rates, stalls: Stalls) -> None:
         self._rates = rates
         self._stalls = stalls
-        self._stalled = stalls.seconds  # those that are excused already
+        self._stalled = stalls.seconds  # seconds that are excused already
         self._messages, self._bytes = _Bucket(), _Bucket()
-        # Since when it has been sending more than it may, on the loop's clock.
+        # Since when it has exceeded its rates, on the loop's clock.
         self._pushing_since: float | None = None
-        # Since when it is not read for the backend's sake, on the loop's clock.
+        # Since when the backend's backlog has stopped reading, on the loop's clock.
         self._unread_since: float | None = None
         self._held: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._released = False
 
     def on_bytes(self, size: int, at_once: bool, now: float) -> None:
-        """`size` bytes came, `at_once` where they were there before we asked."""
+        """Count `size` bytes; `at_once` if they had arrived before the read."""
         if not at_once:
             self._pushing_since = None
         self._excuse_stalls(now)
@@ -178,19 +178,19 @@ class Throttle:
             self._bytes.spend(size / self._rates.bytes, now)
 
     def on_message(self, now: float) -> None:
-        """A message came."""
+        """Count a message."""
         if self._rates.messages:
             self._messages.spend(1 / self._rates.messages, now)
 
     def on_full(self, now: float) -> None:
-        """There is no room for what it sends, though it has credit."""
+        """Note that the backlog stops reading although there is credit."""
         if self._unread_since is None:
             self._unread_since = now
 
     def room(self, now: float) -> "asyncio.Future[None] | None":
-        """None where more may be read, else what to wait for.
+        """Return None if reading may continue, else a future to wait for.
 
-        Raises `FrameError` with 1008 where the client's time is up.
+        Raises `FrameError` with 1008 when `patience` is over.
         """
         if self._unread_since is not None:
             self._excuse(now - self._unread_since, now)
@@ -200,7 +200,7 @@ class Throttle:
             return None
         self._excuse_stalls(now)
         if self._pushing_since is None:
-            # Not from now on: whoever waits for credit may yet be quiet.
+            # Not from `now`: a client that waits for credit may still pause.
             self._pushing_since = credit_at
         elif now - self._pushing_since >= self._rates.patience:
             raise FrameError(CloseCode.POLICY_VIOLATION, "rate exceeded")
@@ -221,14 +221,14 @@ class Throttle:
             self._stalled = stalled
 
     def _excuse(self, seconds: float, now: float) -> None:
-        """For `seconds` until now nothing was read."""
+        """Excuse the last `seconds`, in which nothing was read."""
         self._messages.excuse(seconds)
         self._bytes.excuse(seconds)
         if self._pushing_since is not None:
             self._pushing_since = min(now, self._pushing_since + seconds)
 
     def release(self) -> None:
-        """Hold nothing more: the connection ends."""
+        """Stop limiting: the connection ends."""
         self._released = True
         if self._timer is not None:
             self._timer.cancel()

@@ -240,7 +240,7 @@ async def test_malformed_connection_id_gets_an_explanation(io_loop, identifier):
                 answer = await backend.call(url, method)
                 assert answer.code == 404
                 detail = json.loads(answer.body)["detail"]
-                assert ("no such connection" in detail) == (path != "/sent")
+                assert ("Invalid connection id" in detail) == (path != "/sent")
 
 
 @pytest.mark.parametrize("path", ["/send", "/disconnect", ""])

@@ -85,7 +85,7 @@ async def test_relay_that_stops_is_not_ready(io_loop):
         async with asyncio.timeout(DEADLINE):
             while (reason := await readyz(service)) is None:
                 pass
-        assert reason == "This instance is stopping."
+        assert reason == "This instance is shutting down."
         assert await service.process.wait() == 0
 
 
@@ -115,7 +115,7 @@ async def test_backend_that_is_away_for_long_can_matter(io_loop):
                     assert told["ready"] is (told["backend"]["away"] < 0.5)
                     while (reason := await readyz(service)) is None:
                         pass
-                assert reason.startswith("The backend has been away for ")
+                assert reason.startswith("The backend has been unreachable for ")
                 told = await status(service)
                 assert not told["ready"]
                 assert told["state"] == "serving"

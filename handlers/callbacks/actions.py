@@ -30,10 +30,10 @@ class Outcome:
 OK = Outcome(HTTPStatus.OK, "OK")
 # To be done after the handshake.
 ACCEPTED = Outcome(HTTPStatus.ACCEPTED, "Accepted")
-GONE = Outcome(HTTPStatus.GONE, "This connection is not open here.")
+GONE = Outcome(HTTPStatus.GONE, "Connection is not open on this instance.")
 FULL = Outcome(
     HTTPStatus.TOO_MANY_REQUESTS,
-    "Too much waits for this client already.",
+    "Send buffer of this client is full.",
     retry_after=1,  # a slow client may have read on by then
 )
 

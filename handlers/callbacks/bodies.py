@@ -25,13 +25,13 @@ _PARAMETER = re.compile(
 ENCODED = Response(
     Outcome(
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-        "A body is taken as it comes: send it without a Content-Encoding.",
+        "Content-Encoding is not supported: send the body uncompressed.",
     ),
     {"Accept-Encoding": "identity"},  # RFC 9110, section 15.5.16
 )
 NOT_UTF8 = Response(
     Outcome(
-        HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A body of a text type has to be UTF-8."
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The charset of a text type must be UTF-8."
     )
 )
 
@@ -69,7 +69,7 @@ def message_of(body: bytes, content_type: str, types: Sequence[str]) -> str | by
     """
     text = is_text(content_type, types)
     if text is None:
-        raise ValueError("type is either text or binary.")
+        raise ValueError("type must be text or binary.")
     if not text:
         return body
     try:
@@ -107,21 +107,21 @@ def parse_closing(body: bytes) -> tuple[int, str]:
         # Not of bytes, of which it would guess the encoding (RFC 8259, section 8.1).
         closing = json.loads(body.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        raise ValueError("The body is not JSON in UTF-8.") from None
+        raise ValueError("The body must be JSON in UTF-8.") from None
     if not isinstance(closing, dict):
-        raise ValueError("The body is not a JSON object.")
+        raise ValueError("The body must be a JSON object.")
     code = closing.get("code", CloseCode.NORMAL_CLOSURE)
     if isinstance(code, float) and code.is_integer():
         code = int(code)  # 1000.0 is no other number in JSON (RFC 8259, section 6)
     if not isinstance(code, int) or isinstance(code, bool) or not (
         code in (1000, 1001, 1008) or 1011 <= code <= 1014 or 3000 <= code <= 4999
     ):
-        raise ValueError("code is one of 1000, 1001, 1008, 1011-1014, 3000-4999.")
+        raise ValueError("code must be 1000, 1001, 1008, 1011-1014 or 3000-4999.")
     reason = closing.get("reason", "")
     try:
         fits = len(reason.encode()) <= MAX_CLOSE_REASON
     except (AttributeError, UnicodeEncodeError):
-        raise ValueError("reason is a string of UTF-8.") from None
+        raise ValueError("reason must be a string of UTF-8.") from None
     if not fits:
-        raise ValueError(f"reason is at most {MAX_CLOSE_REASON} bytes of UTF-8.")
+        raise ValueError(f"reason must be at most {MAX_CLOSE_REASON} bytes of UTF-8.")
     return code, reason

@@ -88,19 +88,19 @@ def openapi_document(version: str, needs_token: bool) -> Document:
             "responses": {
                 "BadRequest": _problem("What is wrong with the request."),
                 "Unauthorized": _problem(
-                    "No token, or none that is accepted.",
+                    "No valid token.",
                     {"WWW-Authenticate": {"schema": {"type": "string"}}},
                 ),
-                "Forbidden": _problem("Without a token only for this machine."),
+                "Forbidden": _problem("Without tokens: local requests only."),
                 "NotFound": _problem("Not the path of a connection."),
-                "Gone": _problem("This connection is not open here."),
+                "Gone": _problem("Connection is not open on this instance."),
                 "TooLarge": _problem("The body is larger than --max_message_size."),
                 "Unsupported": _problem(
                     "The body has a Content-Encoding, or a text type's charset is"
                     " neither UTF-8 nor US-ASCII."
                 ),
                 "Full": _problem(
-                    "Too much waits for this client already.",
+                    "Send buffer of this client is full.",
                     {"Retry-After": {"schema": {"type": "string"}}},
                 ),
             },

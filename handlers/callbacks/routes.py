@@ -157,7 +157,7 @@ class ConnectionHandler(CallbackHandler):
 class NoConnectionHandler(NotFoundHandler):
     """404, for the routes of a connection with what can be no id of one."""
 
-    detail = "There is no such connection: an id has 32 hex digits, in lower case."
+    detail = "Invalid connection id: expected 32 lowercase hex digits."
 
 
 def callback_routes(

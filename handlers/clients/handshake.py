@@ -108,7 +108,9 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
                            extra={"connection_id": connection.id})
             self._abandon(connection, "relay")
             self._tell("no_verdict", HTTPStatus.SERVICE_UNAVAILABLE)
-            self.problem(HTTPStatus.SERVICE_UNAVAILABLE, "The backend gave no verdict.")
+            self.problem(
+                HTTPStatus.SERVICE_UNAVAILABLE, "No decision from the backend."
+            )
             return
         if self._peer_gone or self.request.connection is None:
             self._leave(connection)
@@ -144,27 +146,27 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         ):
             self._turn_away(
                 HTTPStatus.UPGRADE_REQUIRED,
-                "Only WebSockets are here.",
+                "WebSocket upgrade required.",
                 {"Upgrade": "websocket", "Connection": "Upgrade"},
             )
         elif headers.get("Sec-WebSocket-Version") != "13":
             self._turn_away(
                 HTTPStatus.UPGRADE_REQUIRED,
-                "Only version 13 is served here.",
+                "WebSocket version 13 required.",
                 {"Sec-WebSocket-Version": "13"},
             )
         elif self.request.version != "HTTP/1.1":
-            self._turn_away(HTTPStatus.BAD_REQUEST, "A WebSocket needs HTTP/1.1.")
+            self._turn_away(HTTPStatus.BAD_REQUEST, "HTTP/1.1 required.")
         elif not is_key(headers.get("Sec-WebSocket-Key", "")):
             self._turn_away(
-                HTTPStatus.BAD_REQUEST, "Sec-WebSocket-Key is not 16 bytes."
+                HTTPStatus.BAD_REQUEST, "Sec-WebSocket-Key must be 16 bytes in base64."
             )
         elif reason := malformed_reason(
             self.request, self.policy.compression is not None
         ):
             self._turn_away(HTTPStatus.BAD_REQUEST, reason)
         elif not self._is_origin_allowed(headers.get_list("Origin")):
-            self._turn_away(HTTPStatus.FORBIDDEN, "This origin may not connect.")
+            self._turn_away(HTTPStatus.FORBIDDEN, "Origin not allowed.")
         elif refusal := self.context.connections.refusal(
             self.remote_ip, self._descriptor
         ):
@@ -235,7 +237,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         logger.debug("connection %s refused with %d", connection.id, refused.status,
                      extra={"connection_id": connection.id})
         self.context.connections.refusals.add(
-            self.remote_ip, refused.status, "That is the backend's verdict."
+            self.remote_ip, refused.status, "Rejected by the backend."
         )
         if self._peer_gone:
             return

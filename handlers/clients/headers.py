@@ -85,16 +85,16 @@ def malformed_reason(request: HTTPServerRequest, extensible: bool) -> str | None
     """
     headers = request.headers
     if request.body or "Transfer-Encoding" in headers:
-        return "A handshake must not have a body."
+        return "A WebSocket handshake must not have a body."
     if not is_host(request.host):
-        return "Host is not a host and port."
+        return "Host must be a host with an optional port."
     try:
         subprotocols(headers.get_list("Sec-WebSocket-Protocol"))
     except ValueError:
-        return "Sec-WebSocket-Protocol is not a list of tokens."
+        return "Sec-WebSocket-Protocol must be a list of tokens."
     try:
         if extensible:
             extensions(headers.get_list("Sec-WebSocket-Extensions"))
     except ValueError:
-        return "Sec-WebSocket-Extensions is not a list of extensions."
+        return "Sec-WebSocket-Extensions must be a list of extensions."
     return None

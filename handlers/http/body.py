@@ -68,7 +68,7 @@ class BodyHandler(ProblemHandler):
             self.set_header("Retry-After", str(RETRY_AFTER))
             self.problem(
                 HTTPStatus.SERVICE_UNAVAILABLE,
-                "This instance has no memory for this body now.",
+                "Memory limit for request bodies reached.",
             )
 
     def _drop_body(self) -> None:
@@ -117,7 +117,7 @@ class RefusingHandler(BodyHandler):
 class NotFoundHandler(RefusingHandler):
     """Answers 404 to every path without a route."""
 
-    detail = "There is nothing at this path."
+    detail = "No resource at this path."
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         self.problem(HTTPStatus.NOT_FOUND, self.detail)

@@ -64,7 +64,7 @@ class ProblemHandler(RequestHandler):
         self.set_header("WWW-Authenticate", challenge)
         self.problem(
             HTTPStatus.UNAUTHORIZED,
-            "This needs Authorization: Bearer and a token of --callback_token.",
+            "Authorization: Bearer with a token of --callback_token required.",
         )
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:

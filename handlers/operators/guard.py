@@ -48,11 +48,11 @@ class OperatorGuard:
                 "Set --callback_token, or bind this listener to a loopback address."
             )
         if any(map(_is_of_a_proxy, headers)):
-            return "This came by way of a proxy: for that, set --callback_token."
+            return "Requests through a proxy need --callback_token."
         hosts = headers.get_list("Host")
         if len(hosts) != 1 or not is_loopback_host(hosts[0]):
             return (
-                "Ask for a loopback name, such as localhost, or set --callback_token."
+                "Use a loopback name, such as localhost, or set --callback_token."
             )
         if not _is_same_origin(method, f"{scheme}://{hosts[0]}", headers):
             return (

@@ -95,7 +95,7 @@ class PageHandler(GuardedHandler):
         name = name or INDEX
         content = self.files.get(name)
         if content is None:
-            self.problem(HTTPStatus.NOT_FOUND, "There is nothing at this path.")
+            self.problem(HTTPStatus.NOT_FOUND, "No resource at this path.")
             return
         self.set_header("Content-Type", MEDIA_TYPES[Path(name).suffix])
         self.set_header("Cache-Control", "no-cache")  # asked again, by its ETag

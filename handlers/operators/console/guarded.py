@@ -33,7 +33,7 @@ class GuardedHandler(OperatorHandler):
         sites = self.request.headers.get_list("Sec-Fetch-Site")
         if not self._finished and any(site not in OWN_SITE for site in sites):
             # It could read nothing of the answer, but take a viewer's place.
-            self.problem(HTTPStatus.FORBIDDEN, "This is for the console's own page.")
+            self.problem(HTTPStatus.FORBIDDEN, "Only the console's page may ask this.")
 
     def take_json(self) -> dict[str, Any] | None:
         """Return the body, a JSON object; None if it is not one, which was answered."""
@@ -45,7 +45,7 @@ class GuardedHandler(OperatorHandler):
         except (ValueError, RecursionError):
             document = None
         if not isinstance(document, dict):
-            self.problem(HTTPStatus.BAD_REQUEST, "The body is not a JSON object.")
+            self.problem(HTTPStatus.BAD_REQUEST, "The body must be a JSON object.")
             return None
         return document
 

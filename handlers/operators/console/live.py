@@ -127,7 +127,7 @@ class ViewerHandler(TailHandler):
             return
         viewer = self.tail.viewer(viewer_id)
         if viewer is None:
-            self.problem(HTTPStatus.NOT_FOUND, "There is no such viewer now.")
+            self.problem(HTTPStatus.NOT_FOUND, "Unknown viewer.")
             return
         try:
             viewer_filter = parse_filter(wanted)
@@ -136,7 +136,7 @@ class ViewerHandler(TailHandler):
             return
         if viewer_filter.bodies is not None and not self.tail.may_show_bodies:
             self.problem(
-                HTTPStatus.FORBIDDEN, "Bodies are not shown: --console_bodies is off."
+                HTTPStatus.FORBIDDEN, "Bodies are hidden by --console_bodies=off."
             )
             return
         viewer.filter = viewer_filter

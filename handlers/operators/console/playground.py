@@ -25,7 +25,7 @@ class PlaygroundHandler(GuardedHandler):
     def post(self) -> None:
         origins = self.request.headers.get_list("Origin")
         if len(origins) != 1:
-            self.problem(HTTPStatus.BAD_REQUEST, "This is for a page of an origin.")
+            self.problem(HTTPStatus.BAD_REQUEST, "An Origin header is required.")
             return
         ticket = self.tickets.issue(origins[0])
         self.answer(
