@@ -139,7 +139,7 @@ class ClientConnection:
         self._stall_timer: asyncio.TimerHandle | None = None
 
         # Frames sent by callbacks while the handshake is being decided.
-        self._early: list[str | bytes] = []
+        self._early: list[str | bytes] | None = None
         self._early_close: tuple[int, str, Initiator] | None = None
         # Set by whoever closes first on this side: code, reason, initiator.
         self._closing: tuple[int, str, Initiator] | None = None
@@ -171,8 +171,8 @@ class ClientConnection:
         self._context.observer.opened(self)
         if logger.isEnabledFor(logging.INFO):
             self._log_open()
-        early, self._early = self._early, []
-        for message in early:
+        early, self._early = self._early, None
+        for message in early or ():
             with contextlib.suppress(ConnectionClosed):  # the client has gone
                 self.send(message)
         if self._early_close is not None:
@@ -289,11 +289,11 @@ class ClientConnection:
     def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
         """Send one frame; see `backends.Connection.send`."""
         if self.state == "connecting" and self._early_close is None:
-            early = sum(map(size_of, self._early))
-            most = self._context.policy.max_send_buffer
-            if self._early and early + size_of(message) > most:
+            early = self._early = self._early or []
+            size = sum(map(size_of, early)) + size_of(message)
+            if early and size > self._context.policy.max_send_buffer:
                 raise SendBufferFull
-            self._early.append(message)
+            early.append(message)
             return None
         protocol = self._protocol
         if self.state != "open" or protocol is None:
