@@ -43,13 +43,17 @@ BUILT_IN = ("http", "loopback")
 Initiator = Literal["client", "backend", "relay"]
 
 EventName = Literal["connect", "message", "disconnect"]
-# What became of an event. "refused" is the backend's word, and final; "let_go" is
-# of requests that it held, unanswered, until nobody waited for the answer.
-Outcome = Literal["delivered", "refused", "failed", "let_go"]
-# What became of one attempt: "away" finds nobody there, "error" is an answer that
-# asks for another attempt, "timeout" is none in time.
-AttemptOutcome = Literal["delivered", "refused", "error", "away", "timeout", "let_go"]
-HandshakeOutcome = Literal["opened", "refused", "turned_away", "no_verdict", "left"]
+# What became of an event. "refused" is the backend's final decision; "abandoned" are
+# requests that it held, unanswered, until nobody waited for the response.
+Outcome = Literal["delivered", "refused", "failed", "abandoned"]
+# What became of one attempt: "unreachable" did not reach the backend, or a gateway
+# says so; "error" is a response after which it is repeated, "timeout" is none in time.
+AttemptOutcome = Literal[
+    "delivered", "refused", "error", "unreachable", "timeout", "abandoned"
+]
+# What became of a handshake: "refused" by the backend, "rejected" by the relay, or
+# "no_decision" of the backend; the client may also have left.
+HandshakeOutcome = Literal["opened", "refused", "rejected", "no_decision", "left"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Every connection of this process by its id, and the farewells still under way.
+"""Every connection of this process by its id, and disconnect notifications under way.
 
 One `ConnectionMap` is created on the running IOLoop and passed to each handler by
 its route. Client handlers and callback handlers share nothing else.
@@ -75,7 +75,7 @@ class ConnectionMap(Generic[C]):
         self.turns = Turns(self.loop)
         self._connections: dict[str, C] = {}
         # Kept here so that they aren't collected while they run; awaited by drain().
-        self._farewells: dict[asyncio.Task[None], C] = {}
+        self._notifications: dict[asyncio.Task[None], C] = {}
         self._changed = asyncio.Event()
         self.total = 0  # connections listed since the start
         self.backlog = backlog or Backlog()
@@ -134,27 +134,27 @@ class ConnectionMap(Generic[C]):
         """Seconds that the oldest waiting event has waited, or 0."""
         if not self.backlog.events:  # the usual case, without a look at each connection
             return 0.0
-        waiting = chain(self._connections.values(), self._farewells.values())
+        waiting = chain(self._connections.values(), self._notifications.values())
         since = min((connection.waiting_since for connection in waiting), default=NEVER)
         return max(0.0, self.loop.time() - since)
 
     # Shutdown.
 
-    def say_farewell(
-        self, connection: C, farewell: Coroutine[None, None, None]
+    def run_notification(
+        self, connection: C, notification: Coroutine[None, None, None]
     ) -> None:
-        """Run `farewell`, which tells the backend that `connection` has ended."""
+        """Run `notification`, which sends the disconnect event of `connection`."""
         self.backlog.hold(0)
-        task = self.loop.create_task(farewell)
-        self._farewells[task] = connection
-        task.add_done_callback(self._on_farewell_said)
+        task = self.loop.create_task(notification)
+        self._notifications[task] = connection
+        task.add_done_callback(self._on_notification_ended)
 
-    def _on_farewell_said(self, task: asyncio.Task[None]) -> None:
-        del self._farewells[task]
+    def _on_notification_ended(self, task: asyncio.Task[None]) -> None:
+        del self._notifications[task]
         self._changed.set()
         self.backlog.release(0)
         if not task.cancelled() and task.exception() is not None:
-            logger.error("bug in a farewell", exc_info=task.exception())
+            logger.error("bug in a disconnect notification", exc_info=task.exception())
 
     async def drain(
         self,
@@ -164,7 +164,7 @@ class ConnectionMap(Generic[C]):
         on_refusing: Callable[[], None] = lambda: None,
         settle: Callable[[float], Awaitable[int]] | None = None,
     ) -> bool:
-        """Close every connection with 1001 and wait for the farewells.
+        """Close every connection with 1001 and wait for the disconnect notifications.
 
         Then for what they leave behind: `settle`, see `Backend.drain`, is given the
         seconds that are left, and returns how many messages are cut off.
@@ -184,7 +184,7 @@ class ConnectionMap(Generic[C]):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
                 await self._emptied()
-        if self._connections or self._farewells:
+        if self._connections or self._notifications:
             # The bytes that end them may have arrived already.
             read = self.loop.create_future()
             after_reading(self.loop, lambda: read.set_result(None))
@@ -192,24 +192,24 @@ class ConnectionMap(Generic[C]):
         left = 0
         if settle is not None:
             left = await settle(max(0.0, deadline - self.loop.time()))
-        if not self._connections and not self._farewells and not left:
+        if not self._connections and not self._notifications and not left:
             return True
         logger.error(
-            "not drained in %g s: %d connections, %d farewells and %d messages"
-            " are cut off",
+            "not drained in %g s: %d connections, %d disconnect notifications and"
+            " %d messages are cut off",
             timeout,
             len(self._connections),
-            len(self._farewells),
-            self.backlog.events - len(self._farewells) + left,
+            len(self._notifications),
+            self.backlog.events - len(self._notifications) + left,
         )
         for connection in self:
             connection.abort()
-        for task in list(self._farewells):
+        for task in list(self._notifications):
             task.cancel()
         return False
 
     async def _emptied(self) -> None:
-        while self._connections or self._farewells:
+        while self._connections or self._notifications:
             self._changed.clear()
             await self._changed.wait()
 

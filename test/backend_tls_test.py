@@ -141,7 +141,7 @@ async def test_untrusted_backend_certificate_counts_as_unreachable(
 
 def retries(service: Service) -> list[str]:
     """What the log has about messages that go again."""
-    return [line for line in service.log if "goes again" in line]
+    return [line for line in service.log if "is retried" in line]
 
 
 def warnings_of(service: Service) -> list[str]:

@@ -597,7 +597,8 @@ async def test_bad_answer_to_a_disconnect_event(answered, row):
     if row in NOT_WANTED:
         await eventually(
             lambda: any(
-                "disconnect not told" in line for line in answered.service.log[before:]
+                "disconnect notification failed" in line
+                for line in answered.service.log[before:]
             )
         )
     async with websockets.connect(answered.service.ws_url) as client:  # a barrier

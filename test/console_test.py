@@ -331,18 +331,18 @@ async def test_stream_tells_what_failed(io_loop):
             with pytest.raises(websockets.InvalidStatus):
                 await websockets.connect(service.ws_url, origin="http://x.example")
             refused = await stream.until("handshake")
-            assert (refused["outcome"], refused["status"]) == ("turned_away", 403)
+            assert (refused["outcome"], refused["status"]) == ("rejected", 403)
             async with websockets.connect(service.ws_url) as client:
                 await client.send("x")
                 attempt = await stream.until("attempt", event="message")
-                assert (attempt["outcome"], attempt["status"]) == ("away", None)
+                assert (attempt["outcome"], attempt["status"]) == ("unreachable", None)
                 await client.wait_closed()
             await stream.until("snapshot", open=0)
             given_up = [e for e in stream.events() if e["kind"] == "given_up"]
             assert [e["count"] for e in given_up] == [1]
             counts = stream.seen[-1]["counts"]
             assert counts["failed_attempts"] >= 1
-            assert (counts["turned_away"], counts["given_up"]) == (1, 1)
+            assert (counts["rejected"], counts["given_up"]) == (1, 1)
 
 
 async def test_bodies_are_told_of_one_connection_when_asked_for(io_loop):

@@ -18,7 +18,7 @@ from service import (
 from tornado.web import RequestHandler
 
 from backends.client import Response
-from backends.http.delivery import MAX_BACKOFF, backoff, retry_after
+from backends.http.retries import MAX_BACKOFF, backoff, retry_after
 
 pytestmark = pytest.mark.gen_test(timeout=90)
 

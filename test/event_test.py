@@ -6,7 +6,7 @@ import orjson
 import pytest
 
 from backends import Closure, Handshake, Observer, Relay
-from backends.http.event import Event, EventWriter
+from backends.events import Event, EventWriter
 
 ID = "0f6c" * 8
 

@@ -606,7 +606,7 @@ def test_lines_without_a_limit_are_all_logged(caplog):
     book = Repeats(lines=2)
     for event in (None, "open", "close"):
         assert flood(book, level=logging.INFO, event=event) == 50
-    assert flood(book, level=logging.ERROR, event="untold") == 50
+    assert flood(book, level=logging.ERROR, event="disconnect_failed") == 50
     assert flood(book) == 2
     assert flood(book, level=logging.ERROR) == 2
     assert flood(book, message="%s is worse") == 2

@@ -19,8 +19,8 @@ from service import DEADLINE, PROJECT, RecordingBackend, Service, withhold
 pytestmark = pytest.mark.gen_test(timeout=60)
 
 EVENTS = ("connect", "message", "disconnect")
-OUTCOMES = ("delivered", "refused", "failed", "let_go")
-ATTEMPTS = ("delivered", "refused", "error", "away", "timeout", "let_go")
+OUTCOMES = ("delivered", "refused", "failed", "abandoned")
+ATTEMPTS = ("delivered", "refused", "error", "unreachable", "timeout", "abandoned")
 CODES = (1000, 1001, 1002, 1003, 1005, 1006, 1007, 1008, 1009, 1010, 1011, 1012, 1013,
          1014, "3xxx", "4xxx", "other")
 
@@ -28,7 +28,7 @@ CODES = (1000, 1001, 1002, 1003, 1005, 1006, 1007, 1008, 1009, 1010, 1011, 1012,
 COUNTERS = {
     "connections": [
         f'outcome="{outcome}"'
-        for outcome in ("opened", "refused", "turned_away", "no_verdict", "left")
+        for outcome in ("opened", "refused", "rejected", "no_decision", "left")
     ],
     "messages": [
         f'direction="{direction}",type="{kind}"'
@@ -364,7 +364,7 @@ async def test_attempts_that_find_nobody_count(io_loop):
                 await client.send("anybody there?")
                 await asyncio.wait_for(client.wait_closed(), DEADLINE)
             found = await counted(service, events("message", failed=1))
-    assert found['event_attempts_total{event="message",outcome="away"}'] >= 1
+    assert found['event_attempts_total{event="message",outcome="unreachable"}'] >= 1
     assert found['event_seconds_count{event="message"}'] == 0
 
 
@@ -402,7 +402,8 @@ async def test_held_messages_count(io_loop):
                 await client.send("2")
                 await backend.wait_for("message", 3)
                 found = await counted(
-                    service, events("message", let_go=1) | attempts("message", let_go=1)
+                    service,
+                    events("message", abandoned=1) | attempts("message", abandoned=1),
                 )
                 assert found['event_seconds_count{event="message"}'] == 0
             service.process.kill()  # rather than wait for what is held
@@ -428,7 +429,7 @@ async def test_handshakes_count_by_what_became_of_them(io_loop):
             async with websockets.connect(service.ws_url):
                 pass
             await counted(
-                service, connections(opened=1, refused=1, turned_away=2, no_verdict=1)
+                service, connections(opened=1, refused=1, rejected=2, no_decision=1)
             )
 
 

@@ -162,7 +162,11 @@ CASES = {
         [
             ("socketdock_events_total", 'event="message",outcome="failed"', "7x60"),
             ("socketdock_events_total", 'event="connect",outcome="failed"', "0+5x60"),
-            ("socketdock_events_total", 'event="message",outcome="let_go"', "0+5x60"),
+            (
+                "socketdock_events_total",
+                'event="message",outcome="abandoned"',
+                "0+5x60",
+            ),
         ],
     ),
     "SocketDockEventsRefused": (
@@ -184,19 +188,19 @@ CASES = {
             ("socketdock_events_pending_limit", "", "100x60"),
         ],
     ),
-    "SocketDockNoVerdict": (
-        [("socketdock_connections_total", 'outcome="no_verdict"', "0+1x60")],
+    "SocketDockNoDecision": (
+        [("socketdock_connections_total", 'outcome="no_decision"', "0+1x60")],
         "4m", "10m",
         [("socketdock_connections_total", 'outcome="refused"', "0+9x60")],
     ),
     "SocketDockHandshakesTurnedAway": (
         [
-            ("socketdock_connections_total", 'outcome="turned_away"', "0+3x60"),
+            ("socketdock_connections_total", 'outcome="rejected"', "0+3x60"),
             ("socketdock_connections_total", 'outcome="opened"', "0+7x60"),
         ],
         "9m", "15m",
         [
-            ("socketdock_connections_total", 'outcome="turned_away"', "0+1x60"),
+            ("socketdock_connections_total", 'outcome="rejected"', "0+1x60"),
             ("socketdock_connections_total", 'outcome="opened"', "0+9x60"),
         ],
     ),

@@ -228,7 +228,8 @@ async def test_refused_handshake_is_refused(io_loop):
 
 
 @pytest.mark.parametrize(
-    ("error", "outcome"), [(BackendError("no"), "error"), (BackendAway("no"), "away")]
+    ("error", "outcome"),
+    [(BackendError("no"), "error"), (BackendAway("no"), "unreachable")],
 )
 @pytest.mark.gen_test
 async def test_failures_pass_and_are_told(io_loop, error, outcome):

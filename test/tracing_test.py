@@ -369,7 +369,7 @@ async def test_event_that_goes_again_has_one_span(io_loop):
     assert first.events == [
         (
             "attempt failed",
-            {"socketdock.outcome": "away", "http.response.status_code": 503},
+            {"socketdock.outcome": "unreachable", "http.response.status_code": 503},
         ),
         (
             "attempt failed",
@@ -412,7 +412,7 @@ async def test_message_that_is_given_up_has_a_span(io_loop):
     assert span.attributes["socketdock.outcome"] == "given_up"
     assert span.attributes["socketdock.event_id"].endswith("-1")
     assert "http.response.status_code" not in span.attributes
-    assert {tuple(e.values()) for _, e in span.events} == {("away",)}
+    assert {tuple(e.values()) for _, e in span.events} == {("unreachable",)}
 
 
 async def test_handshakes_that_are_refused_have_spans(io_loop):
@@ -444,8 +444,8 @@ async def test_handshakes_that_are_refused_have_spans(io_loop):
         for span in collector.named("GET /ws")
     ] == [
         ("refused", 403, None, 0, True),
-        ("no_verdict", 503, "503", ERROR, True),
-        ("turned_away", 403, None, 0, False),
+        ("no_decision", 503, "503", ERROR, True),
+        ("rejected", 403, None, 0, False),
     ]
     verdict, failure = collector.of("connect")
     assert (verdict.attributes["socketdock.outcome"], verdict.status) == ("refused", 0)
@@ -539,7 +539,7 @@ def failure(number: int) -> Attempt:
     """Of an event that may go again."""
     traceparent = f"00-{number:032x}-{number:016x}-01"
     return Attempt(
-        "message", "c", f"c-{number}", traceparent, "away", None, 0.0, "http://a/b"
+        "message", "c", f"c-{number}", traceparent, "unreachable", None, 0.0, "http://a/b"
     )
 
 

@@ -76,7 +76,7 @@ async def test_vanished_host_is_noticed_and_its_successor_told(io_loop):
             began = loop.time()
 
             def noticed() -> int:
-                return sum("goes again" in line for line in service.log)
+                return sum("is retried" in line for line in service.log)
 
             await eventually(lambda: noticed() == 60, 30)
             # Two seconds for the kernel's timers and for a busy machine.

@@ -1,7 +1,7 @@
 """The `http` backend: each event becomes a POST.
 
-A message's way: `HTTPBackend.message` → `event` writes the request →
-`delivery` keeps the order → `client` sends it.
+The way of a message: `HTTPBackend.message` has `events` make an event, `delivery`
+keeps the order, `request` writes each attempt, and `client` sends it.
 """
 
 import asyncio
@@ -26,14 +26,21 @@ from backends import (
 )
 from backends.breaker import Breaker, Tripping
 from backends.client import Client
+from backends.events import EventWriter
 from backends.http.attempts import Attempts
 from backends.http.check import NOBODY_TO_TELL, HTTPCheck
 from backends.http.credentials import CredentialSources
-from backends.http.delivery import Deliveries, Delivery, Patience
-from backends.http.event import EventWriter
-from backends.http.farewells import Farewell, Farewells
-from backends.http.verdicts import Verdicts
-from backends.journal import DeadRun, StateDirectory
+from backends.http.decisions import Decisions
+from backends.http.deliveries import Deliveries, DeliveryLimits
+from backends.http.delivery import Delivery
+from backends.http.disconnects import (
+    DisconnectDelivery,
+    DisconnectNotification,
+    log_failure,
+)
+from backends.http.open_connections import OpenConnections
+from backends.http.request import RequestWriter
+from backends.journal import StateDirectory
 from backends.target import Target
 
 logger = logging.getLogger(__name__)
@@ -87,10 +94,7 @@ define("breaker_first_probe", default=0.5, metavar="SECONDS",
 define("breaker_last_probe", default=5.0, metavar="SECONDS",
        help="longest interval between probes; each interval doubles up to this")
 
-MAX_FAREWELLS_OF_DEAD_RUNS = 64  # under way at once
-FAREWELLS_TIMEOUT = 2.0  # seconds for those to end at the stop
 RETRY_AFTER = "1"  # seconds; the backend may be back by then
-LOST = Closure(1006, "instance lost", "relay", 0.0)
 
 
 class HTTPBackend(Backend):
@@ -100,54 +104,50 @@ class HTTPBackend(Backend):
 
     def __init__(
         self,
-        relay: Relay,
-        client: Client,
+        events: EventWriter,
+        decisions: Decisions,
         deliveries: Deliveries,
-        farewells: Farewells,
-        verdicts: Verdicts,
+        disconnects: DisconnectDelivery,
+        open_connections: OpenConnections,
         credentials: CredentialSources,
-        state: StateDirectory | None = None,
     ) -> None:
-        self._observer = relay.observer
-        self._client = client
-        self.descriptors = client.max_connections
+        self._events = events
+        self._decisions = decisions
         self._deliveries = deliveries
-        self._events = deliveries.events
-        self._breaker = deliveries.breaker
-        self._farewells = farewells
-        self._verdicts = verdicts
+        self._disconnects = disconnects
+        self._open_connections = open_connections
         self._credentials = credentials
-        self.reload()
-        self._state = state
-        # Of connections that have sent a message, by id, until all is told.
+        self._observer = deliveries.observer
+        self._client = deliveries.client
+        self._breaker = deliveries.breaker
+        self.descriptors = self._client.max_connections
+        # Of connections that have sent a message, by id, until all has ended.
         self._by_id: dict[str, Delivery] = {}
-        # Ends of requests that outlive their connection, and the farewells of dead
-        # runs; awaited by drain(), cancelled by close().
+        # They end requests that outlive their connection; awaited by drain(),
+        # cancelled by close().
         self._ending: set[asyncio.Task[None]] = set()
-        self._stopping = False
-        self._telling: asyncio.Task[None] | None = None
-        if state is not None:
-            self._telling = asyncio.create_task(self._tell_of_dead_runs(state))
+        self.reload()
+        open_connections.start_recovery()
 
     async def connect(
         self, connection: Connection, handshake: Handshake
     ) -> str | None:
-        """Ask `--connecturi`; accepted where there is none."""
-        if self._verdicts.target is None:
-            self._remember(connection.id)
+        """Ask `--connecturi`; all are accepted where there is none."""
+        if self._decisions.target is None:
+            self._open_connections.add(connection.id)
             return None
-        if not self._breaker.take():  # it was never asked, so nothing else is told
+        if not self._breaker.take():  # it is not asked, so no other event follows
             raise ConnectionRefused(503, {"retry-after": RETRY_AFTER})
-        self._remember(connection.id)
+        self._open_connections.add(connection.id)
         event = self._events.connect(connection.id, handshake)
         outcome: Outcome = "failed"
         try:
-            subprotocol = await self._verdicts.ask(connection.id, event)
+            subprotocol = await self._decisions.ask(connection.id, event)
             outcome = "delivered"
             return subprotocol
         except ConnectionRefused:
             outcome = "refused"
-            self._forget(connection.id)
+            self._open_connections.remove(connection.id)
             raise
         finally:
             self._observer.ended("connect", connection.id, outcome)
@@ -155,7 +155,7 @@ class HTTPBackend(Backend):
     def message(
         self, connection: Connection, message: str | bytes
     ) -> Awaitable[None] | None:
-        """Post to `--messageuri`; the next may follow once this is answered."""
+        """Post to `--messageuri`; the next message may follow after the response."""
         delivery = self._by_id.get(connection.id)
         if delivery is None:
             delivery = self._by_id[connection.id] = Delivery(
@@ -171,96 +171,53 @@ class HTTPBackend(Backend):
     async def disconnect(self, connection: Connection, closure: Closure) -> None:
         """Post to `--disconnecturi`; held requests end a little later."""
         delivery = self._by_id.get(connection.id)
-        if delivery is None:
-            await self._say(
-                Farewell(self._events, connection.id, closure, connection.trace)
-            )
-            return
-        delivery.disconnected = True
-        farewell = Farewell(
+        notification = DisconnectNotification(
             self._events, connection.id, closure, connection.trace, delivery
         )
+        if delivery is None:
+            await self._notify(notification)
+            return
+        delivery.disconnected = True
         try:
-            await self._say(farewell)
-            if self._farewells.target is not None:
-                delivery.told()
+            await self._notify(notification)
+            if self._disconnects.target is not None:
+                delivery.on_disconnect_answered()
         finally:
-            if delivery.holding or delivery.failures != farewell.failures:
-                ending = asyncio.create_task(self._end_held(delivery, farewell))
+            if delivery.holding or delivery.failures != notification.failures:
+                ending = asyncio.create_task(self._end(delivery, notification))
                 self._ending.add(ending)
                 ending.add_done_callback(self._ending.discard)
             else:
                 del self._by_id[connection.id]
 
-    async def _say(self, farewell: Farewell) -> None:
-        """Deliver a disconnect event; raises `BackendError` if it can't be."""
+    async def _notify(self, notification: DisconnectNotification) -> None:
+        """Deliver a disconnect event; raises `BackendError` if that fails."""
         try:
-            await self._farewells.say(farewell)
+            await self._disconnects.deliver(notification)
         except BackendError:
-            if not self._deliveries.closing:  # else the next start tells
-                self._forget(farewell.connection_id)
+            if not self._disconnects.closing:  # else the next start sends it
+                self._open_connections.remove(notification.connection_id)
             raise
-        self._forget(farewell.connection_id)
+        self._open_connections.remove(notification.connection_id)
 
-    async def _end_held(self, delivery: Delivery, farewell: Farewell) -> None:
-        """Let held requests go; what fails before is delivered all the same."""
+    async def _end(
+        self, delivery: Delivery, notification: DisconnectNotification
+    ) -> None:
+        """Wait for held requests, then abandon them; deliver those that fail before."""
         try:
-            while await delivery.until_failure(farewell.failures):
+            while await delivery.until_failure(notification.failures):
                 # The backend may have cleaned up before that message came.
-                farewell = farewell.again()
+                notification = notification.again()
                 try:
-                    await self._say(farewell)
+                    await self._notify(notification)
                 except BackendError as error:
-                    self._log_untold(farewell.connection_id, error)
+                    log_failure(notification.connection_id, error)
         finally:
             delivery.end()
-            del self._by_id[farewell.connection_id]
-
-    @staticmethod
-    def _log_untold(connection_id: str, error: BackendError) -> None:
-        logger.error(
-            "connection %s: disconnect not told: %s", connection_id, error,
-            extra={"event": "untold", "connection_id": connection_id},
-        )
-
-    def _remember(self, connection_id: str) -> None:
-        """Before the first event: a crash from here on is told of at the next start."""
-        if self._state is not None:
-            self._state.journal.add(connection_id)
-
-    def _forget(self, connection_id: str) -> None:
-        if self._state is not None:
-            self._state.journal.remove(connection_id)
-
-    async def _tell_of_dead_runs(self, state: StateDirectory) -> None:
-        """Say farewell for each connection that an earlier run lost."""
-        room = asyncio.Semaphore(MAX_FAREWELLS_OF_DEAD_RUNS)
-
-        async def tell(run: DeadRun, connection_id: str) -> None:
-            farewell = Farewell(
-                self._events, connection_id, LOST, None, instance=run.instance
-            )
-            try:
-                async with room:
-                    if self._stopping:
-                        return  # the next start tells
-                    await self._farewells.say(farewell)
-            except BackendError as error:
-                if self._deliveries.closing:
-                    return
-                self._log_untold(connection_id, error)
-            run.remove(connection_id)
-
-        async with asyncio.TaskGroup() as telling:
-            for run in state.dead:
-                logger.warning(
-                    "telling of %d connections lost by %s", len(run.ids), run.instance
-                )
-                for connection_id in run.ids:
-                    telling.create_task(tell(run, connection_id))
+            del self._by_id[notification.connection_id]
 
     def called_back(self, connection: Connection) -> None:
-        """A sign of life from the backend of this connection."""
+        """The backend of this connection has seen what it was sent."""
         if (delivery := self._by_id.get(connection.id)) is not None:
             delivery.called_back()
 
@@ -274,39 +231,36 @@ class HTTPBackend(Backend):
         )
 
     def reload(self) -> None:
-        """Read secrets, headers and certificates: all of them count, or none."""
+        """Read secrets, headers and certificates again: all of them, or none."""
         credentials = self._credentials.read()
-        self._events.present(credentials.headers, credentials.signer)
+        self._deliveries.requests.set_credentials(
+            credentials.headers, credentials.signer
+        )
         self._client.trust(credentials.tls)
 
     async def drain(self, timeout: float) -> int:
-        """Wait for requests that are held; what fails meanwhile goes again.
+        """Wait for held requests; those that fail meanwhile are retried.
 
-        Farewells of dead runs that are under way may end first, so that the
-        next start does not repeat them.
+        Disconnect events of earlier runs that are under way may end first, so that
+        the next start does not repeat them.
         """
-        self._stopping = True
         deadline = self._client.loop.time() + timeout
-        if self._telling is not None:
-            await asyncio.wait(
-                {self._telling}, timeout=min(timeout, FAREWELLS_TIMEOUT)
-            )
+        await self._open_connections.stop(timeout)
         if self._ending:
             left = max(0.0, deadline - self._client.loop.time())
             await asyncio.wait(self._ending, timeout=left)
         return self._deliveries.held.failed
 
     async def close(self) -> None:
-        """Close every connection to the backend; what was not told stays so."""
-        self._stopping = True
-        self._deliveries.closing = self._farewells.closing = True
-        tasks = [*self._ending, *([self._telling] if self._telling else [])]
-        for task in tasks:
+        """Close every connection to the backend; the next start sends what is left."""
+        self._deliveries.closing = self._disconnects.closing = True
+        ending = list(self._ending)
+        for task in ending:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._open_connections.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
         await self._client.close()
-        if self._state is not None:
-            self._state.close()
+        self._open_connections.close()
 
 
 def target_of(option: str) -> Target | None:
@@ -389,28 +343,30 @@ def make_backend(relay: Relay) -> HTTPBackend:
             options.breaker_last_probe,
         )
     )
-    patience = Patience(
+    limits = DeliveryLimits(
         options.order_wait,
         options.max_unanswered,
         options.backend_timeout or None,
         options.delivery_timeout,
         options.max_queued_bytes,
     )
-    attempts = Attempts(client, events, breaker, relay.observer)
+    requests = RequestWriter(relay.version)
+    attempts = Attempts(client, requests, breaker, relay.observer)
+    disconnects = DisconnectDelivery(
+        disconnect_target,
+        attempts,
+        breaker,
+        options.disconnect_timeout,
+        relay.observer,
+    )
+    state = make_state(relay.instance, disconnect_target)
     return HTTPBackend(
-        relay,
-        client,
-        Deliveries(client, events, breaker, message_target, patience, relay.observer),
-        Farewells(
-            disconnect_target,
-            attempts,
-            breaker,
-            options.disconnect_timeout,
-            relay.observer,
-        ),
-        Verdicts(connect_target, attempts, options.handshake_timeout),
+        events,
+        Decisions(connect_target, attempts, options.handshake_timeout),
+        Deliveries(client, requests, breaker, message_target, limits, relay.observer),
+        disconnects,
+        OpenConnections(state, events, disconnects),
         sources,
-        make_state(relay.instance, disconnect_target),
     )
 
 

@@ -1,4 +1,4 @@
-"""Single attempts of events that have no order to keep: connect, disconnect."""
+"""Single attempts to deliver events whose order needs no care: connect, disconnect."""
 
 import asyncio
 from functools import partial
@@ -6,19 +6,24 @@ from functools import partial
 from backends import Attempt, BackendError, EventName, Observer
 from backends.breaker import Breaker
 from backends.client import Client, NoConnection, Response
-from backends.http.delivery import attempt_outcome
-from backends.http.event import Event, EventWriter
+from backends.events import Event
+from backends.http.request import RequestWriter
+from backends.http.retries import attempt_outcome
 from backends.target import Target
 
 
 class Attempts:
-    """Makes them; the breaker and the observer learn what became of each."""
+    """Makes them, and reports each to the breaker and the observer."""
 
     def __init__(
-        self, client: Client, events: EventWriter, breaker: Breaker, observer: Observer
+        self,
+        client: Client,
+        requests: RequestWriter,
+        breaker: Breaker,
+        observer: Observer,
     ) -> None:
         self._client = client
-        self._events = events
+        self._requests = requests
         self._breaker = breaker
         self._observer = observer
 
@@ -49,7 +54,7 @@ class Attempts:
         except BackendError as error:
             outcome = error
         became = attempt_outcome(outcome)
-        self._breaker.record(connection_id, became == "away")
+        self._breaker.record(connection_id, became == "unreachable")
         answer = outcome if isinstance(outcome, Response) else None
         self._observer.attempted(
             Attempt(
@@ -88,7 +93,7 @@ class Attempts:
 
         exchange = self._client.post(
             target,
-            partial(self._events.request, target, event),
+            partial(self._requests.write, target, event),
             on_done,
             timeout=timeout,
             queue_timeout=queue_timeout,

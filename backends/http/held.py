@@ -1,7 +1,7 @@
-"""Message requests: from the backlog to their end, and what is kept meanwhile.
+"""Message requests, and those that are held: their response is overdue.
 
-`delivery` owns them. A request stands in at most one `OverdueLine`, and in `Held`
-from when its answer is overdue until its message has ended.
+`delivery` owns them. A request is in at most one `OverdueLine`, and in `Held`
+from when its response is overdue until its message has ended.
 """
 
 import asyncio
@@ -12,32 +12,32 @@ from typing import Protocol
 from backends import BackendError
 from backends.client import Exchange, Response
 from backends.deadlines import after_reading
-from backends.http.event import Event
+from backends.events import Event
 from backends.waiting import Waiters, call_one
 
 OWN_PAGES = 16 * 1024  # bytes from which on a body that is held has pages of its own
-# Linux fills them at once, for half of what it costs page by page.
+# Linux fills them at once, in half the time that it takes page by page.
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
 
 
 class Owner(Protocol):
-    """Whoever sends a request, and learns what becomes of it."""
+    """The sender of a request, to which its outcome is reported."""
 
     def on_sent(self, request: "Request") -> None:
         """The kernel has the whole request."""
 
     def on_overdue(self, request: "Request") -> None:
-        """There is no answer in time."""
+        """There is no response in time."""
 
     def on_done(self, request: "Request", outcome: Response | BackendError) -> None:
-        """An answer came, or none will."""
+        """There is a response, or there will be none."""
 
-    def let_go(self, request: "Request") -> None:
-        """Another request needs its place."""
+    def abandon(self, request: "Request") -> None:
+        """Abandon it: another request needs its connection."""
 
 
 class Request:
-    """One message on its way, from before it is sent until it is over."""
+    """One message, from before it is sent until it is over."""
 
     __slots__ = (
         "attempts",
@@ -76,7 +76,7 @@ class Request:
         self.owner.on_done(self, outcome)
 
     def leave_line(self) -> None:
-        """It becomes overdue no more, unless it stands in line again."""
+        """It does not become overdue, unless it is added again."""
         if self.line is not None:
             self.line.discard(self)
 
@@ -115,7 +115,7 @@ class OverdueLine:
         )
 
     def _judge(self) -> None:
-        """Find who is overdue; answers that have come were read."""
+        """Call those that are overdue; responses that had come were read."""
         self._timer = None
         now = self._loop.time()
         while self._requests:
@@ -128,11 +128,11 @@ class OverdueLine:
 
 
 class Held:
-    """Messages whose answer was overdue, of all connections, until they end.
+    """The messages of all connections whose response was overdue, until they end.
 
-    Their clients' queues count them no more, so their bytes count here, also
-    while one that failed waits for its next attempt. Nothing else refers to
-    them for all connections: what is discarded here is forgotten.
+    Their clients' queues no longer count them, so their bytes are counted here, also
+    while one that failed waits for its next attempt. There is no other table of all
+    connections' requests: what is discarded here is forgotten.
     """
 
     def __init__(self, max_bytes: int, loop: asyncio.AbstractEventLoop) -> None:
@@ -141,28 +141,28 @@ class Held:
         self._sizes: dict[Request, int] = {}
         self._bytes = 0
         self._overdue: set[Request] = set()
-        # Overdue ones that may be let go, those with a sign of life first in front.
+        # Overdue ones that may be abandoned, in the order in which that was found.
         self._expendable: dict[Request, None] = {}
         self._waiters = Waiters()  # for bytes
         self._waking = False
 
     @property
     def overdue(self) -> int:
-        """How many requests wait for an answer that is overdue."""
+        """How many requests wait for an overdue response."""
         return len(self._overdue)
 
     @property
     def failed(self) -> int:
-        """How many messages were overdue, have failed, and go again."""
+        """How many messages were overdue, have failed, and are to be retried."""
         return len(self._sizes) - len(self._overdue)
 
     @property
     def full(self) -> bool:
-        """Whether so many bytes are kept that no second one of a connection may be."""
+        """Whether the bytes are at their bound: a connection may add no second one."""
         return self._bytes >= self._max_bytes
 
     def add(self, request: Request) -> None:
-        """Its answer is overdue."""
+        """Its response is overdue."""
         request.overdue = True
         self._overdue.add(request)
         if request not in self._sizes:
@@ -171,22 +171,22 @@ class Held:
             self._sizes[request] = size = len(event.body)
             self._bytes += size
 
-    def on_sign_of_life(self, request: Request) -> None:
-        """The backend has shown since that it has seen it: it may be let go."""
+    def mark_expendable(self, request: Request) -> None:
+        """The backend has shown that it has seen it: it may be abandoned."""
         self._expendable[request] = None
 
     def is_expendable(self, request: Request) -> bool:
-        """Whether it may be let go."""
+        """Whether it may be abandoned."""
         return request in self._expendable
 
-    def let_one_go(self) -> None:
-        """Let one go, of any connection, if there is one that may be."""
+    def abandon_one(self) -> None:
+        """Abandon one request, of any connection, if there is one that may be."""
         if self._expendable:
             request = next(iter(self._expendable))
-            request.owner.let_go(request)
+            request.owner.abandon(request)
 
     def on_failed(self, request: Request) -> None:
-        """It is not held any more, but goes again."""
+        """It is not held any more, and will be retried."""
         request.overdue = False
         self._overdue.discard(request)
         self._expendable.pop(request, None)
@@ -217,11 +217,11 @@ class Held:
 
 
 def on_own_pages(body: bytes | mmap.mmap) -> bytes | mmap.mmap:
-    """The same, where the system gets its memory back as soon as it is forgotten.
+    """Return the same bytes in memory that the system gets back once they are freed.
 
-    Among messages that pass, those that are held for long would leave gaps in the
-    C library's memory, which it keeps: after 100 MB of them most of that. A small
-    one stays where it is, and so does any where the system has no more mappings.
+    Messages that are held for long would leave gaps in the C library's heap among
+    those that pass, and it would keep that memory: most of it after 100 MB of them.
+    A small body stays where it is, and so does any where there are no more mappings.
     """
     if len(body) < OWN_PAGES:
         return body

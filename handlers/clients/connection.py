@@ -1,4 +1,4 @@
-"""The client's end: one WebSocket from its handshake to its farewell.
+"""The client's end: one WebSocket from its handshake to its disconnect event.
 
 What a client sends goes to the backend (`backends.Backend`); what the backend
 sends comes back through `handlers.callbacks` and `ClientConnection.send`.
@@ -482,8 +482,8 @@ class ClientConnection:
             context.observer.closed(self, close.code, initiator, duration)
             if logger.isEnabledFor(logging.INFO):
                 self._log_close(close.code, initiator, duration)
-        context.connections.say_farewell(
-            self, self._farewell(close, initiator, duration)
+        context.connections.run_notification(
+            self, self._notify_backend(close, initiator, duration)
         )
 
     def _log_close(self, code: int, initiator: Initiator, duration: float) -> None:
@@ -507,12 +507,11 @@ class ClientConnection:
             "waiting": len(self._inbox),
         })
 
-    async def _farewell(
+    async def _notify_backend(
         self, close: Close, initiator: Initiator, duration: float
     ) -> None:
-        """Tell the backend of the end, after all that was read before it."""
-        # A farewell may wait for long, with thousands of others: let go of all
-        # that it does not need.
+        """Notify the backend of the end, after all messages that were read before."""
+        # It may wait for long, with thousands of others: keep only what it needs.
         self._protocol = None
         await self._inbox.delivered()
         self._inbox.waiting_since = self._began + duration
@@ -523,10 +522,10 @@ class ClientConnection:
             await self._context.backend.disconnect(self, closure)
         except BackendError as error:
             logger.error(
-                "connection %s: disconnect not told: %s",
+                "connection %s: disconnect notification failed: %s",
                 self.id,
                 error,
-                extra={"event": "untold", "connection_id": self.id},
+                extra={"event": "disconnect_failed", "connection_id": self.id},
             )
         finally:
             self._inbox.close()

@@ -85,7 +85,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         except BaseException:  # a bug, ours or the backend's, which may have said yes
             if connection.state == "connecting":
                 self._abandon(connection, "relay")
-                self._tell("no_verdict", HTTPStatus.INTERNAL_SERVER_ERROR)
+                self._tell("no_decision", HTTPStatus.INTERNAL_SERVER_ERROR)
             raise
 
     async def _decide(
@@ -104,10 +104,10 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             self._refuse(connection, refused)
             return
         except BackendError as error:
-            logger.warning("connection %s has no verdict: %s", connection.id, error,
+            logger.warning("connection %s has no decision: %s", connection.id, error,
                            extra={"connection_id": connection.id})
             self._abandon(connection, "relay")
-            self._tell("no_verdict", HTTPStatus.SERVICE_UNAVAILABLE)
+            self._tell("no_decision", HTTPStatus.SERVICE_UNAVAILABLE)
             self.problem(
                 HTTPStatus.SERVICE_UNAVAILABLE, "No decision from the backend."
             )
@@ -189,7 +189,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None
     ) -> None:
         self.context.connections.refusals.add(self.remote_ip, status, detail)
-        self._tell("turned_away", status)
+        self._tell("rejected", status)
         for name, value in (headers or {}).items():
             self.set_header(name, value)
         self.problem(status, detail)

@@ -15,7 +15,7 @@ MAX_TEMPLATE = 200  # characters of it
 # What peers can cause without end, though it is no warning.
 OF_PEERS = frozenset({"fail", "stall"})
 # Each connection has one at most, and the log alone tells of it; and our own.
-NEVER_COUNTED = frozenset({"untold", "repeat"})
+NEVER_COUNTED = frozenset({"disconnect_failed", "repeat"})
 
 _Key = tuple[str, int, str]  # logger, level, template
 
@@ -75,15 +75,15 @@ class Repeats(logging.Filter):
         seen, self._seen = self._seen, {}
         since, self._since = self._since, time.monotonic()
         for (name, level, template), number in seen.items():
-            untold = number - self._lines
-            if untold > 0:
+            unwritten = number - self._lines
+            if unwritten > 0:
                 logging.getLogger(name).log(
                     level,
                     "%d more like this in %.0f s: %s",
-                    untold,
+                    unwritten,
                     self._since - since,
                     template,
-                    extra={"event": "repeat", "count": untold},
+                    extra={"event": "repeat", "count": unwritten},
                 )
 
     def close(self) -> None:

@@ -158,7 +158,7 @@ class ObservedBackend(Backend):
         if isinstance(error, ConnectionRefused):
             attempt = outcome = "refused"
         elif error is not None:
-            attempt = "away" if isinstance(error, BackendAway) else "error"
+            attempt = "unreachable" if isinstance(error, BackendAway) else "error"
             outcome = "failed"
         self._observer.attempted(
             Attempt(

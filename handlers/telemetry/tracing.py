@@ -163,7 +163,7 @@ class Tracing(Observer):
         if event is None:
             event = _Event(attempt, place)
         if (
-            attempt.outcome in ("error", "away", "timeout")
+            attempt.outcome in ("error", "unreachable", "timeout")
             and attempt.event != "connect"
             and attempt.event_id
         ):
@@ -428,8 +428,8 @@ class _Event:
         attributes: dict[str, str | int] = {}
         if status is not None:
             attributes["http.response.status_code"] = status
-        verdict = attempt.event == "connect" and outcome == "refused"
-        if outcome not in ("delivered", "let_go") and not verdict:
+        decision = attempt.event == "connect" and outcome == "refused"
+        if outcome not in ("delivered", "abandoned") and not decision:
             attributes["error.type"] = str(status or outcome)
         return self._span(outcome, self._resent, attributes)
 

@@ -41,7 +41,7 @@ MAX_LATENCIES = 1000  # of one second, sampled for the percentiles
 KINDS = frozenset(
     ("handshake", "opened", "closed", "received", "sent", "attempt", "given_up")
 )
-FAILED_ATTEMPTS = ("error", "away", "timeout")
+FAILED_ATTEMPTS = ("error", "unreachable", "timeout")
 
 Event = dict[str, Any]
 
@@ -52,7 +52,7 @@ class Counts:
 
     opened: int = 0
     closed: int = 0
-    turned_away: int = 0  # handshakes
+    rejected: int = 0  # handshakes
     messages_in: int = 0
     messages_out: int = 0
     bytes_in: int = 0
@@ -261,7 +261,7 @@ class Tail(Observer):
     ) -> None:
         if outcome == "opened":
             return  # `opened` follows
-        self._counts.turned_away += 1
+        self._counts.rejected += 1
         for viewer in self._viewers.values():
             if viewer.wants("handshake", "", failed=True):
                 viewer.add(
@@ -313,7 +313,7 @@ class Tail(Observer):
         failed = attempt.outcome in FAILED_ATTEMPTS
         counts.failed_attempts += failed
         counts.refused += attempt.outcome == "refused"
-        if attempt.outcome != "let_go":
+        if attempt.outcome != "abandoned":
             self._keep(attempt.seconds)
         self._tell(
             "attempt",

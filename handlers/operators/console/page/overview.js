@@ -103,4 +103,4 @@ export class Overview {
 
 /** @param {any} snapshot */
 const errors = ({ counts }) =>
-  counts.failed_attempts + counts.refused + counts.given_up + counts.turned_away;
+  counts.failed_attempts + counts.refused + counts.given_up + counts.rejected;

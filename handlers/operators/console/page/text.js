@@ -75,17 +75,17 @@ export const toHex = (data) => Array.from(data, (byte) => byte.toString(16).padS
 
 const HANDSHAKES = {
   refused: "refused by the backend",
-  turned_away: "turned away",
-  no_verdict: "no verdict of the backend",
+  rejected: "rejected by the relay",
+  no_decision: "no decision by the backend",
   left: "the client left",
 };
 const OUTCOMES = {
   delivered: "delivered",
   refused: "refused by the backend",
   error: "failed",
-  away: "failed, the backend is away",
+  unreachable: "failed, the backend is unreachable",
   timeout: "failed, no answer in time",
-  let_go: "let go, its answer was overdue",
+  abandoned: "abandoned, its response was overdue",
 };
 
 /**
@@ -118,7 +118,7 @@ export function tell(event) {
       return {
         label: "backend",
         told: `${event.event} event ${OUTCOMES[event.outcome]}${status}, ${milliseconds(event.ms)}`,
-        failed: !["delivered", "let_go"].includes(event.outcome),
+        failed: !["delivered", "abandoned"].includes(event.outcome),
       };
     }
     default:

@@ -1,32 +1,35 @@
-"""Disconnect events: each until it is taken, refused or given up."""
+"""Disconnect notifications: each is sent until it is accepted, refused or given up."""
 
 import asyncio
 import itertools
+import logging
 
 from backends import BackendAway, BackendError, Closure, Observer, TraceContext
 from backends.breaker import Breaker
 from backends.deadlines import after_reading
+from backends.events import Event, EventWriter
 from backends.http.attempts import Attempts
-from backends.http.delivery import (
-    Delivery,
+from backends.http.delivery import Delivery
+from backends.http.retries import (
     backoff,
     hint,
-    is_failure,
+    is_retryable,
     is_success,
     retry_after,
 )
-from backends.http.event import Event, EventWriter
 from backends.target import Target
 
-# Seconds for the answer to a disconnect event, and for a connection to become free
-# for it in a line that does not move.
+logger = logging.getLogger(__name__)
+
+# Seconds for the response to a disconnect event, and for a connection to become free
+# for it in a queue that does not move.
 DISCONNECT_TIMEOUT = 30.0
 
 
-class Farewell:
+class DisconnectNotification:
     """One connection's disconnect event.
 
-    Before each attempt it waits until no message of `delivery` (None: there was
+    Before each attempt it waits until no message of `delivery` (None: there is
     none) can fail any more, except those that are held and have not failed.
     `instance` is an earlier run that lost the connection, or None.
     """
@@ -47,11 +50,11 @@ class Farewell:
         self._delivery = delivery
         self._instance = instance
         self._event: Event | None = None
-        self.failures = 0  # of messages, by when it was written
+        self.failures = 0  # of messages, when the event was made
 
-    def again(self) -> "Farewell":
-        """A new one, with the same id: the backend got a message after this one."""
-        return Farewell(
+    def again(self) -> "DisconnectNotification":
+        """Return one to send next: the backend has got a message after this one."""
+        return DisconnectNotification(
             self._events,
             self.connection_id,
             self._closure,
@@ -62,10 +65,10 @@ class Farewell:
 
     @property
     def ready(self) -> bool:
-        """Whether it may be sent once it has waited until then."""
+        """Whether it may still be sent, after `wait_until_ready`."""
         return self._delivery is None or not self._delivery.busy
 
-    async def until_ready(self) -> None:
+    async def wait_until_ready(self) -> None:
         """Wait until it may be sent."""
         if self._delivery is not None:
             if not self._delivery.settled:
@@ -73,7 +76,7 @@ class Farewell:
             self.failures = self._delivery.failures
 
     def event(self) -> Event:
-        """Return the event with the counts of now."""
+        """Make the event, with the counts of now and the id of the one before."""
         undelivered, refused = self._closure.undelivered, 0
         if self._delivery is not None:
             self.failures = self._delivery.failures
@@ -87,14 +90,14 @@ class Farewell:
             self._trace,
             self._instance,
         )
-        if self._event is not None:  # it is the same one: only counts may change
+        if self._event is not None:  # it is the same event: only counts may change
             event = self._event._replace(body=event.body)
         self._event = event
         return event
 
 
-class Farewells:
-    """Delivers disconnect events to `target`; None: nobody is told.
+class DisconnectDelivery:
+    """Delivers disconnect events to `target`; None: there is nobody to notify.
 
     An event is given up `timeout` seconds after its first failure.
     """
@@ -112,16 +115,16 @@ class Farewells:
         self._breaker = breaker
         self._timeout = timeout
         self._observer = observer
-        self.closing = False  # what fails is left to the next start
+        self.closing = False  # the relay stops: the next start sends what failed
 
-    async def say(self, farewell: Farewell) -> None:
-        """Deliver it. Raises `BackendError` where it was refused or given up."""
+    async def deliver(self, notification: DisconnectNotification) -> None:
+        """Send the event. Raises `BackendError` where it was refused or given up."""
         if self.target is None:
-            await farewell.until_ready()
+            await notification.wait_until_ready()
             return
-        connection_id = farewell.connection_id
+        connection_id = notification.connection_id
         try:
-            refused = await self._retry(self.target, farewell)
+            refused = await self._retry(self.target, notification)
         except BackendError:
             if not self.closing:
                 self._observer.given_up(f"{connection_id}-disconnect")
@@ -133,8 +136,10 @@ class Farewells:
             self._observer.ended("disconnect", connection_id, "refused")
             raise refused
 
-    async def _retry(self, target: Target, farewell: Farewell) -> BackendError | None:
-        """Until it is taken, or refused: then the error for the log is returned.
+    async def _retry(
+        self, target: Target, notification: DisconnectNotification
+    ) -> BackendError | None:
+        """Send until accepted, or refused: then return the error for the log.
 
         Raises `BackendError` where it is given up.
         """
@@ -142,32 +147,32 @@ class Farewells:
         deadline = float("inf")
         for attempt in itertools.count(1):
             wait = 0.0
-            await farewell.until_ready()
+            await notification.wait_until_ready()
             while not self._breaker.take():
                 deadline = min(deadline, loop.time() + self._timeout)
-                if await self._turn(farewell, deadline):
+                if await self._wait_for_breaker(notification, deadline):
                     break
                 if loop.time() >= deadline:
                     raise BackendAway(f"POST {target}: the backend is away")
-                await farewell.until_ready()
+                await notification.wait_until_ready()
             try:
-                answer = await self._attempts.make(
+                response = await self._attempts.make(
                     "disconnect",
-                    farewell.connection_id,
+                    notification.connection_id,
                     target,
-                    farewell.event(),
+                    notification.event(),
                     timeout=DISCONNECT_TIMEOUT,
                     queue_timeout=DISCONNECT_TIMEOUT,
                 )
             except BackendError as failure:
                 error = failure
             else:
-                if is_success(answer.status):
+                if is_success(response.status):
                     return None
-                error = BackendError(f"POST {target}: answered {answer.status}")
-                if not is_failure(answer.status):
-                    return BackendError(f"{error}{hint(answer.status)}")
-                wait = retry_after(answer) or 0.0
+                error = BackendError(f"POST {target}: answered {response.status}")
+                if not is_retryable(response.status):
+                    return BackendError(f"{error}{hint(response.status)}")
+                wait = retry_after(response) or 0.0
             if self.closing:
                 raise error
             deadline = min(deadline, loop.time() + self._timeout)
@@ -177,19 +182,21 @@ class Farewells:
             await asyncio.sleep(min(left, max(backoff(attempt), wait)))
         raise AssertionError("it never stops counting")
 
-    async def _turn(self, farewell: Farewell, deadline: float) -> bool:
-        """Wait for the breaker to let an attempt go; whether one may.
+    async def _wait_for_breaker(
+        self, notification: DisconnectNotification, deadline: float
+    ) -> bool:
+        """Wait until the breaker permits an attempt; return whether it does.
 
-        Not where it is not ready any more: a message of its own goes first.
-        Nor at the deadline, by when all that had come was read.
+        False where the notification is no longer ready, since a message of its
+        connection goes first, and at the deadline.
         """
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[bool] = loop.create_future()
 
         def call() -> None:
-            # Taken here: the permit is for whoever is called.
+            # Taken here: the permit is for the one that is called.
             if not turn.done():
-                turn.set_result(farewell.ready and self._breaker.take())
+                turn.set_result(notification.ready and self._breaker.take())
 
         def end() -> None:
             if not turn.done():
@@ -202,3 +209,11 @@ class Farewells:
         finally:
             timer.cancel()
             self._breaker.leave(call)
+
+
+def log_failure(connection_id: str, error: BackendError) -> None:
+    """Log that the backend did not accept a disconnect event."""
+    logger.error(
+        "connection %s: disconnect notification failed: %s", connection_id, error,
+        extra={"event": "disconnect_failed", "connection_id": connection_id},
+    )

@@ -1,26 +1,26 @@
-"""The backend's verdict on a handshake: what it was asked, and what it said."""
+"""The backend's decision on a handshake: the connect event and its response."""
 
 import re
 
 from backends import BackendError, ConnectionRefused
 from backends.client import Response
 from backends.client.response import MAX_KEPT_BODY, MalformedResponse
+from backends.events import Event
 from backends.http.attempts import Attempts
 from backends.http.content import decoded, parsed_json
-from backends.http.delivery import hint, is_success
-from backends.http.event import Event
+from backends.http.retries import hint, is_success
 from backends.target import Target
 
 MAX_REFUSAL_BODY = 4096  # bytes of a refusal's body that the client gets
 
-# A verdict that is passed on to the client; any other is no verdict.
+# Decisions that are passed on to the client; any other status is no decision.
 REFUSALS = frozenset({401, 403, 404, 429})
 REFUSAL_HEADERS = ("content-type", "www-authenticate", "retry-after")
 CONTROLS = re.compile(r"[\x00-\x1f\x7f]+")
 
 
-class Verdicts:
-    """Asks `target` for them, with one attempt; None: nobody is asked."""
+class Decisions:
+    """Asks `target` for decisions, with one attempt each; None: nobody is asked."""
 
     def __init__(
         self, target: Target | None, attempts: Attempts, timeout: float
@@ -32,56 +32,56 @@ class Verdicts:
     async def ask(self, connection_id: str, event: Event) -> str | None:
         """Return the subprotocol that the backend chose, if it did.
 
-        Raises `ConnectionRefused` where its verdict is no, and `BackendError`
-        where there is none in time.
+        Raises `ConnectionRefused` where it refuses, and `BackendError` where
+        there is no decision in time.
         """
         target = self.target
         assert target is not None
-        answer = await self._attempts.make(
+        response = await self._attempts.make(
             "connect", connection_id, target, event, self._timeout, keep=True
         )
-        if answer.status in REFUSALS:
-            raise verdict_of(answer)
-        if not is_success(answer.status):
+        if response.status in REFUSALS:
+            raise refusal(response)
+        if not is_success(response.status):
             raise BackendError(
-                f"POST {target}: answered {answer.status}{hint(answer.status)}"
+                f"POST {target}: answered {response.status}{hint(response.status)}"
             )
         try:
-            body = decoded(answer.headers, answer.body, MAX_KEPT_BODY)
+            body = decoded(response.headers, response.body, MAX_KEPT_BODY)
         except MalformedResponse as error:
             raise BackendError(f"POST {target}: {error}") from error
         return chosen_subprotocol(body)
 
 
-def verdict_of(answer: Response) -> ConnectionRefused:
-    """The backend's no, with what of it the client gets.
+def refusal(response: Response) -> ConnectionRefused:
+    """Return the backend's refusal, with what the client gets of it.
 
     A body that cannot be decoded is left out: the status says enough.
     """
     try:
-        body = decoded(answer.headers, answer.body, MAX_KEPT_BODY)
+        body = decoded(response.headers, response.body, MAX_KEPT_BODY)
     except MalformedResponse:
         body = b""
     return ConnectionRefused(
-        answer.status,
+        response.status,
         {
             # As spaces (RFC 9110, section 5.5), where the backend sent some.
-            name: CONTROLS.sub(" ", answer.headers[name]).strip()
+            name: CONTROLS.sub(" ", response.headers[name]).strip()
             for name in REFUSAL_HEADERS
-            if name in answer.headers
+            if name in response.headers
         },
         body[:MAX_REFUSAL_BODY],
     )
 
 
 def chosen_subprotocol(body: bytes) -> str | None:
-    """The `subprotocol` of a connect answer's JSON body, if there is one."""
+    """Return the `subprotocol` of a JSON body, if there is one."""
     try:
-        verdict = parsed_json(body)
+        decision = parsed_json(body)
     except ValueError:
-        return None  # "OK", or nothing: a verdict all the same
-    if not isinstance(verdict, dict) or verdict.get("subprotocol") is None:
+        return None  # "OK", or nothing: accepted all the same
+    if not isinstance(decision, dict) or decision.get("subprotocol") is None:
         return None
-    if not isinstance(verdict["subprotocol"], str):
+    if not isinstance(decision["subprotocol"], str):
         raise BackendError("the backend's subprotocol is not a string")
-    return verdict["subprotocol"]
+    return decision["subprotocol"]

@@ -1,11 +1,11 @@
-"""Events as HTTP requests: what the backend service reads.
+"""The events of connections, whatever transport takes them to a backend.
 
-Shapes and headers are the contract's; `backends.client` sends the bytes.
+Their ids and their JSON are the contract with backend services; `backends.http.request`
+makes HTTP requests of them.
 """
 
 import base64
 import random
-import time
 from collections.abc import Callable
 from mmap import mmap
 from typing import Any, NamedTuple
@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 import orjson
 
 from backends import Closure, Handshake, Relay, TraceContext
-from backends.http.signature import Signer
-from backends.target import Target
 
 
 class Event(NamedTuple):
-    """One event, the same on each attempt: its webhook-id, its JSON body, its span.
+    """One event, the same on each attempt: its id, its JSON body and its span.
 
-    `trace` is what that span belongs to, where there is something. The body may be
-    kept for long, and takes no more memory than its length says.
+    `traceparent` is the span (W3C Trace Context), `trace` what the span belongs to,
+    if anything. The body may be kept for long, and takes no more memory than its
+    length.
     """
 
     id: str
@@ -31,27 +30,18 @@ class Event(NamedTuple):
 
 
 class EventWriter:
-    """Writes the events of one relay, and each attempt as one whole request."""
+    """Makes the events of one relay: each once, in one piece."""
 
     def __init__(self, relay: Relay) -> None:
         self._callback_url = relay.callback_url
         self._sample = relay.sample
         self._instance = relay.instance
-        # Within, and with, the quotes of JSON.
+        # As JSON: the URL without its quotes, the instance with them.
         self._quoted_url = orjson.dumps(f"{relay.callback_url}").decode()[1:-1]
         self._quoted_instance = orjson.dumps(relay.instance).decode()
-        self._user_agent = f"SocketDock/{relay.version}"
-        self._headers = b""
-        self._signer: Signer | None = None
-        self._heads: dict[Target, bytes] = {}
-
-    def present(self, headers: bytes, signer: Signer | None) -> None:
-        """From now on, requests carry these lines, and signatures of that signer."""
-        self._headers, self._signer = headers, signer
-        self._heads.clear()
 
     def meta(self, connection_id: str) -> dict[str, Any]:
-        """The members of `meta` that every event to a live connection has."""
+        """The members of `meta` that each event of a live connection has."""
         socket_url = f"{self._callback_url}/socket/{connection_id}"
         return {
             "connection_id": connection_id,
@@ -61,7 +51,7 @@ class EventWriter:
         }
 
     def connect(self, connection_id: str, handshake: Handshake) -> Event:
-        """Asks for a verdict."""
+        """Make the connect event, which asks for a decision."""
         meta = self.meta(connection_id)
         meta["headers"] = dict(handshake.headers)
         meta["path"] = handshake.path
@@ -78,7 +68,7 @@ class EventWriter:
         message: str | bytes,
         trace: TraceContext | None,
     ) -> Event:
-        """Carries a connection's message of that number."""
+        """Make the event of a connection's message; `number` counts from 1."""
         message_id = f"{connection_id}-{number}"
         if isinstance(message, str):
             rest, text = '"text"', message
@@ -89,7 +79,7 @@ class EventWriter:
             except UnicodeDecodeError:
                 rest = '"binary","encoding":"base64"'
                 text = base64.b64encode(message).decode()
-        # As orjson would write it: of these members, only the ids change.
+        # Byte by byte what orjson would write, in less time: only the ids change.
         url = f"{self._quoted_url}/socket/{connection_id}"
         meta = (
             f'{{"meta":{{"connection_id":"{connection_id}","send":"{url}/send",'
@@ -108,7 +98,7 @@ class EventWriter:
         trace: TraceContext | None,
         instance: str | None = None,
     ) -> Event:
-        """Tells of a connection's end; of an earlier `instance`'s, if given."""
+        """Make the disconnect event; `instance` is an earlier run, or None for this."""
         meta = {
             "connection_id": connection_id,
             "instance": instance or self._instance,
@@ -125,46 +115,12 @@ class EventWriter:
     def _event(self, event_id: str, body: bytes, trace: TraceContext | None) -> Event:
         return Event(event_id, body, traceparent(trace, self._sample), trace)
 
-    def request(self, target: Target, event: Event) -> bytes:
-        """One attempt to deliver `event`, of now."""
-        event_id, timestamp, signature = event.id.encode(), int(time.time()), b""
-        body = bytes(event.body)  # no copy, unless it was held
-        if self._signer is not None:
-            signature = b"webhook-signature: %b\r\n" % self._signer.signatures(
-                event_id, timestamp, body
-            )
-        return (
-            b"%bwebhook-id: %b\r\nwebhook-timestamp: %d\r\n%b"
-            b"traceparent: %b\r\nContent-Length: %d\r\n\r\n%b"
-        ) % (
-            self._head(target),
-            event_id,
-            timestamp,
-            signature,
-            event.traceparent.encode(),
-            len(body),
-            body,
-        )
-
-    def _head(self, target: Target) -> bytes:
-        head = self._heads.get(target)
-        if head is None:
-            head = self._heads[target] = (
-                f"POST {target.path} HTTP/1.1\r\n"
-                f"Host: {target.authority}\r\n"
-                f"User-Agent: {self._user_agent}\r\n"
-                "Accept: */*\r\n"
-                "Accept-Encoding: identity\r\n"
-                "Content-Type: application/json; charset=utf-8\r\n"
-            ).encode() + self._headers
-        return head
-
 
 def serialized(value: object) -> bytes:
-    """JSON, in memory of its own size.
+    """Return JSON that takes no more memory than its length.
 
-    What `orjson.dumps` returns has all the memory that was reserved for it, up to
-    ten times its length.
+    `orjson.dumps` returns bytes that keep all the memory that was reserved for them,
+    up to ten times their length.
     """
     return bytes(memoryview(orjson.dumps(value)))
 
@@ -172,11 +128,10 @@ def serialized(value: object) -> bytes:
 def traceparent(
     trace: TraceContext | None, sample: Callable[[str], bool] | None = None
 ) -> str:
-    """A new span of `trace`, or of a new one (W3C Trace Context, level 2).
+    """Return a new span of `trace`, or of a new trace (W3C Trace Context, level 2).
 
-    A new one is recorded where `sample` says so of its id. Not of the system's
-    randomness, which is a call of it for each message: these ids are to differ,
-    not to be secret.
+    A new trace is recorded where `sample` returns True for its id. `random` saves a
+    system call for each message: the ids must differ, but need not be secret.
     """
     if trace is not None:
         return f"00-{trace.trace_id}-{random.randbytes(8).hex()}-{trace.flags}"

@@ -1,0 +1,68 @@
+"""What the deliveries of all connections share: settings, client, breaker, bounds."""
+
+from dataclasses import dataclass
+
+from backends import Observer
+from backends.breaker import Breaker
+from backends.client import Client
+from backends.http.held import Held, OverdueLine, Request
+from backends.http.request import RequestWriter
+from backends.target import Target
+
+IMPATIENT_ORDER_WAIT = 0.1  # seconds, once a backend is known to hold answers
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryLimits:
+    """How long a delivery waits, in seconds, and for how many responses.
+
+    `order_wait` is infinite for strictly one message at a time. `backend_timeout`
+    None waits for a response as long as the connection to the backend lives. While
+    overdue messages of all connections take `max_held_bytes`, a connection that has
+    one waits as if it had `max_unanswered`.
+    """
+
+    order_wait: float = 1.0
+    max_unanswered: int = 16
+    backend_timeout: float | None = None
+    delivery_timeout: float = 60.0
+    max_held_bytes: int = 256 * 1024 * 1024
+
+
+class Deliveries:
+    """What each `Delivery` works with: target, client, breaker, limits, observer."""
+
+    def __init__(
+        self,
+        client: Client,
+        requests: RequestWriter,
+        breaker: Breaker,
+        target: Target,
+        limits: DeliveryLimits,
+        observer: Observer,
+    ) -> None:
+        self.loop = client.loop
+        self.observer = observer
+        self.client = client
+        self.requests = requests
+        self.breaker = breaker
+        self.target = target
+        self.limits = limits
+        self.closing = False  # the relay stops: nothing is retried
+        self.held = Held(limits.max_held_bytes, self.loop)
+        # Only two different waits: within each, requests are in the order sent.
+        self._lines = {
+            wait: OverdueLine(wait, self.loop)
+            for wait in (limits.order_wait, IMPATIENT_ORDER_WAIT)
+        }
+        client.on_starved = self.held.abandon_one
+
+    def line(self, wait: float) -> OverdueLine:
+        """Return the requests that become overdue after `wait` seconds."""
+        return self._lines[wait]
+
+    def mark_expendable(self, request: Request) -> None:
+        """An overdue request may be abandoned from now on."""
+        self.held.mark_expendable(request)
+        if self.client.starved:
+            self.held.abandon_one()

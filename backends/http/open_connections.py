@@ -1,0 +1,100 @@
+"""Connections whose disconnect event is due, on disk: the next start sends it.
+
+`backends.journal` keeps the ids; here they are recorded, and the events of earlier
+runs sent.
+"""
+
+import asyncio
+import logging
+
+from backends import BackendError, Closure
+from backends.events import EventWriter
+from backends.http.disconnects import (
+    DisconnectDelivery,
+    DisconnectNotification,
+    log_failure,
+)
+from backends.journal import DeadRun, StateDirectory
+
+logger = logging.getLogger(__name__)
+
+MAX_NOTIFICATIONS = 64  # of earlier runs' connections, under way at once
+STOP_TIMEOUT = 2.0  # seconds for those to end at the stop
+LOST = Closure(1006, "instance lost", "relay", 0.0)
+
+
+class OpenConnections:
+    """Records open connections in `state`; None: nothing is recorded."""
+
+    def __init__(
+        self,
+        state: StateDirectory | None,
+        events: EventWriter,
+        disconnects: DisconnectDelivery,
+    ) -> None:
+        self._state = state
+        self._events = events
+        self._disconnects = disconnects
+        self._stopping = False
+        # Awaited by `stop`, cancelled by `close`.
+        self._recovering: asyncio.Task[None] | None = None
+
+    def add(self, connection_id: str) -> None:
+        """Record a connection, before its first event: a crash must not lose it."""
+        if self._state is not None:
+            self._state.journal.add(connection_id)
+
+    def remove(self, connection_id: str) -> None:
+        """Its disconnect event has ended, or none is due."""
+        if self._state is not None:
+            self._state.journal.remove(connection_id)
+
+    def start_recovery(self) -> None:
+        """Start to send disconnect events for connections that earlier runs lost."""
+        if self._state is not None:
+            self._recovering = asyncio.create_task(self._recover(self._state.dead))
+
+    async def stop(self, timeout: float) -> None:
+        """Start no more of these events, and wait for those that are under way."""
+        self._stopping = True
+        if self._recovering is not None:
+            await asyncio.wait({self._recovering}, timeout=min(timeout, STOP_TIMEOUT))
+
+    async def cancel(self) -> None:
+        """Give up these events; the next start sends them."""
+        self._stopping = True
+        if self._recovering is not None:
+            self._recovering.cancel()
+            await asyncio.gather(self._recovering, return_exceptions=True)
+
+    def close(self) -> None:
+        """Free the state directory for another process."""
+        if self._state is not None:
+            self._state.close()
+
+    async def _recover(self, runs: list[DeadRun]) -> None:
+        limit = asyncio.Semaphore(MAX_NOTIFICATIONS)
+        async with asyncio.TaskGroup() as tasks:
+            for run in runs:
+                logger.warning(
+                    "telling of %d connections lost by %s", len(run.ids), run.instance
+                )
+                for connection_id in run.ids:
+                    tasks.create_task(self._notify(run, connection_id, limit))
+
+    async def _notify(
+        self, run: DeadRun, connection_id: str, limit: asyncio.Semaphore
+    ) -> None:
+        notification = DisconnectNotification(
+            self._events, connection_id, LOST, None, instance=run.instance
+        )
+        try:
+            async with limit:
+                if self._stopping:
+                    return  # the next start sends it
+                await self._disconnects.deliver(notification)
+        except BackendError as error:
+            if self._disconnects.closing:
+                return
+            log_failure(connection_id, error)
+        run.remove(connection_id)

@@ -1,0 +1,56 @@
+"""Each attempt to deliver an event, as one whole HTTP request."""
+
+import time
+
+from backends.events import Event
+from backends.http.signature import Signer
+from backends.target import Target
+
+
+class RequestWriter:
+    """Writes requests, with the credentials that were set last."""
+
+    def __init__(self, version: str) -> None:
+        self._user_agent = f"SocketDock/{version}"
+        self._headers = b""
+        self._signer: Signer | None = None
+        self._heads: dict[Target, bytes] = {}  # without what changes by event
+
+    def set_credentials(self, headers: bytes, signer: Signer | None) -> None:
+        """From now on, send these header lines, and signatures by `signer`."""
+        self._headers, self._signer = headers, signer
+        self._heads.clear()
+
+    def write(self, target: Target, event: Event) -> bytes:
+        """Return one attempt to deliver `event`, with the time of now."""
+        event_id, timestamp, signature = event.id.encode(), int(time.time()), b""
+        body = bytes(event.body)  # no copy, unless it was held
+        if self._signer is not None:
+            signature = b"webhook-signature: %b\r\n" % self._signer.signatures(
+                event_id, timestamp, body
+            )
+        return (
+            b"%bwebhook-id: %b\r\nwebhook-timestamp: %d\r\n%b"
+            b"traceparent: %b\r\nContent-Length: %d\r\n\r\n%b"
+        ) % (
+            self._head(target),
+            event_id,
+            timestamp,
+            signature,
+            event.traceparent.encode(),
+            len(body),
+            body,
+        )
+
+    def _head(self, target: Target) -> bytes:
+        head = self._heads.get(target)
+        if head is None:
+            head = self._heads[target] = (
+                f"POST {target.path} HTTP/1.1\r\n"
+                f"Host: {target.authority}\r\n"
+                f"User-Agent: {self._user_agent}\r\n"
+                "Accept: */*\r\n"
+                "Accept-Encoding: identity\r\n"
+                "Content-Type: application/json; charset=utf-8\r\n"
+            ).encode() + self._headers
+        return head

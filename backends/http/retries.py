@@ -1,0 +1,107 @@
+"""When an event is sent again: what a response means, and how long to wait.
+
+`delivery` and `disconnects` retry; `decisions` makes one attempt only.
+"""
+
+import random
+import time
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+
+from backends import AttemptOutcome, BackendAway, BackendError
+from backends.client import Response
+
+MIN_BACKOFF = 0.2  # seconds before the first retry, at most
+MAX_BACKOFF = 5.0  # seconds between two retries, at most
+MAX_DOUBLINGS = 16  # beyond MAX_BACKOFF, and far below what overflows
+MAX_DATE_LENGTH = 64  # characters; those of RFC 9110, section 5.6.7, have 24 to 33
+
+# A gateway reports with these that the backend is unreachable (RFC 9110, section 15.6).
+GATEWAY_FAILURES = frozenset(
+    {
+        HTTPStatus.BAD_GATEWAY,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        HTTPStatus.GATEWAY_TIMEOUT,
+    }
+)
+
+RETRYABLE = frozenset(
+    {
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.TOO_EARLY,
+        HTTPStatus.TOO_MANY_REQUESTS,
+    }
+)
+
+# What an operator should check where an event is refused.
+HINTS = {
+    401: "; look at --backend_headers_file and --webhook_secret",
+    403: "; look at --backend_headers_file and --webhook_secret",
+    404: "; is there that path?",
+    405: "; is it a path for POST?",
+    413: "; it takes less than --max_message_size",
+}
+
+
+def is_success(status: int) -> bool:
+    """Whether the backend accepted the event."""
+    return 200 <= status < 300
+
+
+def attempt_outcome(outcome: Response | BackendError) -> AttemptOutcome:
+    """Classify an attempt: delivered or refused, or else it may be repeated."""
+    if isinstance(outcome, BackendError):
+        return "unreachable" if isinstance(outcome, BackendAway) else "timeout"
+    if is_success(outcome.status):
+        return "delivered"
+    if outcome.status in GATEWAY_FAILURES:
+        return "unreachable"
+    return "error" if is_retryable(outcome.status) else "refused"
+
+
+def is_retryable(status: int) -> bool:
+    """Whether the backend may accept the event another time; else it is refused."""
+    return status >= 500 or status in RETRYABLE
+
+
+def hint(status: int) -> str:
+    """Return what to check where the backend refuses with `status`, after `; `."""
+    if 300 <= status < 400:
+        return "; redirects are not followed: give the URL that it leads to"
+    return HINTS.get(status, "")
+
+
+def backoff(attempts: int) -> float:
+    """Seconds before the next attempt: exponential, with full jitter."""
+    doublings = min(attempts - 1, MAX_DOUBLINGS)
+    return random.uniform(0.0, min(MAX_BACKOFF, MIN_BACKOFF * 2**doublings))
+
+
+def retry_after(response: Response) -> float | None:
+    """Return the seconds of Retry-After (RFC 9110, section 10.2.3), or None.
+
+    A date is relative to the response's own Date, since clocks differ. Infinite
+    where a number is too large for a float.
+    """
+    value = response.headers.get("retry-after", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value)
+    until = seconds_of(value)
+    if until is None:
+        return None
+    now = seconds_of(response.headers.get("date", ""))
+    return max(0.0, until - (time.time() if now is None else now))
+
+
+def seconds_of(date: str) -> float | None:
+    """Parse an HTTP date (RFC 9110, section 5.6.7): seconds since 1970, or None."""
+    if len(date) > MAX_DATE_LENGTH:
+        return None
+    try:
+        parsed = parsedate_to_datetime(date)
+        if parsed.tzinfo is None:  # asctime's format, which is UTC, too
+            parsed = parsed.replace(tzinfo=UTC)
+        return parsed.timestamp()
+    except (ValueError, OverflowError, TypeError, IndexError):  # all of them happen
+        return None
