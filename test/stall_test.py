@@ -168,3 +168,37 @@ async def test_tls_handshake_goes_on_after_a_stall(io_loop, loop_name, tmp_path)
             await held.passes_while(service, 2.5)
             async with await connecting:
                 pass
+
+
+@LOOPS
+async def test_messages_that_failed_before_a_stall_go_again_after_it(
+    io_loop, loop_name
+):
+    """--delivery_timeout has passed for all of them, and none was tried meanwhile."""
+    is_back, taken, count = False, set(), 8
+
+    async def answer(handler, event) -> None:
+        handler.set_status(200 if is_back else 503)
+        if is_back:
+            taken.add(event["meta"]["connection_id"])
+
+    flags = ("--delivery_timeout=3", "--breaker_attempts=4", "--breaker_connections=2",
+             f"--event_loop={loop_name}")
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = answer
+        async with (
+            Service(*backend.flags("message"), *flags) as service,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            clients = [
+                await stack.enter_async_context(websockets.connect(service.ws_url))
+                for _ in range(count)
+            ]
+            for client in clients:
+                await client.send("hello")
+            await eventually(lambda: any("is away" in line for line in service.log))
+            async with Stopped(service, 4.5):
+                is_back = True
+            # One whose attempt failed as the relay was stopped may be given up.
+            await eventually(lambda: len(taken) >= count - 1)
+    assert sum("gives up" in line for line in service.log) <= 1

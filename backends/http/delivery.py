@@ -16,7 +16,7 @@ from typing import Literal
 
 from backends import Attempt, AttemptOutcome, BackendError, Connection
 from backends.client import NoConnection, Response
-from backends.deadlines import after_reading
+from backends.deadlines import STALL, after_reading
 from backends.events import Event
 from backends.http.deliveries import IMPATIENT_ORDER_WAIT, Deliveries
 from backends.http.held import Request
@@ -458,7 +458,7 @@ class Delivery:
         if self._timer is not None:
             self._timer.cancel()
         loop = self._deliveries.loop
-        self._timer = loop.call_at(deadline, after_reading, loop, self._judge)
+        self._timer = loop.call_at(deadline, self._on_time, deadline)
         if self._line is not None and self._line is not line:
             self._line.leave(self._pump)
         self._line = line
@@ -472,6 +472,17 @@ class Delivery:
         if self._line is not None:
             self._line.leave(self._pump)
             self._line = None
+
+    def _on_time(self, due: float) -> None:
+        """A wait that was to end at `due` is over."""
+        loop = self._deliveries.loop
+        now = loop.time()
+        if now > due + STALL:
+            # The process stood still: the time in which messages may fail begins anew.
+            for request in self._backlog:
+                if request.failed_at < now:
+                    request.failed_at = now
+        after_reading(loop, self._judge)
 
     def _judge(self) -> None:
         """Give up what has waited too long; what had come by then was read."""
