@@ -41,6 +41,7 @@ setup(
     package_data={
         "backends": ["py.typed"],
         "handlers": ["py.typed"],
+        "handlers.callbacks": ["openapi.json"],
         "handlers.operators.console": ["page/*"],
     },
     data_files=[

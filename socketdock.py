@@ -79,7 +79,7 @@ from handlers.telemetry.observers import ObservedBackend, Observers
 from handlers.websocket.frames import UNMASKS_IN_C
 
 if TYPE_CHECKING:
-    from handlers.telemetry.tracing import Tracing
+    from handlers.telemetry.spans import Tracing
 
 __version__ = "0.1.0"
 

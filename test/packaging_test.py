@@ -38,7 +38,8 @@ def test_wheel_has_two_modules_and_two_packages_with_all_their_modules(names):
     }
     assert len(page) > 5
     typed = {f"{package}/py.typed" for package in PACKAGES}
-    assert shipped == MODULES | modules | page | typed
+    documents = {"handlers/callbacks/openapi.json"}
+    assert shipped == MODULES | modules | page | documents | typed
 
 
 def test_types_are_there_for_who_writes_a_backend(tmp_path, tmp_path_factory):

@@ -10,7 +10,7 @@ import websockets
 from service import DEADLINE, RecordingBackend, Service, ended, refusal
 from tornado.web import RequestHandler
 
-from handlers.telemetry.trace import trace_context
+from handlers.telemetry.trace_context import trace_context
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -211,7 +211,7 @@ async def test_opentelemetry_is_not_imported_when_off(io_loop):
             assert await asyncio.wait_for(client.recv(), DEADLINE) == "hello"
     imported = "\n".join(line for line in service.log if line.startswith("import time"))
     assert "handlers.clients.connection" in imported
-    tracing = "handlers.telemetry.tracing"
+    tracing = "handlers.telemetry.spans"
     for name in ("opentelemetry", "google.protobuf", "requests", tracing):
         assert name not in imported
 

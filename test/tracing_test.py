@@ -25,7 +25,7 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
 
 from backends import Attempt
-from handlers.telemetry.tracing import Tracing
+from handlers.telemetry.spans import Tracing
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -545,7 +545,7 @@ def failure(number: int) -> Attempt:
 
 async def test_events_that_may_go_again_are_bounded(io_loop, monkeypatch):
     """The span of the oldest ends early, and those that are left end at the stop."""
-    monkeypatch.setattr("handlers.telemetry.tracing.MAX_FAILED", 3)
+    monkeypatch.setattr("handlers.telemetry.spans.MAX_FAILED", 3)
     async with Collector() as collector:
         tracing = made_here(monkeypatch, collector.environment())
         for number in range(1, 6):
@@ -564,7 +564,7 @@ async def test_events_that_may_go_again_are_bounded(io_loop, monkeypatch):
 
 async def test_failures_of_one_event_are_bounded(io_loop, monkeypatch):
     """All are counted, the first are told of."""
-    monkeypatch.setattr("handlers.telemetry.tracing.MAX_FAILURES", 3)
+    monkeypatch.setattr("handlers.telemetry.spans.MAX_FAILURES", 3)
     async with Collector() as collector:
         tracing = made_here(monkeypatch, collector.environment())
         for _ in range(10):
@@ -578,7 +578,7 @@ async def test_failures_of_one_event_are_bounded(io_loop, monkeypatch):
 
 async def test_spans_that_are_to_be_made_are_bounded(io_loop, monkeypatch, caplog):
     """What comes at once beyond that is lost, and counted."""
-    monkeypatch.setattr("handlers.telemetry.tracing.MAX_ENDED", 300)
+    monkeypatch.setattr("handlers.telemetry.spans.MAX_ENDED", 300)
     async with Collector() as collector:
         tracing = made_here(monkeypatch, collector.environment())
         for number in range(1, 501):
@@ -590,7 +590,7 @@ async def test_spans_that_are_to_be_made_are_bounded(io_loop, monkeypatch, caplo
 
 async def test_sdk_s_warnings_are_told_once(io_loop, monkeypatch, caplog):
     """Without what is put into them; and of all their kinds no more than some."""
-    monkeypatch.setattr("handlers.telemetry.tracing.MAX_TOLD", 3)
+    monkeypatch.setattr("handlers.telemetry.exporter.MAX_TOLD", 3)
     tracing = made_here(monkeypatch, otel(9))
     sdk_logger = logging.getLogger("opentelemetry.sdk.trace")
     try:

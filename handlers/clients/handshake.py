@@ -26,7 +26,7 @@ from handlers.clients.headers import (
 )
 from handlers.clients.tickets import Claim, Tickets
 from handlers.http.problem import ProblemHandler
-from handlers.telemetry.trace import HandshakeSpan, Tracer, trace_context
+from handlers.telemetry.trace_context import HandshakeSpan, Tracer, trace_context
 from handlers.websocket.frames import Close, CloseCode
 from handlers.websocket.negotiation import subprotocols
 from handlers.websocket.upgrade import negotiate_compression, upgrade

@@ -1,4 +1,4 @@
-"""Whoever observes: counts, traces."""
+"""Observers of the relay, and tracing."""
 
 import importlib
 from types import ModuleType
@@ -8,11 +8,11 @@ from tornado.options import Error as OptionError
 from tornado.options import options
 
 if TYPE_CHECKING:
-    from handlers.telemetry.tracing import Tracing
+    from handlers.telemetry.spans import Tracing
 
 
 def make_tracing(version: str, instance: str) -> "Tracing | None":
-    """What makes spans; None without --otel, and then nothing of it is imported."""
+    """Make the tracing of --otel; without it return None, and import nothing of it."""
     if not options.otel:
         return None
     tracing: Tracing = load_tracing().Tracing(version, instance)
@@ -20,9 +20,9 @@ def make_tracing(version: str, instance: str) -> "Tracing | None":
 
 
 def load_tracing() -> ModuleType:
-    """What --otel needs. Raises `OptionError` where it is not installed."""
+    """Import what --otel needs. Raises `OptionError` if it is not installed."""
     try:
-        return importlib.import_module("handlers.telemetry.tracing")
+        return importlib.import_module("handlers.telemetry.spans")
     except ImportError as error:
         raise OptionError(
             "--otel needs OpenTelemetry's SDK and OTLP exporter, which"

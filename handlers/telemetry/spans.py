@@ -1,7 +1,7 @@
-"""Spans of handshakes, events and sends, by the OpenTelemetry SDK.
+"""Makes OpenTelemetry spans of handshakes, events and sends.
 
-Imported only where `--otel` says so. Spans are made on the loop's thread, and
-exported by one of the SDK's. See docs/tracing.md.
+Imported with `--otel` only. Spans are made on the loop's thread; a thread of the SDK
+exports them through `handlers.telemetry.exporter`. See docs/tracing.md.
 """
 
 import asyncio
@@ -20,13 +20,8 @@ from urllib.parse import urlsplit
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import (
-    BatchSpanProcessor,
-    SpanExporter,
-    SpanExportResult,
-)
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.sdk.trace.sampling import (
     ALWAYS_OFF,
@@ -50,17 +45,21 @@ from tornado.options import Error as OptionError
 from backends import Attempt, HandshakeOutcome, Observer, TraceContext
 from backends.hosts import DEFAULT_PORTS
 from handlers.http.request import FastHandler, FastResponse, Request
-from handlers.telemetry.trace import trace_context
+from handlers.telemetry.exporter import (
+    CountingExporter,
+    SDKLogHandler,
+    make_resource,
+)
+from handlers.telemetry.trace_context import trace_context
 
 logger = logging.getLogger(__name__)
 
 FLUSH_TIMEOUT = 3.0  # seconds at the stop for the last spans to be exported
-MAX_FAILED = 10_000  # events that may go again, and whose spans have not ended
-MAX_FAILURES = 100  # of one event that its span tells of
-MAX_ENDED = 10_000  # spans that are still to be made
+MAX_FAILED = 10_000  # events that may be retried, whose spans have not ended
+MAX_FAILURES = 100  # failed attempts of one event that its span lists
+MAX_ENDED = 10_000  # spans that wait for the SDK
 MAKE_AFTER = 0.1  # seconds
 MADE_AT_ONCE = 50  # spans, in some 2 ms
-MAX_TOLD = 100  # warnings of the SDK that are told apart
 
 SEND_ROUTE = "/socket/{id}/send"
 SEND = f"POST {SEND_ROUTE}"
@@ -70,29 +69,29 @@ Attributes = Mapping[str, str | int]
 
 
 class Tracing(Observer):
-    """Says of new traces whether they are recorded, and makes the spans of those.
+    """Decides which new traces are recorded, and makes their spans.
 
-    Raises `OptionError` where the variables OTEL_* make no sense to the SDK.
+    Raises `OptionError` if the SDK rejects the variables OTEL_*.
     """
 
     def __init__(self, version: str, instance: str) -> None:
-        sdk = _SDKHandler()
+        sdk = SDKLogHandler()
         for name in ("opentelemetry", "urllib3"):
             sdk_logger = logging.getLogger(name)
             sdk_logger.propagate = False
             sdk_logger.handlers[:] = [sdk]
         self._ids = _GivenIds()
-        # What is recorded is decided before a span is made, since a backend is told
-        # by its `traceparent` before; so the SDK is given what was decided on.
+        # Sampling is decided before a span is made, since the backend gets its
+        # `traceparent` first. So the SDK records every span that it is given.
         try:
             self._sampler = TracerProvider(shutdown_on_exit=False).sampler
-            self._exporter = _Exporter(OTLPSpanExporter(), sdk)
+            self._exporter = CountingExporter(OTLPSpanExporter(), sdk)
             processor = BatchSpanProcessor(self._exporter)
         except Exception as error:
             raise OptionError(f"--otel: {type(error).__name__}: {error}") from error
         self._provider = TracerProvider(
             sampler=ALWAYS_ON,
-            resource=_resource(version, instance),
+            resource=make_resource(version, instance),
             id_generator=self._ids,
             shutdown_on_exit=False,
         )
@@ -106,12 +105,12 @@ class Tracing(Observer):
         self._ended: deque[_Span] = deque()
         self._timer: asyncio.Handle | None = None
 
-    # Before: what is recorded, and by which ids.
+    # Sampling, and ids of spans.
 
     def sample(self, trace_id: str) -> bool:
-        """Whether what begins a trace of that id is recorded."""
+        """Whether a trace that begins with this id is recorded."""
         bound = self._bound
-        if bound is not None:  # no call of the SDK, since it is asked all the time
+        if bound is not None:  # no call of the SDK: this runs for each message
             return int(trace_id[16:], 16) < bound
         return self._is_chosen(_NOWHERE, int(trace_id, 16), "event", SpanKind.CLIENT)
 
@@ -124,12 +123,12 @@ class Tracing(Observer):
     def _place(
         self, parent: TraceContext | None, name: str, kind: SpanKind
     ) -> TraceContext:
-        """A new span's, below `parent` or the first of a trace."""
+        """Return the context of a new span, below `parent` or first of a trace."""
         if parent is None:
             new_id = random.randbytes(16).hex()
             flags = "01" if self.sample(new_id) else "00"
             return TraceContext(new_id, flags, _new_span_id())
-        # What is inside the relay hangs below what is of others.
+        # Only a server span has a parent outside the relay.
         context = _context(parent, remote=kind is SpanKind.SERVER)
         sampled = self._is_chosen(context, int(parent.trace_id, 16), name, kind)
         kept = int(parent.flags, 16) & ~TraceFlags.SAMPLED
@@ -141,11 +140,11 @@ class Tracing(Observer):
     def handshake(
         self, client: TraceContext | None, scheme: str, path: str, seconds: float
     ) -> "HandshakeSpan":
-        """See `handlers.telemetry.trace.Tracer`."""
+        """See `handlers.telemetry.trace_context.Tracer`."""
         place = self._place(client, f"GET {path}", SpanKind.SERVER)
         return HandshakeSpan(self, place, client, scheme, path, _ago(seconds))
 
-    # Events: one span for all attempts, with the id that the backend was told.
+    # Events: one span for all attempts, with the id that the backend received.
 
     def attempted(self, attempt: Attempt) -> None:
         """An event's span ends with its last attempt."""
@@ -185,7 +184,7 @@ class Tracing(Observer):
     def fast(
         self, fast: Callable[[Request], FastHandler | None], scheme: str
     ) -> Callable[[Request], FastHandler | None]:
-        """The same, with a span for each send that it answers."""
+        """Wrap `fast`: each send that it answers gets a span."""
         bound = self._bound
 
         def traced(request: Request) -> FastHandler | None:
@@ -197,7 +196,7 @@ class Tracing(Observer):
                 if name == b"traceparent":
                     traceparents = [*(traceparents or ()), value.decode("latin-1")]
             if traceparents is None and bound is not None:
-                # What begins a trace is mostly not recorded: at the least expense.
+                # Most new traces are not recorded: decide with as little as possible.
                 lower = random.getrandbits(64)
                 if lower >= bound:
                     return answer
@@ -233,9 +232,9 @@ class Tracing(Observer):
         return traced
 
     def answered(self, request: HTTPServerRequest, status: int) -> None:
-        """A send was answered by a handler, and not as `fast` would."""
+        """A handler has answered a send that `fast` left to it."""
         if not _SEND_PATH.fullmatch(request.path):
-            return  # whatever it is, it came without a token
+            return  # not a send; it came without a token
         parent = trace_context(request.headers.get_list("traceparent"))
         place = self._place(parent, SEND, SpanKind.SERVER)
         if _is_sampled(place.flags):
@@ -243,14 +242,14 @@ class Tracing(Observer):
             scheme, path = request.protocol, request.path
             self.add(_send(place, parent, began, scheme, path, status))
 
-    # What has ended becomes a span of the SDK a moment later: many at once cost less
-    # than each by itself, and not so many that anybody would have to wait.
+    # Ended spans are passed to the SDK a little later, several at once, which costs
+    # less; but not so many that clients would have to wait.
 
     def add(self, span: "_Span") -> None:
-        """Make it a span of the SDK."""
+        """Queue `span` for the SDK."""
         self._exporter.made += 1
         if len(self._ended) >= MAX_ENDED:
-            return  # which is counted as not exported
+            return  # counted as not exported
         self._ended.append(span)
         if self._timer is None:
             self._timer = self._loop.call_later(MAKE_AFTER, self._make_some)
@@ -279,10 +278,10 @@ class Tracing(Observer):
             made.set_status(StatusCode.ERROR)
         made.end(span.ended)
 
-    # The end.
+    # Shutdown.
 
     async def close(self) -> None:
-        """Export what is left, for as long as `FLUSH_TIMEOUT`."""
+        """Export the remaining spans, for at most `FLUSH_TIMEOUT`."""
         if self._timer is not None:
             self._timer.cancel()
         for event_id in list(self._failed):
@@ -296,7 +295,7 @@ class Tracing(Observer):
             with suppress(RuntimeError):  # the loop is closed: it took too long
                 self._loop.call_soon_threadsafe(done.set)
 
-        # Of no executor, since that is waited for when the loop ends.
+        # Not in an executor: the end of the loop would wait for it.
         threading.Thread(target=shut_down, daemon=True).start()
         with suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_TIMEOUT):
@@ -305,9 +304,9 @@ class Tracing(Observer):
 
 
 class _Span(NamedTuple):
-    """What has ended, as the SDK will be told; times in ns since 1970.
+    """A span that has ended; times in ns since 1970.
 
-    With an `error.type` among its attributes it is a failure.
+    An attribute `error.type` marks a failure.
     """
 
     name: str
@@ -321,7 +320,7 @@ class _Span(NamedTuple):
 
 
 class HandshakeSpan:
-    """See `handlers.telemetry.trace.HandshakeSpan`."""
+    """See `handlers.telemetry.trace_context.HandshakeSpan`."""
 
     __slots__ = ("_began", "_client", "_path", "_scheme", "_tracing", "trace")
 
@@ -395,14 +394,14 @@ def _send(
 
 
 def _of_status(status: int) -> Attributes:
-    """Of what was served, by HTTP's conventions: a peer's mistake is no failure."""
+    """Attributes of a response, by the HTTP conventions: 4xx is not a failure."""
     if status < HTTPStatus.INTERNAL_SERVER_ERROR:
         return {"http.response.status_code": status}
     return {"http.response.status_code": status, "error.type": str(status)}
 
 
 class _Event:
-    """An event that was attempted, and may be again."""
+    """An event with a failed attempt, which may be retried."""
 
     __slots__ = ("_began", "_first", "_place", "_resent", "_seen")
 
@@ -414,7 +413,7 @@ class _Event:
         self._seen: list[tuple[int, Attributes]] = []  # its first failures
 
     def failed(self, attempt: Attempt) -> None:
-        """It may go again."""
+        """An attempt failed; another may follow."""
         self._resent += 1
         if len(self._seen) < MAX_FAILURES:
             attributes: dict[str, str | int] = {"socketdock.outcome": attempt.outcome}
@@ -423,7 +422,7 @@ class _Event:
             self._seen.append((time_ns(), attributes))
 
     def ended(self, attempt: Attempt) -> _Span:
-        """That was its last attempt."""
+        """Return the span after the last attempt."""
         status, outcome = attempt.status, attempt.outcome
         attributes: dict[str, str | int] = {}
         if status is not None:
@@ -434,7 +433,7 @@ class _Event:
         return self._span(outcome, self._resent, attributes)
 
     def given_up(self) -> _Span:
-        """There will be no other attempt."""
+        """Return the span of an event that is not retried any more."""
         return self._span("given_up", self._resent - 1, {"error.type": "given_up"})
 
     def _span(self, outcome: str, resent: int, attributes: Attributes) -> _Span:
@@ -463,7 +462,7 @@ class _Event:
 
 
 class _GivenIds(IdGenerator):
-    """Gives a span the ids that its place has already."""
+    """Gives each span the ids that were chosen for it before."""
 
     trace_id = span_id = 0
 
@@ -474,123 +473,16 @@ class _GivenIds(IdGenerator):
         return self.span_id
 
 
-class _Exporter(SpanExporter):
-    """Another one, whose failures are counted, and told once until it works again.
-
-    Used by the SDK's thread, but for `made` and `sum_up()`.
-    """
-
-    def __init__(self, exporter: SpanExporter, sdk: "_SDKHandler") -> None:
-        self._exporter = exporter
-        self._sdk = sdk
-        self._failing = False
-        self._exported = 0
-        self.made = 0  # spans
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        try:
-            result = self._exporter.export(spans)
-        except Exception as error:  # as it was with older ones where nobody answers
-            result = SpanExportResult.FAILURE
-            self._sdk.why = _root_of(error)
-        if result is SpanExportResult.SUCCESS:
-            self._exported += len(spans)
-            if self._failing:
-                logger.info("spans are exported again")
-        elif not self._failing:
-            logger.warning("spans can't be exported: %s", self._sdk.why)
-        self._failing = result is not SpanExportResult.SUCCESS
-        return result
-
-    def shutdown(self) -> None:
-        self._exporter.shutdown()
-
-    def force_flush(self, timeout_millis: int = 30000) -> bool:
-        return self._exporter.force_flush(timeout_millis)
-
-    def sum_up(self) -> None:
-        """Tell of the spans that nobody will see, if there are any."""
-        if lost := self.made - self._exported:
-            logger.warning("%d of %d spans were not exported", lost, self.made)
-
-
-class _SDKHandler(logging.Handler):
-    """What the SDK logs, in our words.
-
-    It quotes headers that were given to it, and URLs with their queries. So each of
-    its sentences is told once, and without what it puts into it; why an export
-    failed is kept for the sentence of ours.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.why = "not in time"
-        self._told: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.name.endswith("trace_exporter"):
-            self.why = _reason(record) or self.why
-            return
-        sentence = str(record.msg)
-        if record.levelno < logging.WARNING or sentence in self._told:
-            return
-        if len(self._told) < MAX_TOLD:
-            self._told.add(sentence)
-            logger.warning("OpenTelemetry: %s", _GAP.sub("…", sentence))
-
-
-def _reason(record: logging.LogRecord) -> str | None:
-    """Why an export failed: a status, or the system's word; nothing of a peer's."""
-    values = record.args if isinstance(record.args, tuple) else ()
-    for value in values:
-        if isinstance(value, int):
-            return f"the collector answered {value}"
-        if value in _STATUSES:
-            return f"the collector answered {_STATUSES[value]}"
-        if isinstance(value, BaseException):
-            return _root_of(value)
-    return None
-
-
-def _root_of(error: BaseException) -> str:
-    root: BaseException | None = error
-    name = type(error).__name__
-    for _ in range(10):
-        if root is None:
-            break
-        if isinstance(root, OSError) and root.strerror:
-            return root.strerror
-        # What urllib3 makes of a timeout that has passed before it is used.
-        name = "timed out" if type(root) is ValueError else type(root).__name__
-        root = root.__cause__ or root.__context__
-    return name
-
-
-def _resource(version: str, instance: str) -> Resource:
-    """Who exports; OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES know better."""
-    given = OTELResourceDetector().detect().attributes
-    return Resource.create(
-        {
-            "service.name": "socketdock",
-            "service.version": version,
-            "service.instance.id": instance,
-            **given,
-        }
-    )
-
-
-_STATUSES = {status.phrase: status.value for status in HTTPStatus}
 _NOWHERE = Context()
 _ROOT = re.compile(
     r"(?:ParentBased\{root:)?"
     r"(AlwaysOnSampler|AlwaysOffSampler|TraceIdRatioBased)(?:\{([-+.e\d]+)\})?(?:,.*|)"
 )
 _EVEN = "02468ace"  # hexadecimal digits whose lowest bit is not set
-_GAP = re.compile(r"%[-#0-9.]*[a-z]")  # where `logging` puts something in
 
 
 def _context(place: TraceContext | None, remote: bool) -> Context:
-    """The context below a place; below no place a trace begins."""
+    """Return the parent context for the SDK; None begins a trace."""
     if place is None or not place.span_id:
         return _NOWHERE
     span_context = SpanContext(
@@ -603,10 +495,10 @@ def _context(place: TraceContext | None, remote: bool) -> Context:
 
 
 def _bound(sampler: Sampler) -> int | None:
-    """Below which the lower half of a new trace's id has to be for it to be recorded.
+    """Return the bound of the lower half of the id of traces that are recorded.
 
-    None where it takes more than that to decide. The SDK's own samplers are told by
-    what they say of themselves.
+    None if the sampler decides otherwise. The SDK's own samplers are recognized by
+    their descriptions.
     """
     described = _ROOT.fullmatch(sampler.get_description())
     if described is None:
@@ -631,7 +523,7 @@ def _ago(seconds: float) -> int:
 
 @lru_cache(maxsize=16)
 def _of_url(url: str) -> tuple[str, Attributes]:
-    """Name and attributes of a span for POSTs to `url`."""
+    """Return name and attributes of a span for POSTs to `url`."""
     parts = urlsplit(url)
     return f"POST {parts.path}", {
         "http.request.method": "POST",

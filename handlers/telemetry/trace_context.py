@@ -1,6 +1,6 @@
-"""Trace context (W3C): which trace a handshake, and what follows it, belongs to.
+"""Parses `traceparent` (W3C Trace Context): to which trace a handshake belongs.
 
-`handlers.telemetry.tracing` makes spans of it, where `--otel` says so.
+With `--otel`, `handlers.telemetry.spans` makes spans in that trace.
 """
 
 import re
@@ -25,10 +25,10 @@ _SAMPLED, _RANDOM = 0x01, 0x02  # all the flags that level 2 knows
 
 
 def trace_context(traceparents: Sequence[str]) -> TraceContext | None:
-    """What the `traceparent` headers of one request say; None for none, or nonsense.
+    """Parse the `traceparent` headers of one request; None if none or invalid.
 
-    Flags that nobody knows are left out, as has to be: "The behavior of other flags
-    [...] is reserved for future use. Vendors MUST set those to zero."
+    Unknown flags are cleared: "The behavior of other flags [...] is reserved for
+    future use. Vendors MUST set those to zero."
     """
     if len(traceparents) != 1:
         return None
@@ -58,13 +58,13 @@ class HandshakeSpan(Protocol):
         remote_ip: str,
         connection_id: str | None,
     ) -> None:
-        """It was answered, or its client has left."""
+        """The handshake was answered, or its client has disconnected."""
 
 
 class Tracer(Protocol):
-    """Whoever makes spans."""
+    """Makes spans of handshakes."""
 
     def handshake(
         self, client: TraceContext | None, scheme: str, path: str, seconds: float
     ) -> HandshakeSpan:
-        """The span of a handshake that began `seconds` ago, below its client's."""
+        """Begin the span of a handshake that started `seconds` ago."""
