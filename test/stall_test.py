@@ -182,7 +182,7 @@ async def test_messages_that_failed_before_a_stall_go_again_after_it(
         if is_back:
             taken.add(event["meta"]["connection_id"])
 
-    flags = ("--delivery_timeout=3", "--breaker_attempts=4", "--breaker_connections=2",
+    flags = ("--delivery_timeout=4", "--breaker_attempts=4", "--breaker_connections=2",
              f"--event_loop={loop_name}")
     async with RecordingBackend() as backend:
         backend.answers["message"] = answer
@@ -197,7 +197,8 @@ async def test_messages_that_failed_before_a_stall_go_again_after_it(
             for client in clients:
                 await client.send("hello")
             await eventually(lambda: any("is away" in line for line in service.log))
-            async with Stopped(service, 4.5):
+            await asyncio.sleep(1)  # longer than until they are in line for a probe
+            async with Stopped(service, 5):
                 is_back = True
             # One whose attempt failed as the relay was stopped may be given up.
             await eventually(lambda: len(taken) >= count - 1)
