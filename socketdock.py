@@ -389,11 +389,11 @@ async def report_stop(connections: Connections, backend: Backend) -> None:
         await asyncio.sleep(STOP_REPORT_INTERVAL)
         away = backend.condition().away
         logger.info(
-            "stopping: %d connections and %d events for the backend%s are waited for;"
+            "stopping: waiting for %d connections and %d events for the backend%s;"
             " a second signal stops at once",
             len(connections),
             connections.backlog.events,
-            "" if away is None else f" (away for {away:.0f} s)",
+            "" if away is None else f" (unreachable for {away:.0f} s)",
         )
 
 

@@ -175,7 +175,7 @@ class RefusalLog:
         if self._told < self._lines:
             self._told += 1
             logger.info(
-                "handshake of %s refused with %d: %s", remote_ip, status, reason,
+                "handshake of %s rejected with %d: %s", remote_ip, status, reason,
                 extra={"event": "refuse", "remote_ip": remote_ip, "status": status},
             )
         else:
@@ -188,7 +188,7 @@ class RefusalLog:
             self._timer = None
         if self._untold:
             logger.warning(
-                "%d more handshakes were refused: %s",
+                "%d more handshakes were rejected: %s",
                 self._untold.total(),
                 ", ".join(f"{n} with {s}" for s, n in sorted(self._untold.items())),
                 extra={"event": "repeat", "count": self._untold.total()},

@@ -75,7 +75,7 @@ class Backlog:
             self._room = loop.create_future()
             if loop.time() >= self._warned_at + WARNING_INTERVAL:
                 self._warned_at = loop.time()
-                logger.warning("reading stops: %d events wait", self.events)
+                logger.warning("reading pauses: %d events are waiting", self.events)
         return self._room
 
     def keep_part(self, sender: Sender, size: int) -> None:

@@ -216,11 +216,11 @@ async def test_flood_of_refusals_does_not_flood_the_log(io_loop):
         async with connect(service.ws_url):
             for _ in range(50):
                 await refused(service.ws_url)
-    told = [line for line in service.log if "refused with 429" in line]
+    told = [line for line in service.log if "rejected with 429" in line]
     assert len(told) == 20
     assert "127.0.0.1" in told[0] and "Connection limit of this address" in told[0]
     (counted,) = [line for line in service.log if "more handshakes" in line]
-    assert "30 more handshakes were refused: 30 with 429" in counted
+    assert "30 more handshakes were rejected: 30 with 429" in counted
 
 
 async def test_refusals_are_counted_anew_in_each_interval(io_loop, caplog):
@@ -231,7 +231,7 @@ async def test_refusals_are_counted_anew_in_each_interval(io_loop, caplog):
             book.add("203.0.113.1", status, "why")
         await eventually(lambda: len(caplog.messages) == 2)
         assert caplog.messages[1] == (
-            "2 more handshakes were refused: 1 with 429, 1 with 503"
+            "2 more handshakes were rejected: 1 with 429, 1 with 503"
         )
         book.add("203.0.113.1", 429, "why")
         assert len(caplog.messages) == 3

@@ -153,7 +153,7 @@ async def test_stop_says_what_it_waits_for(io_loop):
             answered.set()
             assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
     assert said(service)[0].endswith(
-        "stopping: 0 connections and 1 events for the backend are waited for;"
+        "stopping: waiting for 0 connections and 1 events for the backend;"
         " a second signal stops at once"
     )
 

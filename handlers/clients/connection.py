@@ -313,7 +313,7 @@ class ClientConnection:
 
     def give_up(self, error: BackendError, messages: int = 1) -> None:
         """Give up messages and those behind them; see `backends.Connection`."""
-        logger.warning("connection %s gives up: %s", self.id, error, extra={
+        logger.warning("connection %s: delivery failed: %s", self.id, error, extra={
             "event": "give_up", "connection_id": self.id, "undelivered": messages
         })
         self._inbox.give_up(messages)
@@ -429,7 +429,7 @@ class ClientConnection:
     def _judge_stall(self) -> None:
         protocol = self._protocol
         if protocol is not None and self._is_stalled():
-            logger.info("connection %s takes nothing", self.id, extra={
+            logger.info("connection %s is a slow consumer", self.id, extra={
                 "event": "stall", "connection_id": self.id
             })
             self._begin_closing((CloseCode.POLICY_VIOLATION, "slow consumer", "relay"))

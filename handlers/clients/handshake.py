@@ -234,7 +234,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
     def _refuse(
         self, connection: ClientConnection, refused: ConnectionRefused
     ) -> None:
-        logger.debug("connection %s refused with %d", connection.id, refused.status,
+        logger.debug("connection %s rejected with %d", connection.id, refused.status,
                      extra={"connection_id": connection.id})
         self.context.connections.refusals.add(
             self.remote_ip, refused.status, "Rejected by the backend."
