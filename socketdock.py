@@ -69,9 +69,9 @@ from handlers.process.options import (
     limits,
     load_backends,
     parse_options,
-    print_help,
     settings_of,
 )
+from handlers.process.options.help import print_help
 from handlers.process.signals import reload_on_signal, stop_signal
 from handlers.process.systemd import SystemdNotifier
 from handlers.telemetry import load_tracing, make_tracing

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 define("max_connections", default=15000, metavar="COUNT",
        help="most open connections; above it handshakes get 503")
-define("max_connections_per_ip", default=0, metavar="COUNT0",
+define("max_connections_per_ip", default=0, metavar="COUNT",
        help="most open connections of one address; above it its handshakes get 429; "
             "0: no limit")
 define("handshakes_per_second", default=0.0, metavar="RATE",

@@ -17,7 +17,7 @@ from handlers.websocket.frames import CloseCode, FrameError
 define("messages_per_second", default=0.0, metavar="RATE",
        help="most messages per second of one client; above it reading slows; 0: no "
             "limit")
-define("bytes_per_second", default=0, metavar="BYTES0",
+define("bytes_per_second", default=0, metavar="BYTES",
        help="most bytes per second of one client's frames; above it reading slows; 0: "
             "no limit")
 define("rate_patience", default=10.0, metavar="SECONDS",

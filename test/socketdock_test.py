@@ -577,28 +577,51 @@ def test_log_config_s_file_that_nobody_reads(tmp_path):
 # --help.
 
 
+HEADINGS = [
+    "Service",
+    "Delivery to the backend",
+    "Client connections and limits",
+    "Listeners and TLS",
+    "Callbacks, operators and console",
+    "Metrics, tracing and probes",
+    "Log",
+    "Help",
+]
+
+
 def test_help_all_lists_every_option_by_purpose():
-    """Ours first, each backend's and each handler's under what its module is for."""
+    """Each option that a module defines, once, under a heading; and Tornado's."""
     help_text = ended("--help-all")
     assert help_text.returncode == 0
     assert help_text.stderr == ""
-    groups: dict[str, set[str]] = {}
-    for line in help_text.stdout.splitlines():
-        if heading := re.fullmatch(r"[A-Z].* \(([a-z._]+)\):", line):
-            group = groups.setdefault(heading[1], set())
+    groups: dict[str, list[str]] = {}
+    for line in help_text.stdout.partition("--config names")[2].splitlines():
+        if heading := re.fullmatch(r"([A-Z].*):", line):
+            group = groups.setdefault(heading[1], [])
         elif option := re.match(r"  --(\w+)", line):
-            group.add(option[1])
-    assert next(iter(groups)) == "socketdock"
-    files = {"socketdock": PROJECT / "socketdock.py"}
-    for package in ("backends", "handlers"):
-        for file in (PROJECT / package).rglob("*.py"):
-            parts = file.relative_to(PROJECT).with_suffix("").parts
-            name = ".".join(part for part in parts if part != "__init__")
-            files[name] = file
-    for name, file in files.items():
-        defined = set(re.findall(r'^define\("(\w+)"', file.read_text(), flags=re.M))
-        assert groups.pop(name, set()) == defined, name
-    assert set(groups) == {"tornado.log", "tornado.options"}
+            group.append(option[1])
+    assert list(groups) == HEADINGS
+    defined: list[str] = []
+    for file in (
+        PROJECT / "socketdock.py",
+        *(PROJECT / "backends").rglob("*.py"),
+        *(PROJECT / "handlers").rglob("*.py"),
+    ):
+        defined += re.findall(r'^define\("(\w+)"', file.read_text(), flags=re.M)
+    listed = [name for names in groups.values() for name in names]
+    assert sorted(n for n in listed if n in defined) == sorted(defined)
+    of_tornado = [name for name in listed if name not in defined]
+    assert all(n == "help" or n.startswith("log") for n in of_tornado)
+    for heading, name in (
+        ("Service", "drain_timeout"),
+        ("Delivery to the backend", "messageuri"),
+        ("Client connections and limits", "ping_interval"),
+        ("Listeners and TLS", "tls_cert"),
+        ("Callbacks, operators and console", "callback_token"),
+        ("Metrics, tracing and probes", "metrics"),
+        ("Log", "log_format"),
+    ):
+        assert name in groups[heading], name
     assert not re.search(r"=(BYTES|COUNT)0", help_text.stdout)
 
 
