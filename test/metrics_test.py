@@ -193,10 +193,10 @@ async def test_every_metric_is_explained(io_loop):
         suffix = "_total" if family.type == "counter" else ""
         labels = {label for sample in family.samples for label in sample.labels}
         exported[family.name + suffix] = (family.type, labels - {"le"})
-    paper = (PROJECT / "docs" / "metrics.md").read_text("utf-8")
+    page = (PROJECT / "docs" / "metrics.md").read_text("utf-8")
     explained = {}
     for name, kind, labels in re.findall(
-        r"^\| `(\w+)` \| (\w+) \| (.*?) \| .{20,} \|$", paper, flags=re.MULTILINE
+        r"^\| `(\w+)` \| (\w+) \| (.*?) \| .{20,} \|$", page, flags=re.MULTILINE
     ):
         assert name not in explained
         explained[name] = (kind, set(re.findall(r"`(\w+)`:", labels)))
@@ -205,9 +205,9 @@ async def test_every_metric_is_explained(io_loop):
 
 def test_every_value_of_a_label_is_explained():
     """In the row of its metric."""
-    paper = (PROJECT / "docs" / "metrics.md").read_text("utf-8")
+    page = (PROJECT / "docs" / "metrics.md").read_text("utf-8")
     for name, labels in COUNTERS.items():
-        (row,) = re.findall(rf"^\| `socketdock_{name}_total` .*$", paper, re.MULTILINE)
+        (row,) = re.findall(rf"^\| `socketdock_{name}_total` .*$", page, re.MULTILINE)
         for value in set(re.findall('"(.+?)"', " ".join(labels))):
             assert f"`{value}`" in row, (name, value)
 
