@@ -51,7 +51,7 @@ from handlers.operators.console import console_routes
 from handlers.operators.console.assets import clients_of
 from handlers.operators.console.tail import Tail
 from handlers.operators.guard import OperatorGuard
-from handlers.operators.metrics import make_collector
+from handlers.operators.prometheus import make_collector
 from handlers.operators.routes import operator_routes
 from handlers.operators.status import Status
 from handlers.probes import Readiness, probe

@@ -23,8 +23,8 @@ from wire import TEXT as TEXT_FRAME
 from wire import frame
 
 from handlers.process import log_limit
-from handlers.process.log_limit import Repeats
-from handlers.process.logs import MAX_LINE, JSONFormatter, TextFormatter
+from handlers.process.log_format import MAX_LINE, JSONFormatter, TextFormatter
+from handlers.process.log_limit import LogLimit
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -588,7 +588,7 @@ def flood(book, number=50, level=logging.WARNING, message="%s is bad", **fields)
 
 async def test_repeats_are_counted_anew_in_each_interval(io_loop, caplog):
     """The sum comes by itself, and then lines do again."""
-    book = Repeats(lines=2, interval=0.05)
+    book = LogLimit(lines=2, interval=0.05)
     book.begin()
     try:
         assert flood(book) == 2
@@ -603,7 +603,7 @@ async def test_repeats_are_counted_anew_in_each_interval(io_loop, caplog):
 
 def test_lines_without_a_limit_are_all_logged(caplog):
     """A connection's own lines, what programs say at info, other templates; debug."""
-    book = Repeats(lines=2)
+    book = LogLimit(lines=2)
     for event in (None, "open", "close"):
         assert flood(book, level=logging.INFO, event=event) == 50
     assert flood(book, level=logging.ERROR, event="disconnect_failed") == 50
@@ -617,7 +617,7 @@ def test_lines_without_a_limit_are_all_logged(caplog):
 def test_table_of_templates_is_bounded(monkeypatch, caplog):
     """Beyond it all are as one."""
     monkeypatch.setattr(log_limit, "MAX_TEMPLATES", 10)
-    book = Repeats(lines=2)
+    book = LogLimit(lines=2)
     passed = sum(flood(book, 1, message=f"{n} {'x' * 9999}") for n in range(100))
     assert passed == 12
     assert len(book._seen) == 11

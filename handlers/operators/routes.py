@@ -2,7 +2,7 @@
 
 from handlers.http.application import Routes
 from handlers.operators.guard import OperatorGuard
-from handlers.operators.metrics import MetricsHandler, RelayCollector
+from handlers.operators.prometheus import MetricsHandler, RelayCollector
 from handlers.operators.status import Status, StatusHandler
 
 

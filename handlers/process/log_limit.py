@@ -1,31 +1,31 @@
-"""Repeats: of a flood of the same line, the first ones and a count.
+"""LogLimit: logs the first of many equal lines, and counts the others.
 
-`handlers.process.logs` puts it before whatever writes the log.
+`handlers.process.logs` adds it to every log handler as a filter.
 """
 
 import asyncio
 import logging
 import time
 
-LINES = 20  # of one template, in one interval; the others are counted
+LINES = 20  # of one template that are logged per interval; others are counted
 INTERVAL = 60.0  # seconds
-MAX_TEMPLATES = 200  # that are told apart in one interval
-MAX_TEMPLATE = 200  # characters of it
+MAX_TEMPLATES = 200  # counted separately per interval; all others together
+MAX_TEMPLATE = 200  # characters of a template that are compared
 
-# What peers can cause without end, though it is no warning.
+# Events below `warning` that peers can cause any number of times.
 OF_PEERS = frozenset({"fail", "stall"})
-# Each connection has one at most, and the log alone tells of it; and our own.
+# At most one per connection, and recorded nowhere else; and the summaries.
 NEVER_COUNTED = frozenset({"disconnect_failed", "repeat"})
 
 _Key = tuple[str, int, str]  # logger, level, template
 
 
-class Repeats(logging.Filter):
-    """Lets the first lines of each template through, and counts the others.
+class LogLimit(logging.Filter):
+    """Passes the first lines of each template, and counts the others.
 
-    A template is a record's text without what is put into it. Warnings and
-    errors are held to this, and what peers do wrong; other lines are not, nor any
-    of a logger that tells everything, at `debug`.
+    A template is a record's text before its arguments are inserted. Limits warnings,
+    errors and the events `OF_PEERS`; not other lines, nor a logger whose level is
+    `debug`.
     """
 
     def __init__(self, lines: int = LINES, interval: float = INTERVAL) -> None:
@@ -37,7 +37,7 @@ class Repeats(logging.Filter):
         self._timer: asyncio.TimerHandle | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it is to be written; the same for each handler that asks."""
+        """Whether to log the record; the same result for each handler that asks."""
         fields = record.__dict__
         event = fields.get("event")
         if record.levelno < logging.WARNING and event not in OF_PEERS:
@@ -62,7 +62,7 @@ class Repeats(logging.Filter):
         return (record.name, record.levelno, "(several)")
 
     def begin(self) -> None:
-        """Sum up after each interval, on the running loop, until `close()`."""
+        """Log a summary after each interval, on the running loop, until `close()`."""
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(self._interval, self._on_time)
 
@@ -71,7 +71,7 @@ class Repeats(logging.Filter):
         self.begin()
 
     def sum_up(self) -> None:
-        """Tell of those that were counted, and begin anew."""
+        """Log how many lines were only counted, and start a new interval."""
         seen, self._seen = self._seen, {}
         since, self._since = self._since, time.monotonic()
         for (name, level, template), number in seen.items():
@@ -87,7 +87,7 @@ class Repeats(logging.Filter):
                 )
 
     def close(self) -> None:
-        """Tell of the last ones."""
+        """Log the last summary, and stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,8 +1,9 @@
-"""The log: lines for people on a terminal, lines of JSON for programs.
+"""The log: where its lines go, its level, and --log_config.
 
-`make_log` makes a `Log` of the options. All others write to a logger of the
-standard library, and name in `extra` what a program may look for: `event`,
-`connection_id`, `code`. What repeats itself is counted (`handlers.process.log_limit`).
+`make_log` makes a `Log` from the options. All other modules use loggers of the
+standard library, and pass fields for programs in `extra`, such as `event`,
+`connection_id` and `code`. `log_format` has the formatters; `log_limit` counts lines
+that repeat.
 """
 
 import contextlib
@@ -15,20 +16,24 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
+from types import SimpleNamespace
 from typing import Any, TextIO
 
-import orjson
-from tornado.log import LogFormatter, enable_pretty_logging
+from tornado.log import enable_pretty_logging
 from tornado.options import Error as OptionError
 from tornado.options import define, options
 
 from backends import Unavailable
 from backends.files import read_text
-from handlers.process.log_limit import Repeats
+from handlers.process.log_format import (
+    SILENT,
+    JSONFormatter,
+    TextFormatter,
+    level_name,
+)
+from handlers.process.log_limit import LogLimit
 
 logger = logging.getLogger(__name__)
 
@@ -42,156 +47,16 @@ define("log_config", type=str, metavar="PATH",
 LOG_FILE = ("log_file_prefix", "log_file_max_size", "log_file_num_backups",
             "log_rotate_mode", "log_rotate_when", "log_rotate_interval")
 
-MAX_LINE = 16 * 1024  # bytes; Docker and containerd cut longer ones in pieces
-UNFILLED = " (can't be filled in)"  # behind a message with the wrong arguments
-COMPLAINT_INTERVAL = 60.0  # seconds that all was written before there is a new one
-SILENT = logging.CRITICAL + 1  # the level of `none`
-
-# What every record has, and what is not for others; the rest is of its line alone.
-NO_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {
-    "_told", "asctime", "color", "end_color", "message", "taskName",
-    "time", "level", "logger", "exception",
-}
-LEVELS = {
-    number: logging.getLevelName(number).lower()
-    for number in (
-        logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL
-    )
-} | {SILENT: "none"}
-
-_ExcInfo = (
-    tuple[type[BaseException], BaseException, TracebackType | None]
-    | tuple[None, None, None]
-)
-
-
-class JSONFormatter(logging.Formatter):
-    """One JSON object for each record, in one line of at most `MAX_LINE` bytes.
-
-    `time` (RFC 3339, UTC), `level`, `logger` and `message`, then what the record
-    has of its own, and `exception`, a traceback in one string.
-    """
-
-    _second = -1
-    _stamp = ""
-
-    def format(self, record: logging.LogRecord) -> str:
-        own = {n: v for n, v in record.__dict__.items() if n not in NO_FIELDS}
-        if record.exc_info:
-            own["exception"] = self.formatException(record.exc_info)
-        line = self.line(
-            record.created, record.levelno, record.name, _message(record), own
-        )
-        return line.decode()
-
-    def line(
-        self,
-        created: float,
-        level: int,
-        name: str,
-        message: str,
-        own: Mapping[str, Any],
-    ) -> bytes:
-        """A line, without its end; `own` is what it has besides what all have."""
-        second = int(created)
-        if second != self._second:
-            self._second = second
-            self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        fields = {
-            "time": f"{self._stamp}.{int((created - second) * 1000):03d}Z",
-            "level": _level_name(level),
-            "logger": name,
-            "message": message,
-            **own,
-        }
-        line = _dumped(fields)
-        return line if len(line) <= MAX_LINE else _fitting(fields)
-
-
-def _message(record: logging.LogRecord) -> str:
-    try:
-        return record.getMessage()
-    except Exception:  # of whatever is shown in it
-        return f"{record.msg}{UNFILLED}"
-
-
-def _dumped(fields: Mapping[str, Any]) -> bytes:
-    try:
-        return orjson.dumps(fields, default=str)
-    except TypeError:  # half a surrogate, say, or too large a number
-        return orjson.dumps({name: _text(value) for name, value in fields.items()})
-
-
-def _text(value: Any) -> str:
-    return str(value).encode("utf-8", "backslashreplace").decode()
-
-
-def _fitting(fields: Mapping[str, Any]) -> bytes:
-    """With its texts cut so that it is no longer than a line may be."""
-    longest = MAX_LINE
-    while longest > 32:
-        longest //= 2
-        line = _dumped({name: _cut(value, longest) for name, value in fields.items()})
-        if len(line) <= MAX_LINE:
-            return line
-    standing = ("time", "level", "logger", "message")
-    return _dumped({name: _cut(fields[name], longest) for name in standing})
-
-
-def _cut(value: Any, longest: int) -> Any:
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    text = value if isinstance(value, str) else _text(value)
-    if len(text) <= longest:
-        return text
-    # A traceback's end says what it was.
-    return f"{text[: longest // 2]} ... {text[-(longest // 2) :]}"
-
-
-class TextFormatter(LogFormatter):
-    """Tornado's lines, in colours on a terminal; only tracebacks take several.
-
-    What can't be printed is escaped, so that no peer's bytes get to a terminal.
-    """
-
-    def format(self, record: logging.LogRecord) -> str:
-        message = _message(record)
-        if (
-            not message.isprintable()
-            or len(message) > MAX_LINE
-            or message.endswith(UNFILLED)
-        ):
-            record = logging.makeLogRecord(record.__dict__)
-            record.msg, record.args = _printable(message), None
-        return super().format(record)
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        """In local time, as ISO 8601 has it: 2026-11-25T09:30:00.123+01:00."""
-        local = datetime.fromtimestamp(record.created).astimezone()
-        return local.isoformat(timespec="milliseconds")
-
-    def formatException(self, ei: _ExcInfo) -> str:
-        return _printable(super().formatException(ei), kept="\n")
-
-
-def _printable(text: str, kept: str = "") -> str:
-    """With all but `kept` escaped that is not, and no longer than a line may be."""
-    escaped = "".join(
-        c if c.isprintable() or c in kept else ascii(c)[1:-1]
-        for c in _cut(text, MAX_LINE)
-    )
-    shortened: str = _cut(escaped, MAX_LINE)
-    return shortened
-
+COMPLAINT_INTERVAL = 60.0  # seconds without a failure before the next complaint
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes each line at once; where nobody can read it, it is lost."""
+    """Writes each line at once; lines that cannot be written are lost."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
 
     def write(self, line: bytes) -> None:
-        """Write a line of JSON, without its end, as one."""
+        """Write one line of JSON, which has no line end yet."""
         with self.lock or contextlib.nullcontext():
             try:
                 buffer = self.stream.buffer
@@ -201,13 +66,13 @@ class StderrHandler(logging.StreamHandler[TextIO]):
                 pass
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """There is no other place to tell of it."""
+        """Do nothing: there is no other place to report it."""
 
 
 class Complaint:
-    """Says on stderr that lines can't be written, once while that lasts.
+    """Reports on stderr that the log cannot be written, once while that lasts.
 
-    In place of a handler's `handleError`, which prints a traceback for each line.
+    Replaces a handler's `handleError`, which prints a traceback for each line.
     """
 
     def __init__(self) -> None:
@@ -228,10 +93,10 @@ class Complaint:
 
 
 def tell(about: logging.Logger, message: str, fields: Mapping[str, Any]) -> None:
-    """As `about.info(message, extra=fields)`, which has to be enabled.
+    """Do the same as `about.info(message, extra=fields)`; the level must be enabled.
 
-    For the lines that each connection has: where nobody but stderr is to have
-    them, and in JSON, they are made without a record, at a third of the price.
+    For the lines that every connection has. If they go to stderr alone, in JSON, no
+    record is made, which takes a third of the time.
     """
     handlers = logging.root.handlers
     if len(handlers) == 1 and type(handler := handlers[0]) is StderrHandler:
@@ -245,12 +110,12 @@ def tell(about: logging.Logger, message: str, fields: Mapping[str, Any]) -> None
 
 
 class Log:
-    """Where the lines go, from which level on, and what they look like.
+    """Configures the root logger: handlers, level and formatters.
 
-    `settings` gives what the level is set to, as pairs of a place and a level, of
-    which the last one counts; `reload()` asks it again. Lines go to `channels`,
-    and to stderr where `to_stderr`. With `config`, the path of a file for
-    `logging.config`, they go where that says. Raises `OptionError`.
+    `settings` returns where the level is set, and to what, as pairs; the last one
+    counts. `reload()` calls it again. Lines go to `channels`, and to stderr if
+    `to_stderr`. `config` is the path of a file for `logging.config`, which replaces
+    both. Raises `OptionError`.
     """
 
     def __init__(
@@ -264,7 +129,7 @@ class Log:
         self._settings = settings
         self._path = config
         self._config: dict[str, Any] | None = None
-        self._repeats = Repeats()
+        self._limit = LogLimit()
         self._complaint = Complaint()
         if config is None:
             _write_to([*channels, *[StderrHandler()] * to_stderr], format_name)
@@ -277,7 +142,7 @@ class Log:
         settings = self._settings()
         config = read_log_config(self._path) if self._path is not None else None
         before = logging.root.level
-        logging.root.setLevel(logging.INFO)  # where nobody says anything else
+        logging.root.setLevel(logging.INFO)  # the default
         if config is not None:
             try:
                 self._configure(config)
@@ -295,7 +160,7 @@ class Log:
                 for path in _paths_of_handlers(config):
                     held.enter_context(_held_open(path))
                 logging.config.dictConfig(config)
-        except Exception as error:  # of whatever class the file names
+        except Exception as error:  # of any class that the file names
             if self._config is not None:
                 logging.config.dictConfig(self._config)
                 self._attach()
@@ -305,25 +170,25 @@ class Log:
         self._config = config
 
     def _attach(self) -> None:
-        """Have each handler count repeats, and complain once when it can't write."""
+        """Add the limit and the complaint to every handler that there is now."""
         for each in (logging.root, *logging.root.manager.loggerDict.values()):
             for handler in getattr(each, "handlers", ()):
-                handler.addFilter(self._repeats)
+                handler.addFilter(self._limit)
                 if type(handler).handleError is logging.Handler.handleError:
                     handler.handleError = self._complaint
 
     def reload(self) -> None:
-        """Read the level again, and the file for `logging.config`.
+        """Read the level and the file for `logging.config` again.
 
-        Raises `OptionError`, and all stays as it was.
+        Raises `OptionError`, and then changes nothing.
         """
         before = logging.root.level
         settings = self._apply()
         self._attach()
         after = logging.root.level
         if after != before:
-            logging.root.setLevel(min(before, after))  # so that it is told
-            logger.info("level %s, before %s", _level_name(after), _level_name(before))
+            logging.root.setLevel(min(before, after))  # so that this is logged
+            logger.info("level %s, before %s", level_name(after), level_name(before))
             logging.root.setLevel(after)
         if settings:
             *others, (place, level) = settings
@@ -335,12 +200,12 @@ class Log:
                     )
 
     def begin(self) -> None:
-        """From now on a loop runs, by which repeats are summed up."""
-        self._repeats.begin()
+        """Start the summaries of lines that repeat, on the running loop."""
+        self._limit.begin()
 
     def close(self) -> None:
-        """Tell what was only counted so far."""
-        self._repeats.close()
+        """Log the last summary."""
+        self._limit.close()
 
 
 def _write_to(handlers: Sequence[logging.Handler], format_name: str) -> None:
@@ -355,7 +220,7 @@ def _write_to(handlers: Sequence[logging.Handler], format_name: str) -> None:
         handler.setFormatter(JSONFormatter())
         if isinstance(sys.stderr, TextIOWrapper):
             sys.stderr.reconfigure(encoding="utf-8")  # whatever the locale
-    # Where there is none at all, `logging` has one of its own.
+    # Without any handler, `logging` would use its own.
     logging.root.handlers[:] = handlers or [logging.NullHandler()]
 
 
@@ -364,14 +229,10 @@ def _is_terminal(handler: logging.Handler) -> bool:
     return stream is not None and bool(stream.isatty())
 
 
-def _level_name(level: int) -> str:
-    return LEVELS.get(level) or str(logging.getLevelName(level)).lower()
-
-
 def file_channels(settings: Mapping[str, Any]) -> list[logging.Handler]:
-    """Tornado's log file, by the values of its `log_file_*` and `log_rotate_*`.
+    """Make the handler of Tornado's log file, from `log_file_*` and `log_rotate_*`.
 
-    Raises `OptionError` where it can't be opened.
+    Raises `OptionError` if the file cannot be opened.
     """
     owner = logging.Logger("")
     try:
@@ -396,9 +257,9 @@ def _paths_of_handlers(config: Mapping[str, Any]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _held_open(path: str) -> Iterator[None]:
-    """Hold open what is a FIFO: to open it once more does not block.
+    """Keep a FIFO open, so that opening it again does not block.
 
-    Raises `OSError` for one that nobody reads.
+    Raises `OSError` for a FIFO without a reader.
     """
     if not Path(path).is_fifo():
         yield
@@ -416,7 +277,7 @@ def _held_open(path: str) -> Iterator[None]:
 
 
 def read_log_config(path: str) -> dict[str, Any]:
-    """What a file for `logging.config` says, in JSON or YAML. Raises `OptionError`."""
+    """Read a file for `logging.config`, in JSON or YAML. Raises `OptionError`."""
     where = f"--log_config={path}"
     text = read_text(path, where)
     kind = Path(path).suffix.lower()
@@ -428,7 +289,7 @@ def read_log_config(path: str) -> dict[str, Any]:
         config = _of_yaml(text, where)
     if not isinstance(config, dict):
         raise OptionError(f"{where}: it holds no names and values")
-    # Those of every module would be, that is, all.
+    # By default, `dictConfig` disables the loggers of all modules.
     config.setdefault("disable_existing_loggers", False)
     return config
 
@@ -454,16 +315,16 @@ def _of_yaml(text: str, where: str) -> Any:
 
 
 def _why(error: BaseException) -> str:
-    """In one line, with what is behind it."""
+    """Describe an error and its cause in one line."""
     parts = [error] if error.__cause__ is None else [error, error.__cause__]
     text = ": ".join(str(part) or type(part).__name__ for part in parts)
     return " ".join(text.split())
 
 
 def hush_peers(record: logging.LogRecord) -> bool:
-    """A filter of Tornado's log: what peers do wrong is told at `debug` only.
+    """Filter Tornado's log: log peers' faults at `debug` only.
 
-    Not in their words, either: Tornado quotes header values of malformed requests.
+    Without their text: Tornado quotes header values of malformed requests.
     """
     if isinstance(record.args, tuple):
         record.args = tuple(
@@ -475,7 +336,7 @@ def hush_peers(record: logging.LogRecord) -> bool:
 
 
 def make_log(levels: Callable[[], list[tuple[str, Any]]]) -> Log:
-    """The log, from now on; `levels` looks again where its level is set, and to what.
+    """Configure the log from the options; `levels` is `settings` of `Log`.
 
     Raises `OptionError`.
     """

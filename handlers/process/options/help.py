@@ -41,7 +41,7 @@ PURPOSES = (
     ("Listeners and TLS", ("handlers.http",)),
     ("Callbacks, operators and console", ("handlers.callbacks", "handlers.operators")),
     ("Metrics, tracing and probes",
-     ("handlers.operators.metrics", "handlers.operators.prometheus", "handlers.probes",
+     ("handlers.operators.prometheus", "handlers.probes",
       "handlers.telemetry")),
     ("Log", ("handlers.process.logs", "tornado.log")),
     ("Help", ("tornado.options",)),
