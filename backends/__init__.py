@@ -5,7 +5,8 @@ any importable module with a dot in its name (`--backend=mycompany.queue`), whic
 may be in the current folder. It has one function, `make_backend(relay)`, which
 returns a `Backend`, and may `tornado.options.define` options of its own at import.
 With a second function, `make_check(relay)`, which returns a `Check`,
-`socketdock check` looks at what it needs, too. To write one:
+`socketdock check` looks at what it needs, too. A built-in one lists the shared
+modules whose options it reads in `OPTION_MODULES`. To write one:
 
     from backends import Backend
 
@@ -364,6 +365,20 @@ class Backend(abc.ABC):
 def names() -> list[str]:
     """Return the names of the built-in backends, sorted."""
     return sorted(BUILT_IN)
+
+
+def users_of_options(module: str) -> list[str]:
+    """Return the names of the built-in backends that read the options of `module`.
+
+    `module` is a full name. Options belong to the backend in whose package they are
+    defined, or to those that list a shared module in `OPTION_MODULES`.
+    """
+    return [
+        name
+        for name in names()
+        if f"{module}.".startswith(f"{__name__}.{name}.")
+        or module in getattr(load(name), "OPTION_MODULES", ())
+    ]
 
 
 def load(name: str) -> ModuleType:

@@ -1,7 +1,7 @@
-"""A circuit breaker, so that a sick backend is not stampeded.
+"""The circuit breaker: while the backend is unreachable, one attempt at a time.
 
-It opens only on failures that say that the backend is away (`BackendAway`), so
-that one client's poison message, answered 500, can't stop everyone.
+It opens only on failures that say that the backend is unreachable (`BackendAway`),
+so that one client's message, always answered 500, cannot stop everyone.
 """
 
 import asyncio
@@ -10,20 +10,38 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tornado.options import Error as OptionError
+from tornado.options import define, options
+
 from backends.waiting import Waiters
 
 logger = logging.getLogger(__name__)
+
+define("breaker_window", default=10.0, metavar="SECONDS",
+       help="period over which the circuit breaker counts attempts")
+define("breaker_attempts", default=20, metavar="COUNT",
+       help="fewest attempts in the window before the breaker opens")
+define("breaker_share", default=0.5, metavar="SHARE",
+       help="share of the attempts in the window, 0 to 1, that must fail to reach the "
+            "backend before the breaker opens")
+define("breaker_connections", default=5, metavar="COUNT",
+       help="fewest client connections that the failed attempts must come from before "
+            "the breaker opens")
+define("breaker_first_probe", default=0.5, metavar="SECONDS",
+       help="time from the opening of the breaker to its first probe")
+define("breaker_last_probe", default=5.0, metavar="SECONDS",
+       help="longest interval between probes; each interval doubles up to this")
 
 BUCKET = 1.0  # seconds; attempts are counted in buckets of the window
 
 
 @dataclass(frozen=True, slots=True)
-class Tripping:
-    """When the breaker opens, and how it probes.
+class BreakerSettings:
+    """When the breaker opens, and how often it probes.
 
-    At least `share` (0 to 1) of at least `attempts` in `window` seconds say
-    that the backend is away, and they come from at least `connections`
-    connections. Probes go `first_probe` to `last_probe` seconds apart.
+    It opens when at least `share` (0 to 1) of at least `attempts` in `window`
+    seconds found the backend unreachable, from at least `connections` connections.
+    Probes are `first_probe` to `last_probe` seconds apart.
     """
 
     window: float = 10.0
@@ -39,20 +57,20 @@ class _Bucket:
     began: float
     attempts: int = 0
     away: int = 0
-    # Of failed attempts; no more than are needed to trip.
+    # Of failed attempts; no more than are needed to open.
     connections: set[str] = field(default_factory=set)
 
 
 class Breaker:
-    """Closed while the backend is there; open, it lets one probe go at a time.
+    """Closed while the backend is reachable; open, it permits one probe at a time.
 
-    Who finds it open enters the line with `wait`, and is called when its turn
-    has come to probe, or when the breaker has closed.
+    A caller that finds it open enters the line with `wait`, and is called when it
+    is its turn to probe, or when the breaker has closed.
     """
 
-    def __init__(self, tripping: Tripping) -> None:
+    def __init__(self, settings: BreakerSettings) -> None:
         self._loop = asyncio.get_running_loop()
-        self._tripping = tripping
+        self._settings = settings
         self._buckets: deque[_Bucket] = deque()
         self._line = Waiters()
         self._between = 0.0  # seconds until the next probe
@@ -67,28 +85,28 @@ class Breaker:
 
     @property
     def untried(self) -> bool:
-        """Whether a probe may go, and nobody is in line to send it."""
+        """Whether a probe is permitted, and nobody is in line to send it."""
         return self.open and self._permit
 
     def take(self) -> bool:
-        """Whether an attempt may go now: always while closed, once per probe."""
+        """Whether an attempt is permitted: always while closed, once per probe."""
         if not self.open:
             return True
         permit, self._permit = self._permit, False
         return permit
 
     def wait(self, call: Callable[[], None]) -> None:
-        """Stand in line, at its end; `call` is called once."""
+        """Enter the line at its end; `call` is called once."""
         self._line.wait(call)
         if self._probe_timer is None and self._permit:
             self._probe()
 
     def leave(self, call: Callable[[], None]) -> None:
-        """Stand in line no more."""
+        """Leave the line."""
         self._line.leave(call)
 
     def record(self, connection_id: str, away: bool) -> None:
-        """An attempt has ended: with an answer or otherwise, or `away`."""
+        """An attempt has ended; `away` if it did not reach the backend."""
         if self.open:
             if away:
                 self._schedule_probe()
@@ -100,20 +118,20 @@ class Breaker:
         bucket.attempts += 1
         if away:
             bucket.away += 1
-            if len(bucket.connections) < self._tripping.connections:
+            if len(bucket.connections) < self._settings.connections:
                 bucket.connections.add(connection_id)
             if self._is_tripped(now):
                 self._open(now)
 
     def record_nothing(self) -> None:
-        """An attempt has ended, and nobody knows what would have become of it."""
+        """An attempt has ended without an outcome."""
         if self.open:
             self._schedule_probe()  # it may have been the probe
 
     def _bucket(self, now: float) -> _Bucket:
         if not self._buckets or now >= self._buckets[-1].began + BUCKET:
             self._buckets.append(_Bucket(now))
-            self._forget_before(now - self._tripping.window)
+            self._forget_before(now - self._settings.window)
         return self._buckets[-1]
 
     def _forget_before(self, when: float) -> None:
@@ -121,20 +139,20 @@ class Breaker:
             self._buckets.popleft()
 
     def _is_tripped(self, now: float) -> bool:
-        self._forget_before(now - self._tripping.window)
+        self._forget_before(now - self._settings.window)
         attempts = sum(bucket.attempts for bucket in self._buckets)
         away = sum(bucket.away for bucket in self._buckets)
         connections = set().union(*(bucket.connections for bucket in self._buckets))
         return (
-            attempts >= self._tripping.attempts
-            and away >= self._tripping.share * attempts
-            and len(connections) >= self._tripping.connections
+            attempts >= self._settings.attempts
+            and away >= self._settings.share * attempts
+            and len(connections) >= self._settings.connections
         )
 
     def _open(self, now: float) -> None:
         logger.error("the backend is away: probing", extra={"event": "away"})
         self.open, self.opened_at = True, now
-        self._between = self._tripping.first_probe
+        self._between = self._settings.first_probe
         self._schedule_probe()
 
     def _close(self) -> None:
@@ -151,15 +169,27 @@ class Breaker:
     def _schedule_probe(self) -> None:
         if self._probe_timer is not None:
             return
-        self._probe_timer = self._loop.call_later(
-            self._between, self._probe
-        )
-        self._between = min(2 * self._between, self._tripping.last_probe)
+        self._probe_timer = self._loop.call_later(self._between, self._probe)
+        self._between = min(2 * self._between, self._settings.last_probe)
 
     def _probe(self) -> None:
-        """Let the first in line go; who fails enters at the end: they rotate."""
+        """Permit a probe by the first in line; one that fails enters at the end."""
         self._probe_timer = None
         self._permit = True
         while self._permit and self._line:
             self._line.call_first()
-        # With nobody in line, the permit is for whoever comes next.
+        # With nobody in line, the permit is for the next caller of `take`.
+
+
+def breaker_settings() -> BreakerSettings:
+    """Read them from the options. Raises `OptionError` where they conflict."""
+    if options.breaker_first_probe > options.breaker_last_probe:
+        raise OptionError("--breaker_first_probe is above --breaker_last_probe")
+    return BreakerSettings(
+        options.breaker_window,
+        options.breaker_attempts,
+        options.breaker_share,
+        options.breaker_connections,
+        options.breaker_first_probe,
+        options.breaker_last_probe,
+    )

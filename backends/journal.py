@@ -18,9 +18,15 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tornado.options import define
+
 from backends import Unavailable
 
 logger = logging.getLogger(__name__)
+
+define("state_dir", type=str, metavar="PATH",
+       help="folder that keeps the ids of open connections over a crash, so that the "
+            "next start can send their disconnect events; none: not kept")
 
 SUFFIX = ".journal"
 FRESH = ".fresh"  # a journal that is being rewritten

@@ -1,5 +1,6 @@
-"""Callbacks that wait for something, and are called by whatever ends the wait."""
+"""Callbacks that wait for something, and are called by what ends the wait."""
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Protocol
@@ -11,16 +12,16 @@ class Line(Protocol):
     """Somewhere to wait."""
 
     def wait(self, call: Callable[[], None]) -> None:
-        """Enter at the end, or stay where `call` stands; it is called once."""
+        """Enter at the end, or keep the place that `call` has; it is called once."""
 
     def leave(self, call: Callable[[], None]) -> None:
-        """Wait no more."""
+        """Leave the line."""
 
 
 class Waiters:
-    """Callbacks in line: each is called once, in the order in which they came.
+    """Callbacks in line: each is called once, in the order of entry.
 
-    One that raises is a bug, and keeps no other from its call.
+    An exception in one is a bug, and does not stop the others.
     """
 
     __slots__ = ("_calls",)
@@ -32,29 +33,36 @@ class Waiters:
         return len(self._calls)
 
     def wait(self, call: Callable[[], None]) -> None:
-        """Enter at the end, or stay where `call` stands; it is called once."""
+        """Enter at the end, or keep the place that `call` has; it is called once."""
         self._calls.setdefault(call)
 
     def leave(self, call: Callable[[], None]) -> None:
-        """Wait no more."""
+        """Leave the line."""
         self._calls.pop(call, None)
 
     def call_first(self) -> None:
-        """Call the one in front, which has left the line by then."""
+        """Take the first out of the line and call it."""
         call = next(iter(self._calls))
         del self._calls[call]
         call_one(call)
 
     def call_all(self) -> None:
-        """Call all that are in line now; who enters meanwhile waits."""
+        """Call all that are in line now; those that enter meanwhile wait."""
         calls, self._calls = self._calls, {}
         for call in calls:
             call_one(call)
 
 
 def call_one(call: Callable[[], None]) -> None:
-    """Call one of many: what it raises is logged, and the others have their turn."""
+    """Call one of many: an exception is logged, and does not stop the others."""
     try:
         call()
     except Exception:
         logger.exception("bug in %r", call)
+
+
+def done_future(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
+    """Return a future that is done: there is nothing to wait for."""
+    future: asyncio.Future[None] = loop.create_future()
+    future.set_result(None)
+    return future

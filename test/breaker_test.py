@@ -5,11 +5,11 @@ import asyncio
 import pytest
 from service import eventually
 
-from backends.breaker import Breaker, Tripping
+from backends.breaker import Breaker, BreakerSettings
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
-QUICK = Tripping(first_probe=0.05, last_probe=0.2)
+QUICK = BreakerSettings(first_probe=0.05, last_probe=0.2)
 
 
 def fail(breaker: Breaker, attempts: int, connections: int) -> None:
@@ -89,7 +89,7 @@ async def test_an_answer_closes_it_and_wakes_everyone(io_loop):
 
 async def test_late_comer_gets_a_probe_that_nobody_took(io_loop):
     """An open breaker with nobody in line is not open for ever."""
-    breaker = Breaker(Tripping(first_probe=0.01))
+    breaker = Breaker(BreakerSettings(first_probe=0.01))
     fail(breaker, 20, 5)
     await eventually(lambda: breaker._permit)
     assert breaker.take()

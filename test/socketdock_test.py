@@ -359,10 +359,13 @@ def test_one_port_for_both_listeners_stays_wrong(bindip, callbackip):
 @pytest.mark.gen_test
 async def test_options_of_another_backend_are_named(io_loop):
     """In the log and by `check`, since an echo is not what was meant."""
-    flags = ("--messageuri=http://127.0.0.1:1/", "--webhook_secret_file=x")
+    flags = (
+        "--messageuri=http://127.0.0.1:1/", "--webhook_secret_file=x",
+        "--breaker_window=5", "--state_dir=x",
+    )
     said = (
-        "--backend=loopback does not use --messageuri, --webhook_secret_file; did you"
-        " mean --backend=http?"
+        "--backend=loopback does not use --messageuri, --webhook_secret_file,"
+        " --breaker_window, --state_dir; did you mean --backend=http?"
     )
     environment = {"SOCKETDOCK_ORDER_WAIT": "1"}  # the default changes nothing
     async with Service(*flags, environment=environment) as service:

@@ -24,8 +24,8 @@ from backends import (
     Outcome,
     Relay,
 )
-from backends.breaker import Breaker, Tripping
-from backends.client import Client
+from backends.breaker import Breaker, breaker_settings
+from backends.client import make_client
 from backends.events import EventWriter
 from backends.http.attempts import Attempts
 from backends.http.check import NOBODY_TO_TELL, HTTPCheck
@@ -44,6 +44,9 @@ from backends.journal import StateDirectory
 from backends.target import Target
 
 logger = logging.getLogger(__name__)
+
+# The shared modules whose options this backend reads.
+OPTION_MODULES = ("backends.breaker", "backends.client", "backends.journal")
 
 define("messageuri", type=str, metavar="URL",
        help="URL to which each client message is POSTed; required")
@@ -66,33 +69,7 @@ define("delivery_timeout", default=60.0, metavar="SECONDS",
             "backend without a sign of life; then its client is closed with 1013")
 define("disconnect_timeout", default=300.0, metavar="SECONDS",
        help="how long a disconnect event is retried after its first failure")
-define("backend_connect_timeout", default=5.0, metavar="SECONDS",
-       help="longest wait for a connection to the backend: DNS, TCP and TLS")
-define("backend_dead_after", default=60.0, metavar="SECONDS",
-       help="seconds until a dead backend host is detected")
-define("backend_connection_age", default=300.0, metavar="SECONDS",
-       help="age at which a connection to the backend takes no more requests, so that "
-            "DNS changes and new servers are found; 0: no limit")
-define("max_backend_connections", default=4096, metavar="COUNT",
-       help="most connections to the backend, including those with held answers")
 
-define("state_dir", type=str, metavar="PATH",
-       help="folder that keeps the ids of open connections over a crash, so that the "
-            "next start can send their disconnect events; none: not kept")
-define("breaker_window", default=10.0, metavar="SECONDS",
-       help="period over which the circuit breaker counts attempts")
-define("breaker_attempts", default=20, metavar="COUNT",
-       help="fewest attempts in the window before the breaker opens")
-define("breaker_share", default=0.5, metavar="SHARE",
-       help="share of the attempts in the window, 0 to 1, that must fail to reach the "
-            "backend before the breaker opens")
-define("breaker_connections", default=5, metavar="COUNT",
-       help="fewest client connections that the failed attempts must come from before "
-            "the breaker opens")
-define("breaker_first_probe", default=0.5, metavar="SECONDS",
-       help="time from the opening of the breaker to its first probe")
-define("breaker_last_probe", default=5.0, metavar="SECONDS",
-       help="longest interval between probes; each interval doubles up to this")
 
 RETRY_AFTER = "1"  # seconds; the backend may be back by then
 
@@ -264,7 +241,7 @@ class HTTPBackend(Backend):
 
 
 def target_of(option: str) -> Target | None:
-    """The URL that an option holds. Raises `OptionError` where it is none."""
+    """Parse the URL in an option. Raises `OptionError` where it is invalid."""
     if not options[option]:
         return None
     try:
@@ -276,9 +253,9 @@ def target_of(option: str) -> Target | None:
 
 
 def targets_of(relay: Relay) -> tuple[Target, Target | None, Target | None]:
-    """Where messages, disconnect events and connect events go, from the options.
+    """Return where messages, disconnect and connect events go, from the options.
 
-    Raises `OptionError` where options don't go together, too.
+    Raises `OptionError` for an invalid URL, and for options that conflict.
     """
     message_target = target_of("messageuri")
     if message_target is None:
@@ -290,8 +267,7 @@ def targets_of(relay: Relay) -> tuple[Target, Target | None, Target | None]:
         )
     if options.order_wait == float("inf") and not options.backend_timeout:
         raise OptionError("--order_wait=inf needs --backend_timeout")
-    if options.breaker_first_probe > options.breaker_last_probe:
-        raise OptionError("--breaker_first_probe is above --breaker_last_probe")
+    breaker_settings()  # checks them
     return message_target, target_of("disconnecturi"), target_of("connecturi")
 
 
@@ -309,7 +285,7 @@ def credential_sources(*targets: Target | None) -> CredentialSources:
 
 
 def make_check(relay: Relay) -> HTTPCheck:
-    """What `socketdock check` looks at, from the options."""
+    """Make what `socketdock check` runs, from the options."""
     targets = targets_of(relay)
     names = ("--messageuri", "--disconnecturi", "--connecturi")
     return HTTPCheck(
@@ -323,26 +299,12 @@ def make_check(relay: Relay) -> HTTPCheck:
 
 
 def make_backend(relay: Relay) -> HTTPBackend:
-    """The backend for `--backend=http`, from the options."""
+    """Make the backend for `--backend=http`, from the options."""
     message_target, disconnect_target, connect_target = targets_of(relay)
     sources = credential_sources(message_target, disconnect_target, connect_target)
-    client = Client(
-        options.max_backend_connections,
-        options.backend_connect_timeout,
-        options.backend_dead_after,
-        options.backend_connection_age or float("inf"),
-    )
+    client = make_client()
     events = EventWriter(relay)
-    breaker = Breaker(
-        Tripping(
-            options.breaker_window,
-            options.breaker_attempts,
-            options.breaker_share,
-            options.breaker_connections,
-            options.breaker_first_probe,
-            options.breaker_last_probe,
-        )
-    )
+    breaker = Breaker(breaker_settings())
     limits = DeliveryLimits(
         options.order_wait,
         options.max_unanswered,
@@ -373,10 +335,10 @@ def make_backend(relay: Relay) -> HTTPBackend:
 def make_state(
     instance: str, disconnect_target: Target | None
 ) -> StateDirectory | None:
-    """What `--state_dir` is for, where there is somebody to tell.
+    """Open `--state_dir`, if there is a URL for disconnect events.
 
-    Where not, it is left as it is: a start with `--disconnecturi` tells of it.
-    Raises `Unavailable` where it can't be used.
+    Without that URL the folder is not touched: a later start with it may send the
+    events. Raises `Unavailable` where the folder can't be used.
     """
     if not options.state_dir:
         return None

@@ -1,15 +1,14 @@
-"""How relay and backend know each other: signatures, headers and certificates.
+"""Credentials between relay and backend: signatures, headers and certificates.
 
-All of it may be in files, which are read at the start and again on SIGHUP.
-`event` puts the first two into each request, `client` makes connections with
-the last.
+They may be in files, which are read at the start and again on SIGHUP. `request`
+puts the first two into each request, and `client` makes connections with the last.
 """
 
 import re
 import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from tornado.options import Error as OptionError
 from tornado.options import define
@@ -17,6 +16,7 @@ from tornado.options import define
 from backends import Unavailable
 from backends.files import read_lines, require_regular
 from backends.http.signature import Signer, key_of
+from backends.pem import load_failure, no_password
 
 define("webhook_secret", multiple=True, metavar="SECRETS",
        help="secrets that sign each event (Standard Webhooks: whsec_ and base64); "
@@ -42,7 +42,7 @@ MAX_SECRETS = 16  # each costs time and 48 bytes per event
 HEADER_NAME = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*")
 VALUE = re.compile(r"[ -~\t]*")
 
-# Set by the relay, or telling where a message ends and what its answer may be.
+# Set by the relay, or they change where a message ends or what may be answered.
 OWN_HEADERS = frozenset(
     {
         "accept",
@@ -70,7 +70,7 @@ OWN_PREFIX = "webhook-"
 
 
 class Credentials(NamedTuple):
-    """What was read: `headers` are lines as they are sent, None is none."""
+    """What was read: `headers` are lines as they are sent; None: not used."""
 
     signer: Signer | None
     headers: bytes
@@ -79,9 +79,9 @@ class Credentials(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CredentialSources:
-    """The secrets themselves, and paths of files; None is none.
+    """The secrets themselves, and paths of files; None: not used.
 
-    Where there is no `https`, the system's authorities are not read.
+    Without `https`, the system's CA certificates are not read.
     """
 
     https: bool
@@ -144,7 +144,7 @@ def _header_lines(path: str) -> Iterator[bytes]:
 def _client_context(
     ca: str | None, cert: str | None, key: str | None
 ) -> ssl.SSLContext:
-    """What a backend's certificate is checked with, and ours shown."""
+    """Make the context that verifies a backend, and has our certificate."""
     if key and not cert:
         raise OptionError("--backend_key needs --backend_cert")
     if ca:
@@ -152,11 +152,11 @@ def _client_context(
     try:
         context = ssl.create_default_context(cafile=ca or None)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        raise Unavailable(f"--backend_ca={ca}: {_why_not(error)}") from None
+        raise Unavailable(f"--backend_ca={ca}: {load_failure(error)}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # One answer on every Python. 3.13 is strict about form, and refuses
-    # certificates without an authority key identifier, as many a private
-    # authority makes them; before 3.13 an intermediate authority did not do.
+    # The same on every Python. By default 3.13 rejects certificates without an
+    # authority key identifier, which many private authorities issue; before 3.13
+    # an intermediate authority alone is not trusted.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if cert:
@@ -164,23 +164,8 @@ def _client_context(
         if key:
             require_regular(key, f"--backend_key={key}")
         try:
-            context.load_cert_chain(cert, key or None, _no_password)
+            context.load_cert_chain(cert, key or None, no_password)
         except (OSError, ValueError) as error:
             files = f"--backend_cert={cert}" + (f", --backend_key={key}" if key else "")
-            raise Unavailable(f"{files}: {_why_not(error)}") from None
+            raise Unavailable(f"{files}: {load_failure(error)}") from None
     return context
-
-
-def _no_password() -> NoReturn:
-    """Instead of OpenSSL's question at the terminal."""
-    raise ValueError("the key has a password")
-
-
-def _why_not(error: Exception) -> str:
-    """Why a file is of no use, where OpenSSL's own words don't tell."""
-    if isinstance(error, ssl.SSLError):
-        return {
-            "KEY_VALUES_MISMATCH": "the key is not the certificate's",
-            "NO_CERTIFICATE_OR_CRL_FOUND": "there is no PEM certificate in it",
-        }.get(error.reason or "", "not PEM, or the certificate or key is missing")
-    return getattr(error, "strerror", None) or str(error)

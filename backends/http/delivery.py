@@ -21,7 +21,7 @@ from backends.events import Event
 from backends.http.deliveries import IMPATIENT_ORDER_WAIT, Deliveries
 from backends.http.held import Request
 from backends.http.retries import attempt_outcome, backoff, hint, retry_after
-from backends.waiting import Line
+from backends.waiting import Line, done_future
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Delivery:
     def quiet(self) -> "asyncio.Future[None]":
         """Done when every message has been answered, is overdue or given up."""
         if not self.busy:
-            return self._done()
+            return done_future(self._deliveries.loop)
         if self._quiet is None:
             self._quiet = self._deliveries.loop.create_future()
         return self._quiet
@@ -499,8 +499,3 @@ class Delivery:
 
     def _error(self, why: str) -> BackendError:
         return BackendError(f"POST {self._deliveries.target}: {why}")
-
-    def _done(self) -> "asyncio.Future[None]":
-        future: asyncio.Future[None] = self._deliveries.loop.create_future()
-        future.set_result(None)
-        return future

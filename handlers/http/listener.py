@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from tornado.netutil import bind_sockets
 from tornado.options import Error as OptionError
@@ -25,6 +25,7 @@ from tornado.options import define
 from backends import Unavailable
 from backends.deadlines import after_reading
 from backends.files import require_regular
+from backends.pem import load_failure, no_password
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +97,11 @@ class TLSFiles:
         for path in paths:
             require_regular(path, f"can't use {path} for TLS")
         try:
-            context.load_cert_chain(self.certificate, self.key, _no_password)
+            context.load_cert_chain(self.certificate, self.key, no_password)
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-            raise Unavailable(f"can't use {files} for TLS: {_why(error)}") from None
+            raise Unavailable(
+                f"can't use {files} for TLS: {load_failure(error)}"
+            ) from None
         if self.client_ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED
             require_regular(self.client_ca, f"can't use {self.client_ca} for TLS")
@@ -106,23 +109,9 @@ class TLSFiles:
                 context.load_verify_locations(self.client_ca)
             except (OSError, ValueError) as error:
                 raise Unavailable(
-                    f"can't use {self.client_ca} for TLS: {_why(error)}"
+                    f"can't use {self.client_ca} for TLS: {load_failure(error)}"
                 ) from None
         return context
-
-
-def _no_password() -> NoReturn:
-    """Instead of OpenSSL's question at the terminal."""
-    raise ValueError("the key has a password")
-
-
-def _why(error: Exception) -> str:
-    """Why a file is of no use; OpenSSL's own words rarely tell."""
-    if isinstance(error, ssl.SSLError):
-        if error.reason == "KEY_VALUES_MISMATCH":
-            return "the key is not the certificate's"
-        return "not PEM, or the certificate or key is missing"
-    return getattr(error, "strerror", None) or str(error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from tornado.httputil import (
 from tornado.iostream import IOStream, StreamClosedError
 from tornado.web import Application
 
+from backends.waiting import done_future
 from handlers.http.body_budget import BodyBudget
 from handlers.http.bounds import RequestBounds
 from handlers.http.request import FastResponse, Request
@@ -291,13 +292,6 @@ def add_option(headers: HTTPHeaders, option: str) -> None:
     if option not in map(str.lower, options):
         options.append(option)
     headers["Connection"] = ", ".join(options)
-
-
-def done_future(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
-    """Return a future that is done."""
-    future: asyncio.Future[None] = loop.create_future()
-    future.set_result(None)
-    return future
 
 
 def closed_future(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":

@@ -22,6 +22,7 @@ from typing import Any
 from tornado.iostream import IOStream, StreamClosedError
 from tornado.web import Application
 
+from backends.waiting import done_future
 from handlers.http.body_budget import RETRY_AFTER
 from handlers.http.bounds import ANSWER_TIMEOUT, IDLE_TIMEOUT, RequestBounds
 from handlers.http.deadlines import Deadlines
@@ -31,7 +32,6 @@ from handlers.http.response import (
     Context,
     HandlerResponse,
     PendingResponse,
-    done_future,
     fail,
 )
 from handlers.http.sockets import READ_SIZE, SocketConnection

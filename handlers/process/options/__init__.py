@@ -124,16 +124,13 @@ def _unused(given: Sequence[Any]) -> list[str]:
         return []
     found: dict[str, list[str]] = {}
     for option in dict.fromkeys(given):
-        package, _, module = module_of(option.group_name).partition(".")
-        owner = module.partition(".")[0]
-        if package == "backends" and owner != chosen and (
-            option.value() != option.default
-        ):
-            found.setdefault(owner, []).append(f"--{option.name}")
+        users = backends.users_of_options(module_of(option.group_name))
+        if users and chosen not in users and option.value() != option.default:
+            found.setdefault(users[0], []).append(f"--{option.name}")
     return [
         f"--backend={chosen} does not use {', '.join(names)}; did you mean"
-        f" --backend={owner}?"
-        for owner, names in found.items()
+        f" --backend={user}?"
+        for user, names in found.items()
     ]
 
 
