@@ -15,6 +15,7 @@ from ipaddress import IPv6Address
 
 from tornado.options import define
 
+from handlers.process.log_limit import LineQuota
 from handlers.rates import BURST, Stalls, spent
 
 logger = logging.getLogger(__name__)
@@ -160,9 +161,8 @@ class RefusalLog:
     def __init__(
         self, lines: int = REFUSALS_TOLD, interval: float = REFUSAL_INTERVAL
     ) -> None:
-        self._lines = lines
         self._interval = interval  # seconds
-        self._told = 0
+        self._quota = LineQuota(lines, interval)
         self._untold: Counter[int] = Counter()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -172,8 +172,7 @@ class RefusalLog:
             self._timer = asyncio.get_running_loop().call_later(
                 self._interval, self.sum_up
             )
-        if self._told < self._lines:
-            self._told += 1
+        if self._quota.allow():
             logger.info(
                 "handshake of %s rejected with %d: %s", remote_ip, status, reason,
                 extra={"event": "refuse", "remote_ip": remote_ip, "status": status},
@@ -193,5 +192,5 @@ class RefusalLog:
                 ", ".join(f"{n} with {s}" for s, n in sorted(self._untold.items())),
                 extra={"event": "repeat", "count": self._untold.total()},
             )
-        self._told = 0
+        self._quota.restart()
         self._untold.clear()

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from tornado.options import define
 
+from handlers.process.log_limit import LineQuota
 from handlers.websocket.frames import CloseCode, FrameError
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Backlog:
         self._parts: dict[Sender, int] = {}
         self._part_bytes = 0
         self._room: asyncio.Future[None] | None = None
-        self._warned_at = float("-inf")  # on the loop's clock
+        self._warnings = LineQuota(1, WARNING_INTERVAL)
 
     @property
     def full(self) -> bool:
@@ -71,10 +72,8 @@ class Backlog:
         if self.events < self._max_events and self.bytes < self._max_bytes:
             return None
         if self._room is None:
-            loop = asyncio.get_running_loop()
-            self._room = loop.create_future()
-            if loop.time() >= self._warned_at + WARNING_INTERVAL:
-                self._warned_at = loop.time()
+            self._room = asyncio.get_running_loop().create_future()
+            if self._warnings.allow():
                 logger.warning("reading pauses: %d events are waiting", self.events)
         return self._room
 

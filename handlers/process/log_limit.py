@@ -1,6 +1,7 @@
-"""LogLimit: logs the first of many equal lines, and counts the others.
+"""Limits how many log lines are written.
 
-`handlers.process.logs` adds it to every log handler as a filter.
+`LogLimit` logs the first of many equal lines, and counts the others; it is a filter
+of every log handler. `LineQuota` is for lines with a limit or a summary of their own.
 """
 
 import asyncio
@@ -18,6 +19,37 @@ OF_PEERS = frozenset({"fail", "stall"})
 NEVER_COUNTED = frozenset({"disconnect_failed", "repeat"})
 
 _Key = tuple[str, int, str]  # logger, level, template
+
+
+class LineQuota:
+    """Allows `lines` log lines per `interval` (seconds), from the first one on.
+
+    For a caller that counts the others itself, or has nothing to count.
+    """
+
+    __slots__ = ("_interval", "_left", "_lines", "_restart_at")
+
+    def __init__(self, lines: int, interval: float) -> None:
+        self._lines = lines
+        self._interval = interval
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a new interval with the next line."""
+        self._left = self._lines
+        self._restart_at = float("inf")  # by `time.monotonic()`
+
+    def allow(self) -> bool:
+        """Whether one more line may be logged now; counts it."""
+        now = time.monotonic()
+        if now >= self._restart_at:
+            self.restart()
+        if self._left == self._lines:
+            self._restart_at = now + self._interval
+        if not self._left:
+            return False
+        self._left -= 1
+        return True
 
 
 class LogLimit(logging.Filter):
