@@ -5,13 +5,10 @@ keeps the order, `request` writes each attempt, and `client` sends it.
 """
 
 import asyncio
-import logging
-import re
 from collections.abc import Awaitable
 from pathlib import Path
 
-from tornado.options import Error as OptionError
-from tornado.options import define, options
+from tornado.options import options
 
 from backends import (
     Backend,
@@ -28,47 +25,23 @@ from backends.breaker import Breaker, breaker_settings
 from backends.client import make_client
 from backends.events import EventWriter
 from backends.http.attempts import Attempts
-from backends.http.check import NOBODY_TO_TELL, HTTPCheck
+from backends.http.check import HTTPCheck
 from backends.http.credentials import CredentialSources
 from backends.http.decisions import Decisions
-from backends.http.deliveries import Deliveries, DeliveryLimits
+from backends.http.deliveries import Deliveries, delivery_limits
 from backends.http.delivery import Delivery
 from backends.http.disconnects import (
     DisconnectDelivery,
     DisconnectNotification,
     log_failure,
 )
-from backends.http.open_connections import OpenConnections
+from backends.http.open_connections import OpenConnections, make_state
 from backends.http.request import RequestWriter
-from backends.journal import StateDirectory
+from backends.http.targets import make_targets
 from backends.target import Target
-
-logger = logging.getLogger(__name__)
 
 # The shared modules whose options this backend reads.
 OPTION_MODULES = ("backends.breaker", "backends.client", "backends.journal")
-
-define("messageuri", type=str, metavar="URL",
-       help="URL to which each client message is POSTed; required")
-define("disconnecturi", type=str, metavar="URL",
-       help="URL that receives an event for each closed connection; none: not sent")
-define("connecturi", type=str, metavar="URL",
-       help="URL that decides whether each connection is accepted; none: accept all")
-define("handshake_timeout", default=10.0, metavar="SECONDS",
-       help="longest wait for the response of --connecturi; then the client gets 503")
-define("order_wait", default=1.0, metavar="SECONDS",
-       help="longest time that the next message waits for the answer to the one "
-            "before; inf: no limit, requires --backend_timeout")
-define("max_unanswered", default=16, metavar="COUNT",
-       help="most unanswered message requests per connection")
-define("backend_timeout", default=0.0, metavar="SECONDS",
-       help="longest wait for the answer to a message; 0: no limit, for backends that "
-            "hold answers")
-define("delivery_timeout", default=60.0, metavar="SECONDS",
-       help="how long a message is retried after its first failure, or waits for a "
-            "backend without a sign of life; then its client is closed with 1013")
-define("disconnect_timeout", default=300.0, metavar="SECONDS",
-       help="how long a disconnect event is retried after its first failure")
 
 
 RETRY_AFTER = "1"  # seconds; the backend may be back by then
@@ -240,37 +213,6 @@ class HTTPBackend(Backend):
         self._open_connections.close()
 
 
-def target_of(option: str) -> Target | None:
-    """Parse the URL in an option. Raises `OptionError` where it is invalid."""
-    if not options[option]:
-        return None
-    try:
-        return Target.parse(options[option])
-    except ValueError as error:
-        # Without a password or a key that stands in it.
-        shown = re.sub(r"(?s)//.*@", "//", options[option]).partition("?")[0]
-        raise OptionError(f"--{option}={shown}: {error}") from None
-
-
-def targets_of(relay: Relay) -> tuple[Target, Target | None, Target | None]:
-    """Return where messages, disconnect and connect events go, from the options.
-
-    Raises `OptionError` for an invalid URL, and for options that conflict.
-    """
-    message_target = target_of("messageuri")
-    if message_target is None:
-        raise OptionError("--backend=http needs --messageuri")
-    if relay.callback_url is None:
-        raise OptionError(
-            "--backend=http needs --externalhostandport, since callbacks are bound"
-            " to a wildcard address"
-        )
-    if options.order_wait == float("inf") and not options.backend_timeout:
-        raise OptionError("--order_wait=inf needs --backend_timeout")
-    breaker_settings()  # checks them
-    return message_target, target_of("disconnecturi"), target_of("connecturi")
-
-
 def credential_sources(*targets: Target | None) -> CredentialSources:
     """Secrets and files for events to `targets`, from the options."""
     return CredentialSources(
@@ -286,7 +228,7 @@ def credential_sources(*targets: Target | None) -> CredentialSources:
 
 def make_check(relay: Relay) -> HTTPCheck:
     """Make what `socketdock check` runs, from the options."""
-    targets = targets_of(relay)
+    targets = make_targets(relay)
     names = ("--messageuri", "--disconnecturi", "--connecturi")
     return HTTPCheck(
         {name: t for name, t in zip(names, targets, strict=True) if t is not None},
@@ -300,18 +242,12 @@ def make_check(relay: Relay) -> HTTPCheck:
 
 def make_backend(relay: Relay) -> HTTPBackend:
     """Make the backend for `--backend=http`, from the options."""
-    message_target, disconnect_target, connect_target = targets_of(relay)
+    message_target, disconnect_target, connect_target = make_targets(relay)
     sources = credential_sources(message_target, disconnect_target, connect_target)
     client = make_client()
     events = EventWriter(relay)
     breaker = Breaker(breaker_settings())
-    limits = DeliveryLimits(
-        options.order_wait,
-        options.max_unanswered,
-        options.backend_timeout or None,
-        options.delivery_timeout,
-        options.max_queued_bytes,
-    )
+    limits = delivery_limits()
     requests = RequestWriter(relay.version)
     attempts = Attempts(client, requests, breaker, relay.observer)
     disconnects = DisconnectDelivery(
@@ -330,19 +266,3 @@ def make_backend(relay: Relay) -> HTTPBackend:
         OpenConnections(state, events, disconnects),
         sources,
     )
-
-
-def make_state(
-    instance: str, disconnect_target: Target | None
-) -> StateDirectory | None:
-    """Open `--state_dir`, if there is a URL for disconnect events.
-
-    Without that URL the folder is not touched: a later start with it may send the
-    events. Raises `Unavailable` where the folder can't be used.
-    """
-    if not options.state_dir:
-        return None
-    if disconnect_target is None:
-        logger.warning(NOBODY_TO_TELL)
-        return None
-    return StateDirectory(Path(options.state_dir), instance)

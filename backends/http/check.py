@@ -1,7 +1,7 @@
-"""What `socketdock check` looks at of an HTTP service: its names, TCP and TLS.
+"""What `socketdock check` checks of an HTTP service: names, TCP and TLS.
 
-Each host that events go to is connected to once, as `client` would, and nothing
-is asked of it.
+It connects once to each host that events go to, as `client` would, and sends no
+request.
 """
 
 import asyncio
@@ -18,10 +18,11 @@ from backends.check import Check, Finding, expiry_finding
 from backends.client.pool import HAPPY_EYEBALLS_DELAY
 from backends.client.resolver import Resolver
 from backends.client.tls_failures import TLS_HANG_UP, is_hang_up, tls_failure
+from backends.http.open_connections import NOTHING_TO_SEND
 from backends.target import Target
 
-# Seconds. By TLS 1.3 a client learns only afterwards that its certificate is not
-# taken; a server that takes it says nothing until it is asked.
+# Seconds. In TLS 1.3 a client learns only after the handshake that its certificate is
+# rejected; a server that accepts it sends nothing until there is a request.
 REJECTION_WAIT = 0.5
 
 # Of OpenSSL's X509_verify_cert_error_string(3).
@@ -31,7 +32,6 @@ IP_ADDRESS_MISMATCH = 64
 # No issuer found, in four ways, and a chain or certificate that signs itself.
 OF_UNKNOWN_AUTHORITY = frozenset({2, 18, 19, 20, 21, 27})
 
-NOBODY_TO_TELL = "--state_dir does nothing without --disconnecturi: nobody is told"
 NO_TLS = "make it http://, or give the port that speaks TLS"
 
 
@@ -60,7 +60,7 @@ class HTTPCheck(Check):
         self.descriptors = descriptors
 
     async def findings(self) -> AsyncIterator[Finding]:
-        """One for each host, and for the folder, which has its use with a target."""
+        """Yield one finding for each host, and one for `--state_dir`."""
         named: dict[tuple[str, str, int], list[str]] = {}
         for option, target in self._targets.items():
             named.setdefault(target.origin, []).append(option)
@@ -71,7 +71,7 @@ class HTTPCheck(Check):
         if "--disconnecturi" in self._targets:
             yield folder_finding(self._state_dir)
         else:
-            yield Finding("warning", NOBODY_TO_TELL)
+            yield Finding("warning", NOTHING_TO_SEND)
 
     async def _reach(self, where: str, target: Target) -> Finding:
         host = f"[{target.host}]" if ":" in target.host else target.host
@@ -113,7 +113,7 @@ class HTTPCheck(Check):
         return Finding("error", f"{what}: {why}; {remedy}")
 
     async def _shake_hands(self, what: str, host: str, sock: socket.socket) -> Finding:
-        """Finding of a TLS handshake on `sock`, which is closed afterwards."""
+        """Make a TLS handshake on `sock`, which is closed afterwards."""
         assert self._tls is not None
         try:
             reader, writer = await asyncio.open_connection(
@@ -142,7 +142,7 @@ class HTTPCheck(Check):
 
 
 def tls_remedy(error: ssl.SSLError) -> str:
-    """What to do about a TLS handshake that failed."""
+    """Return what to do about a failed TLS handshake."""
     if not isinstance(error, ssl.SSLCertVerificationError):
         if error.reason == "WRONG_VERSION_NUMBER":
             return NO_TLS
@@ -157,7 +157,7 @@ def tls_remedy(error: ssl.SSLError) -> str:
 
 
 def folder_finding(path: Path) -> Finding:
-    """Whether a folder can be written to, or be made."""
+    """Find out whether a folder can be written to, or be created."""
     there = path
     while not there.exists() and there != there.parent:
         there = there.parent

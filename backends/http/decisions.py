@@ -2,6 +2,8 @@
 
 import re
 
+from tornado.options import define
+
 from backends import BackendError, ConnectionRefused
 from backends.client import Response
 from backends.client.response import MAX_KEPT_BODY, MalformedResponse
@@ -10,6 +12,11 @@ from backends.http.attempts import Attempts
 from backends.http.content import decoded, parsed_json
 from backends.http.retries import hint, is_success
 from backends.target import Target
+
+define("connecturi", type=str, metavar="URL",
+       help="URL that decides whether each connection is accepted; none: accept all")
+define("handshake_timeout", default=10.0, metavar="SECONDS",
+       help="longest wait for the response of --connecturi; then the client gets 503")
 
 MAX_REFUSAL_BODY = 4096  # bytes of a refusal's body that the client gets
 

@@ -2,12 +2,29 @@
 
 from dataclasses import dataclass
 
+from tornado.options import Error as OptionError
+from tornado.options import define, options
+
 from backends import Observer
 from backends.breaker import Breaker
 from backends.client import Client
 from backends.http.held import Held, OverdueLine, Request
 from backends.http.request import RequestWriter
 from backends.target import Target
+
+define("messageuri", type=str, metavar="URL",
+       help="URL to which each client message is POSTed; required")
+define("order_wait", default=1.0, metavar="SECONDS",
+       help="longest time that the next message waits for the answer to the one "
+            "before; inf: no limit, requires --backend_timeout")
+define("max_unanswered", default=16, metavar="COUNT",
+       help="most unanswered message requests per connection")
+define("backend_timeout", default=0.0, metavar="SECONDS",
+       help="longest wait for the answer to a message; 0: no limit, for backends that "
+            "hold answers")
+define("delivery_timeout", default=60.0, metavar="SECONDS",
+       help="how long a message is retried after its first failure, or waits for a "
+            "backend without a sign of life; then its client is closed with 1013")
 
 IMPATIENT_ORDER_WAIT = 0.1  # seconds, once a backend is known to hold answers
 
@@ -66,3 +83,16 @@ class Deliveries:
         self.held.mark_expendable(request)
         if self.client.starved:
             self.held.abandon_one()
+
+
+def delivery_limits() -> DeliveryLimits:
+    """Read them from the options. Raises `OptionError` where they conflict."""
+    if options.order_wait == float("inf") and not options.backend_timeout:
+        raise OptionError("--order_wait=inf needs --backend_timeout")
+    return DeliveryLimits(
+        options.order_wait,
+        options.max_unanswered,
+        options.backend_timeout or None,
+        options.delivery_timeout,
+        options.max_queued_bytes,
+    )

@@ -4,6 +4,8 @@ import asyncio
 import itertools
 import logging
 
+from tornado.options import define
+
 from backends import BackendAway, BackendError, Closure, Observer, TraceContext
 from backends.breaker import Breaker
 from backends.deadlines import after_reading
@@ -20,6 +22,11 @@ from backends.http.retries import (
 from backends.target import Target
 
 logger = logging.getLogger(__name__)
+
+define("disconnecturi", type=str, metavar="URL",
+       help="URL that receives an event for each closed connection; none: not sent")
+define("disconnect_timeout", default=300.0, metavar="SECONDS",
+       help="how long a disconnect event is retried after its first failure")
 
 # Seconds for the response to a disconnect event, and for a connection to become free
 # for it in a queue that does not move.

@@ -6,6 +6,9 @@ runs sent.
 
 import asyncio
 import logging
+from pathlib import Path
+
+from tornado.options import options
 
 from backends import BackendError, Closure
 from backends.events import EventWriter
@@ -15,11 +18,13 @@ from backends.http.disconnects import (
     log_failure,
 )
 from backends.journal import DeadRun, StateDirectory
+from backends.target import Target
 
 logger = logging.getLogger(__name__)
 
 MAX_NOTIFICATIONS = 64  # of earlier runs' connections, under way at once
 STOP_TIMEOUT = 2.0  # seconds for those to end at the stop
+NOTHING_TO_SEND = "--state_dir does nothing without --disconnecturi: nobody is told"
 LOST = Closure(1006, "instance lost", "relay", 0.0)
 
 
@@ -98,3 +103,19 @@ class OpenConnections:
                 return
             log_failure(connection_id, error)
         run.remove(connection_id)
+
+
+def make_state(
+    instance: str, disconnect_target: Target | None
+) -> StateDirectory | None:
+    """Open `--state_dir`, if there is a URL for disconnect events.
+
+    Without that URL the folder is not touched: a later start with it may send the
+    events. Raises `Unavailable` where the folder can't be used.
+    """
+    if not options.state_dir:
+        return None
+    if disconnect_target is None:
+        logger.warning(NOTHING_TO_SEND)
+        return None
+    return StateDirectory(Path(options.state_dir), instance)
