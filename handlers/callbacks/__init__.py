@@ -1,1 +1,1 @@
-"""The backend's end: send, disconnect and info over HTTP."""
+"""The callback side: send, disconnect and describe over HTTP."""

@@ -1,7 +1,7 @@
-"""What may be done with one connection: find, send, close, describe.
+"""Actions on one connection: find, send, close, describe.
 
-Each returns an `Outcome` and knows no HTTP: callbacks by HTTP, the console, and
-whatever else may ask for it share these rules.
+They return an `Outcome` and know no HTTP, so that HTTP callbacks, the console and
+other transports share them.
 """
 
 import asyncio
@@ -17,9 +17,9 @@ from handlers.clients.connection import ClientConnection, Connections
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Outcome:
-    """How it went: an HTTP status code and a sentence.
+    """The result of an action: an HTTP status code and a sentence.
 
-    `retry_after`: seconds until it may go better.
+    `retry_after`: seconds after which a retry may succeed.
     """
 
     status: HTTPStatus
@@ -28,13 +28,13 @@ class Outcome:
 
 
 OK = Outcome(HTTPStatus.OK, "OK")
-# To be done after the handshake.
+# The action follows the handshake.
 ACCEPTED = Outcome(HTTPStatus.ACCEPTED, "Accepted")
 GONE = Outcome(HTTPStatus.GONE, "Connection is not open on this instance.")
 FULL = Outcome(
     HTTPStatus.TOO_MANY_REQUESTS,
     "Send buffer of this client is full.",
-    retry_after=1,  # a slow client may have read on by then
+    retry_after=1,  # a slow client may have read by then
 )
 
 
@@ -43,9 +43,9 @@ def find(
     connections: Connections,
     on_asked: Callable[[ClientConnection], None],
 ) -> ClientConnection | None:
-    """The connection if it is connecting or open.
+    """Return the connection if it is connecting or open.
 
-    `on_asked` is called for one that is closing, too.
+    `on_asked` is called for a closing one, too.
     """
     connection = connections.get(connection_id)
     if connection is None:
@@ -57,7 +57,7 @@ def find(
 def send(
     connection: ClientConnection, message: str | bytes
 ) -> Outcome | Awaitable[Outcome]:
-    """Send one frame: the outcome, or what to await it from while it waits."""
+    """Send one frame. Returns the outcome, or an awaitable of it."""
     outcome = _now_or_later(connection)
     try:
         sent = connection.send(message)
@@ -91,12 +91,12 @@ def close(
 
 
 def _now_or_later(connection: ClientConnection) -> Outcome:
-    """What is done at once, or after the handshake. Ask before it is done."""
+    """Return OK, or ACCEPTED while connecting. Call it before the action."""
     return ACCEPTED if connection.state == "connecting" else OK
 
 
 def describe(connection: ClientConnection) -> dict[str, Any]:
-    """What `GET /socket/<id>` tells of a connection."""
+    """Return the body of `GET /socket/<id>`."""
     return {
         "connection_id": connection.id,
         "state": connection.state,

@@ -15,20 +15,20 @@ define("externalhostandport", type=str, metavar="HOST:PORT",
             "URL with scheme and optional path; none: the address of the callback "
             "listener")
 
-# A name or an address as they stand in a URL, without brackets.
+# A host name or address in a URL, without brackets.
 HOST = re.compile(r"[\w.:-]+", re.ASCII)
 
 
 def callback_url(external: str | None, listener: Listener) -> str | None:
-    """How the backend reaches the callbacks, without a trailing slash.
+    """Return the URL prefix of the callbacks, without a trailing slash.
 
-    None where nothing was given and the address is a wildcard.
+    None if it is not configured and the listener has a wildcard address.
     """
     if not external:
         return None if listener.is_wildcard else listener.url("http")
     scheme = "https" if listener.has_tls else "http"
     url = external if "://" in external else f"{scheme}://{external}"
-    # There may be a password in it.
+    # It may contain a password.
     what = "--externalhostandport" + ("" if "@" in external else f"={external}")
     try:
         parts = urlsplit(url)
@@ -55,19 +55,19 @@ def callback_url(external: str | None, listener: Listener) -> str | None:
         wrong = True
     if wrong:
         raise OptionError(
-            f"{what} is neither host:port nor an http(s) URL; an IPv6 address stands"
-            " in brackets, [fd00::1]:8765"
+            f"{what} is neither host:port nor an http(s) URL; an IPv6 address needs"
+            " brackets, [fd00::1]:8765"
         )
     if is_wildcard(host):
-        raise OptionError(f"{what} is every address, so none that can be called")
+        raise OptionError(f"{what} is a wildcard address, which cannot be called")
     return url.rstrip("/")
 
 
 def in_brackets(netloc: str) -> str:
     """Return `[fd00::1]:8765` for `fd00::1:8765`, which `$(POD_IP):8765` becomes.
 
-    It might be an address without a port, but a port is asked for. Raises
-    `ValueError` where what comes before the last colon is no IPv6 address.
+    It might be an address without a port, but a port is required. Raises
+    `ValueError` if the part before the last colon is not an IPv6 address.
     """
     address, _, port = netloc.rpartition(":")
     return f"[{ipaddress.IPv6Address(address)}]:{port}"
@@ -76,7 +76,7 @@ def in_brackets(netloc: str) -> str:
 def with_encoded_host(netloc: str, what: str) -> str:
     """Return `xn--bcher-kva.example:80` for `b\u00fccher.example:80`.
 
-    Raises `OptionError`, which begins with `what`, where it has no certain encoding.
+    Raises `OptionError`, which begins with `what`, if the encoding is ambiguous.
     """
     host, colon, port = netloc.partition(":")
     try:

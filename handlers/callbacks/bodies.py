@@ -1,4 +1,4 @@
-"""What the body of a callback means, by its headers: a message, or a close."""
+"""Parses the body of a callback: a message, or a close request."""
 
 import json
 import re
@@ -10,14 +10,13 @@ from handlers.callbacks.actions import Outcome
 from handlers.callbacks.responses import Response
 from handlers.websocket.frames import MAX_CLOSE_REASON, CloseCode
 
-# Backends send few content types, each many times. Beyond those that are remembered
-# (64 KiB each at most, as a header) the oldest is read anew.
+# Cached content types. Backends send few, each many times; one takes at most 64 KiB,
+# as a header.
 MAX_REMEMBERED = 64
 
-# What a body of a text type may say of its characters: text is sent on as UTF-8.
+# The charsets of text types that are valid UTF-8.
 TEXT_CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
-# One parameter of a media type (RFC 9110, section 5.6.6), with spaces where some
-# write them.
+# One parameter of a media type (RFC 9110, section 5.6.6), with optional spaces.
 _PARAMETER = re.compile(
     r"""\s*;\s*(?:([^\s;="]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;"]*)|[^;="]*)"""
 )
@@ -37,7 +36,7 @@ NOT_UTF8 = Response(
 
 
 def unsupported(content_type: str, codings: Sequence[str]) -> Response | None:
-    """The 415 for a body that would have to be decoded first; None for others.
+    """Return the 415 for an encoded body, or None.
 
     `codings` are its Content-Encoding headers.
     """
@@ -49,7 +48,7 @@ def unsupported(content_type: str, codings: Sequence[str]) -> Response | None:
 
 @lru_cache(MAX_REMEMBERED)
 def has_text_charset(content_type: str) -> bool:
-    """Whether it is no text type, names no charset, or only UTF-8 or a part of it."""
+    """Return whether a text type has no charset but UTF-8 or a subset of it."""
     parameters = content_type[len(content_type.partition(";")[0]) :].lower()
     if "charset" not in parameters or not is_text_type(content_type):
         return True
@@ -63,9 +62,9 @@ def has_text_charset(content_type: str) -> bool:
 
 
 def message_of(body: bytes, content_type: str, types: Sequence[str]) -> str | bytes:
-    """The message that a send's body makes; `types` are the values of `?type=`.
+    """Return the message of a send; `types` are the values of `?type=`.
 
-    Raises `ValueError` with the sentence for a 400.
+    Raises `ValueError` with the detail for a 400.
     """
     text = is_text(content_type, types)
     if text is None:
@@ -79,7 +78,7 @@ def message_of(body: bytes, content_type: str, types: Sequence[str]) -> str | by
 
 
 def is_text(content_type: str, overrides: Sequence[str]) -> bool | None:
-    """Whether a body makes a text frame; None where `?type=` is neither."""
+    """Return whether the frame is text; None for an invalid `?type=`."""
     if overrides:
         return {"text": True, "binary": False}.get(overrides[-1])
     return is_text_type(content_type)
@@ -87,7 +86,7 @@ def is_text(content_type: str, overrides: Sequence[str]) -> bool | None:
 
 @lru_cache(MAX_REMEMBERED)
 def is_text_type(content_type: str) -> bool:
-    """Whether bodies of that type are text."""
+    """Return whether a content type makes a text frame."""
     media_type = content_type.partition(";")[0].strip().lower()
     return (
         media_type.startswith("text/")
@@ -97,14 +96,14 @@ def is_text_type(content_type: str) -> bool:
 
 
 def parse_closing(body: bytes) -> tuple[int, str]:
-    """Code and reason of a disconnect callback; 1000 and none by default.
+    """Return code and reason of a disconnect callback; 1000 and "" by default.
 
-    Raises `ValueError` with the sentence for the caller.
+    Raises `ValueError` with the detail for a 400.
     """
     if not body.strip():
         return CloseCode.NORMAL_CLOSURE, ""
     try:
-        # Not of bytes, of which it would guess the encoding (RFC 8259, section 8.1).
+        # Decoded first: for bytes json.loads guesses the encoding (RFC 8259, 8.1).
         closing = json.loads(body.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         raise ValueError("The body must be JSON in UTF-8.") from None
@@ -112,7 +111,7 @@ def parse_closing(body: bytes) -> tuple[int, str]:
         raise ValueError("The body must be a JSON object.")
     code = closing.get("code", CloseCode.NORMAL_CLOSURE)
     if isinstance(code, float) and code.is_integer():
-        code = int(code)  # 1000.0 is no other number in JSON (RFC 8259, section 6)
+        code = int(code)  # 1000.0 equals 1000 in JSON (RFC 8259, section 6)
     if not isinstance(code, int) or isinstance(code, bool) or not (
         code in (1000, 1001, 1008) or 1011 <= code <= 1014 or 3000 <= code <= 4999
     ):

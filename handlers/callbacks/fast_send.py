@@ -1,4 +1,4 @@
-"""Answers plain sends without a handler of Tornado's."""
+"""Answers plain sends without a Tornado handler."""
 
 import re
 from collections.abc import Awaitable, Sequence
@@ -12,7 +12,7 @@ from handlers.callbacks.tokens import CallbackTokens
 from handlers.clients.connection import Connections
 from handlers.http.request import FastHandler, FastResponse, Request
 
-# Backends name few hosts, each many times; beyond these the oldest is read anew.
+# Cached Host headers. Backends send few, each many times.
 MAX_REMEMBERED = 64
 
 PLAIN_HOST = re.compile(rb"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
@@ -20,15 +20,15 @@ PLAIN_HOST = re.compile(rb"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?
 
 @lru_cache(MAX_REMEMBERED)
 def is_plain_host(value: bytes) -> bool:
-    """Whether a Host header names a host as nearly all do."""
+    """Return whether a Host header has the usual form."""
     return PLAIN_HOST.fullmatch(value) is not None
 
 
 class FastSend:
-    """Answers a plain send as `SendHandler` would, by the same rules, without it.
+    """Answers a plain send by the rules of `SendHandler`, but without it.
 
-    Making a handler costs more than all the rest of a callback. Whatever is not
-    plain, or is not to be answered with 2xx, 410 or 429, is left to the handler.
+    Creating a handler costs more than the rest of a callback. Requests that are not
+    plain, or need another answer than 2xx, 410 or 429, are left to the handler.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class FastSend:
         self._backend = backend
 
     def __call__(self, request: Request) -> FastHandler | None:
-        """What takes the body; None for what is not plain."""
+        """Return the function that receives the body; None if it is not plain."""
         if request.method != "POST" or request.version != "1.1":
             return None
         if request.upgrade or not request.keep_alive:

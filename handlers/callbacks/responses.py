@@ -12,9 +12,9 @@ from handlers.http.request import FastResponse
 
 @dataclass(frozen=True, eq=False)
 class Response(FastResponse):
-    """The response that tells of an outcome: for 2xx its sentence is the body.
+    """The HTTP response for an outcome; for 2xx its sentence is the body.
 
-    Its parts are made once, since most outcomes are a few constants.
+    Its parts are computed once, because most outcomes are constants.
     """
 
     outcome: Outcome
@@ -27,7 +27,7 @@ class Response(FastResponse):
 
     @cached_property
     def headers(self) -> Mapping[str, str]:
-        """All but those of the exchange itself."""
+        """Headers, except those of the exchange itself."""
         good = self.status < HTTPStatus.BAD_REQUEST
         headers = {
             "Content-Type": "text/plain; charset=utf-8" if good else PROBLEM_TYPE
@@ -45,13 +45,13 @@ class Response(FastResponse):
 
     @cached_property
     def start(self) -> bytes:
-        """Its status line."""
+        """The status line."""
         phrase = self.outcome.status.phrase
         return f"HTTP/1.1 {self.status} {phrase}\r\n".encode()
 
     @cached_property
     def rest(self) -> bytes:
-        """Its headers, but for `Date`, the empty line and its body."""
+        """The headers without `Date`, the empty line and the body."""
         lines = [f"{name}: {value}" for name, value in self.headers.items()]
         lines.append(f"Content-Length: {len(self.body)}")
         return "\r\n".join((*lines, "", "")).encode() + self.body
@@ -59,5 +59,5 @@ class Response(FastResponse):
 
 @lru_cache
 def response_of(outcome: Outcome) -> Response:
-    """The response that tells of `outcome`."""
+    """Return the response for `outcome`."""
     return Response(outcome)

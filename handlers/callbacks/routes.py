@@ -1,6 +1,6 @@
-"""The callbacks' routes: HTTP requests that reach one client.
+"""The callback routes: HTTP requests that reach one client.
 
-What they do is in `actions`. The other direction starts in
+`actions` has what they do. The other direction starts in
 `handlers.clients.connection`.
 """
 
@@ -26,26 +26,23 @@ from handlers.websocket.frames import CloseCode
 
 
 class OneConnectionHandler(BodyHandler):
-    """What asks for one connection: finding it, and answering.
-
-    The backend does, and in the console an operator.
-    """
+    """A request about one connection, from the backend or from an operator."""
 
     connections: Connections
-    initiator: Initiator  # of what it closes
+    initiator: Initiator  # of closes by this request
 
     def on_asked(self, connection: ClientConnection) -> None:
-        """Somebody asks for `connection`."""
+        """Handle a request about `connection`."""
 
     def find(self, connection_id: str) -> ClientConnection | None:
-        """The connection if it is connecting or open; else answers 410."""
+        """Return the connection if it is connecting or open; else answer 410."""
         connection = actions.find(connection_id, self.connections, self.on_asked)
         if connection is None:
-            self.tell(GONE)
+            self.send_outcome(GONE)
         return connection
 
-    def tell(self, outcome: Outcome) -> None:
-        """Finish with the response that tells of `outcome`."""
+    def send_outcome(self, outcome: Outcome) -> None:
+        """Finish with the response for `outcome`."""
         self.respond(response_of(outcome))
 
     def respond(self, response: Response) -> None:
@@ -56,7 +53,7 @@ class OneConnectionHandler(BodyHandler):
         self.finish(response.body)
 
     def take_body(self) -> bytes | None:
-        """The whole body; None for one that isn't taken, which has been answered."""
+        """Return the whole body; None if it was rejected and answered."""
         body = super().take_body()
         if body is None:
             return None
@@ -71,7 +68,7 @@ class OneConnectionHandler(BodyHandler):
 
 
 class Sending(OneConnectionHandler):
-    """The body becomes one frame."""
+    """Sends the body as one frame."""
 
     async def post(self, connection_id: str) -> None:
         body = self.take_body()
@@ -89,11 +86,11 @@ class Sending(OneConnectionHandler):
         if (connection := self.find(connection_id)) is None:
             return
         outcome = actions.send(connection, message)
-        self.tell(outcome if isinstance(outcome, Outcome) else await outcome)
+        self.send_outcome(outcome if isinstance(outcome, Outcome) else await outcome)
 
 
 class Closing(OneConnectionHandler):
-    """Closes, with the body's code and reason."""
+    """Closes with the code and reason of the body."""
 
     async def post(self, connection_id: str) -> None:
         body = self.take_body()
@@ -106,11 +103,11 @@ class Closing(OneConnectionHandler):
             return
         if (connection := self.find(connection_id)) is None:
             return
-        self.tell(actions.close(connection, code, reason, self.initiator))
+        self.send_outcome(actions.close(connection, code, reason, self.initiator))
 
 
 class CallbackHandler(OneConnectionHandler):
-    """What the callback routes share: it is the backend that asks."""
+    """A request of the backend about one connection."""
 
     initiator = "backend"
 
@@ -126,7 +123,7 @@ class CallbackHandler(OneConnectionHandler):
 
 
 class SendHandler(CallbackHandler, Sending):
-    """`POST /socket/<id>/send`: the body becomes one frame."""
+    """`POST /socket/<id>/send`: sends the body as one frame."""
 
 
 class DisconnectHandler(CallbackHandler, Closing):
@@ -155,7 +152,7 @@ class ConnectionHandler(CallbackHandler):
 
 
 class NoConnectionHandler(NotFoundHandler):
-    """404, for the routes of a connection with what can be no id of one."""
+    """404 for a connection route with an invalid id."""
 
     detail = "Invalid connection id: expected 32 lowercase hex digits."
 
@@ -167,7 +164,7 @@ def callback_routes(
     version: str,
     **shared: Any,
 ) -> Routes:
-    """What the backend may ask for, with and without its path prefix."""
+    """Return the callback routes, with and without the path prefix."""
     sockets = f"(?:{re.escape(prefix)})?/socket"
     start = f"{sockets}/([0-9a-f]{{32}})"
     return [
@@ -183,7 +180,7 @@ def callback_routes(
 
 
 def is_send(handler: RequestHandler) -> bool:
-    """Whether a send was asked for, with a token or without."""
+    """Return whether a request is a send, with or without a token."""
     return handler.request.method == "POST" and (
         isinstance(handler, SendHandler)
         or (

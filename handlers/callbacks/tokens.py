@@ -1,4 +1,4 @@
-"""Who may call back: with `--callback_token` whoever knows a token, else everybody."""
+"""Checks the bearer tokens of callbacks (`--callback_token`)."""
 
 import hashlib
 import hmac
@@ -20,22 +20,23 @@ define("callback_token", multiple=True, metavar="TOKENS",
 define("callback_token_file", type=str, metavar="PATH",
        help="file of accepted callback tokens, one per line; re-read on SIGHUP")
 
-MIN_TOKEN_LENGTH = 16  # characters; 96 bits where they are random base64
+MIN_TOKEN_LENGTH = 16  # characters; 96 bits of random base64
 MAX_TOKEN_FILE = 64 * 1024  # bytes
 
 # RFC 6750, section 2.1. The scheme's case does not matter (RFC 9110, section 11.1).
 TOKEN = re.compile(r"[\w.~+/-]+=*", re.ASCII)
 CREDENTIALS = re.compile(rf"bearer +({TOKEN.pattern})", re.ASCII | re.IGNORECASE)
 
-# RFC 6750, section 3: no error code where no token was tried.
+# RFC 6750, section 3: no error code without a token.
 NO_TOKEN = 'Bearer realm="SocketDock"'
 WRONG_TOKEN = f'{NO_TOKEN}, error="invalid_token"'
 
 
 class CallbackTokens:
-    """The tokens that are accepted, of the option and of its file.
+    """The accepted tokens, from the option and from its file.
 
-    Without any, everybody is. Raises `OptionError` where one is no token.
+    Without tokens, every request is accepted. Raises `OptionError` for an invalid
+    token.
     """
 
     def __init__(self, tokens: Sequence[str] = (), path: str | None = None) -> None:
@@ -49,30 +50,30 @@ class CallbackTokens:
 
     @property
     def required(self) -> bool:
-        """Whether a token is needed at all."""
+        """Whether requests need a token."""
         return bool(self._accepted)
 
     def reload(self) -> None:
-        """Read the file again.
+        """Re-read the file.
 
-        Raises `OptionError` where it can't be read or has a line that is no
-        token, or none at all, which would open the door; the old ones stay.
+        Raises `OptionError` if it is unreadable, invalid or empty, and keeps the old
+        tokens: an empty list would accept every request.
         """
         from_file = [] if self._path is None else list(_read_tokens(self._path))
         self._accepted = [*self._given, *from_file]
 
     def challenge(self, credentials: Sequence[str]) -> str | None:
-        """None where a request may pass, else the `WWW-Authenticate` of its 401.
+        """Return None if a request is authorized, else the `WWW-Authenticate` header.
 
-        `credentials` are its `Authorization` headers. Of several, none is
-        believed: it is one field (RFC 9110, section 11.6.2), and what came
-        before us may have looked at another.
+        `credentials` are its `Authorization` headers. Several are rejected: the
+        field is single (RFC 9110, section 11.6.2), and a proxy may have checked
+        another one.
         """
         if not self._accepted:
             return None
         if len(credentials) == 1 and (match := CREDENTIALS.fullmatch(credentials[0])):
             digest = hashlib.sha256(match[1].encode()).digest()
-            # All of them, always, so that time tells nothing.
+            # Compare with all, so that the time reveals nothing.
             if sum(hmac.compare_digest(digest, other) for other in self._accepted):
                 return None
         tried = any(value.split(" ")[0].lower() == "bearer" for value in credentials)
@@ -86,7 +87,7 @@ def _read_tokens(path: str) -> Iterator[bytes]:
 
 
 def _digest(token: str, where: str) -> bytes:
-    """What is kept of a token. Raises `OptionError`, which does not show it."""
+    """Return the digest of a token. Raises `OptionError`, which does not show it."""
     if len(token) < MIN_TOKEN_LENGTH or not TOKEN.fullmatch(token):
         raise OptionError(
             f"{where}: a token is {MIN_TOKEN_LENGTH} or more of A-Z a-z 0-9 - . _ ~ +"
@@ -96,9 +97,9 @@ def _digest(token: str, where: str) -> bytes:
 
 
 class Unauthorized(Matcher):
-    """Matches what is asked below `/socket/` without a token that is accepted.
+    """Matches requests below `/socket/` without an accepted token.
 
-    As the first of the routes: so no path, method or body is looked at before.
+    It is the first route, so that no path, method or body is checked before.
     """
 
     def __init__(self, prefix: str, tokens: CallbackTokens) -> None:
@@ -115,7 +116,7 @@ class Unauthorized(Matcher):
 
 
 class UnauthorizedHandler(RefusingHandler):
-    """401, whatever was asked."""
+    """Answers 401 to every request."""
 
     def initialize(self, challenge: str) -> None:
         self._challenge = challenge

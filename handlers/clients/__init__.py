@@ -1,1 +1,1 @@
-"""The clients' end: handshakes, connections and what they are held to."""
+"""The client side: handshakes, connections, and their limits."""

@@ -1,7 +1,7 @@
-"""The client's end: one WebSocket from its handshake to its disconnect event.
+"""The client side: one WebSocket from its handshake to its disconnect event.
 
-What a client sends goes to the backend (`backends.Backend`); what the backend
-sends comes back through `handlers.callbacks` and `ClientConnection.send`.
+Messages of a client go to the backend (`backends.Backend`). Messages of the backend
+arrive through `handlers.callbacks` and `ClientConnection.send`.
 """
 
 import asyncio
@@ -38,11 +38,11 @@ from handlers.websocket.turns import Turns
 
 logger = logging.getLogger(__name__)
 
-STALL_LOOKS = 8  # at a client that is slow, within `--send_timeout`
+STALL_LOOKS = 8  # checks of a slow client within `--send_timeout`
 
 
 class ClientContext:
-    """What all clients' connections of this process work with.
+    """The objects that all connections of this process share.
 
     Loop, backlog, observer and turns are those of `connections`.
     """
@@ -79,14 +79,14 @@ class ClientContext:
 
 
 class ClientConnection:
-    """A client's connection, which backends know as `backends.Connection`.
+    """The connection of a client; backends see it as `backends.Connection`.
 
-    Made before the handshake is decided. It keeps nothing of the handshake but
-    what others ask for: there may be a hundred thousand that are idle.
+    Created before the handshake is decided. It keeps only those parts of the
+    handshake that are used later: there may be a hundred thousand idle ones.
 
-    `state` is the only one that a connection has: what may be sent, read and
-    pinged goes by it. It is `closing` from the first close frame on, of either
-    side, and from the first write that failed; `closed` when the socket is gone.
+    `state` is the only state of a connection; it determines what may be sent, read
+    and pinged. It is `closing` from the first close frame of either side, or the
+    first failed write, and `closed` when the socket is gone.
     """
 
     __slots__ = (
@@ -141,7 +141,7 @@ class ClientConnection:
         # Frames sent by callbacks while the handshake is being decided.
         self._early: list[str | bytes] | None = None
         self._early_close: tuple[int, str, Initiator] | None = None
-        # Set by whoever closes first on this side: code, reason, initiator.
+        # The first close of this side: code, reason, initiator.
         self._closing: tuple[int, str, Initiator] | None = None
 
     def begin(
@@ -150,7 +150,7 @@ class ClientConnection:
         subprotocol: str | None,
         compression: Compression | None,
     ) -> None:
-        """The handshake was answered with 101, on `stream`."""
+        """Start the WebSocket on `stream`, whose handshake was answered with 101."""
         self.subprotocol = subprotocol
         policy = self._context.policy
         if policy.rates:
@@ -160,10 +160,10 @@ class ClientConnection:
         )
         self._protocol.begin(stream)
 
-    # What ClientProtocol tells.
+    # Called by ClientProtocol.
 
     def on_open(self) -> None:
-        """The 101 is on its way: send what callbacks sent meanwhile."""
+        """Send the frames of callbacks that came before the 101."""
         self.state = "open"
         self._last_received = self._now()
         self._context.heartbeat.add(self)
@@ -186,18 +186,18 @@ class ClientConnection:
         })
 
     def on_heard(self, size: int, at_once: bool) -> None:
-        """`size` bytes came, `at_once` where they did not have to be waited for."""
+        """Record `size` received bytes; `at_once` if they had already arrived."""
         self.last_heard = self._context.loop.time()
         throttle = self._inbox.throttle
         if throttle is not None:
             throttle.on_bytes(size, at_once, self.last_heard)
 
     def on_pong(self) -> None:
-        """It answers a ping: it has read all that was sent before."""
+        """Record a pong: the client has read everything sent before the ping."""
         self._reception.on_pong()
 
     def on_message(self, message: str | bytes) -> None:
-        """Deliver a message now, or behind those that wait."""
+        """Deliver a message now, or after those that wait."""
         size = size_of(message)
         self.messages_in += 1
         self.bytes_in += size
@@ -209,66 +209,66 @@ class ClientConnection:
         inbox.put(message, size, self.last_heard)
 
     def room(self) -> "asyncio.Future[None] | None":
-        """None where another message may be read, else what to wait for."""
+        """Return None if another message may be read, else a future to wait for."""
         return self._inbox.room()
 
     @property
     def send_timeout(self) -> float:
-        """Longest that it may take nothing of what waits for it, in seconds."""
+        """Longest time in seconds without progress while frames wait."""
         return self._context.policy.send_timeout
 
     @property
     def last_active_at(self) -> datetime:
-        """When anything was last heard from the client or sent to it."""
+        """Time of the last byte from the client or message to it."""
         active = max(self.last_heard, self._reception.last_sent) - self._began
         return self.connected_at + timedelta(seconds=active)
 
     @property
     def reading_paused(self) -> bool:
-        """Whether nothing is read: too much waits for the backend, or came at once."""
+        """Whether the backlog or a rate limit has paused reading."""
         return self._inbox.reading_paused
 
     @property
     def waiting_since(self) -> float:
-        """When the oldest of its events that wait came, on the loop's clock."""
+        """When the oldest waiting event was read, on the loop's clock."""
         return self._inbox.waiting_since
 
     @property
     def read_ahead(self) -> int:
-        """Bytes that may be read while there is no room: none above a rate."""
+        """Bytes that may be read ahead while reading is paused; 0 with rate limits."""
         return 0 if self._inbox.throttle is not None else READ_AHEAD
 
     @property
     def turns(self) -> Turns:
-        """Where its work waits until others have had their turn."""
+        """The queue in which connections take turns."""
         return self._context.turns
 
     @property
     def last_message_at(self) -> float:
-        """When a message, or a part of one, went either way, on the loop's clock."""
+        """Time of the last message, or part of one, in or out, on the loop's clock."""
         self._look_at_uptake()
         return max(self._last_received, self._reception.last_active_at)
 
     @property
     def busy(self) -> bool:
-        """Whether messages wait, for the backend, for the client, or to be read."""
+        """Whether messages wait for the backend, for the client, or to be read."""
         protocol = self._protocol
         return self._inbox.busy or self._inbox.reading_paused or (
             protocol is not None and protocol.bytes_waiting > 0
         )
 
     def on_kept(self, size: int) -> None:
-        """So many bytes are kept of a message that is not whole yet."""
+        """Record that an incomplete message holds `size` bytes."""
         if size:
             self._last_received = self.last_heard
         self._context.backlog.keep_part(self, size)
 
     def on_leaving(self) -> None:
-        """The client's close frame came before ours, or a write has failed."""
+        """Handle the client's close frame, or a failed write, before our close."""
         self._begin_closing(None)
 
     def on_failed(self, error: FrameError) -> None:
-        """The client broke the protocol, or a rule, or its message has no room."""
+        """Close after a violation of the protocol or of a limit."""
         logger.info("connection %s: %s (%d)", self.id, error.reason, error.code, extra={
             "event": "fail", "connection_id": self.id, "code": error.code
         })
@@ -277,14 +277,14 @@ class ClientConnection:
         self._protocol.fail(error.code, error.reason)
 
     def on_closed(self, peer: Close | None) -> None:
-        """The socket is gone; `peer` is the client's close frame if it came first."""
+        """End after the socket is gone; `peer` is a close frame that came first."""
         if self._closing is not None:
             code, reason, initiator = self._closing
             self.end(Close(code, reason), initiator)
         else:
             self.end(peer or Close(CloseCode.ABNORMAL_CLOSURE, ""), "client")
 
-    # What backends, callbacks and the relay ask of a connection.
+    # Called by backends, callbacks and the relay.
 
     def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
         """Send one frame; see `backends.Connection.send`."""
@@ -312,7 +312,7 @@ class ClientConnection:
         return sent
 
     def give_up(self, error: BackendError, messages: int = 1) -> None:
-        """Give up messages and those behind them; see `backends.Connection`."""
+        """Give up messages and those after them; see `backends.Connection`."""
         logger.warning("connection %s: delivery failed: %s", self.id, error, extra={
             "event": "give_up", "connection_id": self.id, "undelivered": messages
         })
@@ -345,17 +345,17 @@ class ClientConnection:
         if protocol.bytes_waiting >= self._context.policy.max_send_buffer and (
             self._look_at_uptake() or 0.0
         ) >= CLOSE_TIMEOUT:
-            protocol.give_up()  # a close frame would wait behind all of it
+            protocol.give_up()  # a close frame would wait behind all the data
         else:
             protocol.close(code, reason)
 
     def drain(self) -> None:
-        """Close because this instance stops; once open, if it is still connecting."""
+        """Close because this instance shuts down; a connecting one once it is open."""
         if self.state == "open":
             self.close(CloseCode.GOING_AWAY, "going away", "relay")
 
     def expire(self, reason: str) -> None:
-        """Close because it has been silent, or open, for as long as it may."""
+        """Close because of the idle timeout or the lifetime."""
         self.close(CloseCode.GOING_AWAY, reason, "relay")
 
     def abort(self) -> None:
@@ -371,11 +371,12 @@ class ClientConnection:
                 self._reception.on_pinged(self.bytes_out)
 
     def is_silent(self, since: float) -> bool:
-        """Whether no sign of life came since the ping at `since`.
+        """Return whether there was no sign of life since the ping at `since`.
 
-        What comes from it is one, and so is what its kernel acknowledges, but for
-        the ping, unless its answer can't be seen. Its kernel may have much that it
-        has yet to read before the ping: it has time for that.
+        Signs of life are received bytes, and data that the client's kernel
+        acknowledges. The acknowledgment of the ping itself counts only if the pong
+        cannot be seen. A client has time to read what its kernel holds before the
+        ping.
         """
         protocol = self._protocol
         if self.last_heard >= since or protocol is None:
@@ -389,22 +390,22 @@ class ClientConnection:
             return self._now() >= max(taken_at, self.last_heard) + reading_time
         if reception.taken_at >= since:
             return False
-        # A slow client's kernel answers that it has no room: only nobody does not.
+        # A slow client's kernel still reports that it is full; a dead one does not.
         return protocol.outgoing().quiet >= max(self._now() - since, DELAYED_ACK) or (
             stalled >= self._context.policy.send_timeout
         )
 
     def on_ping_timeout(self) -> None:
-        """End the connection with 1006, once what the peer had sent was read."""
+        """End the connection with 1006, after reading what the peer had sent."""
         protocol = self._protocol
         if self.state == "open" and protocol is not None:
             self._begin_closing((CloseCode.ABNORMAL_CLOSURE, "ping timeout", "relay"))
             protocol.give_up()
 
     def _look_at_uptake(self) -> float | None:
-        """For how many seconds it has taken nothing of what is under way to it.
+        """Return for how many seconds the client has acknowledged no data.
 
-        None: nothing is under way.
+        None: no data is unacknowledged.
         """
         if self._protocol is None:
             return None
@@ -413,7 +414,7 @@ class ClientConnection:
         )
 
     def _watch_for_stall(self) -> None:
-        """Close with 1008 a client that takes nothing for `send_timeout`."""
+        """Schedule a check for a client that makes no progress for `send_timeout`."""
         self._stall_timer = self._context.loop.call_later(
             self._context.policy.send_timeout / STALL_LOOKS, self._look_for_stall
         )
@@ -421,7 +422,7 @@ class ClientConnection:
     def _look_for_stall(self) -> None:
         self._stall_timer = None
         if self._is_stalled():
-            # What it took meanwhile may be seen only now.
+            # Progress made meanwhile may be visible only now.
             after_reading(self._context.loop, self._judge_stall)
         elif self._frames_wait():
             self._watch_for_stall()
@@ -433,7 +434,7 @@ class ClientConnection:
                 "event": "stall", "connection_id": self.id
             })
             self._begin_closing((CloseCode.POLICY_VIOLATION, "slow consumer", "relay"))
-            protocol.give_up()  # its buffer is full: a close frame can't reach it
+            protocol.give_up()  # its buffer is full: a close frame cannot reach it
         elif self._frames_wait() and self._stall_timer is None:
             self._watch_for_stall()
 
@@ -448,12 +449,12 @@ class ClientConnection:
             (self._look_at_uptake() or 0.0) >= self._context.policy.send_timeout
         )
 
-    # The end.
+    # Closing.
 
     def _begin_closing(self, closing: tuple[int, str, Initiator] | None) -> None:
-        """Be `closing` from now on; `closing` is ours where this side began.
+        """Enter the state `closing`; `closing` is set if this side started it.
 
-        Whatever is decided after that changes nothing.
+        Only the first call has an effect.
         """
         if self.state != "open":
             return
@@ -468,7 +469,7 @@ class ClientConnection:
             self._inbox.throttle.release()
 
     def end(self, close: Close | None = None, initiator: Initiator = "relay") -> None:
-        """Forget the connection; tell the backend of its `close`, if there is one."""
+        """Remove the connection; notify the backend if there is a `close`."""
         self._begin_closing(None)
         self.state = "closed"
         context = self._context
@@ -487,7 +488,7 @@ class ClientConnection:
         )
 
     def _log_close(self, code: int, initiator: Initiator, duration: float) -> None:
-        """Without the reason, which is the peer's text."""
+        """Log without the reason, which is text of the peer."""
         message = (
             f"connection {self.id} closed with {code:d} by {initiator} after"
             f" {duration:.1f} s:"

@@ -1,4 +1,4 @@
-"""A client's handshake: checked, decided on by the backend, and answered."""
+"""The handshake of a client: checked, decided by the backend, and answered."""
 
 import contextlib
 import logging
@@ -33,11 +33,11 @@ from handlers.websocket.upgrade import negotiate_compression, upgrade
 
 logger = logging.getLogger(__name__)
 
-CLIENT_LEFT = 499  # what nginx logs, where there was nobody left to answer
+CLIENT_LEFT = 499  # as nginx logs a client that closed before the response
 
 
 class ClientSocketHandler(ProblemHandler, WebSocketHandler):
-    """A client's handshake, until it is refused or its `ClientConnection` open."""
+    """Handles a handshake until it is rejected or its `ClientConnection` is open."""
 
     def initialize(
         self,
@@ -64,7 +64,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
     async def get(self, *args: Any, **kwargs: Any) -> None:
         """Check the request, ask the backend, and only then accept.
 
-        Not in `prepare()`, which would ask before the checks.
+        Not in `prepare()`, which runs before the checks.
         """
         trace = self._trace()
         if not self._is_acceptable():
@@ -73,7 +73,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         connection = ClientConnection(
             self.remote_ip,
             self.request.headers.get("User-Agent", ""),
-            # Of a trace that begins here, what follows later is no part.
+            # Later events are not part of a trace that starts here.
             trace and handshake.trace,
             self.context,
             None if self._claim is None else self._claim.connection_id,
@@ -82,16 +82,16 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self.context.connections.add(connection)
         try:
             await self._decide(connection, handshake)
-        except BaseException:  # a bug, ours or the backend's, which may have said yes
+        except BaseException:  # a bug here or in the backend, which may have accepted
             if connection.state == "connecting":
                 self._abandon(connection, "relay")
-                self._tell("no_decision", HTTPStatus.INTERNAL_SERVER_ERROR)
+                self._record_outcome("no_decision", HTTPStatus.INTERNAL_SERVER_ERROR)
             raise
 
     async def _decide(
         self, connection: ClientConnection, handshake: Handshake
     ) -> None:
-        """Ask the backend, and answer the handshake as it says."""
+        """Ask the backend, and answer the handshake accordingly."""
         try:
             subprotocol = await self.context.backend.connect(connection, handshake)
             if subprotocol is not None and subprotocol not in handshake.subprotocols:
@@ -100,14 +100,14 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
                 )
         except ConnectionRefused as refused:
             connection.end()
-            self._tell("refused", refused.status)
+            self._record_outcome("refused", refused.status)
             self._refuse(connection, refused)
             return
         except BackendError as error:
             logger.warning("connection %s has no decision: %s", connection.id, error,
                            extra={"connection_id": connection.id})
             self._abandon(connection, "relay")
-            self._tell("no_decision", HTTPStatus.SERVICE_UNAVAILABLE)
+            self._record_outcome("no_decision", HTTPStatus.SERVICE_UNAVAILABLE)
             self.problem(
                 HTTPStatus.SERVICE_UNAVAILABLE, "No decision from the backend."
             )
@@ -126,16 +126,16 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         except StreamClosedError:
             self._leave(connection)
             return
-        self._tell("opened", HTTPStatus.SWITCHING_PROTOCOLS)
+        self._record_outcome("opened", HTTPStatus.SWITCHING_PROTOCOLS)
         connection.begin(stream, subprotocol, compression)
 
     def _leave(self, connection: ClientConnection) -> None:
-        """The client has gone before it could be told that it may come in."""
+        """End a connection whose client left before the 101."""
         self._abandon(connection, "client")
-        self._tell("left", CLIENT_LEFT)
+        self._record_outcome("left", CLIENT_LEFT)
 
     def _abandon(self, connection: ClientConnection, initiator: Initiator) -> None:
-        """End what never opened, and of which the backend may think that it did."""
+        """End a connection that never opened; the backend may have accepted it."""
         connection.end(Close(CloseCode.ABNORMAL_CLOSURE, ""), initiator)
 
     def _is_acceptable(self) -> bool:
@@ -144,33 +144,33 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         if headers.get("Upgrade", "").lower() != "websocket" or (
             "upgrade" not in members(headers, "Connection")
         ):
-            self._turn_away(
+            self._reject(
                 HTTPStatus.UPGRADE_REQUIRED,
                 "WebSocket upgrade required.",
                 {"Upgrade": "websocket", "Connection": "Upgrade"},
             )
         elif headers.get("Sec-WebSocket-Version") != "13":
-            self._turn_away(
+            self._reject(
                 HTTPStatus.UPGRADE_REQUIRED,
                 "WebSocket version 13 required.",
                 {"Sec-WebSocket-Version": "13"},
             )
         elif self.request.version != "HTTP/1.1":
-            self._turn_away(HTTPStatus.BAD_REQUEST, "HTTP/1.1 required.")
+            self._reject(HTTPStatus.BAD_REQUEST, "HTTP/1.1 required.")
         elif not is_key(headers.get("Sec-WebSocket-Key", "")):
-            self._turn_away(
+            self._reject(
                 HTTPStatus.BAD_REQUEST, "Sec-WebSocket-Key must be 16 bytes in base64."
             )
         elif reason := malformed_reason(
             self.request, self.policy.compression is not None
         ):
-            self._turn_away(HTTPStatus.BAD_REQUEST, reason)
+            self._reject(HTTPStatus.BAD_REQUEST, reason)
         elif not self._is_origin_allowed(headers.get_list("Origin")):
-            self._turn_away(HTTPStatus.FORBIDDEN, "Origin not allowed.")
+            self._reject(HTTPStatus.FORBIDDEN, "Origin not allowed.")
         elif refusal := self.context.connections.refusal(
             self.remote_ip, self._descriptor
         ):
-            self._turn_away(
+            self._reject(
                 refusal.status,
                 refusal.detail,
                 {"Retry-After": str(refusal.retry_after)},
@@ -185,11 +185,11 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         descriptor: int = connection.descriptor
         return descriptor
 
-    def _turn_away(
+    def _reject(
         self, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None
     ) -> None:
         self.context.connections.refusals.add(self.remote_ip, status, detail)
-        self._tell("rejected", status)
+        self._record_outcome("rejected", status)
         for name, value in (headers or {}).items():
             self.set_header(name, value)
         self.problem(status, detail)
@@ -207,7 +207,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         )
 
     def _trace(self) -> TraceContext | None:
-        """The client's, and a span for this handshake where somebody makes them."""
+        """Return the client's trace; start a span if tracing is on."""
         trace = None
         if self.policy.trust_traceparent:
             trace = trace_context(self.request.headers.get_list("traceparent"))
@@ -244,11 +244,11 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         self.set_status(refused.status)
         self.clear_header("Content-Type")
         for name, value in refused.headers.items():
-            with contextlib.suppress(ValueError):  # it is no header's value
+            with contextlib.suppress(ValueError):  # it is not a valid header value
                 self.set_header(name, value)
         self.finish(refused.body)
 
-    def _tell(self, outcome: HandshakeOutcome, status: int) -> None:
+    def _record_outcome(self, outcome: HandshakeOutcome, status: int) -> None:
         self.context.observer.handshake_ended(
             outcome, status, self.remote_ip, self.request.request_time()
         )
@@ -256,13 +256,13 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             self._span.end(outcome, status, self.remote_ip, self._connection_id)
 
     def on_connection_close(self) -> None:
-        """The client left before the handshake was answered."""
+        """Note that the client left before the handshake was answered."""
         self._peer_gone = True
 
     def on_finish(self) -> None:
-        """It was answered, and this handler is of no more use.
+        """Break a reference cycle once the handshake is answered.
 
-        What templates would need of it, were there any, refers to it, and Tornado
-        keeps that of a `WebSocketHandler`: each would be left to the collector.
+        Tornado keeps the template namespace of a `WebSocketHandler`, which refers to
+        the handler. Without this each handler would wait for the garbage collector.
         """
         self.ui.clear()

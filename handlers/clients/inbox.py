@@ -18,7 +18,7 @@ NEVER = float("inf")  # on the loop's clock
 
 
 class InboxContext(Protocol):
-    """What the inboxes of one relay work with."""
+    """The objects that all inboxes of a relay share."""
 
     loop: asyncio.AbstractEventLoop
     backend: Backend
@@ -29,11 +29,11 @@ class InboxContext(Protocol):
 
 
 class Inbox:
-    """Hands one message after the other to the backend; says when to read no more.
+    """Gives messages to the backend one by one, and pauses reading at its limits.
 
-    A message counts in the `Backlog` from `put` until it was taken or given up. Where
-    one can't be delivered, those behind it are given up with it, and the connection
-    is closed with 1013, or with 1011 where a bug is the cause.
+    A message counts in the `Backlog` from `put` until it is accepted or given up. If
+    one cannot be delivered, those after it are given up, too, and the connection is
+    closed with 1013, or with 1011 after a bug.
     """
 
     __slots__ = (
@@ -57,14 +57,14 @@ class Inbox:
         self._connection: Connection | None = connection
         self._id = connection.id
         self._context = context
-        # Made where something waits; None while the backend is quick.
+        # Created when a message waits; None while the backend is fast.
         self._queue: deque[tuple[str | bytes, float]] | None = None
         self._queued_bytes = 0
         self._head_size = 0  # bytes of the message that the backend has
         self.busy = False  # whether the backend has one
         self._delivered: asyncio.Future[None] | None = None  # see `delivered`
-        # What reading waits for: this queue's own room (`_full`), the process's, or
-        # the throttle's, of which there is one where rates are limited.
+        # What reading waits for: room in this queue (`_full`) or in the process, or
+        # the throttle, which exists only with rate limits.
         self._room: asyncio.Future[None] | None = None
         self._full = False
         self._given_up = False
@@ -73,13 +73,13 @@ class Inbox:
         self.waiting_since = NEVER  # when the oldest message that waits was read
 
     def __len__(self) -> int:
-        """How many messages wait, the one that the backend has included."""
+        """Number of waiting messages, including the one that the backend has."""
         return len(self._queue or ()) + self.busy
 
     def put(self, message: str | bytes, size: int, read_at: float) -> None:
-        """Deliver a message now, or behind those that wait.
+        """Deliver a message now, or after those that wait.
 
-        `size` is its bytes, `read_at` when it was read, on the loop's clock.
+        `size` is in bytes; `read_at` is when it was read, on the loop's clock.
         """
         if self._given_up:
             self._count_undelivered(1)
@@ -96,9 +96,9 @@ class Inbox:
     # When to read.
 
     def room(self) -> "asyncio.Future[None] | None":
-        """None where another message may be read, else what to wait for.
+        """Return None if another message may be read, else a future to wait for.
 
-        Raises `FrameError` where the client has sent too much for too long.
+        Raises `FrameError` if the client has exceeded its rate for too long.
         """
         context, throttle = self._context, self.throttle
         if throttle is not None:
@@ -121,15 +121,15 @@ class Inbox:
 
     @property
     def reading_paused(self) -> bool:
-        """Whether nothing is read: too much waits for the backend, or came at once."""
+        """Whether the backlog or a rate limit has paused reading."""
         return self._room is not None and not self._room.done()
 
     # Delivering.
 
     def _deliver(self, message: str | bytes, size: int, read_at: float) -> None:
-        """Hand messages to the backend, until one has to be waited for.
+        """Give messages to the backend until one must be awaited.
 
-        Those behind it that have waited already, only while its turn lasts.
+        Messages from the queue are delivered only while this turn lasts.
         """
         ends_at = 0.0
         connection, context = self._connection, self._context
@@ -168,7 +168,7 @@ class Inbox:
 
     def _on_delivered(self, taken: "asyncio.Future[None]") -> None:
         if taken.cancelled():
-            self._on_undeliverable(BackendError("the relay stops"))
+            self._on_undeliverable(BackendError("the relay shuts down"))
         elif (error := taken.exception()) is not None:
             self._on_undeliverable(error)
         else:
@@ -180,14 +180,14 @@ class Inbox:
         message, read_at = self._queue.popleft()
         size = size_of(message)
         self._queued_bytes -= size
-        if self._full and self._room is not None:  # it is this queue's own
+        if self._full and self._room is not None:  # it is the room of this queue
             self._full = False
             self._room.set_result(None)
             self._room = None
         return message, size, read_at
 
     def _rest(self) -> None:
-        """Everything read so far has been taken."""
+        """Go idle: everything that was read is accepted or given up."""
         self.busy = False
         self.waiting_since = NEVER
         self._queue = None
@@ -195,7 +195,7 @@ class Inbox:
             self._delivered.set_result(None)
 
     async def delivered(self) -> None:
-        """Wait until every message was taken or given up."""
+        """Wait until every message is accepted or given up."""
         if self.busy:
             self._delivered = self._context.loop.create_future()
             await self._delivered
@@ -203,7 +203,7 @@ class Inbox:
     # Giving up.
 
     def _on_undeliverable(self, error: BaseException) -> None:
-        """The message at the head can't be delivered."""
+        """Give up the message at the head, and close the connection."""
         self._context.backlog.release(self._head_size)
         assert self._connection is not None
         if isinstance(error, BackendError):
@@ -216,7 +216,7 @@ class Inbox:
         self._rest()
 
     def give_up(self, messages: int) -> None:
-        """Give up `messages` that left the queue, all that wait, and all that come."""
+        """Give up `messages` that left the queue, all that wait, and all later ones."""
         self._given_up = True
         self._count_undelivered(messages + len(self._queue or ()))
         while self._queue:
@@ -229,7 +229,7 @@ class Inbox:
             self._context.observer.ended("message", self._id, "failed", messages)
 
     def close(self) -> None:
-        """Let go of the connection, which lets go of this."""
+        """Break the reference cycle with the connection."""
         self._connection = None
 
 

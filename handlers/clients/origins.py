@@ -1,8 +1,8 @@
-"""Which pages may connect: the Origin header that browsers send (RFC 6454).
+"""Which pages may connect, by the Origin header of browsers (RFC 6454).
 
-Not only pages of the web have one: an app's web view says `capacitor://localhost`
-or `file://`, a browser's extension `chrome-extension://<id>`, and a page that has
-no origin to name `null`.
+Not only web pages have an origin: the web view of an app sends
+`capacitor://localhost` or `file://`, a browser extension
+`chrome-extension://<id>`, and a page with an opaque origin `null`.
 """
 
 import re
@@ -20,22 +20,22 @@ define("allowed_origins", multiple=True, metavar="ORIGINS",
 define("require_origin", default=False,
        help="reject clients that send no Origin header; browsers always send one")
 
-# Some clients name the scheme of the WebSocket's own URL.
+# Some clients send the scheme of the WebSocket URL.
 _SAME_AS = {"ws": "http", "wss": "https"}
 
-# As it is serialized (RFC 6454, section 6.1), and as Host is (RFC 9110, 7.2).
+# A serialized origin (RFC 6454, section 6.1), and a Host header (RFC 9110, 7.2).
 _ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z\d+.-]*)://(?P<authority>.*)", re.ASCII)
 _AUTHORITY = re.compile(
     r"(?P<host>\[[\da-f:.]+(?:%[\w.~-]+)?\]|[^\s\x00-\x1f\x7f/?#@:,\\\[\]]*)"
     r"(?::(?P<port>\d{0,5}))?",
     re.ASCII,
 )
-# Any host, or any below a domain, or the one that is named.
+# Any host, any subdomain of a domain, or one host.
 _HOST_PATTERN = re.compile(r"\*|(?:\*\.(?=.))?[^*]*")
 
 
 class Origin(NamedTuple):
-    """An origin in lower case; `port` is None where its scheme has none by default.
+    """An origin in lower case; `port` is None if its scheme has no default port.
 
     `null` has neither scheme nor host.
     """
@@ -49,10 +49,10 @@ NULL = Origin("", "", None)
 
 
 class AllowedOrigins:
-    """Those of --allowed_origins: origins, or patterns of hosts, or all.
+    """The values of --allowed_origins: origins, patterns of hosts, or all.
 
-    Without any, a page must be of the same origin as what it connects to. Raises
-    `ValueError` with one sentence for what no Origin header can equal.
+    If there are none, a page must have the origin that it connects to. Raises
+    `ValueError` for a value that no Origin header can equal.
     """
 
     def __init__(self, allowed: Iterable[str] = ()) -> None:
@@ -61,10 +61,10 @@ class AllowedOrigins:
         self._named: list[Origin] = [_named(text) for text in named if text != "*"]
 
     def allow(self, origin: str, host: str, scheme: str | None = None) -> bool:
-        """Whether a page of `origin` may connect (RFC 6454, section 4).
+        """Return whether a page of `origin` may connect (RFC 6454, section 4).
 
-        `host` is that which the client asked, with its port if it named one;
-        `scheme` is None where it isn't known, and then either may be.
+        `host` is the host that the client requested, with its port if present.
+        `scheme` is None if unknown: then both schemes match.
         """
         if self._all:
             return True
@@ -80,7 +80,7 @@ class AllowedOrigins:
 
 
 def split_origin(text: str) -> Origin | None:
-    """The parts of a serialized origin; None for anything else."""
+    """Return the parts of a serialized origin; None if it is not one."""
     if text == "null":
         return NULL
     parts = _ORIGIN.fullmatch(text.lower())
@@ -97,7 +97,7 @@ def split_origin(text: str) -> Origin | None:
 
 
 def is_host(text: str) -> bool:
-    """Whether a Host header is a host, and perhaps a port."""
+    """Return whether a Host header is a host with an optional port."""
     authority = _split_authority(text.lower())
     return authority is not None and bool(authority[0])
 
@@ -114,7 +114,7 @@ def _named(text: str) -> Origin:
     origin = split_origin(text)
     if origin is None or not _HOST_PATTERN.fullmatch(origin.host):
         raise ValueError(
-            f"{text} is no origin, such as https://app.example.com,"
+            f"{text} is not an origin, such as https://app.example.com,"
             " https://*.example.com, capacitor://localhost, file:// or null, nor *"
         )
     if not text.isascii():
@@ -126,7 +126,7 @@ def _named(text: str) -> Origin:
 
 
 def _matches(given: Origin, named: Origin) -> bool:
-    """Whether an origin is the one that was named, or one of its pattern."""
+    """Return whether an origin is the configured one, or matches its pattern."""
     if (given.scheme, given.port) != (named.scheme, named.port):
         return False
     if named.host == "*":

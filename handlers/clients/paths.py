@@ -1,7 +1,7 @@
-"""At which paths clients connect.
+"""The paths where clients connect.
 
-A path may be that of another route, too, such as that of the console's page:
-what asks for a WebSocket there is a client.
+A path may also be that of another route, such as the console page: WebSocket requests
+to it are clients.
 """
 
 import re
@@ -18,27 +18,27 @@ from handlers.clients.headers import members
 define("ws_path", default=["/ws"], multiple=True, metavar="PATHS",
        help="paths where clients connect, with or without a trailing slash")
 
-# Of RFC 3986, section 3.3, what stays as it stands on its way through proxies.
+# The part of RFC 3986, section 3.3, that proxies do not rewrite.
 _PATH = re.compile(r"/(?:[\w.~!$&'()*+;=:@/-]|%[\da-fA-F]{2})*", re.ASCII)
 _DOTS = re.compile(r"/(?:\.|%2e){1,2}(?:/|$)", re.IGNORECASE)
 
 
 class ClientPaths(Matcher):
-    """Matches all that is asked for at one of the paths of --ws_path.
+    """Matches all requests to a path of --ws_path.
 
-    Raises `ValueError` with one sentence where one can't be a path. `first` is
-    the one that is shown to people, without a slash at its end.
+    Raises `ValueError` for an invalid path. `first` is the path that is shown to
+    users, without a trailing slash.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
         named = list(paths)
         for path in named:
             if not _PATH.fullmatch(path):
-                raise ValueError(f"{path} is no path, such as /ws")
+                raise ValueError(f"{path} is not a path, such as /ws")
             if _DOTS.search(path):
-                raise ValueError(f"{path} has a segment that clients leave out")
+                raise ValueError(f"{path} has a dot segment, which clients remove")
         if not named:
-            raise ValueError("there has to be one, such as /ws")
+            raise ValueError("at least one path is required, such as /ws")
         bare = [path.removesuffix("/") for path in named]
         self.first = bare[0] or "/"
         self._paths = frozenset([*filter(None, bare), *(f"{path}/" for path in bare)])
@@ -48,7 +48,7 @@ class ClientPaths(Matcher):
 
 
 class Handshakes(Matcher):
-    """Matches what asks for a WebSocket at one of `paths`."""
+    """Matches WebSocket requests to one of `paths`."""
 
     def __init__(self, paths: ClientPaths) -> None:
         self._paths = paths
@@ -61,7 +61,7 @@ class Handshakes(Matcher):
 
 
 def make_paths() -> ClientPaths:
-    """Where clients connect, from the options."""
+    """Create the paths from the options."""
     try:
         return ClientPaths(options.ws_path)
     except ValueError as error:

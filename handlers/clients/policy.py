@@ -1,4 +1,4 @@
-"""What every client is held to: the options, as typed values."""
+"""The limits and features of each client: the options as typed values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ define("connection_queue_bytes", default=1024 * 1024, metavar="BYTES",
 
 @dataclass(frozen=True, slots=True)
 class ClientPolicy:
-    """What every client is held to; the options, as typed values."""
+    """The limits and features of each client."""
 
     max_message_size: int = 4 * 1024 * 1024
     allowed_origins: AllowedOrigins = field(default_factory=AllowedOrigins)
@@ -57,7 +57,7 @@ class ClientPolicy:
 
 
 def make_policy() -> ClientPolicy:
-    """The policy of the options. Raises `OptionError` where they can't be met."""
+    """Create the policy from the options. Raises `OptionError` for invalid ones."""
     try:
         allowed_origins = AllowedOrigins(options.allowed_origins)
     except ValueError as error:
@@ -76,7 +76,7 @@ def make_policy() -> ClientPolicy:
         raise OptionError(f"--subprotocols: {error}") from None
     if options.max_queued_bytes < options.max_message_size:
         raise OptionError(
-            f"--max_queued_bytes={options.max_queued_bytes} has no room for one"
+            f"--max_queued_bytes={options.max_queued_bytes} is less than one"
             f" message of --max_message_size={options.max_message_size}"
         )
     return ClientPolicy(

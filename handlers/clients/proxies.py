@@ -1,9 +1,8 @@
-"""Who a client is, and what it asked, where proxies stand before the relay.
+"""The address, scheme and host of a client behind proxies.
 
-Anyone can write X-Forwarded-For; it is believed only from proxies that are
-named, and only as far back as one of them wrote it. Forwarded (RFC 7239) is not
-read: a proxy that writes the X-Forwarded-* headers passes on whatever Forwarded
-its client sent.
+Anyone can send X-Forwarded-For. It is trusted only from the configured proxies, and
+only as far back as one of them wrote it. Forwarded (RFC 7239) is not read: a proxy
+that sets the X-Forwarded-* headers passes on a Forwarded header of its client.
 """
 
 import re
@@ -28,11 +27,11 @@ define("trusted_proxies", multiple=True, metavar="NETWORKS",
             "X-Forwarded-Proto and X-Forwarded-Host are trusted; none: no proxy is "
             "trusted")
 
-# What proxies write into X-Forwarded-Proto, some of them ws and wss.
+# Values of X-Forwarded-Proto; some proxies write ws and wss.
 _SCHEMES = {"http": "http", "ws": "http", "https": "https", "wss": "https"}
 
-# An address as proxies write it: some add a port, and brackets, and the zone of a
-# link-local one, which means nothing on this machine (RFC 4007, section 11.2).
+# An address as proxies write it. Some add a port, brackets, and the zone of a
+# link-local address, which has no meaning on this machine (RFC 4007, section 11.2).
 _HOP = re.compile(
     r"\[([\da-f:.]+)(?:%[^\s\]]+)?\](?::\d+)?|([\d.]+)(?::\d+)?"
     r"|([\da-f:.]+)(?:%[^\s:]+)?",
@@ -43,11 +42,10 @@ _MAPPED = IPv6Network("::ffff:0:0/96")  # RFC 4291, section 2.5.5.2
 
 
 class Forwarded(NamedTuple):
-    """What a client asked, and who it is, as far as that can be known.
+    """The address of a client, and the origin that it requested.
 
-    `remote_ip` is its address. `scheme` is http or https, None where that isn't
-    known: without TLS here, it may end at a proxy that is not listed. `host` is
-    what it asked for, with the port if it named one.
+    `scheme` is http or https, or None if unknown: without TLS here, TLS may end at a
+    proxy that is not listed. `host` includes the port if the client sent one.
     """
 
     remote_ip: str
@@ -56,26 +54,26 @@ class Forwarded(NamedTuple):
 
 
 class TrustedProxies:
-    """The proxies that are believed: addresses and CIDR networks.
+    """The trusted proxies: addresses and CIDR networks.
 
-    Raises `ValueError` with one sentence where one is neither.
+    Raises `ValueError` for any other value.
     """
 
     def __init__(self, networks: Iterable[str] = ()) -> None:
         self._networks = [_network(text) for text in networks]
 
     def read(self, peer: str, headers: HTTPHeaders, host: str, tls: bool) -> Forwarded:
-        """What a request says that came from `peer`, to `host`, by TLS or not.
+        """Read the headers of a request from `peer` to `host`, over TLS or not.
 
-        Each trusted proxy in a row may have added to X-Forwarded-Proto and -Host
-        as it adds to X-Forwarded-For; what counts is what the first of them wrote,
-        whom the client asked.
+        Each trusted proxy in a chain may append to X-Forwarded-Proto and -Host, as
+        it does to X-Forwarded-For. The value of the first one counts, because the
+        client sent its request to it.
         """
         scheme = "https" if tls else None
         address = _address(peer)
         if address is None or not self._trusts(address):
             return Forwarded(peer if address is None else str(address), scheme, host)
-        row = 1  # trusted proxies, from here to the client
+        chain = 1  # number of trusted proxies between the relay and the client
         for hop in reversed(_members(headers, "X-Forwarded-For")):
             named = _hop(hop)
             if named is None:
@@ -83,13 +81,13 @@ class TrustedProxies:
             address = named
             if not self._trusts(address):
                 break
-            row += 1
-        said_scheme = _said(headers, "X-Forwarded-Proto", row).lower()
-        said_host = _said(headers, "X-Forwarded-Host", row)
+            chain += 1
+        forwarded_scheme = _first_value(headers, "X-Forwarded-Proto", chain).lower()
+        forwarded_host = _first_value(headers, "X-Forwarded-Host", chain)
         return Forwarded(
             str(address),
-            _SCHEMES.get(said_scheme, scheme),
-            said_host if is_host(said_host) else host,
+            _SCHEMES.get(forwarded_scheme, scheme),
+            forwarded_host if is_host(forwarded_host) else host,
         )
 
     def _trusts(self, address: IPv4Address | IPv6Address) -> bool:
@@ -97,17 +95,17 @@ class TrustedProxies:
 
 
 def _members(headers: HTTPHeaders, name: str) -> list[str]:
-    """Of a header to which each proxy adds one; at least one, which may be empty."""
+    """Return the members of a list header: at least one, which may be empty."""
     return ",".join(headers.get_list(name)).split(",")
 
 
-def _said(headers: HTTPHeaders, name: str, row: int) -> str:
-    """What the first of `row` proxies added to a header.
+def _first_value(headers: HTTPHeaders, name: str, chain: int) -> str:
+    """Return what the first of `chain` proxies added to a header.
 
-    Where fewer members are there than proxies, some of these wrote it anew.
+    If there are fewer members than proxies, some proxies have replaced the header.
     """
     members = _members(headers, name)
-    return members[-min(row, len(members))].strip()
+    return members[-min(chain, len(members))].strip()
 
 
 def _network(text: str) -> IPv4Network | IPv6Network:
@@ -125,7 +123,7 @@ def _network(text: str) -> IPv4Network | IPv6Network:
 
 
 def _address(text: str) -> IPv4Address | IPv6Address | None:
-    """An address; an IPv4 one where IPv6 only wraps it (RFC 4291, 2.5.5.2)."""
+    """Return an address; IPv4 for an IPv4-mapped one (RFC 4291, 2.5.5.2)."""
     try:
         address = ip_address(text)
     except ValueError:

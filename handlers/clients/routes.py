@@ -11,9 +11,10 @@ from handlers.probes import LiveHandler
 def client_routes(
     paths: ClientPaths, others: Routes, **shared: Any
 ) -> Routes:
-    """What clients may ask for, on a listener that has `others`, too.
+    """Return the client routes of a listener that also serves `others`.
 
-    These may have the path of a WebSocket, but for what asks for one.
+    A route of `others` may share a path with clients: WebSocket requests to it are
+    clients.
     """
     return [
         (Handshakes(paths), ClientSocketHandler, shared),

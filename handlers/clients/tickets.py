@@ -1,8 +1,8 @@
-"""Handshakes that the console's playground may make, each of them once.
+"""Single-use permissions for handshakes of the console's playground.
 
-With two listeners its page has the origin of the operators' one, which is not the
-clients'. That origin is not allowed for good: whoever got past the operators'
-guard asks for one handshake at a time.
+With two listeners the page has the origin of the callback listener, not that of the
+client listener. That origin is not allowed permanently: an authorized operator
+requests one handshake at a time.
 """
 
 import re
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-MAX_TICKETS = 64  # that wait to be used; then the oldest is of no use any more
+MAX_TICKETS = 64  # unused ones; beyond this the oldest becomes invalid
 TICKET_LIFETIME = 30.0  # seconds
 
 QUERY = re.compile(r"console=([0-9a-f]{32})(?:&|$)")
@@ -19,7 +19,7 @@ QUERY = re.compile(r"console=([0-9a-f]{32})(?:&|$)")
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """One handshake by a page of `origin`, whose connection will have that id."""
+    """Permission for one handshake of a page of `origin`, with a fixed id."""
 
     secret: str
     origin: str
@@ -29,21 +29,21 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a ticket was used for; `query` is the handshake's without it."""
+    """A used ticket; `query` is the handshake's query without it."""
 
     connection_id: str
     query: str
 
 
 class Tickets:
-    """Those that were issued and not used yet; `clock` is in seconds."""
+    """Issued and unused tickets; `clock` is in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._waiting: dict[str, Ticket] = {}
 
     def issue(self, origin: str) -> Ticket:
-        """One for a page of that origin, whose query has to begin with its secret."""
+        """Issue a ticket for a page of `origin`, whose query starts with the secret."""
         ticket = Ticket(
             secrets.token_hex(16), origin, secrets.token_hex(16), self._clock()
         )
@@ -53,10 +53,10 @@ class Tickets:
         return ticket
 
     def claim(self, query: str, origins: Sequence[str]) -> Claim | None:
-        """Use the ticket that a handshake's query begins with.
+        """Use the ticket at the start of a handshake's query.
 
-        None where there is none, it is too old, or the page is of another origin:
-        then the handshake is one like any other.
+        Returns None if there is none, it is too old, or the page has another
+        origin: then the handshake gets no special treatment.
         """
         if not self._waiting or (found := QUERY.match(query)) is None:
             return None
