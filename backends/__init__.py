@@ -5,7 +5,7 @@ any importable module with a dot in its name (`--backend=mycompany.queue`), whic
 may be in the current folder. It has one function, `make_backend(relay)`, which
 returns a `Backend`, and may `tornado.options.define` options of its own at import.
 With a second function, `make_check(relay)`, which returns a `Check`,
-`socketdock check` looks at what it needs, too. A built-in one lists the shared
+`socketdock check` also checks what it needs. A built-in one lists the shared
 modules whose options it reads in `OPTION_MODULES`. To write one:
 
     from backends import Backend
@@ -61,7 +61,7 @@ HandshakeOutcome = Literal["opened", "refused", "rejected", "no_decision", "left
 class TraceContext:
     """A place in a trace (W3C Trace Context): lower-case hex digits, 32, 2 and 16.
 
-    What comes next hangs below `span_id`; where it is empty, that is not known.
+    The next span is a child of `span_id`; empty: the parent is not known.
     """
 
     trace_id: str
@@ -72,9 +72,9 @@ class TraceContext:
 class Attempt(NamedTuple):
     """One attempt to deliver an event, when it has ended.
 
-    `event_id` is the same on every attempt of one event, `traceparent` is what it
-    carried, `seconds` ran from its beginning to its answer or failure. `status`
-    is None where there was no answer. `url`, without a query, is where it went, or
+    `event_id` is the same on every attempt of one event, `traceparent` is what was
+    sent, `seconds` is the time from its start to its response or failure. `status`
+    is None where there was no response. `url` is the target without its query, or
     empty, and `trace` is what the event belongs to, or None.
     """
 
@@ -90,19 +90,19 @@ class Attempt(NamedTuple):
 
 
 class Observer:
-    """Whoever watches what becomes of connections, frames and events.
+    """Is called for what happens to connections, frames and events.
 
-    Here nothing is done. All of it is called where messages pass: a method has
-    to be quick, and must not raise.
+    These methods do nothing. They are called for each message: an override must be
+    fast, and must not raise.
     """
 
     def handshake_ended(
         self, outcome: HandshakeOutcome, status: int, remote_ip: str, seconds: float
     ) -> None:
-        """A handshake was answered with `status`, or its client has left."""
+        """A handshake was answered with `status`, or its client has disconnected."""
 
     def opened(self, connection: "Connection") -> None:
-        """A connection is open: from now on, frames go both ways."""
+        """A connection is open: from now on, frames are relayed both ways."""
 
     def closed(
         self,
@@ -111,7 +111,7 @@ class Observer:
         initiator: Initiator,
         duration: float,
     ) -> None:
-        """A connection that was open has ended; as in its `Closure`."""
+        """A connection that was open has ended; the arguments are as in `Closure`."""
 
     def received(
         self, connection: "Connection", message: str | bytes, size: int
@@ -119,10 +119,10 @@ class Observer:
         """A message of `size` bytes came from a client."""
 
     def sent(self, connection: "Connection", message: str | bytes, size: int) -> None:
-        """A message of `size` bytes is on its way to a client."""
+        """A message of `size` bytes is being sent to a client."""
 
     def send_answered(self, status: int) -> None:
-        """A send, which a backend asked for by callback, was answered with `status`."""
+        """A send callback of a backend was answered with `status`."""
 
     def attempted(self, attempt: Attempt) -> None:
         """An attempt to deliver an event has ended."""
@@ -130,22 +130,22 @@ class Observer:
     def ended(
         self, event: EventName, connection_id: str, outcome: Outcome, count: int = 1
     ) -> None:
-        """That has become of an event, or of so many of one connection."""
+        """An event of a connection has ended so, or `count` of them."""
 
     def given_up(self, event_id: str) -> None:
-        """An event that was attempted will not be again; `ended` counts it, too."""
+        """An event that was attempted is given up; `ended` counts it, too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """What a backend may know of the relay that it serves.
+    """What a backend is given of the relay that it serves.
 
     `callback_url` is how its service reaches this instance's callbacks: a URL
     without a trailing slash, or None where no address was given and none can
-    be told (a listener bound to a wildcard address). `instance` is
-    `<name>/<boot id>`, new at every start. `version` is SocketDock's. `observer`
-    wants to know of attempts and ends; see `Backend.observes`. `sample` says by
-    the id of a new trace whether it is recorded; None: none is.
+    be found out (a listener bound to a wildcard address). `instance` is
+    `<name>/<boot id>`, new at every start. `version` is SocketDock's. A backend
+    reports attempts and outcomes to `observer`; see `Backend.observes`. `sample`
+    decides by the id of a new trace whether it is recorded; None: none is.
     """
 
     callback_url: str | None
@@ -199,14 +199,15 @@ class Connection(Protocol):
 
     @property
     def trace(self) -> TraceContext | None:
-        """That of its client, where there is one to go on with."""
+        """The trace of its client, if there is one to continue."""
 
     def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
         """Send a `str` as a text frame, `bytes` as a binary one, whole.
 
-        None when the kernel has taken the last byte, or the handshake is still
-        being decided and the frame leaves right after it. Otherwise a future
-        that is done then, or fails with `ConnectionClosed`.
+        Returns None when the kernel has taken the last byte, or when the frame
+        leaves right after the handshake, which is still being decided. Otherwise
+        returns a future that is done when the kernel has taken the last byte, or
+        fails with `ConnectionClosed`.
 
         Raises `ConnectionClosed` where the connection is not open, and
         `SendBufferFull` where too much waits already.
@@ -218,7 +219,7 @@ class Connection(Protocol):
     def close(
         self, code: int = 1000, reason: str = "", initiator: Initiator = "backend"
     ) -> None:
-        """Start the closing handshake; nothing where it has begun already.
+        """Start the closing handshake, unless it has started already.
 
         `reason` is at most 123 bytes of UTF-8 (RFC 6455, section 5.5).
         """
@@ -226,41 +227,41 @@ class Connection(Protocol):
     def give_up(self, error: "BackendError", messages: int = 1) -> None:
         """Report that `messages` of this connection can't be delivered.
 
-        For those of which `Backend.message` has told nothing else; where it
-        raises, that is enough. The client is closed with 1013, and what waits
-        behind them is given up too.
+        For messages that `Backend.message` has taken without raising an error;
+        where it raises, that is enough. The client is closed with 1013, and the
+        messages behind them are given up, too.
         """
 
 
 class Unavailable(OptionError):
-    """What an option names can't be used now, though the option may be right.
+    """What an option names can't be used now, though the option may be valid.
 
-    A file that is not there yet, an address in use, a full disk. The start ends
-    with exit status 1, so that it is tried again; any other `OptionError` is 2.
+    A missing file, an address in use, a full disk. The start ends with exit status
+    1, so that it is tried again; any other `OptionError` ends it with 2.
     """
 
 
 class ConnectionClosed(Exception):
-    """The connection is closing or closed: nothing more reaches its client."""
+    """The connection is closing or closed: nothing more can be sent to its client."""
 
 
 class SendBufferFull(Exception):
-    """The client reads more slowly than it is sent to."""
+    """The client reads more slowly than messages are sent to it."""
 
 
 class BackendError(Exception):
-    """The backend did not take an event: it is away, or its answer is no answer."""
+    """The backend did not accept an event: it is unreachable, or answered wrongly."""
 
 
 class BackendAway(BackendError):
-    """The backend can't be reached, or left before it answered."""
+    """The backend can't be reached, or disconnected before it answered."""
 
 
 @dataclass
 class ConnectionRefused(Exception):
-    """The backend's verdict on a handshake is no.
+    """The backend refuses a handshake.
 
-    `status` is the HTTP status for the client, `headers` and `body` go with it.
+    `status` is the HTTP status for the client, sent with `headers` and `body`.
     """
 
     status: int
@@ -270,12 +271,12 @@ class ConnectionRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """How a backend is, at a glance: for probes, operators and metrics.
+    """The state of a backend, for probes, operators and metrics.
 
-    `away` is for how many seconds it has been taken for unreachable; None while
-    it is there. `untried` says that the next event will go all the same, and by it
-    is found whether the backend is back. `held` counts requests that wait for an
-    answer that is overdue, `connections` those that are open to it.
+    `away` is for how many seconds it has been considered unreachable; None while
+    it is reachable. `untried` means that the next event is sent all the same, to
+    find out whether the backend is back. `held` counts requests that wait for an
+    overdue response, `connections` those that are open to it.
     """
 
     away: float | None = None
@@ -291,9 +292,9 @@ class Backend(abc.ABC):
     called when the one before it has completed. Connections run in parallel,
     on one thread: a method must never block.
 
-    `descriptors` is how many files and sockets it may have open at once. One
-    that `observes` tells `Relay.observer` of its attempts, and of the ends of
-    events that it was given; for the others the relay does, from what their
+    `descriptors` is how many files and sockets it may have open at once. A backend
+    that `observes` reports its attempts, and the outcomes of the events that it was
+    given, to `Relay.observer`; for the others the relay does, from what their
     methods return and raise.
     """
 
@@ -309,7 +310,7 @@ class Backend(abc.ABC):
         offered, or None to leave the choice to `--subprotocols`.
         Raises `ConnectionRefused` to refuse, after which nothing more is
         called for this connection, or `BackendError` where there is no
-        verdict: the client gets 503 and `disconnect` follows.
+        decision: the client gets 503 and `disconnect` follows.
         """
         return None
 
@@ -327,38 +328,38 @@ class Backend(abc.ABC):
         """
 
     async def disconnect(self, connection: Connection, closure: Closure) -> None:
-        """Learn that an accepted connection has ended.
+        """Take note that an accepted connection has ended.
 
-        Raises `BackendError` where nobody could be told; the relay logs it.
+        Raises `BackendError` where this could not be delivered; the relay logs it.
         """
         return None
 
     def called_back(self, connection: Connection) -> None:
-        """Learn that a callback request for `connection` came in."""
+        """Take note that a callback request for `connection` was received."""
         return None
 
     def condition(self) -> Condition:
-        """How it is now."""
+        """Return its state now."""
         return Condition()
 
     def reload(self) -> None:
-        """Read again what is in files that options name: the relay got SIGHUP.
+        """Read the files that options name again: the relay got SIGHUP.
 
-        Raises `OptionError` with one sentence where that can't be; then all
-        must be as it was before.
+        Raises `OptionError` with one sentence where that fails; then nothing may
+        have changed.
         """
         return None
 
     async def drain(self, timeout: float) -> int:
-        """Wait until nothing is left that could not be told, after the last disconnect.
+        """Wait until nothing is left to deliver, after the last disconnect.
 
-        At most `timeout` seconds. Returns how many messages are left all the
-        same, of which nobody will be told: the relay then ends with status 1.
+        At most `timeout` seconds. Returns how many messages are then lost without
+        a report to anybody: above 0, the relay ends with status 1.
         """
         return 0
 
     async def close(self) -> None:
-        """Let go of what is open. Called once, after the last disconnect."""
+        """Close what is open. Called once, after the last disconnect."""
         return None
 
 

@@ -43,7 +43,6 @@ from backends.target import Target
 # The shared modules whose options this backend reads.
 OPTION_MODULES = ("backends.breaker", "backends.client", "backends.journal")
 
-
 RETRY_AFTER = "1"  # seconds; the backend may be back by then
 
 
