@@ -1,9 +1,9 @@
 """The ids of open connections on disk, so that they survive `kill -9`.
 
 One file per run, appended to: `+<id>` before the first event of a connection
-leaves, `-<id>` when its disconnect event was accepted or given up. A line is
+is sent, `-<id>` when its disconnect event was accepted or given up. A line is
 one `write` that the kernel has when it returns: a crash of the process loses
-nothing, and no fsync is owed. The next start reads the files of dead runs.
+nothing, and no fsync is needed. The next start reads the files of dead runs.
 """
 
 import asyncio
@@ -45,8 +45,8 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 class Journal:
     """This run's connections, in one file.
 
-    What can't be written is kept and written later: a full disk must not stop
-    the relay. Raises `OSError` where the file can't be made.
+    Lines that can't be written are kept and written later: a full disk must not
+    stop the relay. Raises `OSError` where the file can't be made.
     """
 
     def __init__(self, directory: Path, instance: str) -> None:
@@ -60,18 +60,18 @@ class Journal:
         self._file = _open_to_append(self._path)
 
     def add(self, connection_id: str) -> None:
-        """A connection's first event is about to leave."""
+        """Record a connection, whose first event is about to be sent."""
         self._ids[connection_id] = None
         self._append(_line(b"+", connection_id))
 
     def remove(self, connection_id: str) -> None:
-        """A connection's end has been told, or can't be."""
+        """Remove a connection, whose disconnect event has ended."""
         if connection_id in self._ids:
             del self._ids[connection_id]
             self._append(_line(b"-", connection_id))
 
     def close(self) -> None:
-        """Write what was not, and let go; an empty journal leaves no file."""
+        """Write what is left and close; an empty journal leaves no file."""
         if self._retry is not None:
             self._retry.cancel()
         with contextlib.suppress(OSError):
@@ -114,7 +114,7 @@ class Journal:
         self._try_to_write()
 
     def _write(self) -> None:
-        """Write all that is not written. Raises `OSError`, and what was there stays."""
+        """Write all that is not written. On `OSError` the file stays as it was."""
         if not self._stale:
             self._write_lines()
             if self._size <= max(COMPACT_ABOVE, 4 * LINE_LENGTH * len(self._ids)):
@@ -142,8 +142,8 @@ class Journal:
 class DeadRun:
     """What an earlier run left in its journal.
 
-    The file is open only while something is written to it: there may be more of
-    them than a process may have files.
+    The file is open only while something is written to it: there may be more
+    journals than a process may open files.
     """
 
     def __init__(self, path: Path, instance: str, ids: Iterable[str]) -> None:
@@ -153,11 +153,11 @@ class DeadRun:
 
     @property
     def ids(self) -> list[str]:
-        """Of the connections whose end has not been told, oldest first."""
+        """Ids of the connections whose disconnect event is due, oldest first."""
         return list(self._ids)
 
     def remove(self, connection_id: str) -> None:
-        """A connection's end has been told, or can't be; the last one's file goes."""
+        """Remove a connection; with the last one, remove the file."""
         self._ids.pop(connection_id, None)
         try:
             if not self._ids:
@@ -168,7 +168,7 @@ class DeadRun:
                 _write_whole(file, _line(b"-", connection_id))
             finally:
                 os.close(file)
-        except OSError as error:  # the next start tells once more
+        except OSError as error:  # the next start sends its event again
             logger.error("journal %s: %s", self._path, error.strerror)
 
 
@@ -237,7 +237,7 @@ def _read_dead(directory: Path) -> Iterator[DeadRun]:
 
 
 def _remove_old(directory: Path) -> None:
-    """Remove what was set aside, but for the latest: each crash may leave one."""
+    """Remove old corrupt journals, except the latest: each crash may leave one."""
     found = [
         (int(match[1]), aside)
         for aside in directory.iterdir()
@@ -285,14 +285,14 @@ def _read(path: Path) -> DeadRun | None:
             return None
         try:
             _replace(path, instance, ids)
-        except OSError:  # not to be forgotten, should this run crash, too
+        except OSError:  # to be read again, should this run crash, too
             aside.rename(path)
             raise
     return DeadRun(path, instance, ids)
 
 
 def _content(path: Path) -> bytes:
-    """What a regular file holds; of others nothing is opened that could block."""
+    """Read a regular file, without blocking where it is something else."""
     file = os.open(
         path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
     )
