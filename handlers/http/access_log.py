@@ -1,4 +1,4 @@
-"""One line for each request."""
+"""Logs one line for each request."""
 
 import logging
 
@@ -15,11 +15,12 @@ def log_request(handler: RequestHandler) -> None:
 
 
 def log_access(method: str, target: str, status: int) -> None:
-    """One line for a request, without its query.
+    """Log a request by its path, without the query.
 
-    Nor what is no path: the target of a proxy's request may name a user.
+    A target that is not a path is left out: that of a proxy request may contain a
+    user name.
     """
-    # Who answers 503 has told why, and how often it does is up to the clients.
+    # 503 is logged where it is decided, and clients control how often it occurs.
     level = logging.WARNING if status >= 500 and status != 503 else logging.DEBUG
     if not logger.isEnabledFor(level):
         return

@@ -1,4 +1,4 @@
-"""The relay's one or two listeners, from the options."""
+"""Makes the one or two listeners from the options."""
 
 from tornado.options import Error as OptionError
 from tornado.options import define, options
@@ -19,10 +19,10 @@ CALLBACK_TLS = ("callback_tls_cert", "callback_tls_key", "callback_client_ca")
 
 
 def bind_listeners(elsewhere: bool = False) -> tuple[Listener, Listener]:
-    """Those of the clients and of the callbacks, which may be one and the same.
+    """Return the client listener and the callback listener, perhaps the same.
 
-    With `elsewhere` on free ports, not on their own. Raises `OptionError` where
-    an address or a certificate can't be used.
+    With `elsewhere` they use free ports instead of the configured ones. Raises
+    `OptionError` if an address or a certificate cannot be used.
     """
     callbackip = options.callbackip or options.bindip
     if (
@@ -58,7 +58,7 @@ def bind_listeners(elsewhere: bool = False) -> tuple[Listener, Listener]:
 
 
 def tls_files(prefix: str, client_ca: str | None = None) -> TLSFiles | None:
-    """A listener's files, or None for plain TCP."""
+    """Return a listener's TLS files; None for plain TCP."""
     certificate, key = options[f"{prefix}_cert"], options[f"{prefix}_key"]
     if certificate:
         return TLSFiles(certificate, key, client_ca)

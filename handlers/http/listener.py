@@ -1,7 +1,7 @@
-"""Where the relay is reached: one address, its TLS, and accepting connections.
+"""Listens at one address, with or without TLS, and accepts connections.
 
-A server reads the requests: that of `handlers.http.server`, or Tornado's
-(`handlers.http.tornado_server`). What may be asked, `socketdock.py` decides.
+A server reads the requests: `handlers.http.server`, or Tornado's
+(`handlers.http.tornado_server`). `socketdock.py` defines the routes.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ from backends import Unavailable
 from backends.deadlines import after_reading
 from backends.files import require_regular
 from backends.pem import load_failure, no_password
+from handlers.process.log_limit import LineQuota
 
 logger = logging.getLogger(__name__)
 
@@ -74,19 +75,19 @@ BACKEND_PART = 4
 # first two of these, and has X448, P-521 and finite fields besides.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 GROUPS = "X25519:prime256v1:secp384r1"
-WARNING_INTERVAL = 60.0  # seconds between two warnings of that
+WARNING_INTERVAL = 60.0  # seconds between warnings that accepting pauses
 
 
 @dataclass(frozen=True, slots=True)
 class TLSFiles:
-    """PEM files of a listener; `client_ca` makes it demand a certificate, too."""
+    """PEM files of a listener; with `client_ca` clients need a certificate."""
 
     certificate: str
     key: str | None = None
     client_ca: str | None = None
 
     def context(self) -> ssl.SSLContext:
-        """Read them. Raises `OptionError` with one sentence."""
+        """Load the files. Raises `OptionError`."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_ciphers(CIPHERS)
@@ -116,18 +117,19 @@ class TLSFiles:
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """Up to which number descriptors are for whom: the kernel gives the least one.
+    """The highest file descriptor that each kind of connection may have.
 
-    So a number says how many are in use, and nobody has to count.
+    The kernel assigns the lowest free number, so the number shows how many are in
+    use, without counting.
     """
 
-    websocket: int  # of a connection that may become one
-    client: int  # of any connection at the clients' listener
-    callback: int  # at the listener of callbacks, where they have their own
+    websocket: int  # of a connection that may become a WebSocket
+    client: int  # of any connection at the client listener
+    callback: int  # at a separate callback listener
 
     @classmethod
     def shared(cls, for_backend: int, one_listener: bool) -> "Descriptors":
-        """As many as this process may have; the backend needs up to `for_backend`."""
+        """Divide this process's limit; the backend needs up to `for_backend`."""
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft == resource.RLIM_INFINITY:
             return cls(sys.maxsize, sys.maxsize, sys.maxsize)
@@ -138,26 +140,25 @@ class Descriptors:
 
 
 class Server(Protocol):
-    """What reads the requests of connections that were accepted."""
+    """Reads the requests of accepted connections."""
 
     def begin(
         self, accepted: socket.socket, address: Any, tls: ssl.SSLContext | None
     ) -> None:
-        """Serve one from now on; by TLS where there is a context."""
+        """Serve an accepted connection; with TLS if `tls` is set."""
 
     def make_room(self) -> None:
-        """Close some connections that wait for their peers, where there are any."""
+        """Close some of the connections that wait for their peers, if any do."""
 
     async def close_all_connections(self) -> None:
-        """Close them at once."""
+        """Close all connections at once."""
 
 
 class Listener:
     """One address and port, served by one application.
 
-    Binds at once. Raises `OptionError` where that can't be. `is_loopback` says
-    that it can be reached from this machine only, `is_wildcard` that it is at every
-    address.
+    Binds at once. Raises `OptionError` if it cannot. `is_loopback` says that only
+    this machine can reach it, `is_wildcard` that it is bound to every address.
     """
 
     def __init__(
@@ -176,15 +177,14 @@ class Listener:
             ipaddress.ip_address(sock.getsockname()[0]).is_loopback
             for sock in self._sockets
         )
-        # Bound to every address, so to none that can be told; there are many
-        # spellings of it.
+        # A wildcard address has many spellings, and cannot be used in a URL.
         self.is_wildcard = any(
             is_wildcard(sock.getsockname()[0]) for sock in self._sockets
         )
         self._server: Server | None = None
-        self._last_descriptor = sys.maxsize  # that a connection may get
+        self._last_descriptor = sys.maxsize  # the highest for a connection
         self._resumptions: dict[socket.socket, asyncio.TimerHandle] = {}
-        self._warned_at = float("-inf")  # on the loop's clock
+        self._warnings = LineQuota(1, WARNING_INTERVAL)
 
     @property
     def has_tls(self) -> bool:
@@ -192,14 +192,14 @@ class Listener:
         return self._tls is not None
 
     def url(self, scheme: str) -> str:
-        """Its URL, without a path; `scheme` is http or ws, and gets its s for TLS."""
+        """Return its URL without a path; with TLS an s is added to `scheme`."""
         host = f"[{self.address}]" if ":" in self.address else self.address
         return f"{scheme}{'s' * self.has_tls}://{host}:{self.port}"
 
     def serve(self, server: Server, last_descriptor: int) -> None:
-        """Accept connections from now on, for `server` to serve.
+        """Accept connections for `server` from now on.
 
-        With a descriptor above `last_descriptor` there is none to spare for more.
+        Accepting pauses while descriptors above `last_descriptor` are in use.
         """
         self._server = server
         self._last_descriptor = last_descriptor
@@ -207,18 +207,18 @@ class Listener:
             asyncio.get_running_loop().add_reader(sock, self._accept, sock)
 
     def reload(self) -> None:
-        """Read the certificate again, for connections that come from now on.
+        """Read the certificate again, for new connections.
 
-        Raises `OptionError` where that can't be; the old one stays.
+        Raises `OptionError` if it cannot be used; then the old one stays.
         """
         if self._tls is not None:
             self._context = self._tls.context()
 
     def leave(self) -> None:
-        """Listen no more; what is open stays.
+        """Stop listening; open connections stay.
 
-        Of processes that share a port, the others get its share of connections
-        from then on. Those that wait here are accepted, since they would be reset.
+        Other processes that share the port then get all new connections. Those that
+        wait in the kernel are accepted first, since they would be reset.
         """
         for sock in self._sockets:
             self._accept(sock)
@@ -229,7 +229,7 @@ class Listener:
         self._sockets = []
 
     async def close(self) -> None:
-        """Listen no more, and close what is open."""
+        """Stop listening, and close all connections."""
         self.leave()
         if self._server is not None:
             await self._server.close_all_connections()
@@ -256,10 +256,9 @@ class Listener:
                 return
 
     def _pause(self, listening: socket.socket, error: OSError) -> None:
-        """Look away for a moment: the loop would spin on what can't be accepted."""
+        """Stop accepting for `ACCEPT_PAUSE`, so that the loop does not spin."""
         loop = asyncio.get_running_loop()
-        if loop.time() >= self._warned_at + WARNING_INTERVAL:
-            self._warned_at = loop.time()
+        if self._warnings.allow():
             logger.warning("accepting pauses: %s", error.strerror)
         loop.remove_reader(listening)
         self._resumptions[listening] = loop.call_later(
@@ -279,7 +278,7 @@ class Listener:
         asyncio.get_running_loop().add_reader(listening, self._accept, listening)
 
     def _shortage(self, listening: socket.socket) -> OSError | None:
-        """Why nothing can be accepted now."""
+        """Return why nothing can be accepted now; None if it can."""
         try:
             free = os.dup(listening.fileno())
         except OSError as error:
@@ -291,7 +290,7 @@ class Listener:
 
 
 def bindable(address: str) -> str:
-    """`address` as it can be bound: one of IPv4 that is written as IPv6 is of IPv4."""
+    """Return `address` as it can be bound: an IPv4-mapped one as IPv4."""
     try:
         mapped = getattr(ipaddress.ip_address(address), "ipv4_mapped", None)
     except ValueError:  # a name
@@ -300,12 +299,12 @@ def bindable(address: str) -> str:
 
 
 def is_wildcard(host: str) -> bool:
-    """Whether `host` is every address, in any spelling: `0.0.0.0`, `::`, `0`."""
+    """Whether `host` is a wildcard, in any spelling: `0.0.0.0`, `::`, `0`."""
     return any(ip.is_unspecified for ip in _resolved(host, socket.AI_NUMERICHOST))
 
 
 def collide(one: str, other: str) -> bool:
-    """Whether the same port can't be bound at both addresses."""
+    """Whether both addresses cannot be bound at the same port."""
     ours, theirs = _resolved(one), _resolved(other)
     return any(
         a == b or (a.version == b.version and (a.is_unspecified or b.is_unspecified))
@@ -317,7 +316,7 @@ def collide(one: str, other: str) -> bool:
 def _resolved(
     host: str, flags: int = 0
 ) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    """The addresses of `host`; none where it has none."""
+    """Return the addresses of `host`; empty if there are none."""
     try:
         found = socket.getaddrinfo(
             bindable(host), None, type=socket.SOCK_STREAM, flags=flags

@@ -93,9 +93,7 @@ class RequestParser:
         Raises `MalformedRequest`; feed nothing more after that.
         """
         before, limit = self.partial, self._max_header_size
-        length = size = 0
-        if before is not None:
-            length, size = before.length, before.size
+        length, size = (0, 0) if before is None else (before.length, before.size)
         self._may_exceed = size + len(piece) > limit
         try:
             self._parser.feed_data(piece)

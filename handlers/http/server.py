@@ -312,22 +312,19 @@ class RequestConnection(SocketConnection):
         self, request: Request, response: FastResponse | Awaitable[FastResponse]
     ) -> None:
         """Answer without a handler, at once or later."""
-        if isinstance(response, FastResponse):
-            self._write_fast(request, response)
-        else:
+        if not isinstance(response, FastResponse):
             self.deadline = float("inf")
             request.response = PendingResponse(self, request, response)
-
-    def answer(self, request: Request, response: FastResponse) -> None:
-        """Write a response that has been waited for."""
-        self._write_fast(request, response)
-        self._settle()
-
-    def _write_fast(self, request: Request, response: FastResponse) -> None:
+            return
         server = self._server
         self.send(response.start + server.date() + response.rest)
         server.log(request.method, request.target.decode("latin-1"), response.status)
         self.on_answered(keep_alive=True)
+
+    def answer(self, request: Request, response: FastResponse) -> None:
+        """Write a response that has been waited for."""
+        self._answer(request, response)
+        self._settle()
 
     def on_prepared(self) -> None:
         """The handler of the current request is ready for the body."""

@@ -1,8 +1,7 @@
-"""One accepted socket, plain or TLS, whose owner is told what comes.
+"""Reads and writes one accepted socket, plain or TLS.
 
-`handlers.http.server` reads requests on it, and hands the socket itself over where
-one becomes a WebSocket: no second descriptor is needed for that, and the state of
-TLS stays where it is.
+`handlers.http.server` reads requests from it. If one becomes a WebSocket, the socket
+itself is handed over: that needs no second descriptor, and keeps the TLS state.
 """
 
 import asyncio
@@ -12,7 +11,7 @@ import ssl
 
 READ_SIZE = 64 * 1024  # bytes taken from a socket at a time
 
-# What a socket raises that has nothing to read, or takes nothing, now.
+# Raised by a socket that has nothing to read, or accepts nothing, now.
 NOT_NOW = (
     BlockingIOError,
     InterruptedError,
@@ -22,10 +21,10 @@ NOT_NOW = (
 
 
 class SocketConnection:
-    """Reads and writes one socket; a subclass says what that means.
+    """Reads and writes one socket; a subclass handles the bytes.
 
-    By TLS the handshake comes first, by itself. Raises `OSError` when made with
-    TLS for a peer that has gone already.
+    With TLS, it performs the handshake first. Its constructor raises `OSError` if
+    the peer of a TLS connection has disconnected already.
     """
 
     __slots__ = (
@@ -48,7 +47,7 @@ class SocketConnection:
         self.closed = False
         self._reading = False
         self._shaking_hands = tls is not None
-        # What was written and the kernel has not taken.
+        # Bytes that were written and that the kernel has not taken.
         self._unsent: bytearray | None = None
         self._sock = sock
         self._tls: ssl.SSLSocket | None = None  # the same, where it is TLS
@@ -57,18 +56,18 @@ class SocketConnection:
                 sock, server_side=True, do_handshake_on_connect=False
             )
 
-    # What a subclass is told.
+    # Callbacks of a subclass.
 
     def room(self) -> int:
-        """How many bytes may be read now; more than 0 while it reads."""
+        """Return how many bytes may be read now; more than 0 while it reads."""
         raise NotImplementedError
 
     def on_data(self, data: bytes) -> None:
-        """Bytes came, at least one."""
+        """At least one byte has arrived."""
         raise NotImplementedError
 
     def on_end(self) -> None:
-        """The peer says nothing more."""
+        """The peer sends nothing more."""
         raise NotImplementedError
 
     def on_sent(self) -> None:
@@ -76,7 +75,7 @@ class SocketConnection:
         raise NotImplementedError
 
     def on_lost(self) -> None:
-        """The connection failed: it is to be closed."""
+        """The connection has failed, and must be closed."""
         raise NotImplementedError
 
     # Reading.
@@ -87,7 +86,7 @@ class SocketConnection:
         return self._tls is not None
 
     def start_reading(self) -> None:
-        """Read whenever something has come."""
+        """Read whenever something has arrived."""
         if self._reading or self.closed:
             return
         self._reading = True
@@ -96,7 +95,7 @@ class SocketConnection:
             self.loop.call_soon(self._on_readable)  # the kernel knows nothing of it
 
     def stop_reading(self) -> None:
-        """Leave what comes to the kernel, so that the peer has to wait."""
+        """Leave what arrives in the kernel, so that the peer must wait."""
         if self._reading:
             self._reading = False
             self.loop.remove_reader(self._sock)
@@ -120,7 +119,7 @@ class SocketConnection:
             self.loop.call_soon(self._on_readable)
 
     def _shake_hands(self) -> bool:
-        """Go on with the TLS handshake; whether it is over."""
+        """Continue the TLS handshake; returns whether it is complete."""
         assert self._tls is not None
         try:
             self._tls.do_handshake()
@@ -140,11 +139,11 @@ class SocketConnection:
 
     @property
     def sending(self) -> bool:
-        """Whether something was written that the kernel has not taken."""
+        """Whether written bytes wait for the kernel."""
         return self._unsent is not None
 
     def send(self, data: bytes) -> None:
-        """Write; what the kernel does not take now follows when it does."""
+        """Write; bytes that the kernel does not take now are sent later."""
         if self.closed:
             return
         if self._unsent is not None:
@@ -177,25 +176,25 @@ class SocketConnection:
             self.on_sent()
 
     def shut_down(self) -> None:
-        """Say that nothing more will be written; by TLS in its own words, too."""
+        """End the writing side, with close_notify on TLS."""
         with contextlib.suppress(OSError, ValueError):
             if self._tls is not None and not self._shaking_hands:
-                # It sends close_notify (RFC 8446, section 6.1), and then waits for
-                # the peer's, for which nobody here does.
+                # Sends close_notify (RFC 8446, section 6.1). It raises since the
+                # peer's has not arrived, which is not waited for.
                 self._tls.unwrap()
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
 
-    # The end.
+    # Closing.
 
     def close_socket(self) -> None:
-        """Close at once; what was not sent is not sent any more."""
+        """Close at once; bytes that were not sent are dropped."""
         if not self.closed:
             self._let_go()
             self._sock.close()
 
     def take_socket(self) -> socket.socket:
-        """The socket, which is the caller's from now on."""
+        """Return the socket, which belongs to the caller from now on."""
         self._let_go()
         return self._sock
 

@@ -1,4 +1,4 @@
-"""The command line of a relay that runs, for `socketdock health --pid`."""
+"""Reads the command line of a running relay, for `socketdock health --pid`."""
 
 import contextlib
 import os
@@ -9,10 +9,10 @@ from tornado.options import Error as OptionError
 
 
 def words_of(process: str) -> list[str]:
-    """The relay's command line in a process, without the program's name.
+    """Return the command line of the relay in a process, without the program's name.
 
-    Or in one that it has started, as a shell does. In a container that is how its
-    health check knows the flags that it was started with. Raises `OptionError`.
+    Searches the children of `process` as well, since it may be a shell. A container's
+    health check finds the relay's flags by this. Raises `OptionError`.
     """
     for number, pid in enumerate(_with_children(process)):
         try:
@@ -31,7 +31,7 @@ def words_of(process: str) -> list[str]:
 
 
 def _with_children(process: str) -> Iterator[str]:
-    """Yield a process, and all that it has started, but for this one itself."""
+    """Yield a process and its descendants, except this process."""
     waiting = [process]
     while waiting:
         pid = waiting.pop(0)

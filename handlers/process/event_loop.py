@@ -11,13 +11,13 @@ from tornado.options import define
 define("event_loop", default="auto", metavar="LOOP",
        help="uvloop, asyncio, or auto: uvloop if it is installed")
 
-COLLECT_AFTER = 10_000  # objects that were made and have not gone
+COLLECT_AFTER = 10_000  # objects that were made and not freed
 
 
 def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """What makes the event loop of that name; None: asyncio's own.
+    """Return a factory of event loops by name; None: asyncio's default.
 
-    Raises `OptionError` where there is none of that name, or it is not installed.
+    Raises `OptionError` if the name is unknown, or that loop is not installed.
     """
     if name not in ("auto", "uvloop", "asyncio"):
         raise OptionError(
@@ -36,12 +36,12 @@ def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def save_collecting() -> None:
-    """Have the garbage collector look at less, and less often.
+    """Make the garbage collector run less often, and traverse fewer objects.
 
-    It stops everything: for 10 ms to look at what was made at the start, which
-    stays to the end, and for 50 ms with 10,000 clients, whose messages on their way
-    would call it once a second, as if they were garbage. What a visit leaves needs
-    no collector (test/memory_cycles_test.py).
+    A collection stops everything: 10 ms for the objects made at the start, which
+    live until the end, and 50 ms with 10,000 clients, whose pending messages would
+    trigger one every second. A closed connection leaves nothing that needs the
+    collector (test/memory_cycles_test.py).
     """
     gc.collect()
     gc.freeze()

@@ -7,9 +7,9 @@ logger = logging.getLogger(__name__)
 
 
 def claim_descriptors(wanted: int, max_connections: int) -> None:
-    """Raise this process's limit of open files to `wanted`; warn where that can't be.
+    """Raise the limit of open files to `wanted`; warn if the hard limit is lower.
 
-    That is what `max_connections` and the backend need together.
+    `wanted` is what `max_connections` and the backend need together.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < wanted:

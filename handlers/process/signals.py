@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def stop_signal() -> asyncio.Event:
-    """Set by SIGTERM or SIGINT; from then on another one exits at once."""
+    """Return an event that SIGTERM or SIGINT sets; a second signal exits at once."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
@@ -26,20 +26,20 @@ def stop_signal() -> asyncio.Event:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    # Until there is something to read again: by default it would end the process.
+    # By default it would end the process; `reload_on_signal` replaces this handler.
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     return stop
 
 
 class Reloadable(Protocol):
-    """What reads files that may change: level, certificates, tokens, secrets."""
+    """Reads files that may change: level, certificates, tokens, secrets."""
 
     def reload(self) -> None:
-        """Read them again. Raises `OptionError`, and what it had stays."""
+        """Read the files again. Raises `OptionError`, and keeps the old values."""
 
 
 def reload_on_signal(systemd: SystemdNotifier, *reloadables: Reloadable) -> None:
-    """Have SIGHUP read every file again that is named by an option."""
+    """Make SIGHUP read every file again that an option names."""
 
     def on_signal() -> None:
         systemd.reloading()

@@ -1,4 +1,4 @@
-"""Tells systemd how this process is doing, where systemd has started it.
+"""Notifies systemd of this process's state, if systemd started it.
 
 The datagrams are those of sd_notify(3), the variables those of a unit with
 `Type=notify`: conf/socketdock.service.
@@ -14,14 +14,14 @@ from collections.abc import Mapping
 
 logger = logging.getLogger(__name__)
 
-SEND_TIMEOUT = 1.0  # seconds; systemd reads at once, or something is wrong with it
+SEND_TIMEOUT = 1.0  # seconds; systemd normally reads at once
 
 
 class SystemdNotifier:
-    """Speaks to the socket that `NOTIFY_SOCKET` names; without it, to nobody.
+    """Sends notifications to the socket `NOTIFY_SOCKET`; without it, does nothing.
 
-    From `ready()` to `close()` the loop itself feeds the watchdog, where
-    `WATCHDOG_USEC` asks for that: a loop that hangs is noticed.
+    From `ready()` to `close()` a timer of the loop feeds the watchdog, if
+    `WATCHDOG_USEC` is set. So systemd notices a loop that hangs.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -30,22 +30,22 @@ class SystemdNotifier:
         self._timer: asyncio.TimerHandle | None = None
 
     def ready(self) -> None:
-        """It relays: started, or done with reloading."""
+        """Notify that the relay has started, or has reloaded its files."""
         self._tell("READY=1")
         if self._timer is None:
             self._feed_watchdog()
 
     def reloading(self) -> None:
-        """Files are read again; `ready()` follows."""
-        # Without the time systemd can't tell an old reload's end from this one's.
+        """Notify that files are being read again; `ready()` must follow."""
+        # By the time, systemd knows to which reload the next `ready()` belongs.
         self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
-        """It drains."""
+        """Notify that the relay drains."""
         self._tell("STOPPING=1")
 
     def close(self) -> None:
-        """Say nothing more."""
+        """Stop the watchdog, and close the socket."""
         if self._timer is not None:
             self._timer.cancel()
         if self._socket is not None:
@@ -69,7 +69,7 @@ class SystemdNotifier:
 
 
 def _connect(address: str) -> socket.socket | None:
-    """A socket to `address`, a path or an abstract name; None where there is none."""
+    """Connect to `address`, a path or an abstract name; None if that fails."""
     if not address:
         return None
     to_systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -84,7 +84,7 @@ def _connect(address: str) -> socket.socket | None:
 
 
 def _watchdog_interval(environ: Mapping[str, str]) -> float | None:
-    """Seconds between two signs of life; None where nobody waits for them."""
+    """Return the watchdog interval in seconds; None if there is no watchdog."""
     microseconds = environ.get("WATCHDOG_USEC", "")
     meant = environ.get("WATCHDOG_PID") or str(os.getpid())
     if not re.fullmatch("[0-9]{1,18}", microseconds) or meant != str(os.getpid()):
