@@ -322,8 +322,8 @@ class Service:
         callbacks = self.to_backend.url("http")
         guarded = self.tokens.required or self.to_backend.is_loopback
         if not guarded:
-            logger.warning("callbacks need no token: set --callback_token, or keep"
-                           " everybody but the backend from %s", callbacks)
+            logger.warning("callbacks need no token: set --callback_token, or let"
+                           " only the backend reach %s", callbacks)
         logger.info(
             "SocketDock %s: clients at %s%s, callbacks at %s, backend %s",
             __version__,

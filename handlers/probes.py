@@ -19,10 +19,10 @@ PROBE_TIMEOUT = 2.0  # seconds for each step of a probe
 
 
 def probe(address: str, port: int, tls: bool) -> str | None:
-    """Ask the relay at an address for `/livez`: why it does not serve, else None.
+    """Request `/livez` at an address. Returns why it does not serve, or None.
 
-    Straight, whatever proxy the environment names. Whose certificate it is does
-    not matter: it is asked at an address that it may not name.
+    It ignores proxies in the environment. It does not verify the certificate, which
+    may not name this address.
     """
     context = ssl.create_default_context()
     context.check_hostname = False
@@ -45,7 +45,7 @@ def probe(address: str, port: int, tls: bool) -> str | None:
 
 
 class LiveHandler(ProblemHandler):
-    """`GET /livez`: 200 while the process serves at all."""
+    """`GET /livez`: 200 while the process serves."""
 
     def get(self) -> None:
         self.set_header("Content-Type", "text/plain; charset=utf-8")
@@ -56,9 +56,9 @@ class LiveHandler(ProblemHandler):
 
 
 class Readiness:
-    """Whether new clients should come here, and if not, why.
+    """Whether this instance should get new clients, and if not, why.
 
-    `breaker_timeout` is for how many seconds the backend may be away; 0: for ever.
+    `breaker_timeout` is how many seconds the backend may be unreachable; 0: no limit.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Readiness:
         self._connections = connections
         self._backend = backend
         self._breaker_timeout = breaker_timeout
-        self.started = False  # set by whoever starts all the rest
+        self.started = False  # set when everything has started
 
     @property
     def state(self) -> str:
@@ -77,7 +77,7 @@ class Readiness:
         return "serving" if self.started else "starting"
 
     def why_not(self) -> str | None:
-        """The sentence for a balancer; None where it may send clients."""
+        """Return the reason for a 503, or None if new clients are welcome."""
         if self._connections.stopping:
             return "This instance is shutting down."
         if not self.started:
@@ -86,12 +86,12 @@ class Readiness:
         if not self._breaker_timeout or (backend.away or 0) < self._breaker_timeout:
             return None
         if backend.untried and not self._connections.backlog.events:
-            return None  # a new client has to find out that it is back
+            return None  # a new client must probe the backend
         return f"The backend has been unreachable for {backend.away:.0f} s."
 
 
 class ReadyHandler(LiveHandler):
-    """`GET /readyz`: 503 and why, where balancers should look away."""
+    """`GET /readyz`: 503 with the reason if it should get no new clients."""
 
     def initialize(self, readiness: Readiness) -> None:
         self.readiness = readiness

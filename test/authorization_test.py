@@ -386,7 +386,7 @@ async def test_tokens_change_on_sighup(io_loop, tmp_path):
             told = len(service.log)
             path.write_text(text)
             service.process.send_signal(signal.SIGHUP)
-            await eventually(lambda: any("read again" in x for x in service.log[told:]))
+            await eventually(lambda: any("reloaded: " in x for x in service.log[told:]))
             lines = [[f"Authorization: Bearer {token}"] for token in (OLD, NEW)]
             return [
                 (await ask(service, "GET", UNKNOWN, *line)).status

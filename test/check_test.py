@@ -1,4 +1,4 @@
-"""`socketdock check` says what is wrong, how to mend it, and by its status whether."""
+"""`socketdock check` reports problems and their fixes, and sets the exit status."""
 
 import asyncio
 import datetime
@@ -127,7 +127,7 @@ async def test_check_reports_unknown_backend_name(io_loop):
     """No resolver has to be asked for that."""
     line = only("error", await check(*to("http://no..name/"), status=1))
     assert "http://no..name:80: the name is unknown here" in line
-    assert "mend it, or this machine's DNS" in line
+    assert "correct it, or this machine's DNS" in line
 
 
 async def test_check_reports_expired_backend_certificate(io_loop, tmp_path):
@@ -143,8 +143,8 @@ async def test_check_reports_untrusted_certificate(io_loop, tmp_path):
     """With the option that would name who does."""
     async with https(self_signed(tmp_path)) as url:
         line = only("error", await check(*to(url), status=1))
-    assert "TLS: self-signed certificate; give the authority" in line
-    assert line.endswith("in --backend_ca")
+    assert "TLS: self-signed certificate; put the CA" in line
+    assert line.endswith("into --backend_ca")
 
 
 async def test_check_reports_server_that_closes_during_tls(io_loop):
@@ -161,10 +161,10 @@ async def test_check_reports_server_that_closes_during_tls(io_loop):
 @pytest.mark.parametrize(
     ("code", "advice"),
     [
-        (20, "give the authority that issued it in --backend_ca"),
+        (20, "put the CA that issued it into --backend_ca"),
         (10, "renew the backend's certificate"),
-        (92, "have the backend's certificate issued anew"),  # no key identifier
-        (26, "have the backend's certificate issued anew"),  # not a server's
+        (92, "renew the backend's certificate without"),  # no key identifier
+        (26, "renew the backend's certificate without"),  # not a server's
     ],
 )
 def test_tls_advice_fits_the_error(code, advice):
@@ -179,7 +179,7 @@ async def test_check_reports_certificate_for_another_name(io_loop, tmp_path):
     authority = Authority(tmp_path)
     async with https(authority.server("elsewhere.example")) as url:
         lines = await check(*to(url), f"--backend_ca={authority.path}", status=1)
-    assert only("error", lines).endswith("use a name that stands in the certificate")
+    assert only("error", lines).endswith("use a name that is in the certificate")
 
 
 async def test_check_reports_backend_that_requires_a_certificate(io_loop, tmp_path):
@@ -279,7 +279,7 @@ async def test_errors_are_in_the_exit_status_of_a_cut_output(io_loop):
 async def test_check_reports_state_dir_without_disconnecturi(io_loop, tmp_path):
     """By `check` and in the log; what it holds stays for a start that tells."""
     (tmp_path / "a.journal").write_bytes(b"socketdock journal 1 a\n+" + b"1" * 32)
-    said = "--state_dir does nothing without --disconnecturi: nobody is told"
+    said = "--state_dir has no effect without --disconnecturi"
     async with RecordingBackend() as backend:
         flags = (*to(backend.url("message")), f"--state_dir={tmp_path}")
         assert said in only("warning", await check(*flags, status=0))

@@ -76,7 +76,7 @@ async def test_all_files_are_read_again_or_none(io_loop, tmp_path):
                 assert await seen_after("Host: third", SECRET) == ("second", 2)
                 assert await seen_after("X-Key: fourth", "short") == ("second", 2)
                 assert await seen_after("X-Key: fifth", SECRET) == ("fifth", 1)
-        errors = [line for line in service.log if "stays" in line]
+        errors = [line for line in service.log if "values stay" in line]
     assert len(errors) == 2
     assert f"{headers}, line 1: Host" in errors[0]
     assert f"{secrets}, line 1: a secret" in errors[1]
@@ -84,7 +84,7 @@ async def test_all_files_are_read_again_or_none(io_loop, tmp_path):
 
 def reads(service: Service) -> list[str]:
     """The lines of the log that tell of SIGHUP."""
-    return [line for line in service.log if "read again: " in line]
+    return [line for line in service.log if "reloaded: " in line]
 
 
 @pytest.mark.parametrize(

@@ -317,7 +317,7 @@ async def by_signal(service: Service, folder: Path, mark: Marks) -> None:
         service.process.send_signal(signal.SIGHUP)
         await eventually(
             lambda before=before: any(
-                "read again" in line for line in service.log[before:]
+                "reloaded: " in line for line in service.log[before:]
             )
         )
         (folder / name).write_text(good)
@@ -353,7 +353,7 @@ async def test_bad_peers_do_not_flood_the_log(io_loop, tmp_path, server):
                 await asyncio.gather(*(tell(url, bad) for _ in range(10)))
         # Its line comes behind all that was told of them.
         service.process.send_signal(signal.SIGHUP)
-        await eventually(lambda: "read again" in service.log[-1])
+        await eventually(lambda: "reloaded: " in service.log[-1])
         assert len(service.log) - before <= 5
 
 

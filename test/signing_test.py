@@ -212,7 +212,7 @@ async def test_secrets_are_read_again_on_sighup(io_loop, tmp_path):
                     assert await by_python(known) == [
                         secret == signed_by for secret in (FIRST, SECOND)
                     ]
-        wrong = [line for line in service.log if " stays: " in line]
+        wrong = [line for line in service.log if " values stay: " in line]
         assert len(wrong) == 2
         assert f"{path}, line 1" in wrong[0]
         assert "empty" in wrong[1]
@@ -245,7 +245,7 @@ async def reload(service: Service) -> None:
     """Have the relay read its files again, and wait until it has."""
 
     def times() -> int:
-        return sum("read again: " in line for line in service.log)
+        return sum("reloaded: " in line for line in service.log)
 
     before = times()
     service.process.send_signal(signal.SIGHUP)

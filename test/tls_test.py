@@ -217,7 +217,7 @@ async def test_hangup_changes_the_certificate_and_drops_no_connection(
         for path in paths:
             shutil.copy(authority.server().both, path)
         service.process.send_signal(signal.SIGHUP)
-        await eventually(lambda: any("read again" in line for line in service.log))
+        await eventually(lambda: any("reloaded: " in line for line in service.log))
         after = [await serial_number(url, context) for url in urls]
         assert not set(before) & set(after)
 

@@ -100,7 +100,7 @@ class HTTPCheck(Check):
             why = "the name is unknown here"
             if error.__class__ is socket.gaierror:
                 why += f" ({error.strerror})"
-            remedy = "mend it, or this machine's DNS"
+            remedy = "correct it, or this machine's DNS"
         except HangUp:
             why = TLS_HANG_UP
             remedy = f"{NO_TLS}, or look at the log of who ends TLS there"
@@ -109,7 +109,7 @@ class HTTPCheck(Check):
         except OSError as error:
             why = os.strerror(error.errno) if error.errno else str(error)
             why = why or type(error).__name__
-            remedy = "start the backend there, or mend the URL"
+            remedy = "start the backend there, or correct the URL"
         return Finding("error", f"{what}: {why}; {remedy}")
 
     async def _shake_hands(self, what: str, host: str, sock: socket.socket) -> Finding:
@@ -150,10 +150,10 @@ def tls_remedy(error: ssl.SSLError) -> str:
     if error.verify_code == CERT_HAS_EXPIRED:
         return "renew the backend's certificate"
     if error.verify_code in (HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH):
-        return "use a name that stands in the certificate"
+        return "use a name that is in the certificate"
     if error.verify_code in OF_UNKNOWN_AUTHORITY:
-        return "give the authority that issued it in --backend_ca"
-    return "have the backend's certificate issued anew, without what is told here"
+        return "put the CA that issued it into --backend_ca"
+    return "renew the backend's certificate without this error"
 
 
 def folder_finding(path: Path) -> Finding:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 MAX_NOTIFICATIONS = 64  # of earlier runs' connections, under way at once
 STOP_TIMEOUT = 2.0  # seconds for those to end at the stop
-NOTHING_TO_SEND = "--state_dir does nothing without --disconnecturi: nobody is told"
+NOTHING_TO_SEND = "--state_dir has no effect without --disconnecturi"
 LOST = Closure(1006, "instance lost", "relay", 0.0)
 
 

@@ -49,10 +49,10 @@ def reload_on_signal(systemd: SystemdNotifier, *reloadables: Reloadable) -> None
                 reloadable.reload()
             except OptionError as error:
                 failed = True
-                logger.error("not read again, what was read before stays: %s", error)
+                logger.error("reload failed, the previous values stay: %s", error)
         logger.info(
-            "read again: %s",
-            "what was not wrong" if failed else "level, certificates, tokens, secrets",
+            "reloaded: %s",
+            "everything else" if failed else "level, certificates, tokens, secrets",
         )
         systemd.ready()
 
