@@ -124,7 +124,7 @@ async def test_socket_routes_without_a_token_reveal_nothing(io_loop):
             assert (await ask(service, "GET", path)).status == 401
 
 
-async def test_what_is_no_callback_needs_no_token(io_loop):
+async def test_other_routes_need_no_callback_token(io_loop):
     """Clients and probes have none, and an unknown path is just unknown."""
     async with Service(TOKENS) as service:
         for path, status in [

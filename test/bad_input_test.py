@@ -365,7 +365,7 @@ async def test_upgrade_to_http_2_is_not_taken(relay):
     assert await relay.frames() == ["hello"]
 
 
-async def test_continue_is_said_to_who_waits_for_it(relay):
+async def test_100_continue_is_sent_on_request(relay):
     """And the body is read then; the one answer follows."""
     head, end, body = (LINE + HOST + b"Expect: 100-continue\r\n" + SENT).rpartition(
         b"\r\n\r\n"

@@ -87,7 +87,7 @@ async def test_an_answer_closes_it_and_wakes_everyone(io_loop):
     assert woken == [0, 1, 2, 3, 4]
 
 
-async def test_late_comer_gets_a_probe_that_nobody_took(io_loop):
+async def test_unused_probe_goes_to_the_next_caller(io_loop):
     """An open breaker with nobody in line is not open for ever."""
     breaker = Breaker(BreakerSettings(first_probe=0.01))
     fail(breaker, 20, 5)

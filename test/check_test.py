@@ -75,7 +75,7 @@ async def test_nothing_wrong_is_status_0_and_the_backend_gets_no_event(io_loop):
     ]
 
 
-async def test_loopback_has_nothing_more_to_look_at(io_loop):
+async def test_check_of_loopback_needs_no_backend(io_loop):
     """A backend that brings no check of its own is fine."""
     assert len(await check("--bindport=0", status=0)) == 2
 
@@ -85,7 +85,7 @@ async def test_no_option_is_needed(io_loop):
     assert len(await check(status=0, env={"SOCKETDOCK_BINDPORT": "0"})) == 2
 
 
-async def test_backend_by_tls_is_told_with_its_certificates_end(io_loop, tmp_path):
+async def test_check_reports_when_the_backend_certificate_expires(io_loop, tmp_path):
     """The test authority's are good for a day, which is soon."""
     authority = Authority(tmp_path)
     async with https(authority.server()) as url:

@@ -91,7 +91,7 @@ async def test_line_that_stands_still_and_a_silent_server_have_limits(io_loop):
 
 
 @pytest.mark.parametrize("limits", [{}, {"queue_timeout": 9}])
-async def test_request_that_goes_again_at_once_has_its_limit_still(io_loop, limits):
+async def test_immediate_retry_keeps_its_time_limit(io_loop, limits):
     """A kept connection is ended by 408, and the next one stays silent."""
     connections = 0
 
@@ -199,7 +199,7 @@ SECOND_ANSWERS = {
 
 
 @pytest.mark.parametrize("second", SECOND_ANSWERS)
-async def test_second_answer_counts_for_nobody(io_loop, second):
+async def test_second_response_is_ignored(io_loop, second):
     """In one segment with the first: neither for its request nor for the next."""
     made = 0
 

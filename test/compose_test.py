@@ -88,7 +88,7 @@ def test_relays_trust_only_haproxy(compose, services):
         assert environment["SOCKETDOCK_TRUSTED_PROXIES"] == address
 
 
-def test_haproxy_is_told_where_the_relays_are(services):
+def test_haproxy_gets_the_addresses_of_the_relays(services):
     """By each variable that its file has; HAProxy accepts the result."""
     haproxy = program("haproxy", "haproxy", "/usr/sbin/haproxy")
     environment = services["haproxy"]["environment"]

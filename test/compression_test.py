@@ -74,7 +74,7 @@ async def test_stream_that_is_bad_with_its_context_too_is_1007(io_loop):
             assert b"\x88\x15\x03\xefbad compressed data" in heard.data
 
 
-def test_context_is_kept_of_whom_it_is_needed():
+def test_context_is_kept_only_for_clients_that_need_it():
     """Others' are dropped first; what was shown outlives what may yet be shown."""
     contexts = Contexts(4 * WINDOW)
     noise = [os.urandom(WINDOW) for _ in range(6)]
@@ -93,7 +93,7 @@ def test_context_is_kept_of_whom_it_is_needed():
         assert inflater.inflate(client.payload(text[:1000]), WINDOW) == text[:1000]
 
 
-def test_context_of_a_client_that_goes_is_gone_at_once():
+def test_context_of_a_closed_client_is_freed_at_once():
     """Nobody has to say so, and the collector is not needed."""
     contexts = Contexts(2 * WINDOW)
     gc.disable()

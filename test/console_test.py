@@ -345,7 +345,7 @@ async def test_stream_tells_what_failed(io_loop):
             assert (counts["rejected"], counts["given_up"]) == (1, 1)
 
 
-async def test_bodies_are_told_of_one_connection_when_asked_for(io_loop):
+async def test_bodies_of_one_connection_are_sent_on_request(io_loop):
     """To who asked, cut, of that connection; nobody else's and not before."""
     async with Service() as service, live(service) as (stream, hello):
         assert hello["bodies"] is True
@@ -629,7 +629,7 @@ async def test_operator_sends_and_closes(io_loop):
             assert (await post(service, f"{one}/close", b"")).status == 410
 
 
-async def test_what_an_operator_does_is_no_sign_of_the_backend(io_loop):
+async def test_operator_actions_are_not_signs_of_life(io_loop):
     """A held answer must not be let go because somebody looked at the console."""
     async with RecordingBackend() as backend:
         held = withhold(backend, "message")

@@ -94,7 +94,7 @@ async def test_verdict_is_decoded(io_loop):
     assert await verdict(no) == (403, b"no")
 
 
-async def test_verdict_that_cannot_be_decoded_is_none(io_loop):
+async def test_undecodable_response_is_no_decision(io_loop):
     """A no without its body is a no all the same."""
     assert (await verdict(answer(JSON, "Content-Encoding: br")))[0] == 503
     no = answer(b"no", "Content-Encoding: br", status=403)

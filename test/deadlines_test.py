@@ -41,7 +41,7 @@ async def main():
 
 
 @pytest.mark.parametrize("event_loop", ["asyncio", "uvloop"])
-def test_what_came_during_a_stall_is_read_before_a_deadline_is_judged(event_loop):
+def test_input_during_a_stall_is_read_before_deadlines(event_loop):
     """SIGSTOP beyond the deadline; a byte arrives meanwhile."""
     ours, its = socket.socketpair()
     with ours, its, subprocess.Popen(

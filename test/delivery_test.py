@@ -295,7 +295,7 @@ async def test_connection_that_the_server_just_closed_is_no_failure(io_loop):
         b"HTTP/1.1 429 No\r\nContent-Length: 0\r\n\r\n",
     ],
 )
-async def test_message_without_a_proper_answer_goes_again(io_loop, answer):
+async def test_message_without_a_valid_response_is_retried(io_loop, answer):
     """Before the next one, with the same body; the client stays."""
     async with RawBackend(answer, keep=False) as backend:
         async with Service(*backend.flags) as service:
@@ -376,7 +376,7 @@ async def test_undeliverable_message_of_a_closed_client_is_given_up(io_loop):
             assert (event["meta"]["code"], event["meta"]["undelivered"]) == (1000, 1)
 
 
-async def test_held_requests_that_fail_go_again_in_their_order(io_loop):
+async def test_failed_overdue_requests_are_retried_in_order(io_loop):
     """However they fail, what a backend held reaches its successor in order."""
     fail: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
     failing = True
@@ -644,7 +644,7 @@ async def test_backoff_is_bounded_for_any_number_of_attempts(io_loop, attempts):
     assert all(0 <= backoff(attempts) <= MAX_BACKOFF for _ in range(100))
 
 
-async def test_event_that_is_told_to_wait_for_ever_is_not_stuck(io_loop):
+async def test_endless_retry_after_does_not_block_an_event(io_loop):
     """A message and a disconnect event go again by their deadlines; exit 0."""
 
     async def fail_once(handler: RequestHandler, event: dict) -> None:

@@ -207,7 +207,7 @@ async def test_connections_of_a_dead_instance_are_dropped(io_loop, name):
     assert not example.has_said("callback failed")
 
 
-async def test_least_backend_listens_where_it_is_told(io_loop):
+async def test_least_backend_listens_on_its_options(io_loop):
     """At `--bindip`, and at no other address."""
     async with Example("least", "--bindip=127.0.0.2") as example:
         assert example.url.startswith("http://127.0.0.2:")

@@ -121,7 +121,7 @@ async def test_given_up_after_the_client_has_left_is_counted(io_loop):
     assert [meta["undelivered"] for meta in backend.disconnects().values()] == [1]
 
 
-async def test_failed_message_that_is_cut_off_at_the_stop_is_told(io_loop):
+async def test_failed_message_cut_off_at_shutdown_is_reported(io_loop):
     """In the log's count, and by exit status 1; also after its disconnect event."""
 
     def decide(attempt: Attempt) -> Reply:

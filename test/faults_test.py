@@ -104,7 +104,7 @@ async def test_stopped_backend_costs_nothing(io_loop, flags):
 
 
 @pytest.mark.parametrize("how", ["refused", "503"])
-async def test_each_client_of_a_lost_backend_is_told_and_accounted_for(io_loop, how):
+async def test_each_client_of_a_lost_backend_is_closed_and_accounted_for(io_loop, how):
     """1013 after --delivery_timeout; later, each disconnect event counts what
     was lost."""
     async with FaultyBackend() as backend:

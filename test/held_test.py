@@ -134,7 +134,7 @@ async def test_reading_resumes_when_held_bytes_are_released(io_loop, how):
             await leave([one])
 
 
-async def test_request_that_is_sent_again_at_once_is_counted_once(io_loop):
+async def test_immediate_retry_is_counted_once(io_loop):
     """Its kept connection ended, when the wait had become shorter meanwhile."""
 
     def decide(attempt: Attempt) -> Reply:

@@ -63,7 +63,7 @@ def is_module(name: str) -> bool:
     [file for file in SOURCES if file.parent.name != "test"],
     ids=lambda file: file.name,
 )
-def test_nobody_imports_socketdock(file):
+def test_no_module_imports_socketdock(file):
     """It is `__main__`: a second import would define its options twice.
 
     A test may, in whose process pytest is `__main__`.
@@ -113,7 +113,7 @@ def test_backends_import_no_handlers(file):
 
 
 @pytest.mark.parametrize("file", of_package("backends"), ids=lambda file: file.name)
-def test_a_backend_imports_no_other_backend(file):
+def test_backends_do_not_import_each_other(file):
     """It knows the interface, what backends share, and its own modules."""
     own = backend_of(".".join(file.relative_to(PROJECT).with_suffix("").parts))
     assert set(map(backend_of, imported_by(file))) <= {own, None}

@@ -132,7 +132,7 @@ def test_journals_of_dead_runs_take_no_descriptors(tmp_path):
 
 
 @pytest.mark.gen_test
-async def test_what_a_full_disk_did_not_take_is_written_later(
+async def test_journal_is_completed_after_a_full_disk(
     io_loop, tmp_path, caplog
 ):
     """By itself, with one complaint; a line is written whole or not at all."""
@@ -192,7 +192,7 @@ async def test_journal_that_cannot_be_replaced_is_appended_to(
         (tmp_path / "aaaa.fresh").rmdir()
 
 
-def test_dead_run_on_a_full_disk_is_told_of_again(tmp_path, caplog):
+def test_dead_run_on_a_full_disk_is_reported_again(tmp_path, caplog):
     """No line is torn by that."""
     with crashed(tmp_path) as journal:
         journal.add(ONE)
@@ -226,7 +226,7 @@ def test_unusable_journal_does_not_stop_the_start(tmp_path, caplog, kind):
     assert os.path.lexists(path) and target.exists()
 
 
-def test_what_a_rewrite_left_is_removed(tmp_path):
+def test_leftovers_of_a_journal_rewrite_are_removed(tmp_path):
     """A crash in the middle of it would leave a file for ever."""
     (tmp_path / "dead.fresh").write_bytes(b"socket")
     StateDirectory(tmp_path, "host/bbbb").close()

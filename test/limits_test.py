@@ -318,7 +318,7 @@ async def test_client_that_pauses_is_not_closed(io_loop):
             assert client.close_code == 1000
 
 
-async def test_client_that_is_held_back_lives(io_loop):
+async def test_throttled_client_stays_connected(io_loop):
     """A pong can't be read while reading waits, so none is missed."""
     flags = ("--messages_per_second=2", "--ping_interval=0.2", "--ping_timeout=0.2")
     async with Service(*flags) as service:
@@ -329,7 +329,7 @@ async def test_client_that_is_held_back_lives(io_loop):
                 assert await asyncio.wait_for(client.recv(), DEADLINE) == str(number)
 
 
-async def test_client_that_is_held_back_can_be_closed(io_loop):
+async def test_throttled_client_can_be_closed(io_loop):
     """A close by the backend does not wait for the client's credit."""
     async with RecordingBackend() as backend:
         flags = backend.flags("message", "disconnect")

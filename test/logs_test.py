@@ -116,7 +116,7 @@ async def test_lines_are_text_in_colours_on_a_terminal(io_loop, flags):
         assert TEXT.match(text.decode())
 
 
-async def test_log_file_is_json_or_text_likewise(io_loop, tmp_path):
+async def test_log_file_is_json_or_text_by_log_format(io_loop, tmp_path):
     """Tornado's options of the file stay; there is no terminal in it."""
     path = tmp_path / "log"
     for environment in (AUTO, {}):

@@ -124,7 +124,7 @@ def test_environment_that_can_be_used_is_left_as_it_is(tree, environment):
     assert "pip install" not in made.stdout
 
 
-def test_python_that_is_too_old_is_told_so(tree, tmp_path):
+def test_make_reports_an_old_python(tree, tmp_path):
     """Not what pip says of it, after a while."""
     old = tmp_path / "python3.10"
     old.write_text("#!/bin/sh\n[ $1 = --version ] && echo Python 3.10.13\n")
@@ -136,7 +136,7 @@ def test_python_that_is_too_old_is_told_so(tree, tmp_path):
     assert not (tree / ".venv").exists()
 
 
-def test_python_that_is_missing_is_told_so(tree):
+def test_make_reports_a_missing_python(tree):
     """With what to do."""
     made = make(tree, "run", "PYTHON=python3.99")
     assert made.returncode == 2

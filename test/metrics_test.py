@@ -162,7 +162,7 @@ async def test_all_is_zero_before_the_first_event(io_loop):
     assert found[build] == 1
 
 
-async def test_process_is_told_by_the_usual_names(io_loop):
+async def test_process_metrics_have_their_usual_names(io_loop):
     """As Prometheus' own libraries do, so that dashboards for all programs fit."""
     before = time.time()
     async with Service() as service:
@@ -355,7 +355,7 @@ async def test_given_up_events_count(io_loop):
                 assert found[f'event_seconds_count{{event="{event}"}}'] == found[name]
 
 
-async def test_attempts_that_find_nobody_count(io_loop):
+async def test_unreachable_attempts_count(io_loop):
     """How quickly that shows is no time of the backend's."""
     flags = ("--delivery_timeout=0.2", "--breaker_attempts=1000")
     async with ScriptedBackend(lambda kind: ScriptedBackend.CUT) as backend:
@@ -576,7 +576,7 @@ async def test_farewells_wait_too(io_loop):
                       | events("connect", delivered=1))
 
 
-async def test_breaker_is_told(io_loop):
+async def test_breaker_metric_shows_its_state(io_loop):
     """By /metrics and by /status, while it is open and when it has closed."""
     ok = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
     breaker = ("--breaker_attempts=1", "--breaker_connections=1",
@@ -613,7 +613,7 @@ def make_backend(relay):
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-async def test_loop_that_was_held_up_is_told(io_loop, tmp_path, loop):
+async def test_loop_lag_is_reported(io_loop, tmp_path, loop):
     """For a minute, so that a scrape every 15 seconds sees it."""
     package = tmp_path / "blocking"
     package.mkdir()
@@ -635,7 +635,7 @@ async def uptime(service: Service) -> float:
     return json.loads((await ask(service, "GET", "/status")).body)["uptime"]
 
 
-async def test_stop_is_told(io_loop):
+async def test_stopping_metric_shows_the_shutdown(io_loop):
     """While it drains."""
     async with Service("--drain_delay=2") as service, Caller(service) as caller:
         answer = await caller.ask("GET", "/metrics")

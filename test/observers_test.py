@@ -114,7 +114,7 @@ def test_a_single_watcher_is_called_itself():
     assert watcher.ends == [("message", "x", "failed", 2)]
 
 
-def test_all_watchers_are_told_in_their_order():
+def test_observers_are_called_in_order():
     """Each of what it has a method for."""
     first, second, other = Watcher(), Watcher(), Opened()
     order = []
@@ -182,7 +182,7 @@ def test_observers_can_tell_of_everything():
 
 
 @pytest.mark.gen_test
-async def test_what_a_backend_takes_is_delivered(io_loop):
+async def test_accepted_messages_are_delivered(io_loop):
     """At once or later, one attempt and one end of each event."""
     backend, inner, watcher = observed()
     connection = OneConnection()
@@ -232,7 +232,7 @@ async def test_refused_handshake_is_refused(io_loop):
     [(BackendError("no"), "error"), (BackendAway("no"), "unreachable")],
 )
 @pytest.mark.gen_test
-async def test_failures_pass_and_are_told(io_loop, error, outcome):
+async def test_failures_are_observed_and_raised(io_loop, error, outcome):
     """Of messages only the attempt: the relay tells of all that it gives up."""
     backend, inner, watcher = observed(error)
     connection = OneConnection()

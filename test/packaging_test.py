@@ -42,7 +42,7 @@ def test_wheel_has_two_modules_and_two_packages_with_all_their_modules(names):
     assert shipped == MODULES | modules | page | documents | typed
 
 
-def test_types_are_there_for_who_writes_a_backend(tmp_path, tmp_path_factory):
+def test_package_has_types_for_backend_authors(tmp_path, tmp_path_factory):
     """mypy reads those of the installed `backends` (PEP 561)."""
     prefix = installation(tmp_path_factory.getbasetemp())
     (tmp_path / "mine.py").write_text(BACKEND)

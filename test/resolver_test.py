@@ -71,7 +71,7 @@ async def test_look_ups_are_bounded(io_loop, dns):
     assert await resolving.resolve("now.example", 80)
 
 
-async def test_ip_addresses_are_looked_up_by_nobody(io_loop):
+async def test_ip_addresses_are_not_looked_up(io_loop):
     """They are known at once."""
     before = threading.active_count()
     for host in ("127.0.0.1", "::1"):

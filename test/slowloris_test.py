@@ -103,7 +103,7 @@ async def exchange(service: Service, times: int) -> None:
 
 
 @pytest.mark.parametrize("listener", ["clients", "callbacks", "both-in-one"])
-async def test_slow_connections_keep_nobody_from_exchanging(io_loop, listener):
+async def test_slow_connections_do_not_block_others(io_loop, listener):
     """Those that have not sent a request in time are ended, each of them."""
     async with RecordingBackend() as backend:
 

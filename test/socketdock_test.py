@@ -547,7 +547,7 @@ def test_address_that_is_not_ours(address, status):
         (["--log_file_prefix=x", "--log_rotate_mode=never"], "log_rotate_mode"),
     ],
 )
-def test_what_does_not_fit_together_names_the_option(flags, said):
+def test_contradicting_options_name_the_option(flags, said):
     """One sentence, exit status 2."""
     assert said in refusal(*flags)
 
@@ -558,7 +558,7 @@ def test_log_file_that_cannot_be_opened():
     assert path in refusal(f"--log_file_prefix={path}", status=1)
 
 
-def test_log_file_that_nobody_reads(tmp_path):
+def test_log_file_without_a_reader(tmp_path):
     """A FIFO blocks whoever opens it until somebody reads it."""
     path = tmp_path / "log"
     os.mkfifo(path)

@@ -73,7 +73,7 @@ async def assert_echoes(url: str) -> None:
         assert await asyncio.wait_for(client.recv(), DEADLINE) == "hello"
 
 
-async def test_systemd_is_told_of_start_reload_and_stop(io_loop, address):
+async def test_systemd_is_notified_of_start_reload_and_stop(io_loop, address):
     """READY=1 once it relays, RELOADING=1 and READY=1 at SIGHUP, STOPPING=1."""
     with Systemd(address) as systemd:
         environment = {"NOTIFY_SOCKET": address}

@@ -121,7 +121,7 @@ async def test_well_formed_trace_goes_on(io_loop):
         assert told["traceparent"] == GOOD  # as any other header
 
 
-async def test_malformed_trace_is_none(io_loop):
+async def test_malformed_traceparent_is_ignored(io_loop):
     """Such a client is served like one that sent none, and each event is new."""
     async with RecordingBackend() as backend, Service(*backend.flags()) as service:
         assert are_new(await visit(service, backend))
@@ -134,7 +134,7 @@ async def test_malformed_trace_is_none(io_loop):
         )
 
 
-async def test_trace_that_is_not_trusted_is_none(io_loop):
+async def test_untrusted_traceparent_is_ignored(io_loop):
     """`--trust_traceparent=off` begins a new one for each event."""
     async with (
         RecordingBackend() as backend,

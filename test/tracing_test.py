@@ -340,7 +340,7 @@ async def test_without_a_client_s_trace_each_event_begins_one(io_loop):
     assert len({span.trace_id for span in others}) == 5
 
 
-async def test_event_that_goes_again_has_one_span(io_loop):
+async def test_retried_event_has_one_span(io_loop):
     """From its first attempt to its last; the failures are events of the span."""
     statuses = iter([503, 500, 200, 404])
 
@@ -543,7 +543,7 @@ def failure(number: int) -> Attempt:
     )
 
 
-async def test_events_that_may_go_again_are_bounded(io_loop, monkeypatch):
+async def test_events_that_may_be_retried_are_bounded(io_loop, monkeypatch):
     """The span of the oldest ends early, and those that are left end at the stop."""
     monkeypatch.setattr("handlers.telemetry.spans.MAX_FAILED", 3)
     async with Collector() as collector:
@@ -588,7 +588,7 @@ async def test_spans_that_are_to_be_made_are_bounded(io_loop, monkeypatch, caplo
     assert "200 of 500 spans were not exported" in caplog.text
 
 
-async def test_sdk_s_warnings_are_told_once(io_loop, monkeypatch, caplog):
+async def test_warnings_of_the_sdk_are_logged_once(io_loop, monkeypatch, caplog):
     """Without what is put into them; and of all their kinds no more than some."""
     monkeypatch.setattr("handlers.telemetry.exporter.MAX_TOLD", 3)
     tracing = made_here(monkeypatch, otel(9))
@@ -658,7 +658,7 @@ async def test_last_spans_are_exported_at_the_stop(io_loop):
 
 
 @pytest.mark.parametrize("status", [0, 401, 503])
-async def test_collector_that_fails_is_told_of_once(io_loop, status):
+async def test_failing_collector_is_logged_once(io_loop, status):
     """The relay goes on; what is lost is counted, and that it works again is told."""
     async with Collector() as collector, RecordingBackend() as backend:
         environment = collector.environment(OTEL_EXPORTER_OTLP_TIMEOUT="3")

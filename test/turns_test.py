@@ -115,7 +115,7 @@ def delays(service: Service, other: Peer, count: int = 30) -> list[float]:
 
 @pytest.mark.parametrize("name", FLOODS)
 @LOOPS
-async def test_flood_delays_nobody(io_loop, loop, name):
+async def test_flood_does_not_delay_others(io_loop, loop, name):
     """Ten clients send as much as is read of them; another one's echo is in time."""
     flood = FLOODS[name]
     chunk = flood * (2**18 // len(flood) + 1)
@@ -152,7 +152,7 @@ def delays_while_some_wait(service: Service, other: Peer) -> list[float]:
 
 
 @LOOPS
-async def test_clients_that_read_again_delay_nobody(io_loop, loop):
+async def test_resumed_clients_do_not_delay_others(io_loop, loop):
     """What of theirs was read while they took nothing is handed on bit by bit."""
     count, queued, large = 4, 20_000, 8 * 2**20
     flags = ("--send_timeout=60", f"--connection_queue_messages={queued}",
@@ -197,7 +197,7 @@ async def test_turns_of_many_take_no_longer_than_those_of_one(io_loop):
     assert served == dict.fromkeys(range(20), 1)
 
 
-async def test_bug_in_one_turn_is_none_of_the_others(io_loop, caplog):
+async def test_bug_in_one_turn_does_not_affect_others(io_loop, caplog):
     """It is logged, and the next one has its turn."""
     loop = asyncio.get_running_loop()
     turns, done = Turns(loop), loop.create_future()

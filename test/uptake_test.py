@@ -99,7 +99,7 @@ async def test_reader_that_stops_is_closed_with_1008(io_loop, authority, tls):
 
 @LOOPS
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-async def test_what_a_reader_that_stops_has_sent_is_delivered(
+async def test_messages_of_a_stopped_reader_are_delivered(
     io_loop, authority, loop, tls
 ):
     """It is closed with 1008 while its messages wait for the backend, unread."""
