@@ -1,4 +1,4 @@
-"""Who comes in while there is room: limits in all, and for each address.
+"""Limits on connections and handshakes, in total and per address.
 
 `handlers.connections` asks here before a handshake goes any further, and tells
 who came and who left.
@@ -32,7 +32,7 @@ define("handshakes_per_second", default=0.0, metavar="RATE",
 MAX_ADDRESSES = 100_000  # with a known rate; beyond, the least recent one is dropped
 RETRY_AFTER = 1  # seconds; the cause may be over by then
 RETRY_AFTER_FULL = 5  # seconds; connections end less quickly
-REFUSALS_TOLD = 20  # rejected handshakes per interval with a log line each
+LOGGED_REFUSALS = 20  # rejected handshakes per interval with a log line each
 REFUSAL_INTERVAL = 60.0  # seconds; one warning counts the others
 
 
@@ -159,11 +159,11 @@ class RefusalLog:
     """
 
     def __init__(
-        self, lines: int = REFUSALS_TOLD, interval: float = REFUSAL_INTERVAL
+        self, lines: int = LOGGED_REFUSALS, interval: float = REFUSAL_INTERVAL
     ) -> None:
         self._interval = interval  # seconds
         self._quota = LineQuota(lines, interval)
-        self._untold: Counter[int] = Counter()
+        self._counted: Counter[int] = Counter()
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, remote_ip: str, status: int, reason: str) -> None:
@@ -178,19 +178,19 @@ class RefusalLog:
                 extra={"event": "refuse", "remote_ip": remote_ip, "status": status},
             )
         else:
-            self._untold[status] += 1
+            self._counted[status] += 1
 
     def sum_up(self) -> None:
         """Log the number of the counted ones, and start a new interval."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._untold:
+        if self._counted:
             logger.warning(
                 "%d more handshakes were rejected: %s",
-                self._untold.total(),
-                ", ".join(f"{n} with {s}" for s, n in sorted(self._untold.items())),
-                extra={"event": "repeat", "count": self._untold.total()},
+                self._counted.total(),
+                ", ".join(f"{n} with {s}" for s, n in sorted(self._counted.items())),
+                extra={"event": "repeat", "count": self._counted.total()},
             )
         self._quota.restart()
-        self._untold.clear()
+        self._counted.clear()

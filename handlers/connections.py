@@ -166,13 +166,13 @@ class ConnectionMap(Generic[C]):
     ) -> bool:
         """Close every connection with 1001 and wait for the disconnect notifications.
 
-        Then for what they leave behind: `settle`, see `Backend.drain`, is given the
-        seconds that are left, and returns how many messages are cut off.
+        Handshakes are accepted for `delay` more seconds; then `on_refusing` is called.
+        The closes are spread evenly over `spread` seconds, so that clients do not all
+        reconnect at once. Finally `settle` gets the seconds that are left, and returns
+        how many messages it cut off (see `Backend.drain`).
 
-        Handshakes are accepted for `delay` seconds more, then `on_refusing` is
-        called; the closes are spread evenly over `spread` seconds, so that clients
-        don't all come back at once. False where `timeout` seconds after that were
-        not enough; what is left then is cut off.
+        Returns False if `timeout` seconds after `spread` were not enough; the rest is
+        cut off.
         """
         self.stopping = True
         await asyncio.sleep(delay)

@@ -25,7 +25,7 @@ define("max_lifetime", default=0.0, metavar="SECONDS",
 # Seconds between two turns, which is how late a close may be.
 MIN_TURN, MAX_TURN = 0.01, 1.0
 TURNS = 20  # in the shorter one of the two limits
-JITTER = 0.1  # of a lifetime: those who came together don't all go together
+JITTER = 0.1  # of a lifetime, so that clients do not all reconnect at once
 
 
 class Expirable(Protocol):
