@@ -1,7 +1,7 @@
 """Limits on connections and handshakes, in total and per address.
 
-`handlers.connections` asks here before a handshake goes any further, and tells
-who came and who left.
+`handlers.connections` checks each handshake here, and reports each connection that
+opens or ends.
 """
 
 import asyncio
