@@ -10,9 +10,10 @@ import asyncio
 from collections.abc import Callable
 from types import TracebackType
 
-# Turns of the loop until each readable socket was read once. A turn of uvloop
-# runs timers, then callbacks, then polls; one of asyncio polls first.
-TURNS = 2
+# Turns of the loop until each readable socket was read once, and a protocol knows
+# of a connection's end: by TLS that takes three. A turn of uvloop runs timers, then
+# callbacks, then polls; one of asyncio polls first.
+TURNS = 4
 STALL = 0.5  # seconds that a timer may be late; beyond, the process was stopped
 
 

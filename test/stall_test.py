@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 import websockets
 from certificates import Authority
+from faults import Attempt, FaultyBackend, Reply, leave, talkers
 from service import DEADLINE, RecordingBackend, Service, eventually, tcp_server
 
 pytestmark = pytest.mark.gen_test(timeout=60)
@@ -203,3 +204,33 @@ async def test_messages_that_failed_before_a_stall_go_again_after_it(
             # One whose attempt failed as the relay was stopped may be given up.
             await eventually(lambda: len(taken) >= count - 1)
     assert sum("delivery failed" in line for line in service.log) <= 1
+
+
+@LOOPS
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+async def test_held_request_that_was_reset_during_a_stall_is_retried(
+    io_loop, loop_name, tls, tmp_path
+):
+    """Though the 5 s after the disconnect event have passed meanwhile."""
+    authority = Authority(tmp_path)
+    context = authority.server().server_context() if tls else None
+    kinds: list[str] = []
+
+    def decide(attempt: Attempt) -> Reply:
+        kinds.append(attempt.kind)
+        return Reply(fault="hold") if kinds == ["message"] else Reply()
+
+    flags = ["--order_wait=0.1", f"--event_loop={loop_name}"]
+    if tls:
+        flags.append(f"--backend_ca={authority.path}")
+    async with FaultyBackend(decide, context) as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            (talker,) = await talkers(service.ws_url, 1)
+            await talker.say()
+            await leave([talker])
+            await backend.wait_for("disconnect", 1)
+            async with Stopped(service, 6):
+                backend.go_away("reset")
+                await backend.come_back()
+            await eventually(lambda: len(kinds) == 4)
+    assert kinds == ["message", "disconnect", "message", "disconnect"]

@@ -115,8 +115,8 @@ async def test_client_that_vanishes_with_bytes_under_way_is_found_in_time(io_loo
             began = loop.time()
             assert (await backend.call(send, body=bytes(10_000))).code == 200
             (event,) = await backend.wait_for("disconnect", 1)
-            # Two seconds for a busy machine.
-            assert loop.time() - began < 6
+            # Four seconds, the rest for a busy machine; --send_timeout is 60.
+            assert loop.time() - began < 20
             client.kill()
             await client.wait()
     meta = event["meta"]

@@ -69,6 +69,8 @@ class PooledConnection(asyncio.Protocol):
         self._tls = tls
         self._why_lost = ""  # where TLS has said it
         self._transport: asyncio.Transport | None = None
+        # Kept, since asyncio's transport of a lost connection can't be asked for it.
+        self._ssl_object: ssl.SSLObject | None = None
         self._made_at = 0.0  # on the loop's clock, as the next one
         self._retire_at = 0.0  # no request is sent from then on
         self._response = ResponseReader()
@@ -84,6 +86,7 @@ class PooledConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        self._ssl_object = transport.get_extra_info("ssl_object")
         client = self._origin.client
         self._made_at = client.loop.time()
         self._retire_at = self._made_at + client.connection_age * random.uniform(
@@ -190,10 +193,10 @@ class PooledConnection(asyncio.Protocol):
         then where the connection was reset. A peer that sends a session ticket has
         accepted the certificate (RFC 8446, section 4.6.1).
         """
-        if self._tls is None or self._transport is None or self._response.started:
+        tls = self._ssl_object
+        if tls is None or self._transport is None or self._response.started:
             return False
         age = self._origin.client.loop.time() - self._made_at
-        tls = self._transport.get_extra_info("ssl_object")
         return (
             not self.kept
             and age < REJECTION_TIME

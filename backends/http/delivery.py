@@ -175,6 +175,12 @@ class Delivery:
         self._end_attempt(request)
         self._deliveries.held.discard(request)
         self._report_attempt(request, "abandoned", None)
+        logger.debug(
+            "connection %s: message %d is abandoned",
+            self._connection.id,
+            request.number,
+            extra={"connection_id": self._connection.id},
+        )
         self._deliveries.observer.ended("message", self._connection.id, "abandoned")
         exchange.abandon()
         self._signal_change()
