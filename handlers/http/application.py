@@ -1,7 +1,7 @@
-"""Tornado's Application, which leaves a query alone until a handler asks for it.
+"""Tornado's Application, but it parses a query only when a handler asks for it.
 
-Tornado parses each query as it makes the request, and refuses one with many
-fields before a route could answer. A handshake's query is the backend's to read.
+Tornado parses every query when it makes the request, and rejects one with many
+fields before any route is called. The backend alone reads a handshake's query.
 """
 
 from collections.abc import Awaitable
@@ -20,12 +20,12 @@ from tornado.httputil import (
 from tornado.routing import Matcher
 from tornado.web import Application, RequestHandler
 
-# Path or matcher, handler and what it is initialized with.
+# Path or matcher, handler, and the keywords of its `initialize`.
 Routes = list[tuple[str | Matcher, type[RequestHandler], Any]]
 
 
 class RelayApplication(Application):
-    """Routes requests of any query."""
+    """Routes requests with any query, valid or not."""
 
     def start_request(
         self, server_conn: object, request_conn: HTTPConnection
@@ -34,7 +34,7 @@ class RelayApplication(Application):
 
 
 class RequestWithQuery(HTTPServerRequest):
-    """A request whose `query_arguments` are parsed when they are asked for."""
+    """A request that parses its `query_arguments` at the first access."""
 
     def __init__(
         self,
@@ -52,16 +52,16 @@ class RequestWithQuery(HTTPServerRequest):
         )
         self.uri = start_line.path
         self.query = query
-        del self.query_arguments  # which are those of no query
+        del self.query_arguments  # Tornado's, parsed from an empty query
 
     @cached_property
     def query_arguments(self) -> dict[str, list[bytes]]:  # type: ignore[override]
-        """Values by name; each is kept, the empty ones, too."""
+        """All values by name, empty ones included."""
         return parse_qs_bytes(self.query, keep_blank_values=True)
 
 
 class _Routing(HTTPMessageDelegate):
-    """Finds the handler of one request, and hands on to it."""
+    """Finds the handler of one request, and passes the request on to it."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class _Routing(HTTPMessageDelegate):
         self._application = application
         self._server_connection = server_connection
         self._connection = connection
-        self._handler = HTTPMessageDelegate()  # nobody, until a handler is found
+        self._handler = HTTPMessageDelegate()  # does nothing, until a handler is found
 
     def headers_received(
         self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
@@ -90,7 +90,7 @@ class _Routing(HTTPMessageDelegate):
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         if not getattr(self._handler, "stream_request_body", False):
-            return None  # Tornado would keep it, and no handler of ours asks for it
+            return None  # Tornado would store it, and no handler here uses it
         return self._handler.data_received(chunk)
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Handlers that bound a request's body themselves.
+"""Handlers that limit the size of a request's body themselves.
 
 Tornado's own limit would answer 400 without a body.
 """

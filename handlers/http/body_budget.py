@@ -35,7 +35,7 @@ class BodyBudget:
         self._max_size = max_size
         self._sizes: dict[BodyHolder, int] = {}  # in the order of their first bytes
         self._total = 0
-        self._dropped: set[BodyHolder] = set()  # not told yet
+        self._dropped: set[BodyHolder] = set()  # `on_over_budget` is still to be called
 
     def hold(self, holder: BodyHolder, size: int) -> None:
         """Record that `holder` has `size` bytes of a body now."""

@@ -59,20 +59,20 @@ define("reuse_port", default=False,
 
 BACKLOG = 4096  # connections that the kernel holds until they are accepted
 ACCEPT_BATCH = 128  # connections accepted before others have their turn
-ACCEPT_PAUSE = 0.2  # seconds, where the process or the machine has run out
-# Descriptors that no connection is accepted into: what is open already needs some,
-# to reach the backend or to read a file.
+ACCEPT_PAUSE = 0.2  # seconds, when the process or the machine has no descriptor left
+# Descriptors that accepted connections never use. The relay needs them to connect to
+# the backend and to read files.
 KEPT_DESCRIPTORS = 16
-# Descriptors that WebSockets leave to probes and callbacks, and clients in all to the
-# listener of callbacks where these have one: at most so many, and so large a part of
-# all. Connections to the backend may have their part of all, too.
+# Descriptors that WebSockets leave free for probes and callbacks; and that all clients
+# leave free for the callback listener, if it is separate. At most this many, and at
+# most this part of the limit. The backend may use the same part of the limit.
 RESERVED_DESCRIPTORS = 64
 RESERVED_PART = 8  # an eighth
 BACKEND_PART = 4
-# Those of Mozilla's intermediate profile, version 5.7: of TLS 1.2 the suites with
-# forward secrecy and authenticated encryption; 1.3 has no others. Before Python 3.15
-# groups can't be named but for a single one: OpenSSL's own choice begins with the
-# first two of these, and has X448, P-521 and finite fields besides.
+# As in Mozilla's intermediate profile, version 5.7: for TLS 1.2 the suites with forward
+# secrecy and authenticated encryption; TLS 1.3 has no others. Before Python 3.15 only
+# one group could be set, so OpenSSL's default applies: it begins with the first two of
+# these, and adds X448, P-521 and finite fields.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 GROUPS = "X25519:prime256v1:secp384r1"
 WARNING_INTERVAL = 60.0  # seconds between warnings that accepting pauses
@@ -248,9 +248,9 @@ class Listener:
                 self._pause(listening, error)
                 return
             accepted.setblocking(False)
-            descriptor = accepted.fileno()  # TLS would take it out of `accepted`
+            descriptor = accepted.fileno()  # TLS detaches `accepted`
             self._server.begin(accepted, address, self._context)
-            # The kernel gives the least that is free.
+            # The kernel assigns the lowest free descriptor.
             if descriptor >= self._last_descriptor:
                 self._pause(listening, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
                 return
@@ -267,7 +267,7 @@ class Listener:
 
     def _resume(self, listening: socket.socket) -> None:
         if listening.fileno() < 0:
-            return  # it was closed meanwhile
+            return  # the listener was closed meanwhile
         del self._resumptions[listening]
         if (error := self._shortage(listening)) is not None and self._server:
             self._server.make_room()

@@ -1,4 +1,7 @@
-"""Errors of a route as problem documents (RFC 9457)."""
+"""Error responses as problem documents (RFC 9457).
+
+Each handler of the relay inherits `ProblemHandler`.
+"""
 
 import json
 import logging
@@ -14,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 PROBLEM_TYPE = "application/problem+json"
 
-# As their standards write them. Case is of no matter, but to some clients.
+# Header names as their standards spell them. Names are not case-sensitive, but some
+# clients compare them as if they were.
 SPELLINGS = {
     "-".join(map(str.capitalize, name.split("-"))): name
     for name in (
@@ -29,14 +33,14 @@ SPELLINGS = {
 
 
 def problem_document(status: int, detail: str) -> bytes:
-    """The body of an error, of the type `PROBLEM_TYPE`."""
+    """Return the body of an error response; its media type is `PROBLEM_TYPE`."""
     title = HTTPStatus(status).phrase
     document = {"title": title, "status": status, "detail": detail}
     return json.dumps(document).encode()
 
 
 class SpeltHeaders(HTTPHeaders):
-    """Headers of an answer, whose names leave as their standards write them."""
+    """Headers of a response, sent with the names that their standards spell."""
 
     def get_all(self) -> Iterable[tuple[str, str]]:
         return [
@@ -49,7 +53,7 @@ class ProblemHandler(RequestHandler):
 
     def set_default_headers(self) -> None:
         headers = SpeltHeaders()
-        for name in ("Content-Type", "Date"):  # of Tornado's, all but Server
+        for name in ("Content-Type", "Date"):  # Tornado's defaults, without Server
             headers[name] = self._headers[name]
         self._headers = headers
 
@@ -68,7 +72,7 @@ class ProblemHandler(RequestHandler):
         )
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """What Tornado answers by itself: 405, and 500 for a bug of ours."""
+        """Write the errors that Tornado raises: 405, and 500 for a bug in a handler."""
         status = HTTPStatus(status_code)
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = [m for m in self.SUPPORTED_METHODS if self._has(m.lower())]
@@ -81,7 +85,7 @@ class ProblemHandler(RequestHandler):
         value: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        """Log a bug, without the query and the headers that Tornado would show."""
+        """Log a bug, without the query and the headers that Tornado would log."""
         if value is not None and not isinstance(value, HTTPError):
             logger.error(
                 "bug in %s %s",

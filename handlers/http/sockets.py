@@ -92,7 +92,7 @@ class SocketConnection:
         self._reading = True
         self.loop.add_reader(self._sock, self._on_readable)
         if self._tls is not None and self._tls.pending():
-            self.loop.call_soon(self._on_readable)  # the kernel knows nothing of it
+            self.loop.call_soon(self._on_readable)  # these bytes wake no selector
 
     def stop_reading(self) -> None:
         """Leave what arrives in the kernel, so that the peer must wait."""

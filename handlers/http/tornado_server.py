@@ -1,7 +1,7 @@
-"""Tornado's own HTTP server, held to our bounds and rules.
+"""Tornado's own HTTP server, with the relay's limits and rules.
 
-It serves where `--http_server=tornado` says so, and answers as `handlers.http.server`
-does: the tests of both run over the same requests.
+`--http_server=tornado` selects it. It sends the same responses as
+`handlers.http.server`: the same tests run against both.
 """
 
 import asyncio
@@ -51,10 +51,10 @@ from handlers.http.response import SWITCHING_PROTOCOLS, add_option
 TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n"
 )
-PIECES_READ_AT_THE_END = 16  # of 64 KiB, of a peer that is refused
+PIECES_READ_AT_THE_END = 16  # reads of 64 KiB before a rejected connection is closed
 BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
-# What llhttp takes for a request line, which Tornado is less strict with: CONNECT
-# has an authority, all else a path, a URL or an asterisk, of visible ASCII.
+# A request line as llhttp accepts it; Tornado is less strict. The target is an
+# authority for CONNECT, otherwise a path, a URL or an asterisk, in visible ASCII.
 REQUEST_LINE = re.compile(
     r"(?:CONNECT [!-~]+|(?!CONNECT )[A-Z-]+ (?:/[!-~]*|\*|[a-z]+://[!-~]+))"
     r" HTTP/1\.[01]",
@@ -66,9 +66,9 @@ TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r\n")
 
 
 class TornadoServer(HTTPServer):
-    """Tornado's server, whose connections end by our deadlines."""
+    """Tornado's server; `Deadlines` closes its connections when a peer is late."""
 
-    def initialize(  # type: ignore[override] # of what HTTPServer offers, this
+    def initialize(  # type: ignore[override] # fewer arguments than HTTPServer's
         self, application: Application, bounds: RequestBounds
     ) -> None:
         super().initialize(
@@ -77,7 +77,7 @@ class TornadoServer(HTTPServer):
             max_body_size=bounds.max_body_size,
             max_buffer_size=2 * bounds.max_header_size,
         )
-        # Tornado's own timers would judge before they read.
+        # Tornado's own timers would close a connection before reading what arrived.
         self.conn_params.header_timeout = self.conn_params.body_timeout = None
         self._bounds = bounds
         self._deadlines: Deadlines | None = None
@@ -85,7 +85,7 @@ class TornadoServer(HTTPServer):
     def begin(
         self, accepted: socket.socket, address: Any, tls: ssl.SSLContext | None
     ) -> None:
-        """Serve a connection that was accepted."""
+        """Serve an accepted connection; with TLS if `tls` is set."""
         if tls is None:
             stream: IOStream = _Stream(accepted, max_buffer_size=self.max_buffer_size)
         else:
@@ -93,7 +93,7 @@ class TornadoServer(HTTPServer):
                 wrapped = tls.wrap_socket(
                     accepted, server_side=True, do_handshake_on_connect=False
                 )
-            except OSError:  # it has gone already
+            except OSError:  # the peer has disconnected already
                 accepted.close()
                 return
             stream = _TLSStream(wrapped, max_buffer_size=self.max_buffer_size)
@@ -119,7 +119,7 @@ class TornadoServer(HTTPServer):
         return super().start_request(server_conn, request_conn)
 
     def make_room(self) -> None:
-        """Close some connections that wait for their peers."""
+        """Close some of the connections that wait for their peers, if any do."""
         if self._deadlines is not None:
             self._deadlines.make_room()
 
@@ -130,7 +130,7 @@ class TornadoServer(HTTPServer):
 
 
 class _Bounded(BaseIOStream):
-    """Answers what is beyond a bound before it closes, and keeps nothing of it."""
+    """Answers a request that exceeds a limit before it closes, and frees its bytes."""
 
     def close(
         self,
@@ -142,16 +142,17 @@ class _Bounded(BaseIOStream):
         if isinstance(exc_info, UnsatisfiableReadError) and not self.closed():
             if not self.writing():
                 self._refuse()
-            # The error would keep us, by its traceback, until cycles are collected.
+            # The error's traceback refers to this stream: it would not be freed
+            # until the garbage collector runs.
             exc_info = False
             self._read_buffer = bytearray()
             self._read_buffer_size = 0
         super().close(exc_info)
 
     def _refuse(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the peer has gone
+        with contextlib.suppress(OSError, ValueError):  # the peer has disconnected
             self.write_to_fd(memoryview(TOO_LARGE))
-            # Unread bytes would reset the connection, and the answer be lost.
+            # Unread bytes would reset the connection, and the response would be lost.
             for _ in range(PIECES_READ_AT_THE_END):
                 if not self.read_from_fd(bytearray(self.read_chunk_size)):
                     break
@@ -162,11 +163,11 @@ class _Stream(_Bounded, IOStream):
 
 
 class _TLSStream(_Bounded, SSLIOStream):
-    """One by TLS."""
+    """A TLS connection."""
 
 
 class _Connection(HTTP1ServerConnection):
-    """One connection; `deadline` is on the loop's clock."""
+    """One connection, closed by `Deadlines` when its peer is late."""
 
     def __init__(
         self, stream: IOStream, params: Any, context: object, bounds: RequestBounds
@@ -174,14 +175,16 @@ class _Connection(HTTP1ServerConnection):
         super().__init__(stream, params, context)
         self.bounds = bounds
         self._loop = asyncio.get_running_loop()
-        self._wanted_by = 0.0  # what the peer is to send next
-        self._taken_by: float | None = None  # what it has not taken yet
+        # Both on the loop's clock: until when the peer must send what comes next, and
+        # must have taken the response; None while it has taken all.
+        self._wanted_by = 0.0
+        self._taken_by: float | None = None
         self._exchange: _Exchange | None = None
         self.expect(bounds.header_timeout)
 
     @property
     def deadline(self) -> float:
-        """When it is late; asked for at each tick."""
+        """When the peer is late, on the loop's clock; read at each tick."""
         exchange = self._exchange
         if not self.stream.closed() and self.stream.writing():
             if self._taken_by is None:
@@ -189,7 +192,7 @@ class _Connection(HTTP1ServerConnection):
             return self._taken_by
         self._taken_by = None
         if exchange is not None and exchange._read_finished:
-            return float("inf")  # all that is said waits for us
+            return float("inf")  # the peer waits for the relay
         return self._wanted_by
 
     @deadline.setter
@@ -200,7 +203,7 @@ class _Connection(HTTP1ServerConnection):
             self._wanted_by = deadline
 
     def expect(self, timeout: float) -> None:
-        """The peer is to have sent what it has begun in so many seconds."""
+        """Give the peer `timeout` seconds to complete what it has begun to send."""
         self._wanted_by = self._now() + timeout
 
     def abort(self) -> None:
@@ -230,7 +233,7 @@ class _Connection(HTTP1ServerConnection):
 
 
 class _Exchange(HTTP1Connection):
-    """One request and its answer."""
+    """One request and its response."""
 
     def __init__(self, connection: _Connection) -> None:
         super().__init__(
@@ -239,7 +242,8 @@ class _Exchange(HTTP1Connection):
         self._connection = connection
 
     def _parse_headers(self, data: bytes) -> tuple[str, HTTPHeaders]:
-        # As handlers.http.server: what a proxy takes for one header must not be two.
+        # As in handlers.http.server: a header with a bare line feed is one header
+        # for a proxy, and must not be two here.
         if BARE_LINE_FEED.search(data.lstrip(b"\r\n")):
             raise HTTPInputError("a line feed alone")
         if data.count(b"\n") > MAX_HEADERS + 2:
@@ -249,7 +253,7 @@ class _Exchange(HTTP1Connection):
         if not REQUEST_LINE.fullmatch(start_line):
             raise HTTPInputError("no request line")
         length = headers.get("Content-Length", "0")
-        is_chunked = is_transfer_encoding_chunked(headers)  # raises, too
+        is_chunked = is_transfer_encoding_chunked(headers)  # raises if it is invalid
         if not (length.isascii() and length.isdigit()) or (
             is_chunked and "Content-Length" in headers
         ):
@@ -260,7 +264,7 @@ class _Exchange(HTTP1Connection):
         if asks and has_body and not start_line.startswith("POST "):
             raise HTTPInputError("a request for another protocol has no body")
         if headers.get("Expect", "").lower() == "100-continue":
-            # Tornado knows one spelling, by which it asks for a body that may not be.
+            # Tornado sends 100 (Continue) for this spelling only, even without a body.
             headers["Expect"] = "100-continue" if has_body else "100-Continue"
         self._connection.expect(self._connection.bounds.body_timeout)
         return start_line, headers
@@ -268,12 +272,12 @@ class _Exchange(HTTP1Connection):
     def _can_keep_alive(
         self, start_line: RequestStartLine, headers: HTTPHeaders
     ) -> bool:
-        # A proxy that tunnels upgrades goes by the request; see handlers.http.server.
+        # After such a request a proxy may tunnel bytes; see handlers.http.server.
         asks = "Upgrade" in headers or start_line.method == "CONNECT"
         return not asks and super()._can_keep_alive(start_line, headers)
 
     async def _read_chunked_body(self, delegate: HTTPMessageDelegate) -> None:
-        """With extensions and trailers, which Tornado refuses and nobody reads."""
+        """Read a chunked body; skip extensions and trailers, which Tornado rejects."""
         stream, limit = self.stream, self.params.max_header_size
         total = 0
         for number in itertools.count(1):
@@ -295,7 +299,8 @@ class _Exchange(HTTP1Connection):
             if await stream.read_bytes(2) != b"\r\n":
                 raise HTTPInputError("a chunk without its end")
             if number % LINES_PER_PIECE == 0:
-                await asyncio.sleep(0)  # what has come already waits for nobody else
+                # Reading what arrived already never suspends: give others a turn.
+                await asyncio.sleep(0)
         for _ in range(MAX_HEADERS):
             line = await stream.read_until(b"\r\n", max_bytes=limit)
             if line == b"\r\n":
@@ -308,17 +313,17 @@ class _Exchange(HTTP1Connection):
 
     @property
     def descriptor(self) -> int:
-        """The number of its connection's socket; -1 once that is closed."""
+        """File descriptor of the connection's socket; -1 once it is closed."""
         sock = self.stream.socket
         return -1 if sock is None else sock.fileno()
 
     @property
     def body_budget(self) -> BodyBudget:
-        """What all bodies are counted in, until handlers take them."""
+        """The budget that counts each body until a handler takes it."""
         return self._connection.bounds.body_budget
 
     def set_body_timeout(self, timeout: float) -> None:
-        """In seconds from now."""
+        """Give the peer `timeout` seconds from now to send the body."""
         self._connection.expect(timeout)
 
     def write_headers(
@@ -331,7 +336,7 @@ class _Exchange(HTTP1Connection):
         ends = self._disconnect_on_finish and start_line.code != SWITCHING_PROTOCOLS
         if ends:
             add_option(headers, "close")
-        # Tornado would say that in place of any other option.
+        # Otherwise Tornado would send `Connection: close` instead of any other option.
         self._disconnect_on_finish = False
         try:
             return super().write_headers(start_line, headers, chunk)
@@ -340,14 +345,14 @@ class _Exchange(HTTP1Connection):
 
 
 class _Nobody(HTTPMessageDelegate):
-    """Whom a request reaches that was read before its connection was closed.
+    """Drops a request that was read before its connection was closed.
 
-    Tornado would serve it, unanswered. "The server [...] MUST NOT process any
-    further requests received on that connection" (RFC 9112, section 9.6).
+    Tornado would process it, and send no response. "The server [...] MUST NOT process
+    any further requests received on that connection" (RFC 9112, section 9.6).
     """
 
     def __init__(self, connection: HTTP1Connection) -> None:
         self._connection = connection
 
     def headers_received(self, start_line: object, headers: object) -> None:
-        self._connection.detach()  # so that nothing more is read
+        self._connection.detach()  # stops reading
