@@ -1,8 +1,8 @@
-"""The end of a client's connection: how long its socket may stay.
+"""Decides when the socket of a closing connection is closed.
 
-Closing a socket with bytes under way, or with unread ones, loses the close frame
-and what stands before it. `handlers.websocket.protocol` makes a `Closing` when either
-side begins to close, so that an open connection pays nothing for it.
+Closing a socket with unacknowledged or unread bytes loses the close frame and what was
+sent before it. `handlers.websocket.protocol` makes a `Closing` when either side begins
+to close, so that an open connection needs no memory for it.
 """
 
 import asyncio
@@ -13,17 +13,17 @@ from handlers.websocket.frames import Close
 from handlers.websocket.stream import ClientStream
 from handlers.websocket.uptake import Uptake
 
-CLOSE_TIMEOUT = 2.0  # seconds for the peer to answer, once it has taken all
-LINGER_TIMEOUT = 120.0  # seconds for a peer that is slow, in all
-LOOK_INTERVAL = 0.5  # seconds between two looks at a peer that is slow
+CLOSE_TIMEOUT = 2.0  # seconds for the peer's close frame, after it acknowledged ours
+LINGER_TIMEOUT = 120.0  # seconds from the first close frame, even for a slow peer
+LOOK_INTERVAL = 0.5  # seconds between two checks of a slow peer
 
 
 class Closing:
-    """Calls `on_over` when a closing connection's socket is to go.
+    """Calls `on_over` when the socket of a closing connection must be closed.
 
-    While bytes are under way, it stays as long as the peer takes some of them
-    within `send_timeout` seconds; then for `CLOSE_TIMEOUT`. `peer` is the peer's close
-    frame, where it came first. `discarding` says that what comes is not looked at.
+    While bytes are unacknowledged, the peer must acknowledge some of them every
+    `send_timeout` seconds; afterwards it has `CLOSE_TIMEOUT`. `peer` is the peer's
+    close frame if that came first. `discarding` is set if what arrives is discarded.
     """
 
     __slots__ = (
@@ -51,7 +51,7 @@ class Closing:
         self.peer: Close | None = None
 
     def watch(self) -> None:
-        """Look whether it is over, from `CLOSE_TIMEOUT` on."""
+        """Check the peer from `CLOSE_TIMEOUT` on; another call restarts that time."""
         loop = self._stream.loop
         now = loop.time()
         if self._timer is None:
@@ -61,7 +61,7 @@ class Closing:
         self._timer = loop.call_at(self._answer_by, self._look)
 
     def shut_down(self) -> None:
-        """Say that nothing more will be written, as soon as nothing waits."""
+        """End the writing side as soon as the kernel has all that was written."""
         stream = self._stream
         if not stream.closed and not stream.waiting:
             stream.shut_down()
@@ -69,13 +69,13 @@ class Closing:
             stream.drained().add_done_callback(lambda drained: self.shut_down())
 
     def cancel(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         if self._timer is not None:
             self._timer.cancel()
 
     def _look(self) -> None:
         if self._is_over():
-            # What would show that it is not may have come already.
+            # The peer's close frame or end may have arrived already.
             after_reading(self._stream.loop, self._judge)
         else:
             self._look_again()
@@ -90,7 +90,7 @@ class Closing:
 
     def _look_again(self) -> None:
         if self.discarding and not self._stream.waiting:
-            self._stream.shut_down()  # once more, where TLS had no room to say so
+            self._stream.shut_down()  # again: TLS may have had no room for close_notify
         loop = self._stream.loop
         self._timer = loop.call_later(LOOK_INTERVAL, self._look)
 

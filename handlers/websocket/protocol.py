@@ -165,7 +165,7 @@ class ClientProtocol:
         if self._received is None:  # else `turns` continues with the last chunk
             self._read_on(at_once=False)
 
-    def _go_on(self) -> None:
+    def _resume_reading(self) -> None:
         if not self._stream.closed and (self._ahead is None or self._ahead.left > 0):
             self._read_on(at_once=True)
 
@@ -217,7 +217,7 @@ class ClientProtocol:
             if clock() >= ends_at:
                 break
         if self._received is not None or stream.pending or stream.lost:
-            self._client.turns.wait(self._go_on)
+            self._client.turns.wait(self._resume_reading)
 
     def _take(self, ends_at: float) -> None:
         """Deliver what was read, or keep it until there is room for it.
@@ -285,7 +285,7 @@ class ClientProtocol:
                 if not ahead.messages:
                     self._ahead = None
                     self._stream.start_reading()
-                    # Do not wait for the loop to report what came meanwhile.
+                    # Do not wait for the loop to report what arrived meanwhile.
                     self._read_on(at_once=True)
                     return
                 self._client.on_message(ahead.messages.popleft())
@@ -357,7 +357,7 @@ class ClientProtocol:
         if self._closing is not None and self._closing.discarding:
             self.abort()
         else:
-            self._go_on()
+            self._resume_reading()
 
     def _on_over(self) -> None:
         """The peer's time to answer the close frame is over."""

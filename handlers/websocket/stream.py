@@ -1,8 +1,8 @@
-"""The socket of an open WebSocket, plain or TLS: bytes in, bytes out.
+"""Reads and writes the socket of an open WebSocket, plain or TLS.
 
-It takes the place of Tornado's stream once the handshake is answered: one system
-call for what has come and one for each frame, a future only where somebody has
-to wait, and a tenth of the memory (docs/decisions/010-own-streams.md).
+It replaces Tornado's stream after the handshake: one system call per read and one
+per frame, a future only if a caller has to wait, and a tenth of the memory
+(docs/decisions/010-own-streams.md). `handlers.websocket.protocol` uses it.
 """
 
 import asyncio
@@ -17,33 +17,33 @@ from tornado.iostream import IOStream
 from backends import ConnectionClosed
 from handlers.websocket.uptake import Outgoing, outgoing
 
-# What a socket raises that has nothing to read, or takes nothing, now.
+# Raised by a socket that has nothing to read, or accepts nothing, now.
 NOT_NOW = (
     BlockingIOError,
     InterruptedError,
     ssl.SSLWantReadError,
     ssl.SSLWantWriteError,
 )
-RECORD = 16 * 1024  # bytes; the most that one record of TLS holds (RFC 8446, 5.1)
+RECORD = 16 * 1024  # bytes; the largest TLS record (RFC 8446, section 5.1)
 
 
 def client_stream(
     stream: IOStream, on_readable: Callable[[], None], on_lost: Callable[[], None]
 ) -> "ClientStream":
-    """Take the socket out of `stream`, plain or TLS."""
+    """Take over the socket of `stream`, plain or TLS."""
     is_tls = isinstance(stream.socket, ssl.SSLSocket)
     return (TLSClientStream if is_tls else ClientStream)(stream, on_readable, on_lost)
 
 
 class ClientStream:
-    """Calls `on_readable` when there is something to read, while it is asked to.
+    """Calls `on_readable` when there is something to read, while reading is on.
 
-    `on_lost` is called, in a turn of the loop of its own, when a write has failed.
-    Nothing leaves from then on (`lost`), but what came before can still be read.
-    Only `close` closes the socket.
+    When a write has failed, `lost` is set, and the loop calls `on_lost` later. From
+    then on nothing is sent, but what arrived before can still be read. Only `close`
+    closes the socket.
     """
 
-    # Whether the kernel goes on after `close`, where nothing is unread.
+    # Whether the kernel still sends what was written after `close`, if all was read.
     closes_cleanly = True
 
     __slots__ = (
@@ -66,7 +66,7 @@ class ClientStream:
         on_readable: Callable[[], None],
         on_lost: Callable[[], None],
     ) -> None:
-        # Kept, since asking for it is a system call (getpid) before Python 3.12.
+        # Stored, since `get_running_loop` makes a system call before Python 3.12.
         self.loop = asyncio.get_running_loop()
         self._on_readable = on_readable
         self._on_lost = on_lost
@@ -76,9 +76,9 @@ class ClientStream:
         self.taken = 0  # bytes that the kernel has taken
         # Bytes that were written and that the kernel has not taken.
         self._unsent: bytearray | None = None
-        # Who waits for how much to be taken.
+        # Futures, each with the value of `taken` at which it is done.
         self._waiting: deque[tuple[int, asyncio.Future[None]]] | None = None
-        self._unread = b""  # what Tornado has read of what follows the handshake
+        self._unread = b""  # bytes behind the handshake that Tornado has read already
         if self.closed:
             return
         if stream._state is not None:
@@ -100,19 +100,19 @@ class ClientStream:
         return len(self._unsent) if self._unsent else 0
 
     def start_reading(self) -> None:
-        """Call `on_readable` whenever something has come; level-triggered."""
+        """Call `on_readable` whenever there are bytes to read; level-triggered."""
         if not self._reading and not self.closed:
             self._reading = True
             self.loop.add_reader(self._sock, self._on_readable)
 
     def stop_reading(self) -> None:
-        """Leave what comes to the kernel, so that the peer has to wait."""
+        """Leave what arrives in the kernel, so that the peer must wait."""
         if self._reading:
             self._reading = False
             self.loop.remove_reader(self._sock)
 
     def read(self, size: int) -> bytes | None:
-        """What has come, `size` bytes at most; None: nothing; empty: the end."""
+        """Return up to `size` bytes; None: nothing has arrived; empty: the end."""
         if self._unread:
             data, self._unread = self._unread[:size], self._unread[size:]
             return data
@@ -120,22 +120,24 @@ class ClientStream:
             return self._sock.recv(size)
         except NOT_NOW:
             return None
-        except OSError:  # of TLS too: the connection is over, in whatever way
+        except OSError:  # `ssl.SSLError` too: the connection has ended
             return b""
 
     @property
     def pending(self) -> bool:
-        """Whether there are bytes to read of which the kernel does not know."""
+        """Whether there are bytes to read that are no longer in the kernel."""
         return bool(self._unread)
 
     def outgoing(self) -> Outgoing:
-        """What is under way to the peer, by its kernel's word; a system call."""
+        """Ask the kernel what the peer has not acknowledged yet; a system call."""
         return outgoing(self._sock, self.taken, self.waiting)
 
     def write(self, data: bytes) -> "asyncio.Future[None] | None":
-        """None once the kernel has all of it; else a future that is done then.
+        """Return None if the kernel took all of `data`, else a future.
 
-        It fails with `ConnectionClosed`, which is raised where that is known.
+        The future is done when the kernel has taken all, and fails with
+        `ConnectionClosed` if the connection ends before. Raises `ConnectionClosed` if
+        it has ended already.
         """
         if self.closed or self.lost:
             raise ConnectionClosed
@@ -154,7 +156,10 @@ class ClientStream:
         return self.drained()
 
     def drained(self) -> "asyncio.Future[None]":
-        """Done when the kernel has taken all that was written before."""
+        """Return a future that is done when the kernel has all that was written.
+
+        It fails with `ConnectionClosed`.
+        """
         drained: asyncio.Future[None] = self.loop.create_future()
         if self.closed or self.lost:
             _fail(drained)
@@ -167,36 +172,37 @@ class ClientStream:
         return drained
 
     def lose(self) -> None:
-        """Write nothing more: it can't be done, or the peer is taken for gone.
+        """Write nothing more: a write failed, or the peer is considered dead.
 
-        Nor does the kernel take more from a peer that goes on: what it has is all
-        that there is to read.
+        The kernel accepts no more bytes from the peer either; only those that it has
+        already can still be read.
         """
         if not self.closed and not self.lost:
             self.lost = True
             self._drop_unsent()
-            with contextlib.suppress(OSError):  # there is no connection any more
-                # Not of `ssl`, whose `shutdown` forgets how to decrypt.
+            with contextlib.suppress(OSError):  # the kernel has no connection any more
+                # Not SSLSocket.shutdown(), which drops the TLS state: nothing could
+                # be decrypted any more.
                 socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
-            self.loop.call_soon(self._tell_of_loss)
+            self.loop.call_soon(self._report_loss)
 
-    def _tell_of_loss(self) -> None:
+    def _report_loss(self) -> None:
         self._on_lost()
 
     def shut_down(self) -> None:
-        """Say that nothing more will be written. May be called again."""
-        with contextlib.suppress(OSError):  # reading will find that the peer is gone
+        """End the writing side. May be called again."""
+        with contextlib.suppress(OSError):  # the next read reports the disconnect
             self._sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Close the socket at once; whoever waits hears of it."""
+        """Close the socket at once; futures that are not done fail."""
         if self.closed:
             return
         self.stop_reading()
         self.closed = True
         self._drop_unsent()
         self._sock.close()
-        self._on_readable = self._on_lost = _tell_nobody
+        self._on_readable = self._on_lost = _ignore
 
     def _drop_unsent(self) -> None:
         if self._unsent:
@@ -208,7 +214,7 @@ class ClientStream:
                 _fail(sent)
 
     def _send(self, data: bytes | bytearray | memoryview) -> int:
-        """How many bytes of `data` the kernel takes now. Raises `OSError`."""
+        """Return how many bytes of `data` the kernel took. Raises `OSError`."""
         try:
             return self._sock.send(data)
         except NOT_NOW:
@@ -242,43 +248,43 @@ class ClientStream:
 
 
 class TLSClientStream(ClientStream):
-    """The same by TLS, which can't be half closed, and says goodbye.
+    """The same over TLS, which cannot be half closed, and sends close_notify.
 
-    A record at a time, since TLS takes either all or nothing of one write.
+    It writes one record at a time, since a TLS write takes either all bytes or none.
     """
 
-    closes_cleanly = False  # the peer's close_notify is still to come
+    closes_cleanly = False  # the peer's close_notify is usually unread
 
     __slots__ = ()
     _sock: ssl.SSLSocket
 
     @property
     def pending(self) -> bool:
-        """Whether something was decrypted that the loop can't see."""
+        """Whether there are decrypted bytes, which wake no selector."""
         return bool(self._unread) or self._sock.pending() > 0
 
     def shut_down(self) -> None:
-        """Send close_notify (RFC 8446, section 6.1), then end the connection's half.
+        """Send close_notify (RFC 8446, section 6.1), then end TCP's writing side.
 
-        What comes afterwards is good for being discarded only.
+        What arrives afterwards can only be discarded.
         """
-        if self._goodbye():
+        if self._send_close_notify():
             super().shut_down()
 
     def close(self) -> None:
-        """Close the socket at once, with close_notify where there is room for it."""
+        """Close the socket at once; send close_notify if the kernel has room for it."""
         if not self.closed and not self.lost and not self._unsent:
-            self._goodbye()
+            self._send_close_notify()
         super().close()
 
-    def _goodbye(self) -> bool:
-        """Whether close_notify has left, or can't any more. It never blocks."""
+    def _send_close_notify(self) -> bool:
+        """Send close_notify without blocking; False: the kernel has no room for it."""
         try:
             self._sock.unwrap()
         except ssl.SSLWantWriteError:
             return False
-        except (OSError, ValueError):  # the peer's has not come; there is no TLS left
-            pass
+        except (OSError, ValueError):
+            pass  # the peer's has not arrived, or TLS has ended
         return True
 
     def _send(self, data: bytes | bytearray | memoryview) -> int:
@@ -292,10 +298,10 @@ class TLSClientStream(ClientStream):
         return sent
 
 
-def _tell_nobody() -> None:
-    """What a closed stream calls."""
+def _ignore() -> None:
+    """Do nothing: the callback of a closed stream."""
 
 
 def _fail(future: "asyncio.Future[None]") -> None:
     future.set_exception(ConnectionClosed())
-    future.exception()  # whoever does not await it need not hear of it
+    future.exception()  # no "never retrieved" warning if nobody awaits it

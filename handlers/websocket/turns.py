@@ -1,8 +1,8 @@
-"""Turns: what is left of a client's work when it has had its share of time.
+"""Divides the loop's time among clients that have much work at once.
 
-Any number of clients may have much to be done at once: thousands of tiny frames in
-one packet, messages that waited for the backend. `protocol` and
-`handlers.clients.inbox` do some of it, and leave the rest here.
+Examples are thousands of tiny frames in one packet, and messages that waited for the
+backend. `protocol` and `handlers.clients.inbox` do a share of the work, and register
+here to continue later.
 """
 
 import asyncio
@@ -21,10 +21,10 @@ clock = time.perf_counter
 
 
 class Turns:
-    """Goes on with whatever waits, one after the other, for a while.
+    """Calls registered callbacks, one after the other.
 
-    All of it together takes `ALL_TURNS` of each turn of the loop, however many
-    wait: in between, those who say little are read.
+    However many are registered, they take at most `ALL_TURNS` of each turn of the loop;
+    in between, the loop reads from other clients.
     """
 
     __slots__ = ("_is_due", "_loop", "_waiting")
@@ -32,11 +32,11 @@ class Turns:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._waiting: OrderedDict[Callable[[], None], None] = OrderedDict()
-        self._is_due = False  # `_serve` is to be called
+        self._is_due = False  # whether the loop will call `_serve`
 
-    def wait(self, go_on: Callable[[], None]) -> None:
-        """Call `go_on` when its turn comes; once, however often it is asked for."""
-        self._waiting[go_on] = None
+    def wait(self, resume: Callable[[], None]) -> None:
+        """Call `resume` when its turn comes: once, however often it is registered."""
+        self._waiting[resume] = None
         if not self._is_due:
             self._is_due = True
             self._loop.call_soon(self._serve)
@@ -44,10 +44,10 @@ class Turns:
     def _serve(self) -> None:
         ends_at = clock() + ALL_TURNS
         while self._waiting and clock() < ends_at:
-            go_on, _ = self._waiting.popitem(last=False)
+            resume, _ = self._waiting.popitem(last=False)
             try:
-                go_on()
-            except Exception:  # a bug with one is none of the others'
+                resume()
+            except Exception:  # a bug that one client causes must not stop the others
                 logger.exception("bug in a client's turn")
         self._is_due = bool(self._waiting)
         if self._is_due:

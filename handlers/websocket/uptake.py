@@ -1,8 +1,8 @@
-"""How a peer takes what is sent to it, by what its kernel has acknowledged.
+"""Measures how fast a peer accepts what is sent, by its kernel's acknowledgments.
 
-"Writable" events do not say it: the kernel reports them when a third of a large
-buffer is free, and TLS when all of a message has left. `stream` asks the kernel;
-`closing` and `handlers.clients.connection` decide who is too slow.
+"Writable" events do not show it: the kernel reports them when a third of a large
+buffer is free, and TLS when a whole message was sent. `stream` asks the kernel;
+`closing` and `handlers.clients.connection` decide which peer is too slow.
 """
 
 import socket
@@ -10,17 +10,17 @@ import struct
 import sys
 from typing import NamedTuple
 
-# struct tcp_info (linux/tcp.h): segments that are not acknowledged, milliseconds
-# since the last acknowledgment came, bytes acknowledged, bytes not yet sent.
+# struct tcp_info (linux/tcp.h): unacknowledged segments, milliseconds since the last
+# acknowledgment, acknowledged bytes, bytes that are not sent yet.
 TCP_INFO = struct.Struct("=24x I 28x I 60x Q 16x I")
 
 
 class Outgoing(NamedTuple):
-    """What is under way to a peer.
+    """What was sent to a peer and not acknowledged yet.
 
-    `acknowledged` counts the bytes that its kernel has acknowledged so far.
-    `under_way` says whether there are more. `quiet` is for how many seconds its
-    kernel has acknowledged nothing, not even again.
+    `acknowledged` is the number of bytes that its kernel has acknowledged so far;
+    `under_way` is set if there are more. `quiet` is the time in seconds since the last
+    acknowledgment, duplicates included.
     """
 
     acknowledged: int
@@ -29,9 +29,9 @@ class Outgoing(NamedTuple):
 
 
 def outgoing(sock: socket.socket, taken: int, waiting: int) -> Outgoing:
-    """Ask the kernel, which took `taken` bytes and has yet to take `waiting`.
+    """Ask the kernel, which took `taken` bytes, while `waiting` bytes wait for it.
 
-    Where it can't say (it is no Linux), what it has taken counts as acknowledged.
+    Except on Linux, the kernel cannot tell: then what it took counts as acknowledged.
     """
     if sys.platform == "linux":
         try:
@@ -46,9 +46,9 @@ def outgoing(sock: socket.socket, taken: int, waiting: int) -> Outgoing:
 
 
 class Uptake:
-    """When a peer was last seen to take something, from one look to the next.
+    """Remembers when a peer's acknowledged bytes last increased.
 
-    Only where something is under way.
+    Used only while bytes are unacknowledged.
     """
 
     __slots__ = ("_acknowledged", "taken_at")
@@ -58,7 +58,7 @@ class Uptake:
         self.taken_at = now  # on the loop's clock
 
     def look(self, acknowledged: int, now: float) -> float:
-        """For how many seconds it has taken nothing; 0 where it has, since the last."""
+        """Return for how many seconds `acknowledged` has not changed."""
         if acknowledged != self._acknowledged:
             self._acknowledged, self.taken_at = acknowledged, now
         return now - self.taken_at
