@@ -28,7 +28,7 @@ from handlers.clients.lifetimes import Lifetimes
 from handlers.clients.policy import ClientPolicy
 from handlers.clients.reception import DELAYED_ACK, Reception
 from handlers.connections import ConnectionMap
-from handlers.process.logs import tell
+from handlers.process.logs import log_event
 from handlers.rates import Throttle
 from handlers.websocket.closing import CLOSE_TIMEOUT
 from handlers.websocket.deflate import Compression
@@ -181,7 +181,7 @@ class ClientConnection:
             self.drain()
 
     def _log_open(self) -> None:
-        tell(logger, f"connection {self.id} opened by {self.remote_ip}", {
+        log_event(logger, f"connection {self.id} opened by {self.remote_ip}", {
             "event": "open", "connection_id": self.id, "remote_ip": self.remote_ip
         })
 
@@ -494,7 +494,7 @@ class ClientConnection:
             f" {duration:.1f} s:"
             f" {self.messages_in} messages in, {self.messages_out} out"
         )
-        tell(logger, message, {
+        log_event(logger, message, {
             "event": "close",
             "connection_id": self.id,
             "code": code,

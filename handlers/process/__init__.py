@@ -1,1 +1,1 @@
-"""The process itself: options, log, signals, systemd."""
+"""The process: options, log, signals, event loop, systemd, start and exit."""

@@ -15,7 +15,7 @@ COLLECT_AFTER = 10_000  # objects that were made and not freed
 
 
 def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return a factory of event loops by name; None: asyncio's default.
+    """Return the factory of event loops called `name`; None: asyncio's default.
 
     Raises `OptionError` if the name is unknown, or that loop is not installed.
     """

@@ -1,7 +1,7 @@
-"""What `socketdock check` looks at on this machine, with what to do about it.
+"""The checks of `socketdock check` on this machine, each with a remedy.
 
-Nothing is listened at: a relay that runs must not lose a client to a check.
-`socketdock.py` puts the findings together with those of the backend.
+They do not listen on a port: a client of a running relay might connect to the check
+instead. `socketdock.py` adds the findings of the backend.
 """
 
 import errno
@@ -33,7 +33,7 @@ REMEDIES = {
 def port_finding(
     what: str, address: str, port: int, reuse_port: bool = False
 ) -> Finding:
-    """Whether `port` of `address` is free; "" is every address, port 0 any port."""
+    """Check that `port` of `address` is free; "" is every address, port 0 any port."""
     where = f"{what}: port {port} of {address or 'every address'}"
     try:
         for family, kind, protocol, _, bound in socket.getaddrinfo(
@@ -57,7 +57,7 @@ def port_finding(
 
 
 def certificate_finding(path: str) -> Finding:
-    """Until when a PEM file's certificates, a chain, are good."""
+    """Check that no certificate of the chain in a PEM file has expired."""
     try:
         return expiry_finding(path, min(_ends(read_text(path, path))))
     except OptionError as error:
@@ -68,7 +68,7 @@ def certificate_finding(path: str) -> Finding:
 
 
 def _ends(pem: str) -> Iterator[float]:
-    """Yield each certificate's end, in seconds since 1970. Raises `ValueError`."""
+    """Yield each certificate's expiry, in seconds since 1970. Raises `ValueError`."""
     for part in pem.split(PEM_END)[:-1]:
         start = part.rindex("-----BEGIN CERTIFICATE-----")
         der = ssl.PEM_cert_to_DER_cert(part[start:] + PEM_END)
@@ -76,14 +76,14 @@ def _ends(pem: str) -> Iterator[float]:
 
 
 def _not_after(der: bytes) -> float:
-    """The end of a certificate's validity (RFC 5280, section 4.1)."""
+    """Return a certificate's expiry, in seconds since 1970 (RFC 5280, section 4.1)."""
     ((_, certificate),) = _elements(der)
     _, to_be_signed = next(_elements(certificate))
     fields = [field for tag, field in _elements(to_be_signed) if tag != VERSION]
-    _, _, _, validity, *_ = fields  # number, algorithm, issuer
+    _, _, _, validity, *_ = fields  # after serial number, algorithm and issuer
     _, (tag, end) = _elements(validity)
     text = end.decode("ascii")
-    if tag == UTC_TIME:  # two digits of the year (section 4.1.2.5.1)
+    if tag == UTC_TIME:  # a year of two digits (section 4.1.2.5.1)
         text = ("19" if text >= "50" else "20") + text
     return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC).timestamp()
 
@@ -100,7 +100,7 @@ def _elements(der: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def descriptors_finding(wanted: int, max_connections: int) -> Finding:
-    """Whether `wanted` files and sockets may be open at once."""
+    """Check that `wanted` files and sockets may be open at once."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < wanted:
         return Finding(

@@ -1,6 +1,6 @@
-"""The process itself: its standard streams at the start, and its end.
+"""Opens the standard streams at the start, and exits the process.
 
-`socketdock.py` calls all of it; nothing here knows of connections.
+`socketdock.py` calls these functions; they know nothing about connections.
 """
 
 import atexit
@@ -12,14 +12,14 @@ from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
-LAST_WORD = 0.1  # seconds for the log line of a forced end
+LAST_LINE_TIMEOUT = 0.1  # seconds to write the log line of a forced exit
 
 
 def open_standard_streams() -> None:
     """Open /dev/null on those of descriptors 0 to 2 that are closed.
 
-    Else sockets would get these numbers: libuv aborts when it closes one, and
-    whatever is printed would go to a client.
+    Otherwise sockets would get these numbers: libuv aborts when it closes one, and
+    printed text would be sent to a client.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -31,9 +31,9 @@ def open_standard_streams() -> None:
 
 
 def end_within(seconds: float, status: int) -> threading.Timer:
-    """End the process with `status` in `seconds`, unless that is cancelled.
+    """Exit with `status` after `seconds`, unless the returned timer is cancelled.
 
-    By a thread of its own, since whatever keeps the process may keep its loop.
+    It runs in a thread of its own, since the loop may be what hangs.
     """
     timer = threading.Timer(
         min(seconds, threading.TIMEOUT_MAX), _end, (status,)
@@ -44,27 +44,27 @@ def end_within(seconds: float, status: int) -> threading.Timer:
 
 
 def _end(status: int) -> None:
-    # Whoever keeps the process may have the log's lock.
-    word = threading.Thread(
+    # In a thread, since the code that hangs may hold the log's lock.
+    last_line = threading.Thread(
         target=logger.error,
         args=("the process has not ended in time: it is cut off",),
         daemon=True,
     )
-    word.start()
-    word.join(LAST_WORD)
+    last_line.start()
+    last_line.join(LAST_LINE_TIMEOUT)
     os._exit(status)
 
 
 def leave(status: int) -> NoReturn:
-    """End the process now, with all that was logged and printed written.
+    """Exit now, after writing all that was logged and printed.
 
-    What is registered with `atexit` is called: `logging` is, and what a backend's
-    libraries are. No thread is waited for: one that resolves a name may take a minute.
+    Calls the functions registered with `atexit`, such as those of `logging` and of a
+    backend's libraries. Does not wait for threads: resolving a name may take a minute.
     """
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # `head` has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         pass
     except OSError as error:
         print(f"socketdock: can't print: {error.strerror}", file=sys.stderr)

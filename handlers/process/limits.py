@@ -9,7 +9,7 @@ logger = logging.getLogger(__name__)
 def claim_descriptors(wanted: int, max_connections: int) -> None:
     """Raise the limit of open files to `wanted`; warn if the hard limit is lower.
 
-    `wanted` is what `max_connections` and the backend need together.
+    `wanted` is the sum of what `max_connections` and the backend need.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < wanted:

@@ -1,6 +1,6 @@
-"""What log lines look like: JSON for programs, text for people.
+"""Formats log lines: JSON for programs, text for people.
 
-`handlers.process.logs` decides which of the two is used.
+`handlers.process.logs` chooses one of the two.
 """
 
 import logging
@@ -13,13 +13,13 @@ from typing import Any
 import orjson
 from tornado.log import LogFormatter
 
-MAX_LINE = 16 * 1024  # bytes; Docker and containerd cut longer ones in pieces
-UNFILLED = " (can't be filled in)"  # behind a message with the wrong arguments
+MAX_LINE = 16 * 1024  # bytes; Docker and containerd split longer lines
+UNFILLED = " (can't be filled in)"  # follows a message with the wrong arguments
 SILENT = logging.CRITICAL + 1  # the level of `none`
 
-# Fields that every record has, or that are internal; the others are its own.
+# Fields that every record has, or that are internal. The others came in `extra`.
 NO_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {
-    "_told", "asctime", "color", "end_color", "message", "taskName",
+    "_allowed", "asctime", "color", "end_color", "message", "taskName",
     "time", "level", "logger", "exception",
 }
 LEVELS = {
@@ -88,7 +88,7 @@ def _message(record: logging.LogRecord) -> str:
 def _dumped(fields: Mapping[str, Any]) -> bytes:
     try:
         return orjson.dumps(fields, default=str)
-    except TypeError:  # half a surrogate, say, or too large a number
+    except TypeError:  # for example a lone surrogate, or too large a number
         return orjson.dumps({name: _text(value) for name, value in fields.items()})
 
 

@@ -1,7 +1,7 @@
 """Limits how many log lines are written.
 
-`LogLimit` logs the first of many equal lines, and counts the others; it is a filter
-of every log handler. `LineQuota` is for lines with a limit or a summary of their own.
+`LogLimit` passes the first of many equal lines, and counts the others; every log
+handler has it as a filter. `LineQuota` is for lines with their own limit or summary.
 """
 
 import asyncio
@@ -15,7 +15,8 @@ MAX_TEMPLATE = 200  # characters of a template that are compared
 
 # Events below `warning` that peers can cause any number of times.
 OF_PEERS = frozenset({"fail", "stall"})
-# At most one per connection, and recorded nowhere else; and the summaries.
+# Events with at most one line per connection that is recorded nowhere else, and the
+# summaries.
 NEVER_COUNTED = frozenset({"disconnect_failed", "repeat"})
 
 _Key = tuple[str, int, str]  # logger, level, template
@@ -24,7 +25,7 @@ _Key = tuple[str, int, str]  # logger, level, template
 class LineQuota:
     """Allows `lines` log lines per `interval` (seconds), from the first one on.
 
-    For a caller that counts the others itself, or has nothing to count.
+    The caller counts the others itself, if at all.
     """
 
     __slots__ = ("_interval", "_left", "_lines", "_restart_at")
@@ -78,12 +79,12 @@ class LogLimit(logging.Filter):
             return True
         if logging.getLogger(record.name).isEnabledFor(logging.DEBUG):
             return True
-        if "_told" not in fields:
+        if "_allowed" not in fields:
             key = self._key(record)
             self._seen[key] = number = self._seen.get(key, 0) + 1
-            fields["_told"] = number <= self._lines
-        told: bool = fields["_told"]
-        return told
+            fields["_allowed"] = number <= self._lines
+        allowed: bool = fields["_allowed"]
+        return allowed
 
     def _key(self, record: logging.LogRecord) -> _Key:
         message = record.msg

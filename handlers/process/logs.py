@@ -1,4 +1,4 @@
-"""The log: where its lines go, its level, and --log_config.
+"""Configures the log: where its lines go, its level, and --log_config.
 
 `make_log` makes a `Log` from the options. All other modules use loggers of the
 standard library, and pass fields for programs in `extra`, such as `event`,
@@ -43,7 +43,7 @@ define("log_config", type=str, metavar="PATH",
        help="file for Python's logging.config, in JSON or YAML; replaces all log "
             "options except --logging")
 
-# What Tornado's log file is made of.
+# The options of Tornado's log file.
 LOG_FILE = ("log_file_prefix", "log_file_max_size", "log_file_num_backups",
             "log_rotate_mode", "log_rotate_when", "log_rotate_interval")
 
@@ -70,7 +70,7 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
 
 class Complaint:
-    """Reports on stderr that the log cannot be written, once while that lasts.
+    """Reports on stderr that the log cannot be written, once until it recovers.
 
     Replaces a handler's `handleError`, which prints a traceback for each line.
     """
@@ -92,21 +92,21 @@ class Complaint:
             )
 
 
-def tell(about: logging.Logger, message: str, fields: Mapping[str, Any]) -> None:
-    """Do the same as `about.info(message, extra=fields)`; the level must be enabled.
+def log_event(to: logging.Logger, message: str, fields: Mapping[str, Any]) -> None:
+    """Do the same as `to.info(message, extra=fields)`; the level must be enabled.
 
-    For the lines that every connection has. If they go to stderr alone, in JSON, no
-    record is made, which takes a third of the time.
+    For the lines of every connection. If the log goes to stderr alone, in JSON, this
+    makes no record, and takes a third of the time.
     """
     handlers = logging.root.handlers
     if len(handlers) == 1 and type(handler := handlers[0]) is StderrHandler:
         formatter = handler.formatter
         if type(formatter) is JSONFormatter:
             handler.write(
-                formatter.line(time.time(), logging.INFO, about.name, message, fields)
+                formatter.line(time.time(), logging.INFO, to.name, message, fields)
             )
             return
-    about.info(message, extra=fields, stacklevel=2)
+    to.info(message, extra=fields, stacklevel=2)
 
 
 class Log:
@@ -160,7 +160,7 @@ class Log:
                 for path in _paths_of_handlers(config):
                     held.enter_context(_held_open(path))
                 logging.config.dictConfig(config)
-        except Exception as error:  # of any class that the file names
+        except Exception as error:  # raised by any class that the file names
             if self._config is not None:
                 logging.config.dictConfig(self._config)
                 self._attach()
@@ -219,7 +219,7 @@ def _write_to(handlers: Sequence[logging.Handler], format_name: str) -> None:
             continue
         handler.setFormatter(JSONFormatter())
         if isinstance(sys.stderr, TextIOWrapper):
-            sys.stderr.reconfigure(encoding="utf-8")  # whatever the locale
+            sys.stderr.reconfigure(encoding="utf-8")  # independent of the locale
     # Without any handler, `logging` would use its own.
     logging.root.handlers[:] = handlers or [logging.NullHandler()]
 
@@ -247,7 +247,7 @@ def file_channels(settings: Mapping[str, Any]) -> list[logging.Handler]:
 
 
 def _paths_of_handlers(config: Mapping[str, Any]) -> Iterator[str]:
-    """Whatever may be the path of a file that a handler of `config` opens."""
+    """Yield each string of a handler in `config` that may be a file's path."""
     handlers = config.get("handlers")
     for settings in handlers.values() if isinstance(handlers, dict) else ():
         for value in settings.values() if isinstance(settings, dict) else ():
@@ -322,9 +322,9 @@ def _why(error: BaseException) -> str:
 
 
 def hush_peers(record: logging.LogRecord) -> bool:
-    """Filter Tornado's log: log peers' faults at `debug` only.
+    """Filter Tornado's log: log faults of peers at `debug` only, and without details.
 
-    Without their text: Tornado quotes header values of malformed requests.
+    Tornado quotes header values of malformed requests.
     """
     if isinstance(record.args, tuple):
         record.args = tuple(

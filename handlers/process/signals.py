@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP."""
+"""Handles SIGTERM, SIGINT and SIGHUP: stops the relay, or reloads its files."""
 
 import asyncio
 import logging
@@ -39,7 +39,7 @@ class Reloadable(Protocol):
 
 
 def reload_on_signal(systemd: SystemdNotifier, *reloadables: Reloadable) -> None:
-    """Make SIGHUP read every file again that an option names."""
+    """Make SIGHUP reload the files that options name."""
 
     def on_signal() -> None:
         systemd.reloading()

@@ -1,4 +1,4 @@
-"""Notifies systemd of this process's state, if systemd started it.
+"""Sends this process's state to systemd, if systemd started it.
 
 The datagrams are those of sd_notify(3), the variables those of a unit with
 `Type=notify`: conf/socketdock.service.
@@ -31,18 +31,18 @@ class SystemdNotifier:
 
     def ready(self) -> None:
         """Notify that the relay has started, or has reloaded its files."""
-        self._tell("READY=1")
+        self._notify("READY=1")
         if self._timer is None:
             self._feed_watchdog()
 
     def reloading(self) -> None:
         """Notify that files are being read again; `ready()` must follow."""
-        # By the time, systemd knows to which reload the next `ready()` belongs.
-        self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        # By this time systemd knows to which reload the next `ready()` belongs.
+        self._notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
         """Notify that the relay drains."""
-        self._tell("STOPPING=1")
+        self._notify("STOPPING=1")
 
     def close(self) -> None:
         """Stop the watchdog, and close the socket."""
@@ -54,12 +54,12 @@ class SystemdNotifier:
 
     def _feed_watchdog(self) -> None:
         if self._interval is not None:
-            self._tell("WATCHDOG=1")
+            self._notify("WATCHDOG=1")
             self._timer = asyncio.get_running_loop().call_later(
                 self._interval, self._feed_watchdog
             )
 
-    def _tell(self, state: str) -> None:
+    def _notify(self, state: str) -> None:
         if self._socket is None:
             return
         try:

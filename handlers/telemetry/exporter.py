@@ -1,4 +1,4 @@
-"""Exports spans by OTLP, and logs what fails in the relay's own words.
+"""Exports spans by OTLP, and logs failures without text of a peer.
 
 Imported with `--otel` only. `handlers.telemetry.spans` makes the spans.
 """
@@ -14,10 +14,10 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 logger = logging.getLogger(__name__)
 
-MAX_TOLD = 100  # distinct warnings of the SDK that are logged
+MAX_WARNINGS = 100  # distinct warnings of the SDK that are logged
 
 STATUSES = {status.phrase: status.value for status in HTTPStatus}
-PLACEHOLDER = re.compile(r"%[-#0-9.]*[a-z]")  # where `logging` puts something in
+PLACEHOLDER = re.compile(r"%[-#0-9.]*[a-z]")  # replaced with an argument by `logging`
 
 
 class CountingExporter(SpanExporter):
@@ -70,17 +70,17 @@ class SDKLogHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.why = "not in time"
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name.endswith("trace_exporter"):
             self.why = _reason(record) or self.why
             return
         sentence = str(record.msg)
-        if record.levelno < logging.WARNING or sentence in self._told:
+        if record.levelno < logging.WARNING or sentence in self._logged:
             return
-        if len(self._told) < MAX_TOLD:
-            self._told.add(sentence)
+        if len(self._logged) < MAX_WARNINGS:
+            self._logged.add(sentence)
             logger.warning("OpenTelemetry: %s", PLACEHOLDER.sub("…", sentence))
 
 
@@ -105,7 +105,7 @@ def _root_of(error: BaseException) -> str:
             break
         if isinstance(root, OSError) and root.strerror:
             return root.strerror
-        # urllib3 raises it for a timeout that is over before it is used.
+        # urllib3 raises ValueError for a timeout that has expired before it is used.
         name = "timed out" if type(root) is ValueError else type(root).__name__
         root = root.__cause__ or root.__context__
     return name

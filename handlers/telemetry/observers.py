@@ -1,7 +1,7 @@
-"""Everybody who watches the relay, as one observer; and what backends do, watched.
+"""Combines all observers of the relay into one, and observes backends that do not.
 
-`backends.Observer` says what there is to see. Metrics watch always, the console
-while somebody looks at it.
+`backends.Observer` is the interface. Metrics observe always, the console's `Tail` only
+while it has a viewer.
 """
 
 from collections.abc import Awaitable, Callable
@@ -30,54 +30,53 @@ SEEN = [name for name in vars(Observer) if not name.startswith("_")]
 
 
 class Observers(Observer):
-    """Tells each of those who watch now; they may come and go.
+    """Calls each of the current observers; they may be added and removed at any time.
 
-    Its methods are replaced whenever one does: with a single observer they are
-    that one's own, so that it costs no second call to watch alone, and without
-    any, those that do nothing.
+    Each change replaces the methods of this object. With a single observer they are
+    that observer's own methods, which saves a call; without any they do nothing.
     """
 
     def __init__(self, *observers: Observer) -> None:
-        self._watching = list(observers)
-        self._present()
+        self._current = list(observers)
+        self._replace_methods()
 
     def add(self, observer: Observer) -> None:
-        """It watches from now on."""
-        self._watching.append(observer)
-        self._present()
+        """Call `observer` from now on."""
+        self._current.append(observer)
+        self._replace_methods()
 
     def remove(self, observer: Observer) -> None:
-        """It watches no more; nothing where it did not."""
-        if observer in self._watching:
-            self._watching.remove(observer)
-            self._present()
+        """Stop calling `observer`; does nothing if it was not added."""
+        if observer in self._current:
+            self._current.remove(observer)
+            self._replace_methods()
 
-    def _present(self) -> None:
+    def _replace_methods(self) -> None:
         for name in SEEN:
-            unseen = getattr(Observer, name)
-            # Whoever has not overridden a method does not want to be called.
+            default = getattr(Observer, name)
+            # An observer that does not override a method need not be called.
             calls = [
                 getattr(observer, name)
-                for observer in self._watching
-                if getattr(type(observer), name) is not unseen
+                for observer in self._current
+                if getattr(type(observer), name) is not default
             ]
             if calls:
-                tell = calls[0] if len(calls) == 1 else partial(_tell, calls)
-                setattr(self, name, tell)
+                method = calls[0] if len(calls) == 1 else partial(_call_all, calls)
+                setattr(self, name, method)
             else:
                 vars(self).pop(name, None)
 
 
-def _tell(calls: list[Callable[..., None]], *seen: Any, **more: Any) -> None:
+def _call_all(calls: list[Callable[..., None]], *args: Any, **kwargs: Any) -> None:
     for call in calls:
-        call(*seen, **more)
+        call(*args, **kwargs)
 
 
 class ObservedBackend(Backend):
-    """A backend that does not observe itself: what it is given is one attempt.
+    """Wraps a backend that calls no observer: each call of it counts as one attempt.
 
-    Messages that fail are not told here, since the relay tells of all that is
-    given up.
+    It does not report the end of a failed message: the relay reports each message that
+    is given up.
     """
 
     observes = True
@@ -86,14 +85,14 @@ class ObservedBackend(Backend):
         self._backend = backend
         self._observer = observer
         self.descriptors = backend.descriptors
-        # Asked for as they are: nobody has to know of this wrapper.
+        # These are not observed: use the backend's own.
         self.called_back = backend.called_back  # type: ignore[method-assign]
         self.reload = backend.reload  # type: ignore[method-assign]
         self.drain = backend.drain  # type: ignore[method-assign]
         self.close = backend.close  # type: ignore[method-assign]
 
     def condition(self) -> Condition:
-        """The backend's own."""
+        """Return the backend's own condition."""
         return self._backend.condition()
 
     async def connect(
@@ -103,12 +102,12 @@ class ObservedBackend(Backend):
         try:
             subprotocol = await self._backend.connect(connection, handshake)
         except ConnectionRefused as refused:
-            self._tell("connect", connection, began, refused, handshake.trace)
+            self._report("connect", connection, began, refused, handshake.trace)
             raise
         except BackendError as error:
-            self._tell("connect", connection, began, error, handshake.trace)
+            self._report("connect", connection, began, error, handshake.trace)
             raise
-        self._tell("connect", connection, began, None, handshake.trace)
+        self._report("connect", connection, began, None, handshake.trace)
         return subprotocol
 
     def message(
@@ -118,11 +117,11 @@ class ObservedBackend(Backend):
         try:
             taken = self._backend.message(connection, message)
         except BackendError as error:
-            self._tell("message", connection, began, error)
+            self._report("message", connection, began, error)
             raise
         if taken is not None:
             return self._taken(connection, taken, began)
-        self._tell("message", connection, began)
+        self._report("message", connection, began)
         return None
 
     async def _taken(
@@ -131,20 +130,20 @@ class ObservedBackend(Backend):
         try:
             await taken
         except BackendError as error:
-            self._tell("message", connection, began, error)
+            self._report("message", connection, began, error)
             raise
-        self._tell("message", connection, began)
+        self._report("message", connection, began)
 
     async def disconnect(self, connection: Connection, closure: Closure) -> None:
         began = monotonic()
         try:
             await self._backend.disconnect(connection, closure)
         except BackendError as error:
-            self._tell("disconnect", connection, began, error)
+            self._report("disconnect", connection, began, error)
             raise
-        self._tell("disconnect", connection, began)
+        self._report("disconnect", connection, began)
 
-    def _tell(
+    def _report(
         self,
         event: EventName,
         connection: Connection,

@@ -59,7 +59,7 @@ MAX_FAILED = 10_000  # events that may be retried, whose spans have not ended
 MAX_FAILURES = 100  # failed attempts of one event that its span lists
 MAX_ENDED = 10_000  # spans that wait for the SDK
 MAKE_AFTER = 0.1  # seconds
-MADE_AT_ONCE = 50  # spans, in some 2 ms
+MADE_AT_ONCE = 50  # spans, which take about 2 ms
 
 SEND_ROUTE = "/socket/{id}/send"
 SEND = f"POST {SEND_ROUTE}"
@@ -101,7 +101,7 @@ class Tracing(Observer):
             self._sampler = ALWAYS_OFF
         self._bound = _bound(self._sampler)
         self._loop = asyncio.get_running_loop()
-        self._failed: dict[str, _Event] = {}  # those that may go again
+        self._failed: dict[str, _Event] = {}  # events that may be retried, by id
         self._ended: deque[_Span] = deque()
         self._timer: asyncio.Handle | None = None
 
@@ -154,7 +154,7 @@ class Tracing(Observer):
                 return
             _, trace_id, span_id, flags = traceparent.split("-")
             place = TraceContext(trace_id, flags, span_id)
-        else:  # it was told nothing
+        else:  # an attempt without a trace
             place = self._place(attempt.trace, attempt.event, SpanKind.INTERNAL)
             if not _is_sampled(place.flags):
                 return
@@ -210,22 +210,22 @@ class Tracing(Observer):
             began = time_ns()
             path = request.target.partition(b"?")[0].decode()
 
-            def tell(given: FastResponse) -> FastResponse:
+            def record(given: FastResponse) -> FastResponse:
                 self.add(_send(place, parent, began, scheme, path, given.status))
                 return given
 
-            async def tell_later(given: Awaitable[FastResponse]) -> FastResponse:
-                return tell(await given)
+            async def record_later(given: Awaitable[FastResponse]) -> FastResponse:
+                return record(await given)
 
             def traced_answer(
                 body: bytes,
             ) -> FastResponse | Awaitable[FastResponse] | None:
                 given = answer(body)
                 if given is None:
-                    return None  # its handler's turn
+                    return None  # a handler answers it
                 if isinstance(given, Awaitable):
-                    return tell_later(given)
-                return tell(given)
+                    return record_later(given)
+                return record(given)
 
             return traced_answer
 
@@ -234,7 +234,7 @@ class Tracing(Observer):
     def answered(self, request: HTTPServerRequest, status: int) -> None:
         """A handler has answered a send that `fast` left to it."""
         if not _SEND_PATH.fullmatch(request.path):
-            return  # not a send; it came without a token
+            return  # not a send
         parent = trace_context(request.headers.get_list("traceparent"))
         place = self._place(parent, SEND, SpanKind.SERVER)
         if _is_sampled(place.flags):
@@ -347,7 +347,7 @@ class HandshakeSpan:
         remote_ip: str,
         connection_id: str | None,
     ) -> None:
-        """It was answered, or its client has left."""
+        """The handshake was answered, or its client has disconnected."""
         if not _is_sampled(self.trace.flags):
             return
         attributes: dict[str, str | int] = {
@@ -438,16 +438,16 @@ class _Event:
 
     def _span(self, outcome: str, resent: int, attributes: Attributes) -> _Span:
         first = self._first
-        told: dict[str, str | int] = {
+        details: dict[str, str | int] = {
             "socketdock.event": first.event,
             "socketdock.connection_id": first.connection_id,
             "socketdock.outcome": outcome,
             **attributes,
         }
         if first.event_id:
-            told["socketdock.event_id"] = first.event_id
+            details["socketdock.event_id"] = first.event_id
         if resent:
-            told["http.request.resend_count"] = resent
+            details["http.request.resend_count"] = resent
         name, of_url = _of_url(first.url) if first.url else (first.event, {})
         return _Span(
             name,
@@ -456,7 +456,7 @@ class _Event:
             first.trace,
             self._began,
             time_ns(),
-            {**of_url, **told},
+            {**of_url, **details},
             self._seen,
         )
 

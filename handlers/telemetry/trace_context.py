@@ -1,4 +1,4 @@
-"""Parses `traceparent` (W3C Trace Context): to which trace a handshake belongs.
+"""Parses `traceparent` (W3C Trace Context), the trace to which a handshake belongs.
 
 With `--otel`, `handlers.telemetry.spans` makes spans in that trace.
 """
@@ -17,7 +17,7 @@ define("otel", default=False,
        help="create OpenTelemetry spans of handshakes, events and sends, and export "
             "them by OTLP as the variables OTEL_* configure; needs the extra otel")
 
-# In any version these four come first (Trace Context, section 4.3 of level 2).
+# Every version begins with these four fields (Trace Context level 2, section 4.3).
 _TRACEPARENT = re.compile(
     r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL
 )
@@ -40,7 +40,7 @@ def trace_context(traceparents: Sequence[str]) -> TraceContext | None:
         return None
     if not (trace_id.strip("0") and span_id.strip("0")):
         return None
-    # Of a version to come, "Parse the sampled bit of flags", and nothing else.
+    # For a later version: "Parse the sampled bit of flags", and nothing else.
     known = _SAMPLED | _RANDOM if version == "00" else _SAMPLED
     return TraceContext(trace_id, f"{int(flags, 16) & known:02x}", span_id)
 

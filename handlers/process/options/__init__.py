@@ -1,4 +1,4 @@
-"""The options: set from flags, environment, file and defaults.
+"""Sets the options from flags, environment, file and defaults, in that precedence.
 
 Each is defined beside the code that it controls, and read where that code is made:
 in `socketdock.py` and in a backend's `make_backend()`. `sources` reads them, `values`
@@ -141,5 +141,5 @@ def limits() -> dict[str, float | str]:
         for option in options._options.values()
         if option.metavar in LIMIT_UNITS
     }
-    # JSON knows no infinity.
+    # JSON has no infinity.
     return {name: "inf" if v == float("inf") else v for name, v in found.items()}

@@ -63,7 +63,7 @@ def read_flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     while words:
         word = words.pop()
         if not word.startswith("--") or word == "--":
-            if is_secret(option):  # it may be one more secret
+            if is_secret(option):  # the rest of the line may be another secret
                 raise OptionError(
                     "what stands after a secret is not an option: options start"
                     " with --, and several secrets are separated by commas"
@@ -86,8 +86,8 @@ def read_flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 def read_config(path: Path) -> Iterator[Setting]:
     """Yield each `name = value` of an options file.
 
-    Values are Python literals, so that nothing in the file is ever run. Names
-    may be spelt with dashes.
+    Values are Python literals: the file is parsed, never executed. Names may contain
+    dashes instead of underscores.
     """
     text = re.sub(
         r"^[A-Za-z][\w-]*(?=\s*=)",
@@ -124,7 +124,7 @@ def config_path(argv: Sequence[str], environ: Mapping[str, str]) -> Path | None:
         if name == "config" and not given:
             given = value.strip()
     if given:
-        # No other option takes it: elsewhere an empty file means nothing.
+        # Only --config accepts /dev/null, which selects no file.
         return None if given == os.devnull else Path(given)
     return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
 

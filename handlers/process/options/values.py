@@ -1,4 +1,4 @@
-"""Checks the values of options, whatever source they are from."""
+"""Checks the values of options, independently of their source."""
 
 import ipaddress
 import re
@@ -11,34 +11,38 @@ from handlers.process.options.sources import TRUTHS
 
 HOST_NAME = re.compile(r"[\w.-]+")
 
-# The surrogates stand for bytes of the environment that are not UTF-8.
+# Surrogates represent bytes of the environment that are not UTF-8.
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
-# Options in which 0 seconds would leave no time for anything.
+# Options for which 0 seconds would always expire at once.
 NEVER_ZERO = frozenset({
     "backend_connect_timeout", "backend_dead_after", "body_timeout",
     "breaker_first_probe", "breaker_last_probe", "breaker_window", "handshake_timeout",
     "header_timeout", "send_timeout",
 })
 LEAST_TIME = 0.001  # seconds
-# The least that others can mean. No handshake fits into fewer bytes of headers.
+# The minimum of other options. No handshake fits into fewer bytes of headers.
 LEAST = {
     "log_file_max_size": 0,
     "log_file_num_backups": 0,
     "log_rotate_interval": 1,
     "max_header_size": 1024,
 }
-# Counts that may be 0, which stands for no limit.
+# Options for which 0 means no limit.
 MAY_BE_ZERO = frozenset({"bytes_per_second", "max_connections_per_ip"})
 
-MAX_NUMBER = 2**48  # of whatever is counted; the system's calls take more
+MAX_NUMBER = 2**48  # the largest value of any count; system calls accept more
 MAX_SHOWN = 100  # characters of a wrong value
 LOG_FORMATS = ("auto", "text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "none")
 
 
 def checked(name: str, value: Any, where: str) -> Any:
-    """An option's value, a string as on the command line. Raises `OptionError`."""
+    """Return the checked value of an option. Raises `OptionError`.
+
+    `value` is a string as on the command line, or a literal of the options file;
+    `where` is its source, for the error.
+    """
     option = option_of(name)
     shown = repr(value)
     try:
@@ -49,7 +53,8 @@ def checked(name: str, value: Any, where: str) -> Any:
                 value = value.split(",")
             if not isinstance(value, list | tuple):
                 raise ValueError("a list")
-            # An empty secret is an error, not none: its module says so.
+            # An empty secret is an error, not an absent one: the module that uses it
+            # reports that.
             value = [
                 _converted(option, part)
                 for part in value
@@ -67,7 +72,10 @@ def checked(name: str, value: Any, where: str) -> Any:
 
 
 def _converted(option: Any, value: Any) -> Any:
-    """`value` in the option's type. Raises `ValueError` with what it must be."""
+    """Convert `value` to the option's type.
+
+    Raises `ValueError` with what the value must be.
+    """
     kind = option.type
     if isinstance(value, str):
         value = value.strip()
@@ -77,7 +85,7 @@ def _converted(option: Any, value: Any) -> Any:
             return TRUTHS[value.lower()]
         if kind in (int, float):
             try:
-                # Python takes the digits of every script.
+                # Python's number types accept the digits of every script.
                 return kind(value.encode("ascii"))
             except ValueError:
                 raise ValueError(
@@ -98,9 +106,9 @@ def _converted(option: Any, value: Any) -> Any:
 
 
 def _check(name: str, metavar: str, value: Any) -> None:
-    """Check a value's range, by its unit and its name.
+    """Check the range of a value. `metavar` is its unit.
 
-    The metavar is the unit. Raises `ValueError` with what the value must be.
+    Raises `ValueError` with what the value must be.
     """
     if type(value) is int and value > MAX_NUMBER:
         raise ValueError(f"at most {MAX_NUMBER}")
@@ -119,7 +127,7 @@ def _check(name: str, metavar: str, value: Any) -> None:
                 raise ValueError("0 or more")
         elif value < 1:
             raise ValueError("at least 1")
-    # A slower one would leave a client unread for minutes.
+    # With a lower rate a client would not be read for minutes.
     if metavar == "RATE" and value != 0 and not 0.01 <= value < float("inf"):
         raise ValueError("0, or 0.01 or more in a second")
     if metavar == "SHARE" and not 0 < value <= 1:
@@ -127,7 +135,7 @@ def _check(name: str, metavar: str, value: Any) -> None:
     if metavar == "LEVEL" and not 1 <= value <= 9:
         raise ValueError("1 to 9")
     if metavar == "SECONDS":
-        if not value >= 0:  # nan is not
+        if not value >= 0:  # negative, or NaN
             raise ValueError("0 or more seconds")
         if value < LEAST_TIME and name in NEVER_ZERO:
             raise ValueError(f"more than 0 seconds, at least {LEAST_TIME}")
@@ -142,9 +150,9 @@ def _check(name: str, metavar: str, value: Any) -> None:
 
 
 def _is_host(value: str) -> bool:
-    """Whether it is written as an address or a name is; nothing would be any address.
+    """Whether `value` has the form of one IP address or host name.
 
-    Neither has brackets or a port, nor are there several of them.
+    Without brackets or a port. An empty value would mean every address.
     """
     if ":" not in value:
         return HOST_NAME.fullmatch(value) is not None
