@@ -1,7 +1,7 @@
-"""The circuit breaker: while the backend is unreachable, one attempt at a time.
+"""The circuit breaker: limits attempts while the backend is unreachable.
 
-It opens only on failures that say that the backend is unreachable (`BackendAway`),
-so that one client's message, always answered 500, cannot stop everyone.
+It opens only on failures that show that the backend is unreachable (`BackendAway`): a
+message that is always answered 500 must not stop other clients.
 """
 
 import asyncio
@@ -57,7 +57,7 @@ class _Bucket:
     began: float
     attempts: int = 0
     away: int = 0
-    # Of failed attempts; no more than are needed to open.
+    # Ids of connections with a failed attempt; no more than are needed to open.
     connections: set[str] = field(default_factory=set)
 
 
@@ -106,7 +106,7 @@ class Breaker:
         self._line.leave(call)
 
     def record(self, connection_id: str, away: bool) -> None:
-        """An attempt has ended; `away` if it did not reach the backend."""
+        """Record the end of an attempt; `away` if it did not reach the backend."""
         if self.open:
             if away:
                 self._schedule_probe()
@@ -124,7 +124,7 @@ class Breaker:
                 self._open(now)
 
     def record_nothing(self) -> None:
-        """An attempt has ended without an outcome."""
+        """Record that an attempt has ended without an outcome."""
         if self.open:
             self._schedule_probe()  # it may have been the probe
 
@@ -178,11 +178,11 @@ class Breaker:
         self._permit = True
         while self._permit and self._line:
             self._line.call_first()
-        # With nobody in line, the permit is for the next caller of `take`.
+        # If the line is empty, the next caller of `take` gets the permit.
 
 
 def breaker_settings() -> BreakerSettings:
-    """Read them from the options. Raises `OptionError` where they conflict."""
+    """Read the settings from the options. Raises `OptionError` if they conflict."""
     if options.breaker_first_probe > options.breaker_last_probe:
         raise OptionError("--breaker_first_probe is above --breaker_last_probe")
     return BreakerSettings(

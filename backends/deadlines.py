@@ -1,20 +1,19 @@
-"""Deadlines that are judged only after what has already come was read.
+"""Checks a deadline only after reading what has arrived.
 
-After a stall of the process (SIGSTOP, a suspended machine, a paused VM) every
-timer is overdue at once, while the bytes that met the deadlines in time still
-wait in the sockets. `backends.http` and `handlers` both judge deadlines, so
-this module imports nothing of the project.
+After a stall of the process (SIGSTOP, a suspended machine, a paused VM) all timers
+are overdue at once, while the bytes that arrived in time still wait in the sockets.
+`backends.http` and `handlers` use this module; it imports nothing of the project.
 """
 
 import asyncio
 from collections.abc import Callable
 from types import TracebackType
 
-# Turns of the loop until each readable socket was read once, and a protocol knows
-# of a connection's end: by TLS that takes three. A turn of uvloop runs timers, then
-# callbacks, then polls; one of asyncio polls first.
+# Turns of the loop until each readable socket was read once, and a protocol was
+# informed of a connection's end: with TLS that takes three. In each turn uvloop runs
+# timers, then callbacks, then polls; asyncio polls first.
 TURNS = 4
-STALL = 0.5  # seconds that a timer may be late; beyond, the process was stopped
+STALL = 0.5  # seconds; if a timer is later than that, the process was stopped
 
 
 def after_reading(
@@ -22,10 +21,10 @@ def after_reading(
 ) -> None:
     """Call `judge` when each socket that is readable now was read once.
 
-    To be called by a timer whose deadline has passed. `judge` looks at the
-    deadline again, since what was read may have met it. A read takes at most
-    one buffer: where bytes have come but not all that are needed, `judge` may
-    call this again, a bounded number of times.
+    A timer calls this when its deadline has passed. `judge` checks the deadline
+    again, since the peer may have met it with what was read. A read takes at most one
+    buffer: if only a part of the needed bytes was read, `judge` may call this again, a
+    bounded number of times.
     """
     _after(loop, TURNS, judge)
 
@@ -40,10 +39,10 @@ def _after(
 
 
 class RunningTime:
-    """As `asyncio.timeout`, but a stall of the process begins the time anew.
+    """Like `asyncio.timeout`, but restarts after a stall of the process.
 
-    What is awaited takes several steps, of which the peer's next one may wait in
-    the socket, and those behind it are still to come.
+    For operations of several steps: after a stall the peer's next step may wait in the
+    socket, and the following ones still need time.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:

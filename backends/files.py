@@ -1,7 +1,6 @@
 """Reads the files that options name: options, tokens, secrets, headers, log settings.
 
-`handlers.process.options`, `handlers` and `backends.http` all read such files, so this
-module imports only the interface.
+`handlers` and `backends.http` use it; it imports only the backends' interface.
 """
 
 import errno
@@ -15,13 +14,14 @@ from tornado.options import Error as OptionError
 
 from backends import Unavailable
 
-MAX_FILE_SIZE = 1024 * 1024  # bytes, where a caller sets no limit of its own
+MAX_FILE_SIZE = 1024 * 1024  # bytes; a caller may set another limit
 
 
 def require_regular(path: str | Path, where: str) -> None:
-    """Raise `Unavailable`, after `where`, unless `path` is a regular file.
+    """Raise `Unavailable` unless `path` is a regular file.
 
-    To open a FIFO would block, and to open a device may do anything.
+    Its text begins with `where`. Opening a FIFO would block, and opening a device may
+    have any effect.
     """
     try:
         mode = os.stat(path).st_mode
@@ -34,15 +34,15 @@ def require_regular(path: str | Path, where: str) -> None:
 
 
 def read_text(path: str | Path, where: str, max_size: int = MAX_FILE_SIZE) -> str:
-    """Return a file's text: UTF-8, a byte order mark in front of it is left out.
+    """Return the text of a UTF-8 file, without its byte order mark.
 
-    Raises `Unavailable`, whose sentence begins with `where`, if it can't be read or
-    is not a regular file, `OptionError` if it is larger than `max_size` bytes or not
-    UTF-8.
+    Raises `Unavailable` if it cannot be read or is not a regular file, and
+    `OptionError` if it is larger than `max_size` bytes or not UTF-8. The text of both
+    begins with `where`.
     """
     require_regular(path, where)
     try:
-        # Not to block, should it have become a FIFO since.
+        # O_NONBLOCK, in case the file was replaced with a FIFO since the check.
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(file, "rb") as opened:
             content = opened.read(max_size + 1) or b""
@@ -61,11 +61,11 @@ def read_lines(
 ) -> Iterator[tuple[int, str]]:
     """Yield number and text of each line that is neither blank nor a # comment.
 
-    Raises as `read_text`, and `Unavailable` where there is no such line: the file
-    is only half written, more likely than meant to be empty.
+    Raises as `read_text`, and `Unavailable` if there is no such line: probably the file
+    is being written.
     """
     found = False
-    # Not splitlines(): for it a form feed ends a line, too.
+    # Not splitlines(), which also splits at form feeds.
     lines = re.split("\r\n|\n", read_text(path, where, max_size))
     for number, line in enumerate(lines, start=1):
         stripped = line.strip(" \t")

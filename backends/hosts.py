@@ -1,6 +1,6 @@
-"""Hosts and ports of URLs: international names as in DNS, default ports.
+"""Encodes international host names of URLs as in DNS, and knows default ports.
 
-Backends and handlers both read URLs, so this module imports nothing of the project.
+Backends and handlers use it; it imports nothing of the project.
 """
 
 DEFAULT_PORTS = {"http": 80, "https": 443}  # by scheme; RFC 9110, section 4.2
@@ -10,10 +10,10 @@ AMBIGUOUS_IN_IDNA = "\u00df\u03c2\u200c\u200d"
 
 
 def encoded_host(host: str) -> str:
-    """Return an international host name as DNS has it (`xn--…`).
+    """Return an international host name in its ASCII form (`xn--…`).
 
-    Raises `ValueError` where the encoding is ambiguous or there is none, with what
-    to write instead.
+    Raises `ValueError`, with what to write instead, if the name has no such form or
+    more than one.
     """
     if host.isascii():
         return host

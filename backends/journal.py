@@ -1,9 +1,9 @@
-"""The ids of open connections on disk, so that they survive `kill -9`.
+"""Records the ids of open connections on disk, so that they survive `kill -9`.
 
-One file per run, appended to: `+<id>` before the first event of a connection
-is sent, `-<id>` when its disconnect event was accepted or given up. A line is
-one `write` that the kernel has when it returns: a crash of the process loses
-nothing, and no fsync is needed. The next start reads the files of dead runs.
+Each run appends to one file: `+<id>` before the first event of a connection is sent,
+`-<id>` when its disconnect event was accepted or given up. Each line is one `write`,
+after which the kernel has it: a crash of the process loses nothing, without fsync. The
+next start reads the files of dead runs (`backends.http.open_connections`).
 """
 
 import asyncio
@@ -30,48 +30,48 @@ define("state_dir", type=str, metavar="PATH",
 
 SUFFIX = ".journal"
 FRESH = ".fresh"  # a journal that is being rewritten
-COMPACT_ABOVE = 4 * 1024 * 1024  # bytes; a journal that has grown to it is rewritten
+COMPACT_ABOVE = 4 * 1024 * 1024  # bytes; a journal of this size is rewritten
 MAX_UNWRITTEN = 64 * 1024  # bytes of lines that are kept while the disk is full
-RETRY_INTERVAL = 1.0  # seconds between two attempts to write what could not be
-KEPT_ASIDE = 10  # corrupt journals, the latest, for whoever wants to look
+RETRY_INTERVAL = 1.0  # seconds between two attempts to write lines after a failure
+KEPT_ASIDE = 10  # the latest corrupt journals, kept for an operator to examine
 LINE_LENGTH = len("+\n") + 32  # bytes
 _LINE = re.compile(rb"([+-])([0-9a-f]{32})")
 _ASIDE = re.compile(r"\.corrupt-([0-9]{1,20})")
 _HEAD = re.compile(rb"socketdock journal 1 (\S.*)")
-# After these, what a file had before is still whole.
+# After these errors a file still has its previous content.
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class Journal:
-    """This run's connections, in one file.
+    """The open connections of this run, in one file.
 
-    Lines that can't be written are kept and written later: a full disk must not
-    stop the relay. Raises `OSError` where the file can't be made.
+    Lines that cannot be written are kept and written later: a full disk must not stop
+    the relay. Raises `OSError` if the file cannot be created.
     """
 
     def __init__(self, directory: Path, instance: str) -> None:
         self.instance = instance
         self._path = directory / f"{instance.rpartition('/')[2]}{SUFFIX}"
         self._ids: dict[str, None] = {}
-        self._unwritten = b""  # whole lines
-        self._stale = False  # the file has to be written anew
+        self._unwritten = b""  # complete lines
+        self._stale = False  # whether the file must be rewritten
         self._retry: asyncio.TimerHandle | None = None
         self._size = _replace(self._path, instance, ())
         self._file = _open_to_append(self._path)
 
     def add(self, connection_id: str) -> None:
-        """Record a connection, whose first event is about to be sent."""
+        """Record a connection before its first event is sent."""
         self._ids[connection_id] = None
         self._append(_line(b"+", connection_id))
 
     def remove(self, connection_id: str) -> None:
-        """Remove a connection, whose disconnect event has ended."""
+        """Remove a connection when its disconnect event was accepted or given up."""
         if connection_id in self._ids:
             del self._ids[connection_id]
             self._append(_line(b"-", connection_id))
 
     def close(self) -> None:
-        """Write what is left and close; an empty journal leaves no file."""
+        """Write the remaining lines and close; an empty journal is deleted."""
         if self._retry is not None:
             self._retry.cancel()
         with contextlib.suppress(OSError):
@@ -91,7 +91,7 @@ class Journal:
         try:
             self._write()
         except OSError as error:
-            # Later, whether or not another connection comes or goes.
+            # Retry by a timer: there may be no further connection.
             if self._retry is None:
                 logger.error(
                     "journal %s: %s; what is not written is kept, and written later",
@@ -114,7 +114,7 @@ class Journal:
         self._try_to_write()
 
     def _write(self) -> None:
-        """Write all that is not written. On `OSError` the file stays as it was."""
+        """Write all kept lines. Raises `OSError`, and then the file is unchanged."""
         if not self._stale:
             self._write_lines()
             if self._size <= max(COMPACT_ABOVE, 4 * LINE_LENGTH * len(self._ids)):
@@ -132,7 +132,7 @@ class Journal:
             self._unwritten = b""
 
     def _write_anew(self) -> None:
-        self._size = 0  # if it fails, it is not tried again with the next line
+        self._size = 0  # so that a failure is not repeated with the next line
         self._size = _replace(self._path, self.instance, self._ids)
         file = _open_to_append(self._path)
         os.close(self._file)
@@ -140,10 +140,10 @@ class Journal:
 
 
 class DeadRun:
-    """What an earlier run left in its journal.
+    """The connections that an earlier run left in its journal.
 
-    The file is open only while something is written to it: there may be more
-    journals than a process may open files.
+    The file is open only while a line is written: there may be more journals than a
+    process may open files.
     """
 
     def __init__(self, path: Path, instance: str, ids: Iterable[str]) -> None:
@@ -168,7 +168,7 @@ class DeadRun:
                 _write_whole(file, _line(b"-", connection_id))
             finally:
                 os.close(file)
-        except OSError as error:  # the next start sends its event again
+        except OSError as error:  # the next start sends this connection's event again
             logger.error("journal %s: %s", self._path, error.strerror)
 
 
@@ -176,7 +176,7 @@ class StateDirectory:
     """`--state_dir`: this run's journal, and those of dead runs."""
 
     def __init__(self, path: Path, instance: str) -> None:
-        """Raises `Unavailable` where it can't be used, or another process does."""
+        """Raises `Unavailable` if `path` cannot be used, or another process uses it."""
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(
@@ -202,7 +202,7 @@ class StateDirectory:
             raise _unavailable(path, error) from None
 
     def close(self) -> None:
-        """Free it for another process."""
+        """Release the directory for another process."""
         with contextlib.suppress(OSError):
             self.journal.close()
         os.close(self._lock)
@@ -210,7 +210,7 @@ class StateDirectory:
 
 def _unavailable(path: Path, error: OSError) -> Unavailable:
     what, why = error.filename, error.strerror
-    if isinstance(error, FileExistsError):  # of mkdir: there is something else
+    if isinstance(error, FileExistsError):  # raised by mkdir: not a directory
         why = os.strerror(errno.ENOTDIR)
     where = f"--state_dir={path}"
     if what is not None and os.fspath(what) != os.fspath(path):
@@ -219,10 +219,9 @@ def _unavailable(path: Path, error: OSError) -> Unavailable:
 
 
 def _read_dead(directory: Path) -> Iterator[DeadRun]:
-    """Read each dead run's journal that names connections, and remove the others.
+    """Yield each dead run whose journal names connections; delete other journals.
 
-    One that can't be read is reported, and left as it is: it must not keep the
-    relay from starting.
+    One that cannot be read is logged and left unchanged: it must not prevent the start.
     """
     for path in sorted(directory.glob(f"*{SUFFIX}")):
         try:
@@ -237,7 +236,7 @@ def _read_dead(directory: Path) -> Iterator[DeadRun]:
 
 
 def _remove_old(directory: Path) -> None:
-    """Remove old corrupt journals, except the latest: each crash may leave one."""
+    """Delete corrupt journals except the latest ones: each crash may leave one."""
     found = [
         (int(match[1]), aside)
         for aside in directory.iterdir()
@@ -255,9 +254,10 @@ def _remove_old(directory: Path) -> None:
 
 
 def _read(path: Path) -> DeadRun | None:
-    """A dead run's journal; None where nothing in it can be used.
+    """Read a dead run's journal; None if its first line is invalid.
 
-    A torn or corrupt one is reported, and a copy of it set aside. Raises `OSError`.
+    A torn or corrupt journal is logged and renamed, for an operator to examine, and
+    replaced with the lines that are valid. Raises `OSError`.
     """
     head, *lines = _content(path).split(b"\n")
     match = _HEAD.fullmatch(head)
@@ -285,14 +285,14 @@ def _read(path: Path) -> DeadRun | None:
             return None
         try:
             _replace(path, instance, ids)
-        except OSError:  # to be read again, should this run crash, too
+        except OSError:  # keep the original, so that the next start reads it again
             aside.rename(path)
             raise
     return DeadRun(path, instance, ids)
 
 
 def _content(path: Path) -> bytes:
-    """Read a regular file, without blocking where it is something else."""
+    """Read a regular file; do not block if it is something else."""
     file = os.open(
         path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
     )
@@ -308,9 +308,9 @@ def _line(sign: bytes, connection_id: str) -> bytes:
 
 
 def _replace(path: Path, instance: str, ids: Iterable[str]) -> int:
-    """Write a journal anew, and return its size in bytes.
+    """Replace a journal, and return its size in bytes.
 
-    Raises `OSError`, and what was there stays.
+    Raises `OSError`, and then the old file stays.
     """
     lines = [f"socketdock journal 1 {instance}\n".encode()]
     lines += [_line(b"+", connection_id) for connection_id in ids]
@@ -327,7 +327,7 @@ def _replace(path: Path, instance: str, ids: Iterable[str]) -> int:
         fresh.rename(path)
     except OSError:
         with contextlib.suppress(OSError):
-            fresh.unlink()  # it takes room
+            fresh.unlink()  # frees its disk space
         raise
     return len(data)
 
@@ -337,8 +337,8 @@ def _open_to_append(path: Path) -> int:
 
 
 def _write_whole(file: int, data: bytes) -> None:
-    """Append all of `data`, or nothing of it. Raises `OSError`."""
+    """Append all of `data`, or none of it. Raises `OSError`."""
     written = os.write(file, data)
-    if written < len(data):  # as a full disk makes it
+    if written < len(data):  # the disk is full
         os.ftruncate(file, os.fstat(file).st_size - written)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,6 +1,6 @@
-"""PEM files of certificates and keys: why one can't be used, without a prompt.
+"""Explains why a PEM file of certificates or keys cannot be loaded; never prompts.
 
-The listeners and the http backend both load such files.
+The listeners and the http backend load such files.
 """
 
 import ssl
@@ -13,12 +13,12 @@ REASONS = {  # by OpenSSL's name
 
 
 def no_password() -> NoReturn:
-    """Raise `ValueError`, where OpenSSL would ask for a password at the terminal."""
+    """Raise `ValueError`: without this callback OpenSSL prompts for a password."""
     raise ValueError("the key has a password")
 
 
 def load_failure(error: Exception) -> str:
-    """Describe why a file could not be loaded; OpenSSL's own words rarely do."""
+    """Describe why a file could not be loaded; OpenSSL's own text is rarely clear."""
     if isinstance(error, ssl.SSLError):
         return REASONS.get(
             error.reason or "", "not PEM, or the certificate or key is missing"

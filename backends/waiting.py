@@ -1,4 +1,4 @@
-"""Callbacks that wait for something, and are called by what ends the wait."""
+"""Queues of callbacks: each is called once, when what it waits for has happened."""
 
 import asyncio
 import logging
@@ -9,7 +9,7 @@ logger = logging.getLogger(__name__)
 
 
 class Line(Protocol):
-    """Somewhere to wait."""
+    """A queue that a callback can enter and leave."""
 
     def wait(self, call: Callable[[], None]) -> None:
         """Enter at the end, or keep the place that `call` has; it is called once."""
@@ -62,7 +62,7 @@ def call_one(call: Callable[[], None]) -> None:
 
 
 def done_future(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
-    """Return a future that is done: there is nothing to wait for."""
+    """Return a future that is done already, for a caller that need not wait."""
     future: asyncio.Future[None] = loop.create_future()
     future.set_result(None)
     return future

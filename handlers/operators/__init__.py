@@ -1,1 +1,1 @@
-"""The operators' end: status, metrics and the console."""
+"""Routes for operators: status, metrics and the console."""

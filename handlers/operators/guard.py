@@ -1,6 +1,7 @@
-"""Who may ask what operators ask.
+"""Decides who may use the operators' routes.
 
-With `--callback_token`: whoever knows a token. Without: only this machine.
+With `--callback_token`, a request needs a token. Without tokens, it must come from
+this machine. `OperatorHandler` applies that to each route.
 """
 
 import ipaddress
@@ -13,7 +14,7 @@ from tornado.httputil import HTTPHeaders
 from handlers.callbacks.tokens import CallbackTokens
 from handlers.http.body import BodyHandler
 
-# Where a proxy tells for whom it asks; X-Forwarded-* is looked for, too.
+# Headers in which a proxy names its client, in addition to X-Forwarded-*.
 FORWARDING_HEADERS = frozenset(
     ("forwarded", "via", "x-real-ip", "client-ip", "x-client-ip", "true-client-ip",
      "x-cluster-client-ip", "x-original-forwarded-for", "x-original-host",
@@ -28,18 +29,18 @@ HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class OperatorGuard:
-    """Who is an operator: whoever has a token, or without any, who is on this machine.
+    """Accepts a request with a token; without tokens, a request of this machine.
 
-    `on_loopback` says that the listener is bound to loopback addresses only.
-    That alone proves nothing: a proxy on this machine may ask for anybody, and
-    a page in a browser on it, too (DNS rebinding, request forgery).
+    `on_loopback` says that the listener is bound to loopback addresses only. That is
+    not sufficient: a proxy on this machine may forward anybody's request, and a page in
+    a browser on it may send one (DNS rebinding, request forgery).
     """
 
     tokens: CallbackTokens
     on_loopback: bool
 
     def refusal(self, method: str, scheme: str, headers: HTTPHeaders) -> str | None:
-        """None where a request may pass without a token, else why it may not.
+        """Return why a request without a token is rejected; None if it is accepted.
 
         `scheme` is that of the listener, http or https.
         """
@@ -68,7 +69,7 @@ def _is_of_a_proxy(name: str) -> bool:
 
 
 def is_loopback_host(host: str) -> bool:
-    """Whether a `Host` header names this machine for itself (RFC 6761, section 6.3)."""
+    """Whether `host`, a `Host` header, is a loopback name (RFC 6761, section 6.3)."""
     if (match := HOST.fullmatch(host)) is None:
         return False
     name = match[1].lower()
@@ -81,10 +82,10 @@ def is_loopback_host(host: str) -> bool:
 
 
 def _is_same_origin(method: str, own: str, headers: HTTPHeaders) -> bool:
-    """Whether no page of another origin can have asked.
+    """Whether no page of another origin can have sent the request.
 
-    A browser names the origin where it lets a page change anything or open a
-    WebSocket, which is a GET; an origin that is named must be ours.
+    Browsers send `Origin` with each request that may change something, and with a
+    WebSocket's GET. If there is one, it must be the relay's own.
     """
     if origins := headers.get_list("Origin"):
         return [origin.lower() for origin in origins] == [own.lower()]
@@ -94,7 +95,7 @@ def _is_same_origin(method: str, own: str, headers: HTTPHeaders) -> bool:
 
 
 class OperatorHandler(BodyHandler):
-    """What all that operators use inherits: nobody else gets past `prepare()`."""
+    """The base of all operators' routes: `prepare()` rejects everybody else."""
 
     def initialize(self, guard: OperatorGuard) -> None:
         self.guard = guard
@@ -105,7 +106,7 @@ class OperatorHandler(BodyHandler):
         if tokens.required:
             challenge = tokens.challenge(request.headers.get_list("Authorization"))
             if challenge is not None:
-                self.set_header("Connection", "close")  # a body is not waited for
+                self.set_header("Connection", "close")  # the body is not read
                 self.unauthorized(challenge)
                 return
         elif (

@@ -1,7 +1,7 @@
-"""What the relay counts, and how late its loop is.
+"""Counts what the relay does, and measures how late its loop is.
 
-`Metrics` observes the relay (`backends.Observer`) and keeps plain numbers: for each
-message, a library's labels would cost more than all other counting.
+`Metrics` observes the relay (`backends.Observer`) and keeps plain numbers: updating a
+library's labels for each message would cost more than all other counting.
 `handlers.operators.prometheus` exports them. docs/metrics.md explains each metric.
 """
 
@@ -23,8 +23,8 @@ from backends import (
     Outcome,
 )
 
-# Upper bounds of the histogram in seconds, from a local backend to one that holds
-# its answers.
+# Upper bounds of the histogram in seconds, from a local backend to one that delays its
+# responses.
 BOUNDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
           30.0, 60.0)
 # Outcomes that measure the backend's response time; the others have no response.
@@ -51,7 +51,7 @@ class Metrics(Observer):
         self.bytes_in = self.bytes_out = 0
         self.events = {event: _zeroes(Outcome) for event in EVENTS}
         self.attempts = {event: _zeroes(AttemptOutcome) for event in EVENTS}
-        # Of each event: how many attempts took up to each bound, and longer.
+        # By event: the number of attempts up to each bound, and of longer ones.
         self.durations = {event: [0] * (len(BOUNDS) + 1) for event in EVENTS}
         self.seconds = dict.fromkeys(EVENTS, 0.0)
         self.sends = dict.fromkeys((*SEND_STATUSES, OTHER), 0)
@@ -114,9 +114,9 @@ def close_label(code: int) -> str:
 
 
 class LoopLag:
-    """Measures how late the loop is: the worst of the last minute, by a timer.
+    """Measures how late the loop is, with a timer; keeps the maximum of a minute.
 
-    Not by the loop's clock, which uvloop stops while callbacks run.
+    It does not use the loop's clock, which uvloop stops while callbacks run.
     """
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class LoopLag:
 
     @property
     def seconds(self) -> float:
-        """The worst delay of the last minute."""
+        """Return the longest delay of the last minute."""
         return max(*self._worst, monotonic() - self._due)
 
     def close(self) -> None:

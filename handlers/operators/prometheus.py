@@ -35,7 +35,7 @@ from handlers.telemetry.observers import Observers
 define("metrics", default=True,
        help="collect metrics and serve GET /metrics; off: the path does not exist")
 
-# choose_encoder() raises for a version that is not one.
+# choose_encoder() raises for a version that is not a number.
 NO_VERSION = re.compile(r"version=(?!\d{1,4}(\.\d{1,4}){0,2}\s*([;,]|$))")
 
 
@@ -62,7 +62,7 @@ class RelayCollector(Collector):
         self._limits = dict(limits)
 
     def registry(self) -> CollectorRegistry:
-        """Return the registry of all that is exported, process metrics included."""
+        """Return the registry of all metrics, those of the process included."""
         registry = CollectorRegistry()
         registry.register(self)
         registry.register(_ProcessCollector())
@@ -215,7 +215,7 @@ class _ProcessCollector(Collector):
 
 def open_descriptors() -> int:
     """Return the number of open descriptors of this process."""
-    # From Linux 6.2 on the folder's size is that number; before, it is 0.
+    # Since Linux 6.2 the folder's size is that number; before, it was 0.
     return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd"))
 
 

@@ -1,4 +1,4 @@
-"""The operators' routes; the console's are in its package."""
+"""Lists the operators' routes, without those of the console."""
 
 from handlers.http.application import Routes
 from handlers.operators.guard import OperatorGuard
@@ -9,7 +9,7 @@ from handlers.operators.status import Status, StatusHandler
 def operator_routes(
     guard: OperatorGuard, status: Status, collector: RelayCollector | None
 ) -> Routes:
-    """What operators may ask for, where the guard lets them."""
+    """Return the routes of status and metrics; `guard` protects both."""
     routes: Routes = [
         (r"/status", StatusHandler, {"guard": guard, "status": status})
     ]

@@ -1,4 +1,4 @@
-"""What operators see at a glance: `/status`."""
+"""`GET /status`: a summary of this instance for operators, as JSON."""
 
 import json
 import time
@@ -13,10 +13,10 @@ from handlers.probes import Readiness
 
 
 class Status:
-    """What `/status` tells of this run, which begins when it is made.
+    """The content of `/status` for this run, which begins when this object is made.
 
-    `backend_name` is as in `--backend`; `limits` are options by name, none of them
-    a secret.
+    `backend_name` is the value of `--backend`; `limits` are options by name, none of
+    them a secret.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class Status:
         self._named = {"version": version, "instance": instance}
         self._limits = dict(limits)
         self._started_at = datetime.now(UTC)
-        self._began = time.monotonic()  # seconds; the time of day may jump
+        self._began = time.monotonic()  # seconds; the system's clock may be set
 
     def describe(self) -> dict[str, Any]:
-        """As JSON can hold it; `uptime`, `away` and `oldest` are in seconds."""
+        """Return it as JSON values; `uptime`, `away` and `oldest` are in seconds."""
         connections, backend = self._connections, self._backend.condition()
         return {
             **self._named,
@@ -64,7 +64,7 @@ class Status:
 
 
 class StatusHandler(OperatorHandler):
-    """`GET /status`: what this instance is and does."""
+    """`GET /status`."""
 
     def initialize(  # type: ignore[override] # each route's own keywords
         self, guard: OperatorGuard, status: Status

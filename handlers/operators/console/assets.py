@@ -1,4 +1,4 @@
-"""Serves the console's files, and tells browsers what the page may do (CSP)."""
+"""Serves the console's files, with a Content-Security-Policy for the page."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,8 +61,8 @@ class Clients:
         """Return its sources for a Content-Security-Policy, in addition to 'self'."""
         if (origin := self.origin(request)) is not None:
             return origin
-        # Not every browser applies 'self' to WebSockets. Only a proxy in front of the
-        # relay may know whether the page came by TLS.
+        # Not every browser applies 'self' to WebSockets. Both schemes, since a proxy in
+        # front of the relay may have terminated TLS.
         if HOST.fullmatch(request.host):
             return f"ws://{request.host} wss://{request.host}"
         return ""
@@ -98,7 +98,7 @@ class PageHandler(GuardedHandler):
             self.problem(HTTPStatus.NOT_FOUND, "No resource at this path.")
             return
         self.set_header("Content-Type", MEDIA_TYPES[Path(name).suffix])
-        self.set_header("Cache-Control", "no-cache")  # asked again, by its ETag
+        self.set_header("Cache-Control", "no-cache")  # revalidated by its ETag
         self.set_header("Content-Security-Policy", self._policy())
         self.finish(content)
 

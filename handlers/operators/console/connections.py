@@ -1,4 +1,7 @@
-"""Open connections, searched here so that the page holds few of many."""
+"""Searches, lists, sends to and closes open connections for the console.
+
+The relay searches, so that the page needs only the connections that it shows.
+"""
 
 import asyncio
 import heapq
@@ -16,9 +19,9 @@ from handlers.operators.guard import OperatorGuard
 MAX_LISTED = 100
 DEFAULT_LISTED = 50
 MAX_SEARCH = 100  # characters
-AT_A_TIME = 1000  # connections that are looked at before others have their turn
+AT_A_TIME = 1000  # connections that are searched in one turn of the loop
 
-# What comes first.
+# Sort keys by name; the largest comes first.
 ORDERS: dict[str, Callable[[ClientConnection], Any]] = {
     "newest": lambda c: c.connected_at,
     "oldest": lambda c: -c.connected_at.timestamp(),
@@ -31,9 +34,10 @@ ORDERS: dict[str, Callable[[ClientConnection], Any]] = {
 async def search(
     connections: Iterable[ClientConnection], words: str
 ) -> list[ClientConnection]:
-    """Those in which each word is found.
+    """Return the connections that match each word.
 
-    At the start of the id, or anywhere in address, user agent or subprotocol.
+    A word matches the beginning of the id, or any part of address, user agent or
+    subprotocol.
     """
     wanted = words.lower().split()
     found = []
@@ -46,15 +50,15 @@ async def search(
 
 
 def _has(connection: ClientConnection, wanted: list[str]) -> bool:
-    told = (connection.remote_ip, connection.user_agent, connection.subprotocol or "")
-    text = "\n".join(told).lower()
+    texts = (connection.remote_ip, connection.user_agent, connection.subprotocol or "")
+    text = "\n".join(texts).lower()
     return all(word in text or connection.id.startswith(word) for word in wanted)
 
 
 class ConnectionsHandler(GuardedHandler):
-    """`GET /console/connections?search=&sort=&limit=`: some, and how many there are.
+    """`GET /console/connections?search=&sort=&limit=`: matches, and their number.
 
-    As `GET /socket/<id>` tells of one; but the backend has not called back.
+    Describes each as `GET /socket/<id>` does, but does not count as a callback.
     """
 
     def initialize(  # type: ignore[override] # each route's own keywords
@@ -94,7 +98,7 @@ class ConnectionsHandler(GuardedHandler):
 
 
 class OneHandler(GuardedHandler, OneConnectionHandler):
-    """What is done to one connection, by an operator and not by its backend."""
+    """Base of the routes by which an operator, not the backend, uses one connection."""
 
     initiator = "relay"
 

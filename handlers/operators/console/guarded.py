@@ -19,7 +19,7 @@ MAX_REQUEST = 4096  # bytes of JSON that the page sends
 
 
 class GuardedHandler(OperatorHandler):
-    """A route for operators, and for no page but the console's own."""
+    """A route for operators that only the console's own page may use in a browser."""
 
     max_body_size = MAX_REQUEST
 
@@ -32,11 +32,11 @@ class GuardedHandler(OperatorHandler):
         await super().prepare()
         sites = self.request.headers.get_list("Sec-Fetch-Site")
         if not self._finished and any(site not in OWN_SITE for site in sites):
-            # It could read nothing of the answer, but take a viewer's place.
+            # Another site could not read the response, but could use up the viewers.
             self.problem(HTTPStatus.FORBIDDEN, "Only the console's page may ask this.")
 
     def take_json(self) -> dict[str, Any] | None:
-        """Return the body, a JSON object; None if it is not one, which was answered."""
+        """Return the body, a JSON object; None if it was rejected and answered."""
         body = self.take_body()
         if body is None:
             return None
@@ -50,6 +50,6 @@ class GuardedHandler(OperatorHandler):
         return document
 
     def answer(self, document: dict[str, Any]) -> None:
-        """Finish with JSON."""
+        """Finish with `document` as JSON."""
         self.set_header("Content-Type", "application/json; charset=utf-8")
         self.finish(json.dumps(document))

@@ -62,7 +62,7 @@ class LiveHandler(TailHandler):
             )
             return
         self.set_header("Content-Type", "application/x-ndjson; charset=utf-8")
-        # A proxy that collects an answer would keep it for ever.
+        # A proxy that buffers the response would never forward it.
         self.set_header("X-Accel-Buffering", "no")
         try:
             await self._pass_on(json.dumps(self._hello(viewer)).encode() + b"\n")
@@ -89,7 +89,7 @@ class LiveHandler(TailHandler):
         }
 
     async def _pass_on(self, lines: bytes) -> None:
-        """Send lines once the client has taken those before."""
+        """Send lines when the client has taken the previous ones."""
         self.write(lines)
         async with RunningTime(asyncio.get_running_loop(), TAKE_TIMEOUT):
             await self.flush()

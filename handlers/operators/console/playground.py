@@ -1,4 +1,4 @@
-"""The playground: the page connects to the relay, as a client of this relay."""
+"""The console's playground: the page connects to the relay as a client."""
 
 from http import HTTPStatus
 
@@ -9,10 +9,10 @@ from handlers.operators.guard import OperatorGuard
 
 
 class PlaygroundHandler(GuardedHandler):
-    """`POST /console/playground`: leave for one handshake by the page that asks.
+    """`POST /console/playground`: permits one handshake from the page's origin.
 
-    Answers with its `ticket`, the `connection_id` that it will have, and the
-    `origin` and `path` where clients connect; a null `origin` is the page's own.
+    Answers with the `ticket` for that handshake, the `connection_id` that it will have,
+    and `origin` and `path` where clients connect; a null `origin` is the page's own.
     """
 
     def initialize(  # type: ignore[override] # each route's own keywords

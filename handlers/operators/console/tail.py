@@ -85,10 +85,10 @@ class Viewer:
     def __init__(self, on_leave: Callable[["Viewer"], None]) -> None:
         self.id = secrets.token_hex(16)
         self.filter = ViewerFilter()
-        self.ended = False  # nothing comes any more
+        self.ended = False  # no more events are added
         self._on_leave = on_leave
         self._events: list[Event] = []
-        self._followed = 0  # of these
+        self._followed = 0  # of these, events of followed connections
         self._skipped = 0
         self._snapshot: bytes | None = None
         self._changed = asyncio.Event()
@@ -178,7 +178,7 @@ class Tail(Observer):
         self._batches = 0
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
-        self._left = asyncio.Event()  # by all of them
+        self._left = asyncio.Event()  # set when no viewer is left
 
     # Viewers.
 
@@ -277,7 +277,7 @@ class Tail(Observer):
 
     def opened(self, connection: Connection) -> None:
         self._counts.opened += 1
-        self._tell("opened", connection.id)
+        self._add_event("opened", connection.id)
 
     def closed(
         self,
@@ -287,7 +287,7 @@ class Tail(Observer):
         duration: float,
     ) -> None:
         self._counts.closed += 1
-        self._tell(
+        self._add_event(
             "closed",
             connection.id,
             code=code,
@@ -300,12 +300,12 @@ class Tail(Observer):
     ) -> None:
         self._counts.messages_in += 1
         self._counts.bytes_in += size
-        self._tell_of_message("received", connection, message, size)
+        self._add_message("received", connection, message, size)
 
     def sent(self, connection: Connection, message: str | bytes, size: int) -> None:
         self._counts.messages_out += 1
         self._counts.bytes_out += size
-        self._tell_of_message("sent", connection, message, size)
+        self._add_message("sent", connection, message, size)
 
     def attempted(self, attempt: Attempt) -> None:
         counts = self._counts
@@ -315,7 +315,7 @@ class Tail(Observer):
         counts.refused += attempt.outcome == "refused"
         if attempt.outcome != "abandoned":
             self._keep(attempt.seconds)
-        self._tell(
+        self._add_event(
             "attempt",
             attempt.connection_id,
             failed or attempt.outcome == "refused",
@@ -329,18 +329,18 @@ class Tail(Observer):
     def ended(
         self, event: EventName, connection_id: str, outcome: Outcome, count: int = 1
     ) -> None:
-        if outcome == "failed":  # all others are seen in their last attempt
+        if outcome == "failed":  # `attempted` reports all other outcomes
             self._counts.given_up += count
-            self._tell("given_up", connection_id, True, event=event, count=count)
+            self._add_event("given_up", connection_id, True, event=event, count=count)
 
-    def _tell(
+    def _add_event(
         self, kind: str, connection_id: str, failed: bool = False, **details: Any
     ) -> None:
         for viewer in self._viewers.values():
             if viewer.wants(kind, connection_id, failed):
                 viewer.add(_event(kind, connection_id, **details))
 
-    def _tell_of_message(
+    def _add_message(
         self, kind: str, connection: Connection, message: str | bytes, size: int
     ) -> None:
         for viewer in self._viewers.values():
@@ -381,7 +381,7 @@ def _shown(message: str | bytes) -> Event:
     beginning = message[:SHOWN_OF_BODY]
     if isinstance(beginning, bytes):
         body = beginning.hex(" ")
-    else:  # JSON can't hold what is no Unicode
+    else:  # JSON cannot contain lone surrogates
         body = beginning.encode(errors="replace").decode()
     return {"body": body, "cut": len(message) > SHOWN_OF_BODY}
 
