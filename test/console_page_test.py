@@ -164,7 +164,7 @@ async def test_errors_are_seen(io_loop, browser):
                 await websockets.connect(service.ws_url, origin="http://x.example")
             tail = page.get_by_label("Events, the newest first")
             await expect(tail).to_contain_text(
-                "handshake from 127.0.0.1: turned away, 403"
+                "handshake from 127.0.0.1: rejected by the relay, 403"
             )
             await expect(page.locator("#errors-total")).to_contain_text("1 while")
             await page.get_by_label("only what failed").check()
@@ -251,7 +251,7 @@ async def test_refused_action_says_why(io_loop, browser):
                 await dialog.get_by_label("Close with code").fill("1005")
                 await dialog.get_by_role("button", name="Close", exact=True).click()
                 await expect(dialog.get_by_role("status")).to_contain_text(
-                    "code is one of"
+                    "code must be 1000"
                 )
 
 
@@ -362,7 +362,7 @@ async def test_playground_with_an_http_backend_and_two_listeners(io_loop, browse
             await page.get_by_label("Message", exact=True).fill("hello")
             await page.keyboard.press("Enter")
             rows = pairs(page)
-            await expect(rows.nth(1)).to_contain_text("the backend is away, 503")
+            await expect(rows.nth(1)).to_contain_text("the backend is unreachable, 503")
             await expect(rows.nth(1)).to_contain_text("delivered, 200")
             await expect(rows.nth(2)).to_contain_text("you said it")
             await expect(rows.nth(2)).to_contain_text("text, 11 bytes, to the client")
