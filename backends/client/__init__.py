@@ -1,9 +1,9 @@
 """The HTTP client: POSTs over pooled keep-alive connections.
 
-Ours, because delivery needs what no library reports: when a whole request has been
-sent, and how to abandon one (docs/decisions/003-own-http-client.md). `pool` chooses
-or opens a connection for each request, `connection` sends it, and `response` reads
-the answer.
+The relay has its own because delivery must know when a whole request was sent, and
+abandon single requests; no library offers that (docs/decisions/003-own-http-client.md).
+`pool` chooses or opens a connection for each request, `connection` sends it, and
+`response` reads the response.
 """
 
 from tornado.options import define, options

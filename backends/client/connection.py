@@ -1,7 +1,7 @@
-"""One TCP connection to an origin: one exchange at a time.
+"""One TCP connection to an origin, for one exchange at a time.
 
-`pool` makes it and is told when it is free, when it has ended, and when a request
-has to be sent again.
+`pool` makes it. The connection calls its `Origin` when it is free, when it has ended,
+and when a request must be sent again.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ from backends.deadlines import after_reading
 
 logger = logging.getLogger(__name__)
 
-MAX_DROPPED_BODY = 1024 * 1024  # bytes; beyond, the connection is closed
-BODY_TIMEOUT = 5.0  # seconds from a response's headers to its end; then closed, too
+MAX_DROPPED_BODY = 1024 * 1024  # bytes; with a larger body the connection is closed
+BODY_TIMEOUT = 5.0  # seconds from a response's headers to its end; then it is closed
 # Seconds after a TLS handshake in which a lost connection may mean its rejection.
 REJECTION_TIME = 2.0
 MIN_AGE_SHARE = 0.8  # of the connection age, so that not all are replaced at once
@@ -45,7 +45,7 @@ class Origin(Protocol):
 
     @property
     def client(self) -> ClientSettings:
-        """The client whose settings count."""
+        """The client, for its settings."""
 
     tls: ssl.SSLContext | None
     busy: "set[PooledConnection]"
@@ -55,30 +55,31 @@ class Origin(Protocol):
         """A connection has finished its exchange."""
 
     def on_lost(self, connection: "PooledConnection") -> None:
-        """A connection's socket is gone."""
+        """A connection was lost or closed."""
 
     def resend(self, exchange: Exchange) -> None:
-        """Send once more, on a new connection."""
+        """Send again, on a new connection."""
 
 
 class PooledConnection(asyncio.Protocol):
-    """One TCP connection; after each exchange its origin decides what comes next."""
+    """One TCP connection; after each exchange its origin decides how it is used."""
 
     def __init__(self, origin: Origin, tls: ssl.SSLContext | None) -> None:
         self._origin = origin
         self._tls = tls
-        self._why_lost = ""  # where TLS has said it
+        self._why_lost = ""  # the reason, if TLS has reported one
         self._transport: asyncio.Transport | None = None
-        # Kept, since asyncio's transport of a lost connection can't be asked for it.
+        # Stored, since asyncio's transport does not return it after the end.
         self._ssl_object: ssl.SSLObject | None = None
-        self._made_at = 0.0  # on the loop's clock, as the next one
-        self._retire_at = 0.0  # no request is sent from then on
+        self._made_at = 0.0  # on the loop's clock
+        self._retire_at = 0.0  # on the loop's clock; no request is sent from then on
         self._response = ResponseReader()
         self._exchange: Exchange | None = None
-        self._adopted = False  # whether the origin counts it, and is told of its end
+        self._adopted = False  # whether the origin counts it; then `on_lost` is called
         self.kept = False  # used before, or idle: the server may have closed it
         self._paused = False
-        self._progress: SendProgress | None = None  # while the kernel has not taken all
+        # Set while the kernel has not taken the whole request.
+        self._progress: SendProgress | None = None
         self.idle_since = 0.0  # on the loop's clock
         self._body_timer: asyncio.TimerHandle | None = None
 
@@ -92,9 +93,9 @@ class PooledConnection(asyncio.Protocol):
         self._retire_at = self._made_at + client.connection_age * random.uniform(
             MIN_AGE_SHARE, 1
         )
-        # So that writing pauses exactly while the kernel has not taken all. A
-        # TLS transport pauses at its limit, a plain one above it; what TLS has
-        # handed to its own transport (64 KiB at most) counts as sent.
+        # With these limits writing pauses exactly while the kernel has not taken all. A
+        # TLS transport pauses at its limit, a plain one above it. Bytes that TLS has
+        # passed to its own transport (64 KiB at most) count as sent.
         self._transport.set_write_buffer_limits(high=1 if self._tls else 0, low=0)
 
     def pause_writing(self) -> None:
@@ -111,7 +112,7 @@ class PooledConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         response, exchange = self._response, self._exchange
         if exchange is None:
-            self.close()  # a response that nobody asked for
+            self.close()  # a response without a request
             return
         try:
             response.feed(data)
@@ -129,7 +130,7 @@ class PooledConnection(asyncio.Protocol):
             self._origin.resend(exchange)
             return
         if exchange.timer is not None:
-            exchange.timer.cancel()  # the body has a limit of its own
+            exchange.timer.cancel()  # for the body `BODY_TIMEOUT` applies
             exchange.timer = None
         if response.complete or response.size > MAX_DROPPED_BODY + MAX_HEAD_SIZE:
             self._finish()
@@ -163,7 +164,7 @@ class PooledConnection(asyncio.Protocol):
             self._response.end()
             return
         elif self._response.cut():
-            # Its body or its head ended with the connection: the status counts.
+            # The connection ended within its head or body: the status counts.
             self._finish()
         else:
             self._fail(BackendAway, self.why_lost())
@@ -171,15 +172,15 @@ class PooledConnection(asyncio.Protocol):
         if self._adopted:
             self._origin.on_lost(self)
 
-    # What the origin calls.
+    # Called by the origin.
 
     def adopt(self) -> bool:
-        """Return whether it is open; from now on, its end frees a place."""
+        """Return whether it is open; from now on, `on_lost` is called at its end."""
         self._adopted = self._transport is not None
         return self._adopted
 
     def why_lost(self) -> str:
-        """Describe the end of a connection that came before the end of its response."""
+        """Describe why the connection ended before its response."""
         if self._why_lost:
             return self._why_lost
         if self._response.started:
@@ -187,10 +188,10 @@ class PooledConnection(asyncio.Protocol):
         return "connection lost before an answer"
 
     def _may_be_rejected(self) -> bool:
-        """Whether the peer may have rejected our certificate unnoticed.
+        """Whether the peer may have rejected our certificate without an alert.
 
-        In TLS 1.3 a client learns of the rejection only when it reads, and not even
-        then where the connection was reset. A peer that sends a session ticket has
+        In TLS 1.3 a client receives the alert only when it reads after the handshake,
+        and never if the connection was reset. A peer that sends a session ticket has
         accepted the certificate (RFC 8446, section 4.6.1).
         """
         tls = self._ssl_object
@@ -237,7 +238,7 @@ class PooledConnection(asyncio.Protocol):
             client.loop.call_soon(exchange.sent)
 
     def close(self) -> None:
-        """Close after what was written has been sent; at once if the kernel is full."""
+        """Close after sending what was written; at once if the kernel has no room."""
         if self._transport is not None:
             if self._paused:
                 self._transport.abort()
@@ -259,12 +260,12 @@ class PooledConnection(asyncio.Protocol):
         has_waiting = bool(self._origin.waiting)
         if not reusable:
             self.close()
-        elif not has_waiting:  # free for what is sent because of this response
+        elif not has_waiting:  # `finish` below may send the next request on it
             self._origin.on_free(self)
         if exchange is not None:
             exchange.connection = None
             exchange.finish(outcome)
-        if reusable and has_waiting:  # unless this response took them off the queue
+        if reusable and has_waiting:  # `finish` may have emptied the queue
             self._origin.on_free(self)
 
     def _on_body_timeout(self) -> None:

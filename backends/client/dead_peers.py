@@ -1,7 +1,7 @@
-"""How a peer that has gone without a word is detected.
+"""Detects a peer that has disappeared without closing its connection.
 
-The kernel's keepalive does so while nothing is being sent, `SendProgress` while
-something is.
+The kernel's keepalive does so while nothing is being sent, `SendProgress` during a
+send. `connection` uses both.
 """
 
 import asyncio
@@ -13,14 +13,14 @@ from collections.abc import Callable
 
 KEEPALIVE_PROBES = 3
 MAX_KEEPALIVE = 32767  # seconds; tcp(7)
-PROGRESS_CHECKS = 4  # within dead_after; after so many without progress a peer is dead
+PROGRESS_CHECKS = 4  # per dead_after; after as many without progress a peer is dead
 
 
 class SendProgress:
-    """Checks whether a peer takes what waits to be sent.
+    """Checks whether a peer accepts the bytes that wait to be sent.
 
-    `on_none` is called once nothing was taken for `dead_after` seconds, in which
-    the process ran: a stall of it makes one check late, not all.
+    Calls `on_none` if it accepted none for `dead_after` seconds. A stall of the process
+    counts as one check without progress, not as the whole time.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class SendProgress:
         self._timer = loop.call_later(self._interval, self._check)
 
     def stop(self) -> None:
-        """Check no more."""
+        """Stop checking."""
         self._timer.cancel()
 
     def _measure(self) -> tuple[int, int]:
-        """Bytes that wait here, and those that the peer's kernel has not got."""
+        """Return the bytes that wait in the process, and those not acknowledged."""
         sock = self._transport.get_extra_info("socket")
         unacknowledged = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
         return (
@@ -61,9 +61,9 @@ class SendProgress:
 
 
 def set_keepalive(sock: socket.socket, dead_after: float) -> None:
-    """Have the kernel detect a dead peer within `dead_after` seconds.
+    """Make the kernel detect a dead peer within `dead_after` seconds.
 
-    Small writes leave at once, too.
+    Also sets TCP_NODELAY, so that small writes are sent at once.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -74,5 +74,5 @@ def set_keepalive(sock: socket.socket, dead_after: float) -> None:
         ("TCP_KEEPCNT", KEEPALIVE_PROBES),
         ("TCP_USER_TIMEOUT", int(min(dead_after * 1000, 2**31 - 1))),  # milliseconds
     ):
-        if hasattr(socket, option):  # Linux has them all
+        if hasattr(socket, option):  # Linux has all of them
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

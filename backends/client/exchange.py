@@ -1,6 +1,6 @@
 """One request and its outcome.
 
-`pool` makes it and has it sent; `connection` reports what became of it.
+`pool` makes it and sends it on a `connection`, which reports the outcome to it.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class NoConnection(BackendError):
-    """The request was not sent: the queue for a connection did not move."""
+    """The request was not sent: no request of its queue got a connection in time."""
 
 
 class Closable(Protocol):
@@ -32,9 +32,9 @@ class Closable(Protocol):
 class Exchange:
     """One request, from when it is queued until it has an outcome.
 
-    `on_sent` is called when the kernel has the whole request, `on_done` once
-    with the response or the `BackendError`, neither before `Client.post`
-    returns. After `abandon` neither is called.
+    `on_sent` is called when the kernel has the whole request, `on_done` once, with the
+    response or a `BackendError`. Neither is called before `Client.post` returns, nor
+    after `abandon`.
     """
 
     __slots__ = (
@@ -73,7 +73,7 @@ class Exchange:
         self.timer: asyncio.TimerHandle | None = None
 
     def finish(self, outcome: Response | BackendError) -> None:
-        """Report the outcome; nothing where one was reported before."""
+        """Report the outcome; does nothing if one was reported before."""
         on_done, self.on_done, self.on_sent = self.on_done, None, None
         self.write = None
         if self.timer is not None:
@@ -82,7 +82,7 @@ class Exchange:
         if on_done is not None:
             try:
                 on_done(outcome)
-            except Exception:  # the requests of others go on
+            except Exception:  # a bug that must not stop other requests
                 logger.exception("bug in %r", on_done)
 
     @property
@@ -92,7 +92,7 @@ class Exchange:
 
     @property
     def pending(self) -> bool:
-        """Whether somebody waits for its outcome: it has none, nor was abandoned."""
+        """Whether it has no outcome yet and was not abandoned."""
         return self.on_done is not None
 
     @property
@@ -116,13 +116,13 @@ class Exchange:
         self.write = None
 
     def limit(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
-        """End it with an error unless there is a response in `timeout` seconds."""
+        """Fail it unless there is a response in `timeout` seconds."""
         self.timer = loop.call_later(
             timeout, after_reading, loop, partial(self._on_timeout, timeout)
         )
 
     def begin(self, connection: Closable, loop: asyncio.AbstractEventLoop) -> None:
-        """It is being sent on `connection`: the time for its response runs."""
+        """Record that it is being sent on `connection`; start its response timeout."""
         self.connection = connection
         if self.queue_timeout is not None and self.timer is not None:
             self.timer.cancel()  # for its wait in the queue
@@ -132,7 +132,7 @@ class Exchange:
 
     def _on_timeout(self, timeout: float) -> None:
         if self.timer is None:
-            return  # the response has been read meanwhile
+            return  # the response was read meanwhile
         self.timer = None
         connection = self.connection
         self.finish(BackendError(f"POST {self.target}: no answer in {timeout:g} s"))

@@ -29,16 +29,16 @@ from backends.waiting import call_one
 
 logger = logging.getLogger(__name__)
 
-# This process, or its machine, may open no more: that is no failure of the backend.
+# This process or its machine has no descriptor left: not a failure of the backend.
 NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
-NO_DESCRIPTORS_PAUSE = 0.5  # seconds; then a connection is tried again
+NO_DESCRIPTORS_PAUSE = 0.5  # seconds until the next attempt to open a connection
 MAX_CONNECTING = 128  # TCP handshakes under way at once to one origin
 ADDRESSES_TTL = 5.0  # seconds for which a name's addresses are used again
 IDLE_TIMEOUT = 60.0  # seconds; a connection unused for that long is closed
 HAPPY_EYEBALLS_DELAY = 0.25  # seconds; RFC 8305, section 8
-# Seconds; above any --backend_connect_timeout, which ends a handshake that is late.
+# Seconds; longer than any --backend_connect_timeout, which ends a slow handshake.
 TLS_HANDSHAKE_TIMEOUT = 86400.0
-# Seconds for the peer's close_notify, while its place is not free.
+# Seconds to wait for the peer's close_notify; until then the connection counts.
 TLS_SHUTDOWN_TIMEOUT = 1.0
 
 
@@ -61,7 +61,7 @@ class Client:
         connection_age: float = float("inf"),
         on_starved: Callable[[], None] = lambda: None,
     ) -> None:
-        # Kept, since asking for it is a system call (getpid) before Python 3.12.
+        # Stored, since `get_running_loop` makes a system call before Python 3.12.
         self.loop = asyncio.get_running_loop()
         self.max_connections = max_connections
         self.connect_timeout = connect_timeout
@@ -71,7 +71,7 @@ class Client:
         self.tls: ssl.SSLContext | None = None
         self.open = 0
         self.moved_at = float("-inf")  # when a queue last moved, on the loop's clock
-        self.count = itertools.count(1)  # of connections, ever opened
+        self.count = itertools.count(1)  # numbers the connections that are opened
         self.resolver = Resolver()
         self._origins: dict[tuple[str, str, int], _Origin] = {}
         self._pause: asyncio.TimerHandle | None = None  # while no descriptor is left
@@ -89,13 +89,12 @@ class Client:
     ) -> Exchange:
         """Send what `write` returns, a whole request, and report its outcome.
 
-        `write` is called when there is a connection to send on, so that a wait in
-        the queue makes no part of it old, and again where the request is sent again.
-        `timeout` is in seconds from now to the response; None waits for as long as
-        the connection lives. With `queue_timeout` it begins when the request is
-        sent; before, the request waits for at most so many seconds in a queue that
-        does not move, and its outcome is then `NoConnection`. `keep` asks for the
-        response's headers and body.
+        `write` is called when there is a connection to send on, so that its timestamp
+        is current, and again if the request is sent again. `timeout` is in seconds from
+        now to the response; None waits as long as the connection lives. With
+        `queue_timeout`, `timeout` begins when the request is sent. Before, the outcome
+        is `NoConnection` if no request of its queue gets a connection for
+        `queue_timeout` seconds. `keep` stores the response's headers and body.
         """
         exchange = Exchange(target, write, on_done, on_sent, keep)
         if self.closed:
@@ -114,15 +113,14 @@ class Client:
         return exchange
 
     def on_queued(self, exchange: Exchange) -> None:
-        """From now on it waits for a connection, for the first time or again."""
+        """Record that it waits for a connection, for the first time or again."""
         if exchange.queue_timeout is not None:
             self._limit_queue(exchange, self.loop.time(), exchange.queue_timeout)
 
     def trust(self, tls: ssl.SSLContext | None) -> None:
         """Make https connections with `tls`; needed before the first of them.
 
-        On those made with another context, requests under way are completed,
-        and no other is sent.
+        Connections made with another context complete their requests, and get no more.
         """
         self.tls = tls
         for origin in self._origins.values():
@@ -136,7 +134,7 @@ class Client:
         )
 
     async def close(self) -> None:
-        """Close every connection; what is under way ends with an error."""
+        """Close every connection; pending requests fail."""
         self.closed = True
         if self._pause is not None:
             self._pause.cancel()
@@ -152,10 +150,10 @@ class Client:
         call_one(self.on_starved)
 
     def on_slot_free(self) -> None:
-        """A connection ended: origins that wait may open another.
+        """A connection ended: an origin that waits may open another.
 
-        First the one with the fewest connections; of those with as many, the one
-        that has opened none for the longest time.
+        The order is by the number of connections, then by when the origin last opened
+        one.
         """
         if not self.closed:
             for origin in sorted(
@@ -165,11 +163,11 @@ class Client:
 
     @property
     def paused(self) -> bool:
-        """Whether no descriptor was left a moment ago: requests wait for one."""
+        """Whether no descriptor was left within the last `NO_DESCRIPTORS_PAUSE`."""
         return self._pause is not None
 
     def on_no_descriptors(self) -> None:
-        """No descriptor is left: open no connection for a while."""
+        """Open no connection for `NO_DESCRIPTORS_PAUSE`: no descriptor is left."""
         if self._pause is None and not self.closed:
             logger.warning("too many open files: events wait for a connection")
             self._pause = self.loop.call_later(NO_DESCRIPTORS_PAUSE, self._resume)
@@ -181,8 +179,8 @@ class Client:
     def needs_room(self, origin: "_Origin") -> bool:
         """Whether a free connection to `origin` must be closed for another origin.
 
-        For when no more may be opened. Each origin gets as many as it needs, or
-        all get equally many; connections are not opened and closed in turn.
+        Used when no more may be opened. Each origin gets as many as it needs, or all
+        get the same number; so connections are not opened and closed in turn.
         """
         size = origin.size()
         return any(
@@ -203,7 +201,7 @@ class Client:
         )
 
     def _judge_queue(self, exchange: Exchange, since: float, timeout: float) -> None:
-        """Give up a request if the queue has not moved for `timeout` seconds."""
+        """Fail a request if its queue has not moved for `timeout` seconds."""
         if exchange.timer is None or not exchange.queued:
             return
         if self.moved_at > since:
@@ -226,17 +224,17 @@ class _Origin:
     def __init__(self, client: Client, target: Target) -> None:
         self.client = client
         self.target = target
-        # What its connections are made with from now on; None: plain TCP.
+        # For new connections; None: plain TCP.
         self.tls = client.tls if target.scheme == "https" else None
         self.idle: list[PooledConnection] = []
         self.busy: set[PooledConnection] = set()
         self.waiting: deque[Exchange] = deque()
-        # Owned here while they connect; a failure goes to a request that waits.
+        # The tasks that connect; a failure is reported to a waiting request.
         self._connecting: set[asyncio.Task[None]] = set()
-        self._expiry: asyncio.TimerHandle | None = None  # one for all that are idle
+        self._expiry: asyncio.TimerHandle | None = None  # for all idle connections
         self._addresses: Sequence[aiohappyeyeballs.AddrInfoType] = ()
         self._resolved_at = float("-inf")
-        self.opened_at = 0  # `client.count` when it opened its last one
+        self.opened_at = 0  # `client.count` of the connection that it opened last
 
     def size(self) -> int:
         """Connections that are open or being opened."""
@@ -257,7 +255,7 @@ class _Origin:
         """Open connections for the requests that wait, within the bounds."""
         loop = self.client.loop
         while self.waiting and not self.waiting[0].pending:
-            self.waiting.popleft()  # timed out or abandoned: needs no connection
+            self.waiting.popleft()  # timed out or abandoned
         if self.client.paused:
             return
         while len(self._connecting) < min(len(self.waiting), MAX_CONNECTING):
@@ -285,13 +283,13 @@ class _Origin:
         except BaseException as error:
             self._stop_connecting()
             self._slot_free()
-            # Even for a bug of ours: else each request that waits would repeat it.
+            # Also for a bug: otherwise each waiting request would repeat it.
             if (exchange := self._next_waiting()) is not None:
                 exchange.finish(BackendAway(f"POST {exchange.target}: {error}"))
             if not isinstance(error, BackendAway):
                 raise
             return
-        self._stop_connecting()  # before its connection may end, and free a place
+        self._stop_connecting()  # first, since the connection may end below
         self._hand_on(connection)
 
     def _stop_connecting(self) -> None:
@@ -309,7 +307,7 @@ class _Origin:
         self.client.loop.call_soon(self.client.on_slot_free)
 
     async def _open(self) -> PooledConnection:
-        """Raises `BackendAway` with the failed step and why, or `_NoDescriptors`."""
+        """Raises `BackendAway` with the failed step and reason, or `_NoDescriptors`."""
         seconds = self.client.connect_timeout
         late = "DNS has not answered"
         try:
@@ -323,7 +321,7 @@ class _Origin:
                 return await self._wrap(sock)
         except TimeoutError:
             raise BackendAway(f"no connection in {seconds:g} s: {late}") from None
-        except (OSError, UnicodeError) as error:  # UnicodeError: no name for DNS
+        except (OSError, UnicodeError) as error:  # UnicodeError: not a DNS name
             if isinstance(error, OSError) and error.errno in NO_DESCRIPTORS:
                 raise _NoDescriptors from error
             raise BackendAway(connect_failure(error)) from error
@@ -350,7 +348,7 @@ class _Origin:
         return connection
 
     async def _resolve(self) -> Sequence[aiohappyeyeballs.AddrInfoType]:
-        """The host's addresses, looked up at most once in `ADDRESSES_TTL`."""
+        """Return the host's addresses, looked up at most once per `ADDRESSES_TTL`."""
         loop = self.client.loop
         if loop.time() > self._resolved_at + ADDRESSES_TTL:
             self._addresses = await self.client.resolver.resolve(
@@ -369,7 +367,7 @@ class _Origin:
             self._hand_on(connection)
 
     def trust(self, tls: ssl.SSLContext | None) -> None:
-        """Make connections with `tls`, and close the idle ones that were not."""
+        """Make new connections with `tls`; close idle ones of another context."""
         if self.target.scheme == "https":
             self.tls = tls
         fresh = [connection for connection in self.idle if connection.is_usable()]
@@ -396,7 +394,7 @@ class _Origin:
             self._expiry = self.client.loop.call_later(IDLE_TIMEOUT, self._expire)
 
     def _expire(self) -> None:
-        """Close connections that are unused for too long, the oldest first."""
+        """Close connections unused for `IDLE_TIMEOUT`, the oldest first."""
         self._expiry = None
         now = self.client.loop.time()
         for connection in list(self.idle):
@@ -415,7 +413,7 @@ class _Origin:
         return None
 
     def on_lost(self, connection: PooledConnection) -> None:
-        """A connection's socket is gone."""
+        """A connection was lost or closed."""
         self.busy.discard(connection)
         if connection in self.idle:
             self.idle.remove(connection)
@@ -423,7 +421,7 @@ class _Origin:
         self.client.on_slot_free()
 
     def resend(self, exchange: Exchange) -> None:
-        """Send once more, on a new connection."""
+        """Send again, on a new connection."""
         exchange.connection = None
         if self.client.closed:
             exchange.finish(stopped(exchange.target))
@@ -437,7 +435,7 @@ class _Origin:
         self.connect_for_waiting()
 
     async def close(self) -> None:
-        """Close all connections; requests that wait end with an error."""
+        """Close all connections; requests that wait fail."""
         if self._expiry is not None:
             self._expiry.cancel()
         connecting = list(self._connecting)

@@ -1,8 +1,8 @@
-"""Addresses of names, looked up in threads that nobody waits for.
+"""Looks up addresses of names, in daemon threads.
 
-`getaddrinfo` blocks for as long as DNS is silent and cannot be cancelled. The
-threads of an executor, and those of libuv, are joined when the process ends,
-which would then end late; these are not.
+`getaddrinfo` blocks while DNS does not answer, and cannot be cancelled. The threads of
+an executor, and those of libuv, are joined at exit, which would delay it; daemon
+threads are not.
 """
 
 import asyncio
@@ -13,11 +13,11 @@ from functools import partial
 
 import aiohappyeyeballs
 
-MAX_LOOKUPS = 16  # threads at once; each has one name
+MAX_LOOKUPS = 16  # threads at once, one per name
 
 
 class Resolver:
-    """Looks names up, each once at a time, however many ask for it."""
+    """Looks up names; concurrent requests for the same name share one look-up."""
 
     def __init__(self) -> None:
         self._pending: dict[
@@ -27,9 +27,10 @@ class Resolver:
     async def resolve(
         self, host: str, port: int
     ) -> Sequence[aiohappyeyeballs.AddrInfoType]:
-        """The addresses of `host`. Raises `OSError`, or `UnicodeError` for no name.
+        """Return the addresses of `host`.
 
-        To cancel it leaves the look-up alone: who asks next shares it.
+        Raises `OSError`, or `UnicodeError` if `host` is not a DNS name. Cancellation
+        does not end the look-up; the next call for the same name shares it.
         """
         try:
             return socket.getaddrinfo(
@@ -48,7 +49,7 @@ class Resolver:
             )
             try:
                 look_up.start()
-            except RuntimeError as error:  # no more threads
+            except RuntimeError as error:  # the system allows no more threads
                 raise OSError(str(error)) from error
             self._pending[name] = found
             found.add_done_callback(lambda _: self._pending.pop(name))
@@ -71,4 +72,4 @@ class Resolver:
         try:
             loop.call_soon_threadsafe(report)
         except RuntimeError:
-            pass  # the loop was closed meanwhile: nobody waits
+            pass  # the loop was closed meanwhile

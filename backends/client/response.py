@@ -1,10 +1,10 @@
-"""Responses, and how `connection` reads them: the status counts, even of a bad head.
+"""Reads responses for `connection`; the status counts, even with a malformed head.
 
-httptools parses them, with those leniencies that leave no doubt where a response
-ends. Of a head that it gives up, `repaired` makes one that it reads; the
-connection is then not used again, since the peer, or a proxy in between, may
-see the end of the response elsewhere. Where the end cannot be known, the status
-counts and the body does not.
+httptools parses them, with those leniencies that keep the end of a response
+unambiguous. If it rejects a head, `repaired` makes one that it accepts; the connection
+is then not used again, since the peer, or a proxy in between, may see the end of the
+response in another place. If the end cannot be determined, the status counts and the
+body is dropped.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 CONTROLS = re.compile(rb"[\0-\x08\n-\x1f\x7f]")
 LENGTH = re.compile(rb"\d{1,18}")  # less than 2**63
 
-# They say where a response ends, and whether another one may follow.
+# These headers determine where a response ends.
 FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 CONNECTION = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"upgrade"})
 
@@ -35,12 +35,12 @@ SWITCHING_PROTOCOLS = 101  # final here: nobody asked for it
 
 
 class MalformedResponse(Exception):
-    """What was received is not a response; the message says why."""
+    """What was received is not a response; the message is the reason."""
 
 
 @dataclass(slots=True)
 class Response:
-    """A response: its status, and its headers and body where they were asked for."""
+    """A response: its status, and its headers and body if `keep` was set."""
 
     status: int
     headers: Mapping[str, str]
@@ -84,29 +84,29 @@ class ResponseReader:
     def begin(self, keep: bool) -> None:
         """Expect the next response; `keep` its body, up to `MAX_KEPT_BODY`."""
         self.keep = keep
-        self.started = False  # a byte came
+        self.started = False  # a byte was received
         self.has_head = False  # status and headers are known
-        self.complete = False  # nothing more is to be read
-        self.reusable = True  # no doubt where it ends: another one may follow
+        self.complete = False  # nothing more is read
+        self.reusable = True  # its end is unambiguous: another one may follow
         self.status = 0
         self.headers: dict[str, str] = {}
         self.size = 0  # bytes read so far
         self._body: list[bytes] = []
         self._kept = 0
-        self._head = b""  # what came before the head was complete
-        self._repairing = False  # the parser has given up the head
+        self._head = b""  # bytes received before the head was complete
+        self._repairing = False  # whether the parser has rejected the head
 
     @property
     def body(self) -> bytes:
-        """What was kept of it."""
+        """The body, up to `MAX_KEPT_BODY`; empty unless `keep` was set."""
         return b"".join(self._body)
 
     def end(self) -> None:
-        """Read no more. The parser refers to this object, and would keep it."""
+        """Drop the parser, which refers to this object and forms a cycle with it."""
         self._parser = None
 
     def feed(self, data: bytes) -> None:
-        """Read what came. Raises `MalformedResponse`."""
+        """Read the next bytes. Raises `MalformedResponse`."""
         self.started = True
         self.size += len(data)
         if self._repairing:
@@ -117,7 +117,7 @@ class ResponseReader:
             except (httptools.HttpParserError, httptools.HttpParserUpgrade):
                 if not self.has_head:
                     self._repair(data)
-                else:  # the body, or what follows it: the status stands
+                else:  # a bad body, or bytes behind it: the status counts
                     self.reusable, self.complete = False, True
             else:
                 if not self.has_head:
@@ -129,10 +129,11 @@ class ResponseReader:
                 raise MalformedResponse("the answer's headers are too long")
 
     def cut(self) -> bool:
-        """Nothing more comes. Whether there is a status.
+        """Handle the end of the connection; return whether there is a status.
 
-        A head that lacks only its empty line has one. One that ends within a line
-        was cut, and may lack what gives its status its meaning (RFC 9112, section 8).
+        A head that lacks only its empty line has one. A head that ends within a line is
+        incomplete: the lost headers may change the meaning of its status (RFC 9112,
+        section 8).
         """
         if not self.has_head and self._head.endswith(b"\n"):
             with contextlib.suppress(MalformedResponse):
@@ -140,7 +141,7 @@ class ResponseReader:
         return self.has_head
 
     def _repair(self, data: bytes) -> None:
-        """Read a head that the parser has given up, once all of it is there."""
+        """Read a head that the parser has rejected, once it is complete."""
         self._repairing = True
         left = self._head = self._head + data
         while True:
@@ -166,19 +167,19 @@ class ResponseReader:
             if left and not self.complete:
                 self._parser.feed_data(left)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.complete = True  # a body that cannot be read: the status stands
+            self.complete = True  # a body that cannot be read: the status counts
         self.reusable = False
         self.complete = self.complete or not self.keep
 
     # The parser's callbacks.
 
     def on_message_begin(self) -> None:
-        if self.complete:  # at its first byte, which would spoil the next response
+        if self.complete:  # bytes behind the response, which nobody requested
             raise ValueError("a second response, which nobody asked for")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.has_head:
-            return  # a trailer: nothing there is of use
+            return  # a trailer, which is not used
         key = name.decode("latin-1").lower()
         text = value.decode("latin-1").strip(" \t")
         if key in self.headers:
@@ -204,7 +205,7 @@ class ResponseReader:
 
     def on_message_complete(self) -> None:
         self.complete = self.has_head
-        # Here only: the parser forgets the framing when the message is over.
+        # Only here: afterwards the parser has reset its state.
         if not self._parser.should_keep_alive():
             self.reusable = False
 
@@ -213,7 +214,7 @@ class ResponseReader:
         if status == SWITCHING_PROTOCOLS:
             return False
         coding = self.headers.get("transfer-encoding")
-        if coding is not None:  # HTTP/1.0 has none (RFC 9112, section 6.1)
+        if coding is not None:  # not defined for HTTP/1.0 (RFC 9112, section 6.1)
             version = self._parser.get_http_version()
             return coding.lower() == "chunked" and version != "1.0"
         length = self.headers.get("content-length", "")
@@ -221,15 +222,15 @@ class ResponseReader:
 
 
 def is_interim(status: int) -> bool:
-    """Whether the final response is still to come (RFC 9110, section 15.2)."""
+    """Whether another response follows, the final one (RFC 9110, section 15.2)."""
     return 100 <= status < 200 and status != SWITCHING_PROTOCOLS
 
 
 def repaired(status: int, head: bytes) -> bytes:
-    """A head that says what can be understood of `head`, the lines after the first.
+    """Return a well-formed head with `status` and the valid lines of `head`.
 
-    Lines that are no fields are left out. A body whose length is invalid is to be
-    discarded (RFC 9112, section 6.3): its length is 0.
+    `head` is without the status line. Lines that are not fields are removed. A body
+    with an invalid length must be discarded (RFC 9112, section 6.3): its length is 0.
     """
     fields: list[bytes] = []
     framing: dict[bytes, list[bytes]] = {name: [] for name in FRAMING}

@@ -1,4 +1,4 @@
-"""What to say of a connection that could not be made, or ended in its handshake."""
+"""Describes why a connection to the backend failed, in one line for the log."""
 
 import ssl
 
@@ -7,12 +7,12 @@ TLS_NO_RESPONSE = "TLS: connection lost at once: it may want a client certificat
 
 
 def is_hang_up(error: BaseException) -> bool:
-    """Whether a TLS handshake failed because the peer, or the network, ended it."""
+    """Whether a TLS handshake failed because the peer or the network ended it."""
     return isinstance(error, ConnectionError | ssl.SSLEOFError)
 
 
 def connect_failure(error: OSError | UnicodeError) -> str:
-    """Describe why there is no connection, in one line, whatever the error lacks."""
+    """Describe why there is no connection, even if the error has no message."""
     if isinstance(error, ssl.SSLError):
         return tls_failure(error)
     why = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -25,5 +25,5 @@ def tls_failure(error: ssl.SSLError) -> str:
         return f"TLS: {error.verify_message.rstrip('.')}"
     if error.reason == "WRONG_VERSION_NUMBER":
         return "TLS: the backend speaks another protocol"
-    # OpenSSL's name for it, such as TLSV13_ALERT_CERTIFICATE_REQUIRED.
+    # OpenSSL's name of the error, such as TLSV13_ALERT_CERTIFICATE_REQUIRED.
     return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}"
