@@ -1,7 +1,7 @@
-"""The `http` backend: each event becomes a POST.
+"""The `http` backend: sends each event as a POST.
 
-The way of a message: `HTTPBackend.message` has `events` make an event, `delivery`
-keeps the order, `request` writes each attempt, and `client` sends it.
+For a message, `HTTPBackend.message` makes the event (`backends.events`), `delivery`
+keeps the order, `request` writes each attempt, and `backends.client` sends it.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ from backends.target import Target
 # The shared modules whose options this backend reads.
 OPTION_MODULES = ("backends.breaker", "backends.client", "backends.journal")
 
-RETRY_AFTER = "1"  # seconds; the backend may be back by then
+RETRY_AFTER = "1"  # seconds, for clients rejected while the backend is unreachable
 
 
 class HTTPBackend(Backend):
@@ -70,9 +70,9 @@ class HTTPBackend(Backend):
         self._client = deliveries.client
         self._breaker = deliveries.breaker
         self.descriptors = self._client.max_connections
-        # Of connections that have sent a message, by id, until all has ended.
+        # By id of each connection that has sent a message, until its requests ended.
         self._by_id: dict[str, Delivery] = {}
-        # They end requests that outlive their connection; awaited by drain(),
+        # One for each connection whose requests outlive it; awaited by drain(),
         # cancelled by close().
         self._ending: set[asyncio.Task[None]] = set()
         self.reload()
@@ -81,11 +81,11 @@ class HTTPBackend(Backend):
     async def connect(
         self, connection: Connection, handshake: Handshake
     ) -> str | None:
-        """Ask `--connecturi`; all are accepted where there is none."""
+        """Ask `--connecturi`; without it, accept every client."""
         if self._decisions.target is None:
             self._open_connections.add(connection.id)
             return None
-        if not self._breaker.take():  # it is not asked, so no other event follows
+        if not self._breaker.take():  # no connect event was sent: no other follows
             raise ConnectionRefused(503, {"retry-after": RETRY_AFTER})
         self._open_connections.add(connection.id)
         event = self._events.connect(connection.id, handshake)
@@ -104,7 +104,7 @@ class HTTPBackend(Backend):
     def message(
         self, connection: Connection, message: str | bytes
     ) -> Awaitable[None] | None:
-        """Post to `--messageuri`; the next message may follow after the response."""
+        """Post to `--messageuri`; see `Backend.message` for the returned value."""
         delivery = self._by_id.get(connection.id)
         if delivery is None:
             delivery = self._by_id[connection.id] = Delivery(
@@ -144,7 +144,7 @@ class HTTPBackend(Backend):
         try:
             await self._disconnects.deliver(notification)
         except BackendError:
-            if not self._disconnects.closing:  # else the next start sends it
+            if not self._disconnects.closing:  # otherwise the next start sends it
                 self._open_connections.remove(notification.connection_id)
             raise
         self._open_connections.remove(notification.connection_id)
@@ -152,7 +152,7 @@ class HTTPBackend(Backend):
     async def _end(
         self, delivery: Delivery, notification: DisconnectNotification
     ) -> None:
-        """Wait for held requests, then abandon them; deliver those that fail before."""
+        """Wait for held requests, then abandon them; retry those that fail before."""
         try:
             while await delivery.until_failure(notification.failures):
                 # The backend may have cleaned up before that message came.
@@ -166,12 +166,12 @@ class HTTPBackend(Backend):
             del self._by_id[notification.connection_id]
 
     def called_back(self, connection: Connection) -> None:
-        """The backend of this connection has seen what it was sent."""
+        """Record that the backend has seen this connection's earlier messages."""
         if (delivery := self._by_id.get(connection.id)) is not None:
             delivery.called_back()
 
     def condition(self) -> Condition:
-        """Away while the breaker is open."""
+        """Return the condition; `away` is set while the breaker is open."""
         return Condition(
             self._breaker.open_for(),
             self._breaker.untried,
@@ -180,7 +180,7 @@ class HTTPBackend(Backend):
         )
 
     def reload(self) -> None:
-        """Read secrets, headers and certificates again: all of them, or none."""
+        """Read secrets, headers and certificates again; if one fails, change none."""
         credentials = self._credentials.read()
         self._deliveries.requests.set_credentials(
             credentials.headers, credentials.signer
@@ -190,8 +190,8 @@ class HTTPBackend(Backend):
     async def drain(self, timeout: float) -> int:
         """Wait for held requests; those that fail meanwhile are retried.
 
-        Disconnect events of earlier runs that are under way may end first, so that
-        the next start does not repeat them.
+        Disconnect events of earlier runs that are being sent may end first, so that the
+        next start does not repeat them.
         """
         deadline = self._client.loop.time() + timeout
         await self._open_connections.stop(timeout)
@@ -201,7 +201,10 @@ class HTTPBackend(Backend):
         return self._deliveries.held.failed
 
     async def close(self) -> None:
-        """Close every connection to the backend; the next start sends what is left."""
+        """Close every connection to the backend.
+
+        The next start sends the remaining disconnect events.
+        """
         self._deliveries.closing = self._disconnects.closing = True
         ending = list(self._ending)
         for task in ending:
@@ -213,7 +216,7 @@ class HTTPBackend(Backend):
 
 
 def credential_sources(*targets: Target | None) -> CredentialSources:
-    """Secrets and files for events to `targets`, from the options."""
+    """Return the credentials' sources for events to `targets`, from the options."""
     return CredentialSources(
         https=any(target and target.scheme == "https" for target in targets),
         webhook_secrets=options.webhook_secret,
@@ -226,7 +229,7 @@ def credential_sources(*targets: Target | None) -> CredentialSources:
 
 
 def make_check(relay: Relay) -> HTTPCheck:
-    """Make what `socketdock check` runs, from the options."""
+    """Make the checks of `socketdock check`, from the options."""
     targets = make_targets(relay)
     names = ("--messageuri", "--disconnecturi", "--connecturi")
     return HTTPCheck(

@@ -1,4 +1,7 @@
-"""Single attempts to deliver events whose order needs no care: connect, disconnect."""
+"""Makes single attempts to deliver connect and disconnect events.
+
+`decisions` and `disconnects` use it; `delivery` has the attempts of messages.
+"""
 
 import asyncio
 from functools import partial
@@ -13,7 +16,7 @@ from backends.target import Target
 
 
 class Attempts:
-    """Makes them, and reports each to the breaker and the observer."""
+    """Makes attempts, and reports each to the breaker and the observer."""
 
     def __init__(
         self,
@@ -37,11 +40,11 @@ class Attempts:
         queue_timeout: float | None = None,
         keep: bool = False,
     ) -> Response:
-        """Post `event`, and wait at most `timeout` seconds for the answer.
+        """Post `event`, and wait at most `timeout` seconds for the response.
 
         With `queue_timeout` these begin when it is sent, see `Client.post`. With
-        `keep`, the answer has its headers and body. Raises `BackendError` where there
-        is none.
+        `keep`, the response has its headers and body. Raises `BackendError` if there is
+        no response.
         """
         loop = self._client.loop
         began = loop.time()

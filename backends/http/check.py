@@ -1,7 +1,7 @@
-"""What `socketdock check` checks of an HTTP service: names, TCP and TLS.
+"""The checks of `socketdock check` for an HTTP service: names, TCP and TLS.
 
-It connects once to each host that events go to, as `client` would, and sends no
-request.
+They connect once to each host that receives events, as `backends.client` does, and send
+no request.
 """
 
 import asyncio
@@ -21,26 +21,26 @@ from backends.client.tls_failures import TLS_HANG_UP, is_hang_up, tls_failure
 from backends.http.open_connections import NOTHING_TO_SEND
 from backends.target import Target
 
-# Seconds. In TLS 1.3 a client learns only after the handshake that its certificate is
-# rejected; a server that accepts it sends nothing until there is a request.
+# Seconds. In TLS 1.3 a server rejects a client's certificate only after the handshake;
+# a server that accepts it sends nothing until there is a request.
 REJECTION_WAIT = 0.5
 
-# Of OpenSSL's X509_verify_cert_error_string(3).
+# Codes of OpenSSL's X509_verify_cert_error_string(3).
 CERT_HAS_EXPIRED = 10
 HOSTNAME_MISMATCH = 62
 IP_ADDRESS_MISMATCH = 64
-# No issuer found, in four ways, and a chain or certificate that signs itself.
+# Four codes for an issuer that was not found; a self-signed certificate or chain.
 OF_UNKNOWN_AUTHORITY = frozenset({2, 18, 19, 20, 21, 27})
 
 NO_TLS = "make it http://, or give the port that speaks TLS"
 
 
 class HangUp(Exception):
-    """A TLS handshake that the peer, or the network, has ended."""
+    """The peer or the network ended a TLS handshake."""
 
 
 class HTTPCheck(Check):
-    """`targets` are by the option that names them; `tls` is for the https ones."""
+    """Checks `targets`, by option; `tls` is the context for https."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ def tls_remedy(error: ssl.SSLError) -> str:
 
 
 def folder_finding(path: Path) -> Finding:
-    """Find out whether a folder can be written to, or be created."""
+    """Check that a directory can be written to, or created."""
     there = path
     while not there.exists() and there != there.parent:
         there = there.parent

@@ -1,7 +1,8 @@
-"""What the body of a response holds, in spite of codings that were not asked for.
+"""Decodes the body of a response.
 
-Requests say `Accept-Encoding: identity`; proxies and frameworks compress all the
-same. What cannot be decoded is malformed, never passed on as it is.
+Requests contain `Accept-Encoding: identity`, but some proxies and frameworks compress
+the response nevertheless. A body that cannot be decoded is malformed, and is never
+passed on as it is. `decisions` uses this module.
 """
 
 import json
@@ -13,16 +14,16 @@ import orjson
 
 from backends.client.response import MalformedResponse
 
-MAX_CODINGS = 2  # of one body; each is decoded within the limit
-# For zlib.decompressobj: gzip, zlib's own format, and bare deflate.
+MAX_CODINGS = 2  # per body; the size limit applies to the result of each
+# Values for zlib.decompressobj: gzip, zlib's own format, and raw deflate.
 GZIP, ZLIB, RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
 
 
 def decoded(headers: Mapping[str, str], body: bytes, limit: int) -> bytes:
-    """The body without its content codings (RFC 9110, section 8.4.1).
+    """Return the body without its content codings (RFC 9110, section 8.4.1).
 
-    Raises `MalformedResponse` where a coding is unknown, the body is none of it,
-    is cut off, or decodes to more than `limit` bytes.
+    Raises `MalformedResponse` if a coding is unknown, or the body is invalid in it, is
+    incomplete, or decodes to more than `limit` bytes.
     """
     names = [
         name
@@ -36,7 +37,7 @@ def decoded(headers: Mapping[str, str], body: bytes, limit: int) -> bytes:
     for name in reversed(names):
         if name in ("gzip", "x-gzip"):
             body = _inflated(body, GZIP, limit)
-        elif name == "deflate":  # with zlib's header, which some leave out
+        elif name == "deflate":  # zlib's format; some servers omit its header
             has_header = body[0] & 0x0F == 8 and int.from_bytes(body[:2]) % 31 == 0
             body = _inflated(body, ZLIB if has_header else RAW, limit)
         else:
@@ -58,9 +59,9 @@ def _inflated(data: bytes, window_bits: int, limit: int) -> bytes:
 
 
 def parsed_json(body: bytes) -> Any:
-    """JSON as `orjson` reads it, also with a byte order mark, in UTF-16 or UTF-32.
+    """Parse JSON with `orjson`; accepts a byte order mark, UTF-16 and UTF-32, too.
 
-    Raises `ValueError` where it is none.
+    Raises `ValueError` if it is invalid.
     """
     encoding = json.detect_encoding(body)
     if encoding == "utf-8":

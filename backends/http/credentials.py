@@ -1,7 +1,7 @@
-"""Credentials between relay and backend: signatures, headers and certificates.
+"""Reads the relay's credentials for the backend: keys, headers and certificates.
 
-They may be in files, which are read at the start and again on SIGHUP. `request`
-puts the first two into each request, and `client` makes connections with the last.
+Those in files are read at the start and again on SIGHUP. `request` adds signature and
+headers to each request; `backends.client` uses the certificates.
 """
 
 import re
@@ -35,14 +35,14 @@ define("backend_cert", type=str, metavar="PATH",
 define("backend_key", type=str, metavar="PATH",
        help="private key (PEM) of --backend_cert; none: in the same file")
 
-MAX_FILE_SIZE = 16 * 1024  # bytes of headers, as most servers take, or of secrets
+MAX_FILE_SIZE = 16 * 1024  # bytes; most servers accept no more headers
 MAX_SECRETS = 16  # each costs time and 48 bytes per event
 
-# RFC 9110, sections 5.1 and 5.5, without what is not ASCII.
+# RFC 9110, sections 5.1 and 5.5, limited to ASCII.
 HEADER_NAME = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*")
 VALUE = re.compile(r"[ -~\t]*")
 
-# Set by the relay, or they change where a message ends or what may be answered.
+# Headers that the relay sets, or that change the framing or the permitted responses.
 OWN_HEADERS = frozenset(
     {
         "accept",
@@ -70,7 +70,7 @@ OWN_PREFIX = "webhook-"
 
 
 class Credentials(NamedTuple):
-    """What was read: `headers` are lines as they are sent; None: not used."""
+    """The credentials; `headers` are lines as they are sent. None: not used."""
 
     signer: Signer | None
     headers: bytes
@@ -79,9 +79,9 @@ class Credentials(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CredentialSources:
-    """The secrets themselves, and paths of files; None: not used.
+    """The secrets, and the paths of files; None: not used.
 
-    Without `https`, the system's CA certificates are not read.
+    The system's CA certificates are read only if `https` is set.
     """
 
     https: bool
@@ -93,7 +93,7 @@ class CredentialSources:
     key: str | None = None
 
     def read(self) -> Credentials:
-        """Read the files. Raises `OptionError` with one sentence."""
+        """Read the files. Raises `OptionError`."""
         keys = list(self._keys())
         if len(keys) > MAX_SECRETS:
             raise OptionError(f"at most {MAX_SECRETS} secrets can sign each event")
@@ -125,7 +125,7 @@ def _header_lines(path: str) -> Iterator[bytes]:
     for number, line in opened:
         where = f"{path}, line {number}"
         named = HEADER_NAME.match(line)
-        if named is None:  # the line is not shown: it may be a value on its own
+        if named is None:  # the line is not shown: it may be a secret value
             raise OptionError(f"{where}: not Name: value")
         name = named[1]
         if name.lower() in OWN_HEADERS or name.lower().startswith(OWN_PREFIX):
@@ -144,7 +144,7 @@ def _header_lines(path: str) -> Iterator[bytes]:
 def _client_context(
     ca: str | None, cert: str | None, key: str | None
 ) -> ssl.SSLContext:
-    """Make the context that verifies a backend, and has our certificate."""
+    """Make the context that verifies the backend, with the relay's certificate."""
     if key and not cert:
         raise OptionError("--backend_key needs --backend_cert")
     if ca:
@@ -154,9 +154,9 @@ def _client_context(
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise Unavailable(f"--backend_ca={ca}: {load_failure(error)}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # The same on every Python. By default 3.13 rejects certificates without an
-    # authority key identifier, which many private authorities issue; before 3.13
-    # an intermediate authority alone is not trusted.
+    # The same rules for every Python. By default 3.13 rejects certificates without an
+    # authority key identifier, which many private CAs issue; before 3.13 an
+    # intermediate CA certificate alone is not trusted.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if cert:

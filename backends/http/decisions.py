@@ -20,14 +20,14 @@ define("handshake_timeout", default=10.0, metavar="SECONDS",
 
 MAX_REFUSAL_BODY = 4096  # bytes of a refusal's body that the client gets
 
-# Decisions that are passed on to the client; any other status is no decision.
+# Statuses of a refusal, which the client gets; other statuses are not a decision.
 REFUSALS = frozenset({401, 403, 404, 429})
 REFUSAL_HEADERS = ("content-type", "www-authenticate", "retry-after")
 CONTROLS = re.compile(r"[\x00-\x1f\x7f]+")
 
 
 class Decisions:
-    """Asks `target` for decisions, with one attempt each; None: nobody is asked."""
+    """Asks `target` for each decision, with one attempt; None: accepts every client."""
 
     def __init__(
         self, target: Target | None, attempts: Attempts, timeout: float
@@ -37,10 +37,10 @@ class Decisions:
         self._timeout = timeout
 
     async def ask(self, connection_id: str, event: Event) -> str | None:
-        """Return the subprotocol that the backend chose, if it did.
+        """Return the subprotocol that the backend chose, or None.
 
-        Raises `ConnectionRefused` where it refuses, and `BackendError` where
-        there is no decision in time.
+        Raises `ConnectionRefused` if it refuses, and `BackendError` if there is no
+        decision in time.
         """
         target = self.target
         assert target is not None
@@ -61,9 +61,9 @@ class Decisions:
 
 
 def refusal(response: Response) -> ConnectionRefused:
-    """Return the backend's refusal, with what the client gets of it.
+    """Return the backend's refusal, with the headers and body that the client gets.
 
-    A body that cannot be decoded is left out: the status says enough.
+    A body that cannot be decoded is omitted.
     """
     try:
         body = decoded(response.headers, response.body, MAX_KEPT_BODY)
@@ -72,7 +72,7 @@ def refusal(response: Response) -> ConnectionRefused:
     return ConnectionRefused(
         response.status,
         {
-            # As spaces (RFC 9110, section 5.5), where the backend sent some.
+            # RFC 9110, section 5.5: control characters are replaced with spaces.
             name: CONTROLS.sub(" ", response.headers[name]).strip()
             for name in REFUSAL_HEADERS
             if name in response.headers
@@ -86,7 +86,7 @@ def chosen_subprotocol(body: bytes) -> str | None:
     try:
         decision = parsed_json(body)
     except ValueError:
-        return None  # "OK", or nothing: accepted all the same
+        return None  # not JSON, such as "OK" or nothing: accepted nevertheless
     if not isinstance(decision, dict) or decision.get("subprotocol") is None:
         return None
     if not isinstance(decision["subprotocol"], str):

@@ -1,4 +1,7 @@
-"""What the deliveries of all connections share: settings, client, breaker, bounds."""
+"""The objects that the `Delivery` of every connection shares: client, breaker, limits.
+
+`HTTPBackend` makes one `Deliveries`, and passes it to each `Delivery`.
+"""
 
 from dataclasses import dataclass
 
@@ -26,17 +29,17 @@ define("delivery_timeout", default=60.0, metavar="SECONDS",
        help="how long a message is retried after its first failure, or waits for a "
             "backend without a sign of life; then its client is closed with 1013")
 
-IMPATIENT_ORDER_WAIT = 0.1  # seconds, once a backend is known to hold answers
+IMPATIENT_ORDER_WAIT = 0.1  # seconds, for a backend that is known to hold responses
 
 
 @dataclass(frozen=True, slots=True)
 class DeliveryLimits:
     """How long a delivery waits, in seconds, and for how many responses.
 
-    `order_wait` is infinite for strictly one message at a time. `backend_timeout`
-    None waits for a response as long as the connection to the backend lives. While
-    overdue messages of all connections take `max_held_bytes`, a connection that has
-    one waits as if it had `max_unanswered`.
+    An infinite `order_wait` sends strictly one message at a time. With
+    `backend_timeout` None, a response may take as long as the connection to the backend
+    lives. While the overdue messages of all connections take `max_held_bytes`, a
+    connection that has one waits as if it had `max_unanswered`.
     """
 
     order_wait: float = 1.0
@@ -47,7 +50,7 @@ class DeliveryLimits:
 
 
 class Deliveries:
-    """What each `Delivery` works with: target, client, breaker, limits, observer."""
+    """The target, client, breaker, limits and observer of each `Delivery`."""
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class Deliveries:
         self.limits = limits
         self.closing = False  # the relay stops: nothing is retried
         self.held = Held(limits.max_held_bytes, self.loop)
-        # Only two different waits: within each, requests are in the order sent.
+        # There are only two waits; each line has its requests in the order sent.
         self._lines = {
             wait: OverdueLine(wait, self.loop)
             for wait in (limits.order_wait, IMPATIENT_ORDER_WAIT)
@@ -79,14 +82,14 @@ class Deliveries:
         return self._lines[wait]
 
     def mark_expendable(self, request: Request) -> None:
-        """An overdue request may be abandoned from now on."""
+        """Permit an overdue request to be abandoned."""
         self.held.mark_expendable(request)
         if self.client.starved:
             self.held.abandon_one()
 
 
 def delivery_limits() -> DeliveryLimits:
-    """Read them from the options. Raises `OptionError` where they conflict."""
+    """Read the limits from the options. Raises `OptionError` if they conflict."""
     if options.order_wait == float("inf") and not options.backend_timeout:
         raise OptionError("--order_wait=inf needs --backend_timeout")
     return DeliveryLimits(

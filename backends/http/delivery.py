@@ -1,10 +1,11 @@
-"""The order of one connection's messages, their retries, and held responses.
+"""Keeps the order of one connection's messages, and retries them.
 
-A message is sent when the one before it has been answered, or is *overdue*: sent
-whole and unanswered for a while, since some backends hold the response until the
-connection ends and reply by callback meanwhile. An overdue request stays open and
-its response still counts, within `max_unanswered`. A request that fails is repeated
-before any other is sent, until `delivery_timeout`.
+A message is sent when the one before it was answered or is *overdue*: completely sent,
+and unanswered for `order_wait`. Some backends hold the response until the connection
+ends, and reply by callback meanwhile. An overdue request stays open and its response
+still counts; at most `max_unanswered` are open. A request that fails is retried before
+any other is sent, until `delivery_timeout`. `deliveries` has what all deliveries share,
+and `held` the overdue requests of all connections.
 """
 
 import asyncio
@@ -31,8 +32,8 @@ HELD_AFTER_DISCONNECT = 5.0  # seconds that a held request outlives its connecti
 class Delivery:
     """Delivers one connection's messages to the backend.
 
-    A message is in the backlog, or open: an attempt is under way. The latest
-    attempt (the gate) delays the next until it is overdue or has ended.
+    A message is in the backlog, or open: an attempt is being made. The latest attempt
+    (the gate) delays the next one until it is overdue or has ended.
     """
 
     __slots__ = (
@@ -62,13 +63,13 @@ class Delivery:
         self._backlog: list[Request] = []
         # The latest request sent, while it delays the next.
         self._gate: Request | None = None
-        self._open: dict[Request, None] = {}  # under way, in the order sent
+        self._open: dict[Request, None] = {}  # in the order sent
         self._called_back_at = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
         self._line: Line | None = None  # where `_pump` waits to be called
-        # Done when nothing waits to be sent, nor delays the next.
+        # Done when no message waits to be sent, and none delays the next.
         self._quiet: asyncio.Future[None] | None = None
-        # Done when a request has ended, or failed.
+        # Done when a request has ended or failed.
         self._changed: asyncio.Future[None] | None = None
         self.failures = 0  # of attempts, so far
         self.number = 0  # of the latest message, from 1
@@ -79,13 +80,13 @@ class Delivery:
         self.undelivered = 0
 
     def post(self, event: Event) -> "asyncio.Future[None]":
-        """Send the next message; once the future is done, another may follow."""
+        """Send the next message; when the future is done, another may follow."""
         self._backlog.append(Request(self, self.number, event))
         self._pump()
         return self.quiet()
 
     def quiet(self) -> "asyncio.Future[None]":
-        """Done when every message has been answered, is overdue or given up."""
+        """A future, done when each message is answered, overdue or given up."""
         if not self.busy:
             return done_future(self._deliveries.loop)
         if self._quiet is None:
@@ -94,7 +95,7 @@ class Delivery:
 
     @property
     def holding(self) -> bool:
-        """Whether requests are unanswered."""
+        """Whether there are unanswered requests."""
         return bool(self._open)
 
     @property
@@ -105,9 +106,9 @@ class Delivery:
     async def settle(self) -> None:
         """Wait until each message is answered, given up, or overdue without a failure.
 
-        One that has failed and is held again is awaited for
-        `HELD_AFTER_DISCONNECT` seconds: the backend may hold the response until
-        it gets the disconnect event.
+        Waits for one that has failed and is overdue again for at most
+        `HELD_AFTER_DISCONNECT` seconds: the backend may hold the response until it gets
+        the disconnect event.
         """
         failures = -1
         while failures != self.failures:
@@ -129,8 +130,8 @@ class Delivery:
     ) -> bool:
         """Wait while requests are held; return whether `failures` is above `before`.
 
-        At most for `HELD_AFTER_DISCONNECT` seconds, for those that are `awaited`
-        (default: all), and no longer than until the first failure.
+        Waits at most `HELD_AFTER_DISCONNECT` seconds, at most until the first failure,
+        and only while `awaited` returns a true value (default: while any is held).
         """
         loop = self._deliveries.loop
         deadline = loop.time() + HELD_AFTER_DISCONNECT
@@ -156,7 +157,7 @@ class Delivery:
         self._pump()
 
     def on_disconnect_answered(self) -> None:
-        """The backend needs no response of its own any more: it knows of the end."""
+        """The backend has answered the disconnect event: it needs no held request."""
         self._mark_expendable()
 
     def end(self) -> None:
@@ -169,7 +170,7 @@ class Delivery:
             self.abandon(next(iter(self._open)))
 
     def abandon(self, request: Request) -> None:
-        """Close a request's connection: it is not retried, and counts as no failure."""
+        """Close a request's connection; it is not retried, nor counted as a failure."""
         exchange = request.exchange
         assert exchange is not None
         self._end_attempt(request)
@@ -187,10 +188,10 @@ class Delivery:
         self._pump()
 
     def _pump(self) -> None:
-        """Send what may be sent now, or wait for what delays it.
+        """Send the messages that may be sent now, or wait for what delays them.
 
-        Whatever ends such a wait calls this. A timer calls `_judge` before, which
-        gives up what is too late.
+        The end of such a wait calls this again. At a deadline, `_judge` runs first, and
+        gives up messages that are too late.
         """
         deliveries = self._deliveries
         while self._backlog and self._gate is None:
@@ -207,7 +208,7 @@ class Delivery:
                     )
                 return  # abandoning one has called this
             if not deliveries.breaker.take():
-                # The breaker is open: that counts as a failed attempt.
+                # An open breaker counts as a failed attempt.
                 head.failed_at = min(head.failed_at, now)
                 self._wait(self._deadline(), deliveries.breaker)
                 return
@@ -260,11 +261,11 @@ class Delivery:
         """There is no response in time: the next message may be sent."""
         exchange = request.exchange
         assert exchange is not None
-        if exchange.queued:  # its kept connection has ended: it was not sent
+        if exchange.queued:  # its kept connection has ended: it will be sent again
             return
         exchange.forbid_resend()  # a server closes idle connections earlier
         self._deliveries.held.add(request)
-        # The backend took it whole and has not reset it: it is reachable.
+        # The backend received all of it, and did not reset the connection.
         self._deliveries.breaker.record(self._connection.id, away=False)
         self._gate = None
         if self._called_back_at >= request.sent_at:
@@ -289,14 +290,14 @@ class Delivery:
             else:
                 error = self._error(f"answered {outcome.status}")
                 self._on_failed(request, error, retry_after(outcome) or 0.0)
-        # Others may go on now; no message of this connection overtakes one that failed.
+        # Now others may be sent, but no message of this connection before a failed one.
         self._deliveries.breaker.record(self._connection.id, became == "unreachable")
         if self._changed is not None:
             self._signal_change()
         self._pump()
 
     def _end_attempt(self, request: Request) -> None:
-        """Forget the attempt, which is over."""
+        """Remove the state of an attempt that has ended."""
         request.exchange = None
         if request.line is not None:
             request.leave_line()
@@ -344,9 +345,9 @@ class Delivery:
             self._mark_expendable(before=request.number)
 
     def _on_failed(self, request: Request, error: BackendError, wait: float) -> None:
-        """Put a request back into the backlog, or give up all that is in it.
+        """Put a request back into the backlog, or give up the whole backlog.
 
-        `wait` is what the backend asked for, in seconds, before the retry.
+        `wait` is the time in seconds that the backend requested before the retry.
         """
         if self._deliveries.closing:
             self._deliveries.held.discard(request)
@@ -375,11 +376,15 @@ class Delivery:
             self._give_up(error)
 
     def _put_back(self, request: Request) -> None:
-        """Put a request into the backlog, by its number."""
+        """Put a request into the backlog, in the order of numbers."""
         insort(self._backlog, request, key=lambda request: request.number)
 
     def _keep_behind(self, failed: Request) -> None:
-        """Send nothing later before `failed` is retried, nor resend it at once."""
+        """Send no message that is later than `failed` before it is retried.
+
+        A later one in the client's queue goes back into the backlog. One that was sent
+        already is not sent again when its connection is lost.
+        """
         gate = self._gate
         if gate is None or gate.number < failed.number:
             return
@@ -390,7 +395,7 @@ class Delivery:
             gate.exchange.forbid_resend()
 
     def _withdraw(self, gate: Request) -> None:
-        """Take a request back from the client's queue: it was not sent."""
+        """Remove a request from the client's queue, and put it into the backlog."""
         exchange = gate.exchange
         assert exchange is not None
         self._end_attempt(gate)
@@ -399,7 +404,7 @@ class Delivery:
         self._put_back(gate)
 
     def _on_unsent(self, request: Request, error: NoConnection) -> None:
-        """No connection became free: requests of others use them all."""
+        """Handle a request that got no connection: others use all of them."""
         self._deliveries.breaker.record_nothing()
         self._put_back(request)
         self._give_up(error)
@@ -408,7 +413,7 @@ class Delivery:
         self._pump()
 
     def _give_up(self, error: BackendError) -> None:
-        """Give up the message at the head, and all behind it."""
+        """Give up the message at the head of the backlog, and all behind it."""
         messages = len(self._backlog)
         for request in self._backlog:
             self._deliveries.held.discard(request)
@@ -427,9 +432,9 @@ class Delivery:
     # Which overdue requests may be abandoned.
 
     def _mark_expendable(self, before: float = float("inf")) -> None:
-        """Overdue requests for messages `before` that number may be abandoned.
+        """Permit overdue requests with numbers below `before` to be abandoned.
 
-        For the backend has shown that it has seen them.
+        The backend has shown that it has seen their messages.
         """
         held = self._deliveries.held
         for request in list(self._open):
@@ -450,17 +455,17 @@ class Delivery:
     # Waits, and their deadlines on the loop's clock.
 
     def _deadline(self) -> float:
-        """When the message at the head of the backlog is given up."""
+        """Return when the message at the head of the backlog is given up."""
         return self._backlog[0].failed_at + self._deliveries.limits.delivery_timeout
 
     def _room_deadline(self) -> float:
-        """When messages are given up because too many are unanswered."""
+        """Return when messages are given up because too many are unanswered."""
         oldest = next(iter(self._open))
-        # It has been sent whole, else it would be the gate.
+        # It was sent completely; otherwise it would be the gate.
         return oldest.sent_at + self._deliveries.limits.delivery_timeout
 
     def _wait(self, deadline: float, line: Line | None = None) -> None:
-        """Have `_judge` called at `deadline`, or `_pump` before that by `line`."""
+        """Call `_judge` at `deadline`, unless `line` calls `_pump` before."""
         if self._timer is not None:
             self._timer.cancel()
         loop = self._deliveries.loop
@@ -480,18 +485,18 @@ class Delivery:
             self._line = None
 
     def _on_time(self, due: float) -> None:
-        """A wait that was to end at `due` is over."""
+        """Handle the timer of a wait that was due to end at `due`."""
         loop = self._deliveries.loop
         now = loop.time()
         if now > due + STALL:
-            # The process stood still: the time in which messages may fail begins anew.
+            # The process was stopped: restart the time in which messages may fail.
             for request in self._backlog:
                 if request.failed_at < now:
                     request.failed_at = now
         after_reading(loop, self._judge)
 
     def _judge(self) -> None:
-        """Give up what has waited too long; what had come by then was read."""
+        """Give up messages that waited too long; called after reading what arrived."""
         if self._timer is None:
             return  # the wait has ended meanwhile
         now = self._deliveries.loop.time()

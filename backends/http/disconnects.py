@@ -1,4 +1,7 @@
-"""Disconnect notifications: each is sent until it is accepted, refused or given up."""
+"""Sends each disconnect event until it is accepted, refused or given up.
+
+`attempts` makes the attempts. `open_connections` records which events are due.
+"""
 
 import asyncio
 import itertools
@@ -28,17 +31,17 @@ define("disconnecturi", type=str, metavar="URL",
 define("disconnect_timeout", default=300.0, metavar="SECONDS",
        help="how long a disconnect event is retried after its first failure")
 
-# Seconds for the response to a disconnect event, and for a connection to become free
-# for it in a queue that does not move.
+# Seconds for the response to a disconnect event; before, also the longest wait for a
+# connection in a queue that does not move.
 DISCONNECT_TIMEOUT = 30.0
 
 
 class DisconnectNotification:
     """One connection's disconnect event.
 
-    Before each attempt it waits until no message of `delivery` (None: there is
-    none) can fail any more, except those that are held and have not failed.
-    `instance` is an earlier run that lost the connection, or None.
+    Before each attempt it waits until no message of `delivery` (None: there were no
+    messages) can fail any more, except those that are held and have not failed.
+    `instance` is the earlier run that lost the connection, or None for this run.
     """
 
     def __init__(
@@ -57,10 +60,10 @@ class DisconnectNotification:
         self._delivery = delivery
         self._instance = instance
         self._event: Event | None = None
-        self.failures = 0  # of messages, when the event was made
+        self.failures = 0  # failed attempts of messages when the event was made
 
     def again(self) -> "DisconnectNotification":
-        """Return one to send next: the backend has got a message after this one."""
+        """Return the next notification: a message was delivered after this one."""
         return DisconnectNotification(
             self._events,
             self.connection_id,
@@ -83,7 +86,7 @@ class DisconnectNotification:
             self.failures = self._delivery.failures
 
     def event(self) -> Event:
-        """Make the event, with the counts of now and the id of the one before."""
+        """Make the event with current counts, and the id of the previous attempt."""
         undelivered, refused = self._closure.undelivered, 0
         if self._delivery is not None:
             self.failures = self._delivery.failures
@@ -97,14 +100,14 @@ class DisconnectNotification:
             self._trace,
             self._instance,
         )
-        if self._event is not None:  # it is the same event: only counts may change
+        if self._event is not None:  # the same event: only its counts may change
             event = self._event._replace(body=event.body)
         self._event = event
         return event
 
 
 class DisconnectDelivery:
-    """Delivers disconnect events to `target`; None: there is nobody to notify.
+    """Delivers disconnect events to `target`; None: no events are sent.
 
     An event is given up `timeout` seconds after its first failure.
     """
@@ -122,10 +125,10 @@ class DisconnectDelivery:
         self._breaker = breaker
         self._timeout = timeout
         self._observer = observer
-        self.closing = False  # the relay stops: the next start sends what failed
+        self.closing = False  # the relay stops: the next start sends failed events
 
     async def deliver(self, notification: DisconnectNotification) -> None:
-        """Send the event. Raises `BackendError` where it was refused or given up."""
+        """Send the event. Raises `BackendError` if it was refused or given up."""
         if self.target is None:
             await notification.wait_until_ready()
             return
@@ -146,9 +149,9 @@ class DisconnectDelivery:
     async def _retry(
         self, target: Target, notification: DisconnectNotification
     ) -> BackendError | None:
-        """Send until accepted, or refused: then return the error for the log.
+        """Send until accepted or refused; then return None or the error for the log.
 
-        Raises `BackendError` where it is given up.
+        Raises `BackendError` if it is given up.
         """
         loop = asyncio.get_running_loop()
         deadline = float("inf")
@@ -194,14 +197,14 @@ class DisconnectDelivery:
     ) -> bool:
         """Wait until the breaker permits an attempt; return whether it does.
 
-        False where the notification is no longer ready, since a message of its
-        connection goes first, and at the deadline.
+        Returns False at the deadline, and if the notification is no longer ready, since
+        a message of its connection must be sent first.
         """
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[bool] = loop.create_future()
 
         def call() -> None:
-            # Taken here: the permit is for the one that is called.
+            # Take the permit at once: it is for the called one only.
             if not turn.done():
                 turn.set_result(notification.ready and self._breaker.take())
 

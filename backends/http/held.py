@@ -1,6 +1,6 @@
-"""Message requests, and those that are held: their response is overdue.
+"""Requests of messages, and which of them are held, with an overdue response.
 
-`delivery` owns them. A request is in at most one `OverdueLine`, and in `Held`
+`delivery` owns the requests. A request is in at most one `OverdueLine`, and in `Held`
 from when its response is overdue until its message has ended.
 """
 
@@ -15,8 +15,8 @@ from backends.deadlines import after_reading
 from backends.events import Event
 from backends.waiting import Waiters, call_one
 
-OWN_PAGES = 16 * 1024  # bytes from which on a body that is held has pages of its own
-# Linux fills them at once, in half the time that it takes page by page.
+OWN_PAGES = 16 * 1024  # bytes; a held body of that size gets its own memory pages
+# MAP_POPULATE: Linux fills all pages at once, in half the time of one by one.
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
 
 
@@ -27,17 +27,17 @@ class Owner(Protocol):
         """The kernel has the whole request."""
 
     def on_overdue(self, request: "Request") -> None:
-        """There is no response in time."""
+        """The response is overdue."""
 
     def on_done(self, request: "Request", outcome: Response | BackendError) -> None:
-        """There is a response, or there will be none."""
+        """There is a response, or the attempt has failed."""
 
     def abandon(self, request: "Request") -> None:
-        """Abandon it: another request needs its connection."""
+        """Abandon it, since another request needs its connection."""
 
 
 class Request:
-    """One message, from before it is sent until it is over."""
+    """One message, from before it is sent until it was answered or given up."""
 
     __slots__ = (
         "attempts",
@@ -57,13 +57,13 @@ class Request:
         self.owner = owner
         self.number = number
         self.event = event
-        self.exchange: Exchange | None = None  # while an attempt is under way
-        self.attempts = 0  # that failed
+        self.exchange: Exchange | None = None  # during an attempt
+        self.attempts = 0  # failed attempts
         # All times are on the loop's clock.
-        self.failed_at = float("inf")  # the first time
-        self.not_before = float("-inf")  # of the next attempt
-        self.began_at = self.sent_at = float("inf")  # the latest attempt
-        self.overdue = False  # the latest attempt
+        self.failed_at = float("inf")  # first failure
+        self.not_before = float("-inf")  # earliest time of the next attempt
+        self.began_at = self.sent_at = float("inf")  # of the latest attempt
+        self.overdue = False  # of the latest attempt
         self.line: OverdueLine | None = None
 
     def on_sent(self) -> None:
@@ -76,27 +76,26 @@ class Request:
         self.owner.on_done(self, outcome)
 
     def leave_line(self) -> None:
-        """It does not become overdue, unless it is added again."""
+        """Leave the `OverdueLine`, so that it does not become overdue."""
         if self.line is not None:
             self.line.discard(self)
 
 
 class OverdueLine:
-    """Requests that become overdue after the same wait, so in the order sent.
+    """Requests that become overdue after the same wait, in the order sent.
 
-    One timer serves them all: a message that is answered in time costs two
-    operations on a dict.
+    They share one timer: a message that is answered in time costs two dict operations.
     """
 
     def __init__(self, wait: float, loop: asyncio.AbstractEventLoop) -> None:
         self._wait = wait
         self._loop = loop
         self._requests: dict[Request, None] = {}
-        self._timer: asyncio.TimerHandle | None = None  # until it has been judged
+        self._timer: asyncio.TimerHandle | None = None  # set until `_judge` has run
 
     def add(self, request: Request) -> None:
         """Call `request.on_overdue()` later, unless it is discarded."""
-        request.leave_line()  # it was sent again, on another connection
+        request.leave_line()  # in case it was sent again, on another connection
         if self._wait == float("inf"):
             return
         request.line = self
@@ -105,7 +104,7 @@ class OverdueLine:
             self._arm(request)
 
     def discard(self, request: Request) -> None:
-        """It was answered in time."""
+        """Remove a request that was answered in time."""
         self._requests.pop(request, None)
         request.line = None
 
@@ -115,7 +114,7 @@ class OverdueLine:
         )
 
     def _judge(self) -> None:
-        """Call those that are overdue; responses that had come were read."""
+        """Report overdue requests; called after reading the responses that arrived."""
         self._timer = None
         now = self._loop.time()
         while self._requests:
@@ -131,8 +130,8 @@ class Held:
     """The messages of all connections whose response was overdue, until they end.
 
     Their clients' queues no longer count them, so their bytes are counted here, also
-    while one that failed waits for its next attempt. There is no other table of all
-    connections' requests: what is discarded here is forgotten.
+    while a failed one waits for its next attempt. There is no other table of the
+    requests of all connections.
     """
 
     def __init__(self, max_bytes: int, loop: asyncio.AbstractEventLoop) -> None:
@@ -141,28 +140,31 @@ class Held:
         self._sizes: dict[Request, int] = {}
         self._bytes = 0
         self._overdue: set[Request] = set()
-        # Overdue ones that may be abandoned, in the order in which that was found.
+        # Requests that may be abandoned, in the order of `mark_expendable` calls.
         self._expendable: dict[Request, None] = {}
         self._waiters = Waiters()  # for bytes
         self._waking = False
 
     @property
     def overdue(self) -> int:
-        """How many requests wait for an overdue response."""
+        """Number of requests that wait for an overdue response."""
         return len(self._overdue)
 
     @property
     def failed(self) -> int:
-        """How many messages were overdue, have failed, and are to be retried."""
+        """Number of messages that were overdue, have failed, and will be retried."""
         return len(self._sizes) - len(self._overdue)
 
     @property
     def full(self) -> bool:
-        """Whether the bytes are at their bound: a connection may add no second one."""
+        """Whether the bytes have reached their limit.
+
+        Then a connection that has an overdue message may not add another one.
+        """
         return self._bytes >= self._max_bytes
 
     def add(self, request: Request) -> None:
-        """Its response is overdue."""
+        """Add a request whose response is overdue."""
         request.overdue = True
         self._overdue.add(request)
         if request not in self._sizes:
@@ -172,27 +174,27 @@ class Held:
             self._bytes += size
 
     def mark_expendable(self, request: Request) -> None:
-        """The backend has shown that it has seen it: it may be abandoned."""
+        """Permit a request to be abandoned: the backend has seen its message."""
         self._expendable[request] = None
 
     def is_expendable(self, request: Request) -> bool:
-        """Whether it may be abandoned."""
+        """Whether a request may be abandoned."""
         return request in self._expendable
 
     def abandon_one(self) -> None:
-        """Abandon one request, of any connection, if there is one that may be."""
+        """Abandon one request of any connection, if one is marked."""
         if self._expendable:
             request = next(iter(self._expendable))
             request.owner.abandon(request)
 
     def on_failed(self, request: Request) -> None:
-        """It is not held any more, and will be retried."""
+        """Record that an attempt has failed, and will be retried."""
         request.overdue = False
         self._overdue.discard(request)
         self._expendable.pop(request, None)
 
     def discard(self, request: Request) -> None:
-        """Its message has ended; nothing where it was never overdue."""
+        """Remove a request whose message has ended; does nothing if it is not held."""
         size = self._sizes.pop(request, None)
         if size is None:
             return
@@ -203,11 +205,11 @@ class Held:
             self._loop.call_soon(self._wake)
 
     def wait(self, call: Callable[[], None]) -> None:
-        """Have `call` called once when it is full no more."""
+        """Call `call` once, when `full` is no longer true."""
         self._waiters.wait(call)
 
     def leave(self, call: Callable[[], None]) -> None:
-        """Wait no more."""
+        """Do not call `call` any more."""
         self._waiters.leave(call)
 
     def _wake(self) -> None:
@@ -217,11 +219,11 @@ class Held:
 
 
 def on_own_pages(body: bytes | mmap.mmap) -> bytes | mmap.mmap:
-    """Return the same bytes in memory that the system gets back once they are freed.
+    """Return a copy of `body` in pages of its own, which are unmapped when it is freed.
 
-    Messages that are held for long would leave gaps in the C library's heap among
-    those that pass, and it would keep that memory: most of it after 100 MB of them.
-    A small body stays where it is, and so does any where there are no more mappings.
+    In the C library's heap, held messages would lie among short-lived ones and leave
+    gaps when they are freed: after 100 MB of them, most of that memory would stay with
+    the process. Returns a small body unchanged, and any body if mapping fails.
     """
     if len(body) < OWN_PAGES:
         return body

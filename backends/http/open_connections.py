@@ -1,7 +1,6 @@
-"""Connections whose disconnect event is due, on disk: the next start sends it.
+"""Records on disk which disconnect events are due, and sends those of earlier runs.
 
-`backends.journal` keeps the ids; here they are recorded, and the events of earlier
-runs sent.
+`backends.journal` writes and reads the ids; `disconnects` sends the events.
 """
 
 import asyncio
@@ -22,8 +21,8 @@ from backends.target import Target
 
 logger = logging.getLogger(__name__)
 
-MAX_NOTIFICATIONS = 64  # of earlier runs' connections, under way at once
-STOP_TIMEOUT = 2.0  # seconds for those to end at the stop
+MAX_NOTIFICATIONS = 64  # events of earlier runs that are sent at once
+STOP_TIMEOUT = 2.0  # seconds for these to end when the relay stops
 NOTHING_TO_SEND = "--state_dir has no effect without --disconnecturi"
 LOST = Closure(1006, "instance lost", "relay", 0.0)
 
@@ -45,12 +44,12 @@ class OpenConnections:
         self._recovering: asyncio.Task[None] | None = None
 
     def add(self, connection_id: str) -> None:
-        """Record a connection, before its first event: a crash must not lose it."""
+        """Record a connection before its first event: a crash must not lose it."""
         if self._state is not None:
             self._state.journal.add(connection_id)
 
     def remove(self, connection_id: str) -> None:
-        """Its disconnect event has ended, or none is due."""
+        """Remove a connection: its disconnect event has ended, or none is due."""
         if self._state is not None:
             self._state.journal.remove(connection_id)
 
@@ -60,7 +59,10 @@ class OpenConnections:
             self._recovering = asyncio.create_task(self._recover(self._state.dead))
 
     async def stop(self, timeout: float) -> None:
-        """Start no more of these events, and wait for those that are under way."""
+        """Start no more of these events, and wait for those that are being sent.
+
+        For at most `timeout` and `STOP_TIMEOUT` seconds.
+        """
         self._stopping = True
         if self._recovering is not None:
             await asyncio.wait({self._recovering}, timeout=min(timeout, STOP_TIMEOUT))
@@ -73,7 +75,7 @@ class OpenConnections:
             await asyncio.gather(self._recovering, return_exceptions=True)
 
     def close(self) -> None:
-        """Free the state directory for another process."""
+        """Release the state directory for another process."""
         if self._state is not None:
             self._state.close()
 
@@ -110,8 +112,8 @@ def make_state(
 ) -> StateDirectory | None:
     """Open `--state_dir`, if there is a URL for disconnect events.
 
-    Without that URL the folder is not touched: a later start with it may send the
-    events. Raises `Unavailable` where the folder can't be used.
+    Without that URL the directory is not changed: a later start with the URL may send
+    the events. Raises `Unavailable` if the directory cannot be used.
     """
     if not options.state_dir:
         return None

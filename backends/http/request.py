@@ -1,4 +1,7 @@
-"""Each attempt to deliver an event, as one whole HTTP request."""
+"""Writes the HTTP request of each attempt to deliver an event.
+
+`credentials` provides headers and keys, `signature` signs, and `backends.client` sends.
+"""
 
 import time
 
@@ -14,17 +17,17 @@ class RequestWriter:
         self._user_agent = f"SocketDock/{version}"
         self._headers = b""
         self._signer: Signer | None = None
-        self._heads: dict[Target, bytes] = {}  # without what changes by event
+        self._heads: dict[Target, bytes] = {}  # the part that all events share
 
     def set_credentials(self, headers: bytes, signer: Signer | None) -> None:
-        """From now on, send these header lines, and signatures by `signer`."""
+        """Use these header lines, and signatures by `signer`, from now on."""
         self._headers, self._signer = headers, signer
         self._heads.clear()
 
     def write(self, target: Target, event: Event) -> bytes:
-        """Return one attempt to deliver `event`, with the time of now."""
+        """Return the request of one attempt to send `event`, with a new timestamp."""
         event_id, timestamp, signature = event.id.encode(), int(time.time()), b""
-        body = bytes(event.body)  # no copy, unless it was held
+        body = bytes(event.body)  # copies only a body in pages of its own
         if self._signer is not None:
             signature = b"webhook-signature: %b\r\n" % self._signer.signatures(
                 event_id, timestamp, body

@@ -1,4 +1,4 @@
-"""When an event is sent again: what a response means, and how long to wait.
+"""Decides from a response whether to retry an event, and after what time.
 
 `delivery` and `disconnects` retry; `decisions` makes one attempt only.
 """
@@ -14,10 +14,10 @@ from backends.client import Response
 
 MIN_BACKOFF = 0.2  # seconds before the first retry, at most
 MAX_BACKOFF = 5.0  # seconds between two retries, at most
-MAX_DOUBLINGS = 16  # beyond MAX_BACKOFF, and far below what overflows
+MAX_DOUBLINGS = 16  # more than MAX_BACKOFF needs, and too few to overflow
 MAX_DATE_LENGTH = 64  # characters; those of RFC 9110, section 5.6.7, have 24 to 33
 
-# A gateway reports with these that the backend is unreachable (RFC 9110, section 15.6).
+# A gateway's statuses for an unreachable backend (RFC 9110, section 15.6).
 GATEWAY_FAILURES = frozenset(
     {
         HTTPStatus.BAD_GATEWAY,
@@ -34,7 +34,7 @@ RETRYABLE = frozenset(
     }
 )
 
-# What an operator should check where an event is refused.
+# What an operator should check if an event is refused.
 HINTS = {
     401: "; look at --backend_headers_file and --webhook_secret",
     403: "; look at --backend_headers_file and --webhook_secret",
@@ -50,7 +50,7 @@ def is_success(status: int) -> bool:
 
 
 def attempt_outcome(outcome: Response | BackendError) -> AttemptOutcome:
-    """Classify an attempt: delivered or refused, or else it may be repeated."""
+    """Classify an attempt; unless delivered or refused, it may be retried."""
     if isinstance(outcome, BackendError):
         return "unreachable" if isinstance(outcome, BackendAway) else "timeout"
     if is_success(outcome.status):
@@ -61,19 +61,19 @@ def attempt_outcome(outcome: Response | BackendError) -> AttemptOutcome:
 
 
 def is_retryable(status: int) -> bool:
-    """Whether the backend may accept the event another time; else it is refused."""
+    """Whether the backend may accept the event in a retry; otherwise it is refused."""
     return status >= 500 or status in RETRYABLE
 
 
 def hint(status: int) -> str:
-    """Return what to check where the backend refuses with `status`, after `; `."""
+    """Return "; " and what to check if the backend refuses with `status`; or ""."""
     if 300 <= status < 400:
         return "; redirects are not followed: give the URL that it leads to"
     return HINTS.get(status, "")
 
 
 def backoff(attempts: int) -> float:
-    """Seconds before the next attempt: exponential, with full jitter."""
+    """Return the seconds before the next attempt: exponential, with full jitter."""
     doublings = min(attempts - 1, MAX_DOUBLINGS)
     return random.uniform(0.0, min(MAX_BACKOFF, MIN_BACKOFF * 2**doublings))
 
@@ -81,8 +81,8 @@ def backoff(attempts: int) -> float:
 def retry_after(response: Response) -> float | None:
     """Return the seconds of Retry-After (RFC 9110, section 10.2.3), or None.
 
-    A date is relative to the response's own Date, since clocks differ. Infinite
-    where a number is too large for a float.
+    A date is relative to the response's own Date, since clocks differ. The result is
+    infinite if a number is too large for a float.
     """
     value = response.headers.get("retry-after", "").strip()
     if value.isascii() and value.isdigit():
@@ -100,8 +100,8 @@ def seconds_of(date: str) -> float | None:
         return None
     try:
         parsed = parsedate_to_datetime(date)
-        if parsed.tzinfo is None:  # asctime's format, which is UTC, too
+        if parsed.tzinfo is None:  # asctime's format, which is in UTC
             parsed = parsed.replace(tzinfo=UTC)
         return parsed.timestamp()
-    except (ValueError, OverflowError, TypeError, IndexError):  # all of them happen
+    except (ValueError, OverflowError, TypeError, IndexError):  # each can occur
         return None

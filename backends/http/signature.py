@@ -1,8 +1,8 @@
-"""Signatures of events, by which the backend knows that the relay sent them.
+"""Signs events, so that the backend can verify that the relay sent them.
 
-Standard Webhooks, symmetric (`v1`): https://www.standardwebhooks.com. Ours is
-these few lines, since every event passes here; public libraries verify them in
-the tests (docs/decisions/007-own-signing.md).
+Standard Webhooks, symmetric (`v1`): https://www.standardwebhooks.com. The relay does
+not use a library, since each event is signed; in the tests public libraries verify the
+signatures (docs/decisions/007-own-signing.md).
 """
 
 import binascii
@@ -14,13 +14,13 @@ MIN_KEY, MAX_KEY = 24, 64  # bytes; Standard Webhooks, "Signature scheme"
 
 
 def key_of(secret: str) -> bytes:
-    """The key in `whsec_` and base64, or base64 alone.
+    """Return the key in `secret`: base64, with or without the prefix `whsec_`.
 
-    Raises `ValueError` with what is wrong, in words that don't tell the secret.
+    Raises `ValueError`, with a reason that does not contain the secret.
     """
     try:
         key = binascii.a2b_base64(secret.removeprefix(PREFIX), strict_mode=True)
-    except ValueError:  # binascii's, or for what is not even ASCII
+    except ValueError:  # binascii.Error, or not ASCII
         raise ValueError(f"not base64, with or without {PREFIX}") from None
     if not MIN_KEY <= len(key) <= MAX_KEY:
         raise ValueError(f"{len(key)} bytes long, not {MIN_KEY} to {MAX_KEY}")
@@ -28,14 +28,14 @@ def key_of(secret: str) -> bytes:
 
 
 class Signer:
-    """Signs with each of some keys, so that a backend may know any one of them."""
+    """Signs with each of `keys`, so that a backend can verify with any one of them."""
 
     def __init__(self, keys: Sequence[bytes]) -> None:
-        # With the key in them already: a copy of it is half the work of a new one.
+        # HMACs with the key already processed: to copy one takes half the time.
         self._prepared = [hmac.new(key, digestmod="sha256") for key in keys]
 
     def signatures(self, event_id: bytes, timestamp: int, body: bytes) -> bytes:
-        """The value of `webhook-signature`."""
+        """Return the value of `webhook-signature`."""
         start = b"%b.%d." % (event_id, timestamp)
         signatures = []
         for prepared in self._prepared:

@@ -12,7 +12,7 @@ from backends.target import Target
 
 
 def make_targets(relay: Relay) -> tuple[Target, Target | None, Target | None]:
-    """Return where messages, disconnect and connect events go, from the options.
+    """Return the targets of message, disconnect and connect events, from the options.
 
     Raises `OptionError` for an invalid URL, and for options that conflict.
     """
@@ -24,18 +24,18 @@ def make_targets(relay: Relay) -> tuple[Target, Target | None, Target | None]:
             "--backend=http needs --externalhostandport, since callbacks are bound"
             " to a wildcard address"
         )
-    delivery_limits()  # they and the breaker's are checked
+    delivery_limits()  # checks these options, too
     breaker_settings()
     return message_target, _target_of("disconnecturi"), _target_of("connecturi")
 
 
 def _target_of(option: str) -> Target | None:
-    """Parse the URL in an option. Raises `OptionError` where it is invalid."""
+    """Parse the URL in an option. Raises `OptionError` if it is invalid."""
     if not options[option]:
         return None
     try:
         return Target.parse(options[option])
     except ValueError as error:
-        # Without a password or a key that stands in it.
+        # Shown without a password or a key that it may contain.
         shown = re.sub(r"(?s)//.*@", "//", options[option]).partition("?")[0]
         raise OptionError(f"--{option}={shown}: {error}") from None
