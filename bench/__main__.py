@@ -21,8 +21,8 @@ from bench.modes import ALL_SIZES, MODES, ONE_SIZE, Cell, Figures, measure
 RELAYS = ["socketdock", "socketdock-listeners", "node", "tornado", "nchan"]
 SIZES = [128, 1024, 64 * 1024, 1024 * 1024]  # bytes
 SHARING = 1000  # clients, in mode share
-QUIET = 0.02  # share of the relay's processor that the host may take
-# With --against, unless something else is asked for: about 15 minutes.
+QUIET = 0.02  # share of the relay's processor time that the host may take
+# Defaults with --against: about 15 minutes.
 COMPARED: dict[str, Any] = {
     "modes": ["up", "push", "echo", "visit", "idle"],
     "sizes": [1024],
@@ -35,7 +35,7 @@ COMPARED: dict[str, Any] = {
 
 
 def read_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """What to measure."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     add = parser.add_argument
     add("--peers", default=RELAYS, type=names(relays.KNOWN), metavar="A,B",
@@ -68,14 +68,14 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def checkout(path: str) -> str:
-    """A type for argparse: the name of SocketDock in a folder that has it."""
+    """A type for argparse: a folder with SocketDock becomes a relay's name."""
     if not (Path(path) / "socketdock.py").exists():
         raise argparse.ArgumentTypeError(f"{path}: there is no socketdock.py in it")
     return f"socketdock@{Path(path).resolve()}"
 
 
 def described(defaults: dict[str, Any]) -> str:
-    """Those that differ, for the help."""
+    """Describe `defaults` for the help."""
     flags = (
         f"--{name.replace('_', '-')}="
         + (",".join(map(str, value)) if isinstance(value, list) else f"{value:g}")
@@ -86,7 +86,7 @@ def described(defaults: dict[str, Any]) -> str:
 
 
 def names(known: Sequence[str] | dict[str, Any]) -> Any:
-    """A type for argparse: a list of what is known."""
+    """Return a type for argparse: a list of names out of `known`."""
 
     def split(text: str) -> list[str]:
         found = text.split(",")
@@ -99,9 +99,9 @@ def names(known: Sequence[str] | dict[str, Any]) -> Any:
 
 
 def cells(arguments: argparse.Namespace, number: int) -> Iterator[Cell]:
-    """Round `number`: for each mode and size, each relay in turn.
+    """Yield the cells of round `number`: for each mode and size, each relay.
 
-    Every other round in reverse, so that none is always the first.
+    Every other round has the reverse order, so that no relay is always the first.
     """
     peers = arguments.peers if number % 2 else arguments.peers[::-1]
     for mode in arguments.modes:
@@ -122,8 +122,8 @@ def cells(arguments: argparse.Namespace, number: int) -> Iterator[Cell]:
 
 
 async def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every figure of every round."""
-    # So that SIGTERM leaves no relay behind either.
+    """Measure all rounds, and return their figures."""
+    # SIGTERM must stop the relays, too.
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
     runs = []
@@ -137,7 +137,7 @@ async def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 async def quietest(cell: Cell, tries: int) -> Figures:
-    """The figures of one cell, again if the host took the processor away meanwhile."""
+    """Measure one cell; repeat it if the host used the relay's processor meanwhile."""
     best = await measure(cell)
     for _ in range(tries - 1):
         if best.get("stolen", 0) <= QUIET:
@@ -147,7 +147,7 @@ async def quietest(cell: Cell, tries: int) -> Figures:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Describe the machine of the measurement."""
     cpu = Path("/proc/cpuinfo").read_text().partition("model name")[2]
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -1,7 +1,7 @@
-"""Clients and backend, both in this process: bare protocols that do the least.
+"""Clients and backend of the benchmark, in one process: protocols with minimal work.
 
-What they say is made beforehand (`bench.wire`); who says what when is in
-`bench.modes`, which hears of everything through the callbacks given here.
+`bench.wire` makes the bytes that they send before the measurement. `bench.modes`
+decides what is sent when, and gets each event by the callbacks passed here.
 """
 
 import asyncio
@@ -13,18 +13,18 @@ from typing import cast
 from bench import wire
 
 SEND_URL = re.compile(rb'"send": ?"http://([^/"]+)(/[^"]+)"')
-META_SIZE = 1500  # bytes of an event's start that hold its head and `meta.send`
+META_SIZE = 1500  # bytes; the beginning of an event with its head and `meta.send`
 MAX_CALLBACKS = 64  # keep-alive connections to one callback listener
 
 Callback = tuple[bytes, bytes]  # a request's head and body
 
 
 class BenchError(Exception):
-    """Something went wrong that leaves no figure to be had."""
+    """The measurement failed: there are no figures."""
 
 
 class Peer(asyncio.Protocol):
-    """One of our ends of a TCP connection."""
+    """The benchmark's end of a TCP connection."""
 
     transport: asyncio.Transport
 
@@ -33,7 +33,7 @@ class Peer(asyncio.Protocol):
 
 
 class Client(Peer):
-    """A WebSocket client; `on_message` is called for every message it is sent."""
+    """A WebSocket client; calls `on_message` for each message that it receives."""
 
     on_message: Callable[["Client"], None]
 
@@ -41,12 +41,12 @@ class Client(Peer):
         self.number = number
         self.opened = False
         self.frame = b""  # the message that it sends
-        self.callback: Callback = b"", b""  # the request that sends it one
+        self.callback: Callback = b"", b""  # the request that sends it a message
         self.callbacks: Callbacks
         self._path = path
         self._on_broken = on_broken
-        self._cut = b""  # a head whose rest is still to come
-        self._left = 0  # bytes of the message at hand that are still to come
+        self._cut = b""  # an incomplete head
+        self._left = 0  # bytes of the current message that have not arrived
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -98,7 +98,7 @@ class Client(Peer):
 
 
 class Visitor(Peer):
-    """A client that says `words` once it is in, then leaves: `on_gone`.
+    """A client that sends `words` after the handshake; calls `on_gone` at the end.
 
     `words` end with a close frame.
     """
@@ -135,16 +135,16 @@ class Visitor(Peer):
 
 
 class Events(Peer):
-    """The backend's end: takes requests and answers 204, then calls `on_event`.
+    """The backend: answers each request with 204, then calls `on_event`.
 
-    It is given the request's start, with path and `meta`, and the last bytes.
+    Passes the beginning of the request, with path and `meta`, and the last bytes.
     """
 
     def __init__(self, on_event: Callable[[bytes, bytes], None]) -> None:
         self._on_event = on_event
         self._start = b""
         self._tail = b""
-        self._left = 0  # bytes of the request at hand that are still to come
+        self._left = 0  # bytes of the current request that have not arrived
 
     def data_received(self, data: bytes) -> None:
         if not self._left:
@@ -174,7 +174,7 @@ class Callbacks:
         self._made: list[asyncio.Task[object]] = []
 
     def post(self, callback: Callback) -> None:
-        """Send a request; at once where a connection is free."""
+        """Send a request, at once if a connection is free."""
         if self.idle:
             self.idle.pop().send(callback)
             return
@@ -188,7 +188,7 @@ class Callbacks:
 
 
 class CallbackConnection(Peer):
-    """One of them: sends a request, waits for its answer, is free again."""
+    """One of these connections: sends a request, and is free after the response."""
 
     def __init__(self, pool: Callbacks) -> None:
         self._pool = pool

@@ -1,4 +1,7 @@
-"""What clients and backend do in each mode, and the figures taken meanwhile."""
+"""The modes of the benchmark: what clients and backend do, and what is measured.
+
+`bench.load` has clients and backend, `bench.relays` starts the relays.
+"""
 
 import asyncio
 import time
@@ -13,11 +16,11 @@ from bench.relays import Relay, running, stolen_seconds
 
 HOST = "127.0.0.1"
 BACKLOG = 4096
-PATIENCE = 20.0  # seconds for anything but the figures themselves
+PATIENCE = 20.0  # seconds for each step except the measurement
 
-AT_ONCE = 64  # clients that come in, visits, messages in flight (times the window)
-# Messages of one client that are on their way at once. In other modes it is one, as
-# it is for messages of more bytes than WINDOW_SIZE.
+AT_ONCE = 64  # handshakes, visits, or messages in flight (times the window)
+# Messages of one client in flight at once. In other modes, and for messages of more
+# than WINDOW_SIZE bytes, there is one.
 WINDOW = {"up": 4}
 WINDOW_SIZE = 256 * 1024
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
@@ -26,19 +29,19 @@ Figures = dict[str, float]
 
 
 class Cell(NamedTuple):
-    """One thing to measure."""
+    """One measurement: a relay in one mode, with one size."""
 
     relay: str
     mode: str
-    size: int  # bytes of a message; 0 where there is none
+    size: int  # bytes of a message; 0 if the mode sends none
     clients: int
     seconds: float
-    warm_up: float  # seconds before
-    profile: str = ""  # where a flame graph goes
+    warm_up: float  # seconds before the measurement
+    profile: str = ""  # path of a flame graph; empty: none
 
 
 async def measure(cell: Cell) -> Figures:
-    """The figures of one cell. Raises `BenchError`."""
+    """Measure one cell. Raises `BenchError`."""
     run = MODES[cell.mode](cell)
     server = await asyncio.get_running_loop().create_server(
         lambda: Events(run.on_event), HOST, 0, backlog=BACKLOG
@@ -55,7 +58,7 @@ async def measure(cell: Cell) -> Figures:
 
 
 class Run:
-    """What all modes share: clients, what was done, and whether something broke."""
+    """The base of all modes: clients, a count of what was done, and failures."""
 
     relay: Relay
 
@@ -67,19 +70,19 @@ class Run:
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def figures(self) -> Figures:
-        """Prepare, and measure."""
+        """Prepare, measure, and return the figures."""
         raise NotImplementedError
 
     def on_event(self, start: bytes, tail: bytes) -> None:
-        """The backend was told something (`Events`)."""
+        """The backend got an event (see `Events`)."""
 
     def fail(self, why: str) -> None:
-        """There will be no figures."""
+        """End the measurement with `BenchError`."""
         if not self.closing and not self._broken.done():
             self._broken.set_result(why)
 
     async def wait(self, seconds: float) -> None:
-        """Wait. Raises `BenchError` as soon as something breaks."""
+        """Wait. Raises `BenchError` as soon as something fails."""
         await asyncio.wait([self._broken], timeout=seconds)
         if self._broken.done():
             raise BenchError(self._broken.result())
@@ -93,7 +96,7 @@ class Run:
             await self.wait(0.002)
 
     async def rate(self) -> Figures:
-        """The price of what is done meanwhile, once all is warm."""
+        """Measure after the warm-up: rate and cost of what is done meanwhile."""
         await self.wait(self.cell.warm_up)
         profiler = None
         if self.cell.profile:
@@ -134,21 +137,21 @@ class Run:
         await self.until(lambda: all(c.opened for c in self.clients), "a handshake")
 
     def close(self) -> None:
-        """From now on connections may go."""
+        """From now on, a lost connection is not a failure."""
         self.closing = True
         for client in self.clients:
             client.transport.abort()
 
 
 class Traffic(Run):
-    """Messages on their way: each that arrives has the next one sent."""
+    """Messages in flight: for each that arrives, the next one is sent."""
 
     async def figures(self) -> Figures:
         await self.begin()
         return await self.rate()
 
     async def begin(self) -> None:
-        """Have all clients known to the backend, then set messages off."""
+        """Introduce all clients to the backend, then send the first messages."""
         self.pools: dict[bytes, Callbacks] = {}
         self.send: Callable[[Client], None] = Client.send
         self.on_arrival: Callable[[Client], None] = lambda client: None
@@ -163,13 +166,13 @@ class Traffic(Run):
                 self.on_arrival = self.call
         window = WINDOW.get(self.cell.mode, 1) if self.cell.size <= WINDOW_SIZE else 1
         self.in_flight = min(len(self.clients), AT_ONCE) * window
-        # Those whose turn comes next; a client stands in line once for each message.
+        # The clients that send next; a client is in this queue once per message.
         self.ready = deque(self.clients * window)
         for _ in range(self.in_flight):
             self.send(self.ready.popleft())
 
     async def introduce(self) -> None:
-        """Have each client send its message once, so that it can be called back."""
+        """Let each client send one message, so that the backend can call it back."""
         self.known = 0
         for sent, client in enumerate(self.clients, 1):
             message = wire.message(self.cell.size, client.number)
@@ -188,7 +191,7 @@ class Traffic(Run):
         self.on_arrival(client)
 
     def learn(self, client: Client, start: bytes) -> None:
-        """Keep how a client is called back."""
+        """Store the URL by which the backend calls a client back."""
         host = b"%b:%d" % (HOST.encode(), self.relay.port)
         path = b"/socket/%06d/send" % client.number
         if not self.relay.peer.channels:
@@ -205,21 +208,21 @@ class Traffic(Run):
         self.known += 1
 
     def call(self, client: Client) -> None:
-        """Have the relay send a client its message."""
+        """Send a client a message through the relay."""
         client.callbacks.post(client.callback)
 
     def on_done(self, client: Client) -> None:
-        """A message has gone all its way."""
+        """A message has arrived: send the next one."""
         self.done += 1
         self.ready.append(client)
         self.send(self.ready.popleft())
 
 
 class Latency(Traffic):
-    """Echoes at half the rate that is the most, whether or not they come back.
+    """Echoes at half of the maximum rate, independent of when they return.
 
-    Each counts from when it was due, not from when it left (open loop, corrected
-    for coordinated omission).
+    A latency counts from when the message was due, not from when it was sent (open
+    loop, corrected for coordinated omission).
     """
 
     async def figures(self) -> Figures:
@@ -254,7 +257,7 @@ class Latency(Traffic):
         }
 
     def have_echoes(self, to: Callable[[Client], None]) -> None:
-        """Hand what clients get to another function."""
+        """Call another function for each message that a client gets."""
         for client in self.clients:
             client.on_message = to
 
@@ -277,10 +280,10 @@ class Latency(Traffic):
 
 
 class Visits(Run):
-    """Clients that come and go: each that has gone has the next one come.
+    """Clients that connect and disconnect: for each that has left, the next connects.
 
-    In mode connect one has gone when its socket is closed, in mode visit when the
-    backend was told of it.
+    In mode connect, a client has left when its socket is closed; in mode visit, when
+    the backend got its disconnect event.
     """
 
     async def figures(self) -> Figures:
@@ -295,7 +298,7 @@ class Visits(Run):
         return await self.rate()
 
     def visit(self, number: int) -> None:
-        """Begin another."""
+        """Connect another client."""
         asks = wire.handshake(self.relay.path(number))
         visitor = Visitor(asks, self.words, self.on_gone, self.fail)
         joining = asyncio.create_task(self.join(visitor))
@@ -318,7 +321,7 @@ class Visits(Run):
 
 
 class Idle(Run):
-    """Clients that say nothing: what one of them takes in memory."""
+    """Clients that send nothing: the memory of one of them."""
 
     async def figures(self) -> Figures:
         empty = await self.least_memory()
@@ -327,7 +330,7 @@ class Idle(Run):
         return {"bytes": (full - empty) / len(self.clients), "empty": empty}
 
     async def least_memory(self) -> int:
-        """Bytes, when garbage has had time to go."""
+        """Return the least of four measurements in bytes, to exclude garbage."""
         found = []
         for _ in range(4):
             await self.wait(self.cell.seconds / 4)
@@ -336,7 +339,7 @@ class Idle(Run):
 
 
 class Share(Run):
-    """How evenly the processes of a relay share those who come in."""
+    """How evenly the processes of a relay share new clients."""
 
     async def figures(self) -> Figures:
         before = self.relay.open_files()
@@ -357,4 +360,4 @@ MODES: dict[str, type[Run]] = {
     "share": Share,
 }
 ALL_SIZES = ("up", "push", "echo")
-ONE_SIZE = {"visit": 1024, "latency": 1024}  # bytes; clients of the rest say nothing
+ONE_SIZE = {"visit": 1024, "latency": 1024}  # bytes; other modes send no messages

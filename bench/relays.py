@@ -1,6 +1,6 @@
-"""The relays that are measured, as processes: how each starts, and what it costs.
+"""Starts the relays that are measured, and measures their processor time and memory.
 
-A relay is the tree of all its processes, on one processor of its own.
+A relay is a tree of processes, on one processor of its own.
 """
 
 import contextlib
@@ -24,22 +24,22 @@ NCHAN_MODULE = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
 
 START_TIMEOUT = 20.0  # seconds
 
-# The first and the last that we may use; one and the same where there is one only.
+# The first and the last processor that we may use; the same if there is only one.
 RELAY_PROCESSOR, LOAD_PROCESSOR = (sorted(os.sched_getaffinity(0)) * 2)[:2]
 
 
 class Setting(NamedTuple):
-    """What a relay must know to start."""
+    """The parameters of a relay's start."""
 
-    port: int  # where clients connect, and callbacks go unless it has others
+    port: int  # for clients, and for callbacks unless the relay has another port
     backend: str  # URL, without a path
-    events: bool  # the backend wants connect and disconnect, too
-    folder: Path  # for files, gone afterwards
+    events: bool  # whether the backend gets connect and disconnect events, too
+    folder: Path  # for files, deleted afterwards
     tree: Path  # the checkout that holds socketdock.py
 
 
 class Start(NamedTuple):
-    """One process of a relay: it has started when it takes connections at `port`."""
+    """One process of a relay: it has started when it accepts connections at `port`."""
 
     command: list[str]
     port: int
@@ -50,17 +50,17 @@ class Peer(NamedTuple):
 
     title: str
     starts: Callable[[Setting], list[Start]]
-    # Of another kind: a client's channel is in its path, messages come without JSON.
+    # Whether a client's channel is in its path, and the backend gets no JSON.
     channels: bool = False
-    cannot: tuple[str, ...] = ("share",)  # modes
+    cannot: tuple[str, ...] = ("share",)  # modes that it does not support
 
     def can(self, mode: str) -> bool:
-        """Whether that can be measured."""
+        """Whether the relay supports `mode`."""
         return mode not in self.cannot
 
 
 class Relay:
-    """A relay that runs."""
+    """A running relay."""
 
     def __init__(self, peer: Peer, port: int, processes: list[int]) -> None:
         self.peer = peer
@@ -68,11 +68,11 @@ class Relay:
         self.processes = processes
 
     def path(self, number: int) -> str:
-        """Where client `number` connects."""
+        """Return the path where client `number` connects."""
         return f"/ws/{number:06d}" if self.peer.channels else "/ws"
 
     def cpu_seconds(self) -> float:
-        """Processor time of all its threads so far."""
+        """Return the processor time of all its threads so far, in seconds."""
         nanoseconds = 0
         for pid in self.tree():
             for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -80,7 +80,7 @@ class Relay:
         return nanoseconds / 1e9
 
     def memory(self) -> int:
-        """Bytes of all its processes; pages that are shared count once (PSS)."""
+        """Return the bytes of all its processes; shared pages count once (PSS)."""
         kilobytes = 0
         for pid in self.tree():
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -89,17 +89,17 @@ class Relay:
         return kilobytes * 1024
 
     def open_files(self) -> list[int]:
-        """How many each of its processes has; a client takes one."""
+        """Return the number of open files of each process; a client takes one."""
         return [len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in self.processes]
 
     def profile(self, picture: Path, seconds: float) -> subprocess.Popen[bytes]:
-        """Have py-spy draw a flame graph; the relay is slower meanwhile."""
+        """Start py-spy, which draws a flame graph, and slows the relay meanwhile."""
         program = str(Path(sys.executable).with_name("py-spy"))
         what = f"--rate=500 --duration={seconds:.0f} --pid={self.processes[0]}".split()
         return subprocess.Popen([program, "record", *what, "--output", str(picture)])
 
     def tree(self) -> list[int]:
-        """All its processes; children stand behind their parents."""
+        """Return the ids of all its processes, parents before their children."""
         found = list(self.processes)
         for pid in found:
             with contextlib.suppress(FileNotFoundError):  # it has ended
@@ -109,7 +109,7 @@ class Relay:
 
 
 def socketdock(setting: Setting, *flags: str, callback_port: int = 0) -> Start:
-    """One process of ours; the options not given here are at their defaults."""
+    """One process of SocketDock; options not given here have their defaults."""
     kinds = ("message", "connect", "disconnect") if setting.events else ("message",)
     command = [
         *(sys.executable, str(setting.tree / "socketdock.py"), "--backend=http"),
@@ -122,7 +122,7 @@ def socketdock(setting: Setting, *flags: str, callback_port: int = 0) -> Start:
 
 
 def two_processes(setting: Setting) -> list[Start]:
-    """Two of ours that share the clients' port."""
+    """Two processes of SocketDock that share the clients' port."""
     return [
         socketdock(setting, "--reuse_port", callback_port=free_port()) for _ in range(2)
     ]
@@ -177,9 +177,9 @@ KNOWN = {
 
 @contextlib.contextmanager
 def running(name: str, backend: str, events: bool) -> Iterator[Relay]:
-    """The relay of that name, from its start until it is killed.
+    """Run the relay called `name` during the block.
 
-    A name may end with @PATH: SocketDock as it is in another checkout.
+    A name may end with @PATH: SocketDock from another checkout.
     """
     name, _, tree = name.partition("@")
     peer = KNOWN[name]
@@ -214,7 +214,7 @@ def spawn(start: Start, log: Path) -> subprocess.Popen[bytes]:
         for name, value in os.environ.items()
         if not name.startswith("SOCKETDOCK_")
     }
-    # It is inherited, so no thread begins elsewhere.
+    # The child inherits the affinity, so all its threads start there.
     os.sched_setaffinity(0, {RELAY_PROCESSOR})
     try:
         with log.open("ab") as output:
@@ -230,7 +230,7 @@ def spawn(start: Start, log: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_for_start(start: Start, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until it takes connections. Raises `BenchError`."""
+    """Wait until it accepts connections. Raises `BenchError`."""
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         with contextlib.suppress(ConnectionRefusedError):
@@ -243,7 +243,7 @@ def wait_for_start(start: Start, process: subprocess.Popen[bytes], log: Path) ->
 
 
 def stolen_seconds() -> float:
-    """How long the host kept the relay's processor for others so far."""
+    """Return the time, in seconds, for which the host used the relay's processor."""
     for line in Path("/proc/stat").read_text().splitlines():
         name, *ticks = line.split()
         if name == f"cpu{RELAY_PROCESSOR}":
@@ -252,14 +252,14 @@ def stolen_seconds() -> float:
 
 
 def free_port() -> int:
-    """A port that nobody listens at just now."""
+    """Return a port that is free now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
 
 
 def find_program(name: str, packages: str) -> str:
-    """Its path. Raises `BenchError` that names Debian's packages."""
+    """Return a program's path. Raises `BenchError` that names Debian's `packages`."""
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if path is None:
         raise BenchError(f"{name} is missing (Debian: apt-get install {packages})")

@@ -18,7 +18,7 @@ PAGE = PROJECT / "docs" / "performance.md"
 PLOT = PROJECT / "docs" / "performance.png"
 BEGIN, END = "<!-- figures: by make bench -->\n", "<!-- end of figures -->\n"
 
-# Heading, and the figures in its table: each has rows of its own.
+# The figures of each table, by its heading; each has its own rows.
 TABLES = {
     "Processor time of the relay, µs per message": ["cpu_us"],
     "Messages, handshakes or visits per second": ["per_second"],
@@ -28,8 +28,8 @@ TABLES = {
     "Processor time of the load, µs per message": ["load_us"],
 }
 USUAL_CLIENTS = 64
-BASELINE = "node"  # what ratios are to
-PLOTTED = {  # a place on the plot, and its row
+BASELINE = "node"  # the relay that ratios compare with
+PLOTTED = {  # the row for each place on the plot
     **{mode: f"{mode}, 1 KiB" for mode in ("up", "push", "echo")},
     "connect": "connect",
     "visit": "visit, 1 KiB",
@@ -65,21 +65,21 @@ class Table:
         self.relays.sort(key=column)
 
     def ratio(self, name: str, relay: str) -> float | None:
-        """Of the medians, to the baseline; None where one is missing."""
+        """Return the ratio of a relay's median to the baseline's; None without one."""
         row = self.rows.get(name, {})
         if relay not in row or BASELINE not in row:
             return None
         return median(row[relay]) / median(row[BASELINE])
 
     def markdown(self) -> str:
-        """With a column for each relay."""
+        """Return the table in Markdown, with a column for each relay."""
         lines = [["", *map(title, self.relays)], ["---"] * (len(self.relays) + 1)]
         for name in self.rows:
             lines.append([name, *(self.cell(name, relay) for relay in self.relays)])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def cell(self, name: str, relay: str) -> str:
-        """Median, ratio, and half the way from the least round to the greatest."""
+        """Format median, ratio, and half the range of the rounds."""
         values = self.rows[name].get(relay)
         if values is None:
             return ""
@@ -92,7 +92,7 @@ class Table:
 
 
 def tables(results: Results) -> str:
-    """All figures, in Markdown."""
+    """Return all figures, in Markdown."""
     machine, runs = results["machine"], results["runs"]
     rounds = Counter(map(place, runs)).values()
     least, most = min(rounds), max(rounds)
@@ -113,18 +113,18 @@ def tables(results: Results) -> str:
 
 
 def place(run: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Where a run's figures stand: by mode, clients and size, then by relay."""
+    """Return the sort key of a run: by mode, clients and size, then by relay."""
     mode = [*MODES].index(run["mode"])
     return mode, run["clients"], run["size"], column(run["relay"])
 
 
 def column(relay: str) -> int:
-    """Where a relay stands among all, if of another checkout, too."""
+    """Return the column of a relay, also of one from another checkout."""
     return [*KNOWN].index(relay.partition("@")[0])
 
 
 def added(file: Path, runs: Sequence[Any]) -> list[Any]:
-    """`runs`, behind those in the file that measured something else."""
+    """Return the runs of the file that measured something else, then `runs`."""
 
     def what(run: Any) -> tuple[Any, ...]:
         return run["relay"], run["mode"], run["size"], run["clients"]
@@ -135,14 +135,14 @@ def added(file: Path, runs: Sequence[Any]) -> list[Any]:
 
 
 def write(results: Results, file: Path) -> None:
-    """Keep the results, a line for each run, so that git can tell them apart."""
+    """Write the results, one line per run, for readable diffs."""
     runs = ",\n".join(map(json.dumps, results["runs"]))
     machine = json.dumps(results["machine"])
     file.write_text(f'{{"machine": {machine},\n"runs": [\n{runs}\n]}}\n', "utf-8")
 
 
 def publish(results: Results) -> None:
-    """Put tables and plot into docs/."""
+    """Write tables and plot into docs/."""
     page = PAGE.read_text("utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -153,7 +153,7 @@ def publish(results: Results) -> None:
 
 
 def plot(table: Table) -> None:
-    """Processor time per message of each relay, by mode, as a multiple of Node's."""
+    """Plot each relay's processor time per message as a multiple of Node's."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (measuring does without)
 
     modes = [mode for mode in PLOTTED if BASELINE in table.rows.get(PLOTTED[mode], {})]
@@ -171,7 +171,7 @@ def plot(table: Table) -> None:
             at = place + (index - (len(relays) - 1) / 2) * width
             name = title(relay) if mode == modes[0] else None
             colour = COLOURS.get(relay, "#444444")
-            # From 1, so that what is cheaper than Node hangs below the line.
+            # From 1, so that bars of relays cheaper than Node are below the line.
             axes.bar(at, ratio - 1, width * 0.92, bottom=1, color=colour, label=name)
             up = 1 if ratio >= 1 else -1
             axes.annotate(
@@ -191,7 +191,7 @@ def plot(table: Table) -> None:
 
 
 def label(mode: str, size: int, clients: int) -> str:
-    """A row's name; the size, if any, in bytes, KiB or MiB."""
+    """Return a row's name; the size, if any, in bytes, KiB or MiB."""
     name = mode
     for unit, bytes in (("MiB", 2**20), ("KiB", 2**10), ("B", 1)):
         if size >= bytes:
@@ -201,7 +201,7 @@ def label(mode: str, size: int, clients: int) -> str:
 
 
 def title(relay: str) -> str:
-    """A relay's name for people."""
+    """Return a relay's name for readers."""
     name, _, tree = relay.partition("@")
     return f"{KNOWN[name].title} at {tree}" if tree else KNOWN[name].title
 

@@ -1,9 +1,8 @@
-"""Whether this checkout costs more than another one, judged by pairs of figures.
+"""Decides whether this checkout costs more than another one, from pairs of figures.
 
-Both are measured in each round, one right after the other, and their ratio is
-taken by rounds: what slows the machine down for a while slows both. Slower is
-only what can't be chance: where the whole 95 % interval of the median ratio lies
-above `TOLERANCE`.
+In each round both are measured, one right after the other, and their ratio is taken:
+what slows the machine for a while affects both. This checkout counts as slower only if
+the whole 95 % interval of the median ratio lies above `TOLERANCE`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,22 +11,22 @@ from statistics import median
 from typing import Any, NamedTuple
 
 TOLERANCE = 1.03  # a ratio
-CONFIDENCE = 0.95  # of the interval that is said to hold the median, at least
-PRICES = ("cpu_us", "bytes")  # what is compared: less is better
+CONFIDENCE = 0.95  # the least probability that the interval contains the median
+PRICES = ("cpu_us", "bytes")  # the figures that are compared: less is better
 
 Runs = Sequence[Mapping[str, Any]]
 
 
 class Comparison(NamedTuple):
-    """One mode, of all rounds: `ratios` are ours to the other's, by round."""
+    """One mode and size in all rounds: `ratios` are this checkout to the other."""
 
     mode: str
-    size: int  # bytes of a message; 0 where there is none
+    size: int  # bytes of a message; 0 if the mode sends none
     ratios: list[float]
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """What holds the median ratio with `CONFIDENCE`; None: too few rounds."""
+        """Return the confidence interval of the median ratio; None: too few rounds."""
         rank = lower_rank(len(self.ratios))
         if rank == 0:
             return None
@@ -36,7 +35,7 @@ class Comparison(NamedTuple):
 
     @property
     def is_slower(self) -> bool:
-        """Whether it is, beyond doubt and tolerance."""
+        """Whether the whole interval is above `TOLERANCE`."""
         return self.interval is not None and self.interval[0] > TOLERANCE
 
     def __str__(self) -> str:
@@ -53,9 +52,9 @@ class Comparison(NamedTuple):
 def lower_rank(count: int) -> int:
     """Return which of `count` ordered values begins the interval; 0: none does.
 
-    The interval ends with as many values above it. Each value lies below the
-    median with a chance of one half, so that how many do is binomial; nothing
-    is assumed of how the values are spread.
+    As many values lie above the interval. Each value lies below the median with a
+    probability of one half, so the number of such values is binomial; no other
+    assumption about their distribution is made.
     """
     rank, outside = 0, 0.0
     while rank < count // 2:
@@ -67,7 +66,7 @@ def lower_rank(count: int) -> int:
 
 
 def comparisons(runs: Runs, ours: str, other: str) -> Iterator[Comparison]:
-    """Yield each mode and size that both have figures of, in the runs' order."""
+    """Yield each mode and size with figures of both, in the order of the runs."""
     prices: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
     for run in runs:
         price = next((run[name] for name in PRICES if name in run), None)

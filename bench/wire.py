@@ -1,24 +1,24 @@
-"""The bytes that clients and backend put on the wire, made before anything is timed.
+"""Makes the bytes that clients and backend send, before the measurement.
 
-Parsing is the least that our peers need: each sends one request or one answer at a
-time on a connection, with a Content-Length, and whole frames.
+Its parsers are minimal: a peer sends one request or one response at a time on a
+connection, with a Content-Length, and complete frames.
 """
 
 import random
 import string
 import struct
 
-# The example of RFC 6455, section 5.7. Not zero: some skip the unmasking then.
+# The example of RFC 6455, section 5.7. Not zero: some servers would skip unmasking.
 MASK = b"\x37\xfa\x21\x3d"
 
 TEXT, CLOSE, PING, PONG = 0x81, 0x88, 0x89, 0x8A  # final frames (section 5.2)
-NUMBER_SIZE = 6  # digits at a message's end that tell whose it is
+NUMBER_SIZE = 6  # digits at a message's end: the number of its client
 
 NO_CONTENT = b"HTTP/1.1 204 No Content\r\n\r\n"
 
 
 def message(size: int, number: int) -> bytes:
-    """A message of client `number`, of `size` bytes, like an encrypted one in JSON."""
+    """Make a message of client `number`, of `size` bytes, like encrypted JSON."""
     start, end = b'{"protected":"', b'"}%06d' % number
     letters = string.ascii_letters + string.digits
     filling = random.Random(size).choices(letters, k=size - len(start) - len(end))
@@ -26,7 +26,7 @@ def message(size: int, number: int) -> bytes:
 
 
 def client_frame(first: int, payload: bytes) -> bytes:
-    """A masked frame; `first` is its first byte."""
+    """Make a masked frame; `first` is its first byte."""
     size = len(payload)
     if size < 126:
         head = struct.pack("!BB", first, 0x80 | size)
@@ -44,7 +44,7 @@ EMPTY_PONG = client_frame(PONG, b"")
 
 
 def frame_end(data: bytes, at: int) -> int | None:
-    """Where the frame that starts `at` ends; None where its head is cut."""
+    """Return where the frame that starts at `at` ends; None: its head is incomplete."""
     if len(data) < at + 2:
         return None
     size = data[at + 1]
@@ -57,7 +57,7 @@ def frame_end(data: bytes, at: int) -> int | None:
 
 
 def handshake(path: str) -> bytes:
-    """What a client asks for."""
+    """Make a client's handshake request."""
     return (
         f"GET {path} HTTP/1.1\r\nHost: relay.example\r\n"
         "Upgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -67,7 +67,7 @@ def handshake(path: str) -> bytes:
 
 
 def callback(host: bytes, path: bytes, body: bytes) -> tuple[bytes, bytes]:
-    """A request that sends a client `body`: head and body."""
+    """Make a callback that sends a client `body`; return its head and body."""
     head = (
         b"POST %b HTTP/1.1\r\nHost: %b\r\nContent-Type: text/plain; charset=utf-8\r\n"
         b"Content-Length: %d\r\n\r\n" % (path, host, len(body))
@@ -76,11 +76,11 @@ def callback(host: bytes, path: bytes, body: bytes) -> tuple[bytes, bytes]:
 
 
 def http_size(data: bytes) -> tuple[int, int] | None:
-    """Sizes of an HTTP message's head and body; None where the head is cut."""
+    """Return the sizes of an HTTP message's head and body; None: head incomplete."""
     end = data.find(b"\r\n\r\n")
     if end < 0:
         return None
-    # "Content-Length" in any case; no other header of our peers ends like it.
+    # The end of "Content-Length" in any case; peers send no other header that ends so.
     at = data.find(b"ength: ", 0, end)
     size = 0 if at < 0 else int(data[at + 7 : data.index(b"\r", at)])
     return end + 4, size

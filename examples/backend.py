@@ -1,9 +1,9 @@
-"""A backend for SocketDock in nothing but the standard library.
+"""A backend for SocketDock that needs only the standard library.
 
     python3 examples/backend.py --port=8000
 
 It prints every event, and answers each message by a callback to its client.
-`examples/demo.py` runs it; so may you, beside a relay of your own:
+`examples/demo.py` starts it. To use it with your own relay:
 
     .venv/bin/socketdock --backend=http \\
         --connecturi=http://127.0.0.1:8000/connect \\
@@ -21,16 +21,16 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-CALLBACK_TIMEOUT = 15.0  # seconds; a slow client is given up after 10 by default
+CALLBACK_TIMEOUT = 15.0  # seconds; the relay closes a slow client after 10 by default
 
-# Callbacks go to the relay itself, whatever proxy the environment names.
+# Callbacks go directly to the relay, without a proxy that the environment names.
 RELAY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class EventHandler(BaseHTTPRequestHandler):
-    """Takes the three events of SocketDock."""
+    """Handles the three events of SocketDock."""
 
-    protocol_version = "HTTP/1.1"  # so that connections are kept
+    protocol_version = "HTTP/1.1"  # keeps connections open
     disable_nagle_algorithm = True
 
     def do_POST(self) -> None:
@@ -46,13 +46,13 @@ class EventHandler(BaseHTTPRequestHandler):
         self.answer(HTTPStatus.OK)
 
     def answer(self, status: HTTPStatus) -> None:
-        """Answer without a body; for a message, 2xx means that it was taken."""
+        """Answer without a body; for a message, 2xx means that it was accepted."""
         self.send_response(status)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the events themselves are printed."""
+        """Do nothing: `show` prints the events."""
 
 
 def reply(event: dict[str, Any]) -> None:
@@ -65,8 +65,8 @@ def reply(event: dict[str, Any]) -> None:
         with RELAY.open(request, timeout=CALLBACK_TIMEOUT) as answer:
             status = answer.status
     except urllib.error.HTTPError as error:
-        status = error.code  # 410 where the client has left, for one
-    except OSError as error:  # no answer at all
+        status = error.code  # for example 410 if the client has disconnected
+    except OSError as error:  # no response
         print(f"callback to {url} failed: {error}", file=sys.stderr)
         return
     show("CALLBACK", url, {"headers": headers, "body": text, "status": status})
@@ -74,7 +74,7 @@ def reply(event: dict[str, Any]) -> None:
 
 def show(what: str, where: str, details: Any) -> None:
     """Print one line that people and programs can read."""
-    # In one write, since every connection of the relay has a thread here.
+    # In one write, since each connection of the relay has its own thread here.
     sys.stdout.write(f"{what} {where} {json.dumps(details)}\n")
     sys.stdout.flush()
 

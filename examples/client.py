@@ -15,7 +15,7 @@ DEADLINE = 10.0  # seconds for the answer
 
 
 async def exchange(url: str, message: str) -> str:
-    """The answer to one message. Raises `OSError` where there is none."""
+    """Send one message, and return the answer. Raises `OSError` if there is none."""
     async with asyncio.timeout(DEADLINE):
         connection = await websocket_connect(url)
         await connection.write_message(message)
@@ -27,7 +27,7 @@ async def exchange(url: str, message: str) -> str:
 
 
 def main() -> None:
-    """Exit with 1 and one line where the relay or its backend does not answer."""
+    """Exit with 1 and one line if the relay or its backend does not answer."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("message")
     parser.add_argument("--url", default="ws://127.0.0.1:8765/ws")

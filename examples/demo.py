@@ -1,10 +1,9 @@
-"""One exchange through the relay, from a client to a backend and back, shown.
+"""Shows one exchange through the relay, from a client to a backend and back.
 
     .venv/bin/python examples/demo.py
 
-Starts `examples/backend.py`, `socketdock.py --backend=http` and a WebSocket
-client, all on free ports of 127.0.0.1, prints what went over the wire, and
-ends them all.
+Starts `examples/backend.py`, `socketdock.py --backend=http` and a WebSocket client, on
+free ports of 127.0.0.1, prints what they sent, and stops them.
 """
 
 import asyncio
@@ -21,7 +20,7 @@ from tornado.httpclient import HTTPClientError
 from tornado.websocket import WebSocketError, websocket_connect
 
 PROJECT = Path(__file__).resolve().parent.parent
-DEADLINE = 15.0  # seconds for any one step
+DEADLINE = 15.0  # seconds for each step
 GREETING = "Hello, backend!"
 
 BACKEND_STARTED = re.compile(r"backend at (http://\S+)")
@@ -29,7 +28,7 @@ RELAY_STARTED = re.compile(r"clients at (ws://\S+), callbacks at (http://[^\s,]+
 
 
 class DemoError(Exception):
-    """The demo can't go on; the message says why."""
+    """The demo cannot continue; the message is the reason."""
 
 
 async def demo() -> None:
@@ -48,7 +47,7 @@ async def demo() -> None:
             f"--connecturi={backend}/connect",
             f"--messageuri={backend}/message",
             f"--disconnecturi={backend}/disconnect",
-            f"--config={os.devnull}",  # whatever stands in conf/
+            f"--config={os.devnull}",  # ignore conf/
             "--logging=info",
         ) as (_, (relay, callbacks)),
     ):
@@ -95,7 +94,7 @@ def step(what: str, sender: str, receiver: str) -> None:
 
 
 def show_post(backend: str, event: tuple[str, Any]) -> None:
-    """Print an event as the request that it was, its JSON indented."""
+    """Print an event as an HTTP request, with indented JSON."""
     path, request = event
     print(f"POST {backend}{path}")
     show_headers(request["headers"])
@@ -110,9 +109,9 @@ def show_headers(headers: Mapping[str, str]) -> None:
 
 
 async def next_event(lines: "asyncio.Queue[str]", start: str) -> tuple[str, Any]:
-    """The next line of the backend's, which has to be of that kind.
+    """Wait for the backend's next line, which must begin with `start`.
 
-    Gives where the request went, and what the backend tells of it.
+    Returns the request's path, and the details that the backend prints.
     """
     async with deadline(f"the backend did not print {start!r}"):
         line = await lines.get()
@@ -126,7 +125,7 @@ async def next_event(lines: "asyncio.Queue[str]", start: str) -> tuple[str, Any]
 
 @asynccontextmanager
 async def deadline(failure: str) -> AsyncIterator[None]:
-    """End the block after `DEADLINE` seconds, with a sentence."""
+    """Cancel the block after `DEADLINE` seconds: raise `DemoError` with `failure`."""
     try:
         async with asyncio.timeout(DEADLINE):
             yield
@@ -138,16 +137,16 @@ async def deadline(failure: str) -> AsyncIterator[None]:
 async def started(
     name: str, announcement: re.Pattern[str], script: str, *flags: str
 ) -> AsyncIterator[tuple["asyncio.Queue[str]", tuple[str, ...]]]:
-    """Run a program of this project for as long as the block runs.
+    """Run a program of this project during the block.
 
-    Gives a queue of the lines that it prints, and the groups that its
-    announcement matched.
+    Yields a queue of the lines that it prints, and the groups of the match with
+    `announcement`.
     """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(PROJECT / script),
         *flags,
-        # Options that may be set in the environment are not the demo's.
+        # Ignore options that are set in the environment.
         env={k: v for k, v in os.environ.items() if not k.startswith("SOCKETDOCK_")},
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
@@ -171,7 +170,7 @@ async def started(
 async def read_lines(
     process: asyncio.subprocess.Process, lines: "asyncio.Queue[str]"
 ) -> None:
-    """Queue what a process prints; an empty line at its end."""
+    """Queue the lines that a process prints, and an empty one at its end."""
     assert process.stdout is not None
     async for line in process.stdout:
         if text := line.decode(errors="replace").rstrip():
@@ -182,7 +181,7 @@ async def read_lines(
 async def announced(
     name: str, announcement: re.Pattern[str], lines: "asyncio.Queue[str]"
 ) -> tuple[str, ...]:
-    """Wait for the line that tells where a program listens."""
+    """Wait for the line in which a program prints where it listens."""
     seen = []
     async with deadline(f"{name} did not start"):
         while line := await lines.get():
@@ -199,7 +198,7 @@ def main() -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130  # 128 + SIGINT, as shells have it
+        return 130  # 128 + SIGINT, as in shells
     return 0
 
 

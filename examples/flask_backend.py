@@ -1,10 +1,10 @@
-"""A chat in Flask, behind SocketDock: what one client sends, all of them get.
+"""A chat in Flask, behind SocketDock: all clients get what one of them sends.
 
     .venv/bin/python -m pip install flask standardwebhooks
     WEBHOOK_SECRET=whsec_... CALLBACK_TOKEN=... \\
         .venv/bin/python examples/flask_backend.py
 
-and beside it, with the same two in SOCKETDOCK_WEBHOOK_SECRET and
+and in another terminal, with the same values in SOCKETDOCK_WEBHOOK_SECRET and
 SOCKETDOCK_CALLBACK_TOKEN:
 
     .venv/bin/socketdock --backend=http \\
@@ -12,7 +12,7 @@ SOCKETDOCK_CALLBACK_TOKEN:
         --messageuri=http://127.0.0.1:8000/message \\
         --disconnecturi=http://127.0.0.1:8000/disconnect
 
-What a real one would keep in a database is in memory here.
+A production backend would store in a database what this one keeps in memory.
 """
 
 import argparse
@@ -30,22 +30,22 @@ from flask import Flask, Request, g, request
 from standardwebhooks import Webhook, WebhookVerificationError
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-CALLBACK_TIMEOUT = 15.0  # seconds; a slow client is given up after 10 by default
-MAX_SEEN = 100_000  # ids of events; the relay repeats one for 5 minutes at most
+CALLBACK_TIMEOUT = 15.0  # seconds; the relay closes a slow client after 10 by default
+MAX_SEEN = 100_000  # ids of events; the relay retries one for 5 minutes at most
 MAX_DEAD = 1_000  # instances
 
-# Callbacks go to the relay itself, whatever proxy the environment names.
+# Callbacks go directly to the relay, without a proxy that the environment names.
 RELAY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 app = Flask(__name__)
 
 
 class Connections:
-    """Where each client is reached, by the run of the relay that holds it.
+    """The callback URL of each client, by the relay's run that has its connection.
 
-    An instance is `<name>/<boot id>`: an event from another boot of the same
-    name tells that the one before is dead, with all its connections. So each
-    relay needs an --instance_name of its own.
+    An instance is `<name>/<boot id>`: an event with a new boot id shows that the
+    earlier run of that name is dead, with all its connections. So each relay needs its
+    own --instance_name.
     """
 
     def __init__(self) -> None:
@@ -54,28 +54,28 @@ class Connections:
         self._dead: OrderedDict[str, None] = OrderedDict()
 
     def add(self, meta: dict[str, Any]) -> None:
-        """Take note of a connection, of which an event has come."""
+        """Record a connection, for which an event has arrived."""
         instance = meta["instance"]
         name = instance.rpartition("/")[0]
         with self._lock:
             if instance in self._dead:
-                return  # its last words came late
+                return  # a late event of a dead run
             for other in list(self._urls):
                 if other != instance and other.rpartition("/")[0] == name:
-                    self._bury(other)
+                    self._remove_dead(other)
             self._urls.setdefault(instance, {})[meta["connection_id"]] = meta["send"]
 
     def remove(self, meta: dict[str, Any]) -> None:
-        """A connection has ended; its instance may have, too."""
+        """Remove a connection that has ended; its run may have ended, too."""
         with self._lock:
             self._urls.get(meta["instance"], {}).pop(meta["connection_id"], None)
 
     def urls(self) -> list[str]:
-        """Of all that are open."""
+        """Return the URLs of all open connections."""
         with self._lock:
             return [url for urls in self._urls.values() for url in urls.values()]
 
-    def _bury(self, instance: str) -> None:
+    def _remove_dead(self, instance: str) -> None:
         dropped = self._urls.pop(instance)
         self._dead[instance] = None
         if len(self._dead) > MAX_DEAD:
@@ -84,14 +84,14 @@ class Connections:
 
 
 class Seen:
-    """Ids of events that were acted on, so that none is twice."""
+    """Ids of processed events, so that none is processed twice."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ids: OrderedDict[str, None] = OrderedDict()
 
     def add(self, event_id: str) -> bool:
-        """Whether it is new."""
+        """Add an event's id; return whether it is new."""
         with self._lock:
             if event_id in self._ids:
                 return False
@@ -101,7 +101,7 @@ class Seen:
             return True
 
     def forget(self, event_id: str) -> None:
-        """It was not acted on after all."""
+        """Remove an event's id: it was not processed."""
         with self._lock:
             self._ids.pop(event_id, None)
 
@@ -112,7 +112,7 @@ seen = Seen()
 
 @app.before_request
 def verify() -> tuple[str, int] | None:
-    """Let only the relay in, and each of its events once."""
+    """Accept events from the relay only, and each of them once."""
     try:
         g.event = verified(request)
     except (WebhookVerificationError, ValueError) as error:  # no signature at all
@@ -120,12 +120,12 @@ def verify() -> tuple[str, int] | None:
         return "", 401
     if not seen.add(request.headers["webhook-id"]):
         show(f"again: {request.headers['webhook-id']}")
-        return "", 204  # it was taken, though the relay did not hear of it
+        return "", 204  # processed already, but the relay did not get the response
     return None
 
 
 def verified(request: Request) -> dict[str, Any]:
-    """The event. Its signature is over the bytes as they came, not over JSON."""
+    """Verify and parse an event. Its signature is over the bytes as received."""
     event: dict[str, Any] = Webhook(app.config["WEBHOOK_SECRET"]).verify(
         request.get_data(), dict(request.headers)
     )
@@ -134,21 +134,21 @@ def verified(request: Request) -> dict[str, Any]:
 
 @app.teardown_request
 def allow_again(error: BaseException | None) -> None:
-    """What has failed was answered with 500, so that the relay sends it again."""
+    """Accept a failed event again: the response was 500, so the relay retries it."""
     if error is not None and "event" in g:
         seen.forget(request.headers["webhook-id"])
 
 
 @app.post("/connect")
 def connect() -> tuple[str, int]:
-    """Accept every client; `meta.headers` would tell who it is."""
+    """Accept every client; `meta.headers` has its cookies and tokens."""
     connections.add(g.event["meta"])
     return "", 204
 
 
 @app.post("/message")
 def message() -> tuple[str, int]:
-    """Pass a message on to everybody."""
+    """Send a message to all clients."""
     connections.add(g.event["meta"])
     for url in connections.urls():
         send(url, g.event["message"])
@@ -157,7 +157,7 @@ def message() -> tuple[str, int]:
 
 @app.post("/disconnect")
 def disconnect() -> tuple[str, int]:
-    """Forget a client. A run that is dead speaks here through the next one."""
+    """Remove a client. For the clients of a dead run, the next run sends this event."""
     connections.remove(g.event["meta"])
     return "", 204
 
@@ -174,20 +174,20 @@ def send(url: str, text: str) -> None:
             pass
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code != 410:  # it has left; its disconnect event is on the way
+        if error.code != 410:  # 410: it has left, and its disconnect event follows
             show(f"callback answered {error.code}")
     except (OSError, http.client.HTTPException) as error:
         show(f"callback failed: {error}")
 
 
 def show(line: str) -> None:
-    """Print a line in one write: threads do."""
+    """Print a line in one write, since several threads print."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
 class KeepingHandler(WSGIRequestHandler):
-    """Keeps connections, as the relay does."""
+    """Keeps connections open, as the relay does."""
 
     protocol_version = "HTTP/1.1"
 

@@ -37,9 +37,9 @@ Who = dict[str, object]  # for `subprocess`: empty is who runs this
 
 
 def pythons() -> dict[int, tuple[str, Who]]:
-    """One of each version from 3.11 to 3.13, by its minor number, and who can run it.
+    """Return a Python of each version from 3.11 to 3.13, by minor number, and its user.
 
-    Where we are root, that is a user without rights, if he can reach it.
+    For root, the user is an unprivileged one, if it can execute that Python.
     """
     people: list[Who] = [{}]
     if os.geteuid() == 0:
@@ -64,19 +64,19 @@ def pythons() -> dict[int, tuple[str, Who]]:
 
 
 def blocks() -> list[str]:
-    """README's commands, block by block."""
+    """Return README's blocks of commands."""
     text = (PROJECT / "README.md").read_text("utf-8")
     return re.findall(r"^```sh\n(.*?)^```$", text, flags=re.M | re.S)
 
 
 def block(beginning: str) -> str:
-    """The one that begins so."""
+    """Return the block that begins with `beginning`."""
     (found,) = [block for block in blocks() if block.startswith(beginning)]
     return found
 
 
 class Newcomer:
-    """Types commands in a clone."""
+    """Runs README's commands in a new clone."""
 
     def __init__(self, folder: Path, python: str, who: Who) -> None:
         self.who = who
@@ -91,7 +91,7 @@ class Newcomer:
             "PYTHON": python,
             "SOCKETDOCK_BINDPORT": str(self.relay_port),
         }
-        # As a checkout has it: what is committed, and what is about to be.
+        # The files of a clone: committed ones, and those that may be committed.
         listed = subprocess.check_output(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=PROJECT,
@@ -106,7 +106,7 @@ class Newcomer:
                 os.chown(path, who["user"], who["group"])
 
     def here(self, command: str) -> str:
-        """The command with free ports."""
+        """Replace the ports of a command with free ones."""
         command = command.replace(":8000", f":{self.backend_port}")
         command = command.replace(
             "examples/backend.py", f"examples/backend.py --port={self.backend_port}"
@@ -117,7 +117,7 @@ class Newcomer:
         )
 
     def runs(self, command: str) -> str:
-        """What a command prints that ends. Raises where it fails."""
+        """Run a command to its end, and return its output. Raises if it fails."""
         ended = subprocess.run(
             ["bash", "-ec", self.here(command)],
             cwd=self.clone,
@@ -136,7 +136,7 @@ class Newcomer:
 
     @contextlib.contextmanager
     def keeps(self, command: str, says: str, deadline: float) -> Iterator[None]:
-        """Run a command that stays, in a terminal of its own; Ctrl-C at the end."""
+        """Run a command in its own terminal during the block; then press Ctrl-C."""
         with tempfile.TemporaryFile("w+b") as output:
             process = subprocess.Popen(
                 ["bash", "-c", self.here(command)],
@@ -167,7 +167,7 @@ class Newcomer:
                     raise RuntimeError(said())
 
 
-# How to reach the package index from here.
+# Variables that are passed on, to reach the package index.
 PASSED_ON = (
     "PIP_INDEX_URL", "PIP_CONFIG_FILE", "PIP_NO_INDEX", "PIP_FIND_LINKS",
     "PIP_TRUSTED_HOST", "PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE",
@@ -176,7 +176,7 @@ PASSED_ON = (
 
 
 def go(python: str, who: Who, tests: bool) -> None:
-    """README from its beginning to a client's answer by the first backend."""
+    """Follow README from its beginning to the first answer that a client gets."""
     run, test = block("make run").splitlines()
     client = block(".venv/bin/python examples/client.py")
     with tempfile.TemporaryDirectory(prefix="first use ") as folder:
@@ -196,8 +196,8 @@ def go(python: str, who: Who, tests: bool) -> None:
 
 
 def main() -> None:
-    """One line for each Python; raises where something failed."""
-    # Whoever runs this may ignore Ctrl-C (`... &`): what is started here must not.
+    """Print one line for each Python; raise if something failed."""
+    # A background shell (`... &`) may ignore SIGINT; the started programs must not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__)
     which = parser.add_mutually_exclusive_group()

@@ -1,8 +1,8 @@
-"""`make test`: every test, several at a time.
+"""`make test`: runs every test, several at a time.
 
-Each part has a heading, and the end says what was left out, and why. `--relay`, for
-further Pythons, runs the tests of the relay alone. With other words it is one plain
-run of pytest with them: `make test ARGS="-k callback"`.
+Each part has a heading, and a summary lists skipped tests and the reasons. `--relay`,
+for further Pythons, runs only the tests of the relay. Other arguments are passed to one
+run of pytest: `make test ARGS="-k callback"`.
 """
 
 import os
@@ -16,9 +16,9 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 PROCESSORS = len(os.sched_getaffinity(0))
-# More than processors, since tests wait for deadlines to pass.
+# More than there are processors, since tests often wait for deadlines.
 WORKERS = PROCESSORS * 5 // 2
-# A test takes no port that another one may take, and no folder.
+# Tests share no ports and no folders.
 PARALLEL = (f"--numprocesses={WORKERS}", "--dist=worksteal")
 
 
@@ -44,9 +44,9 @@ PARTS = (
         "One at a time: what would not be quick enough beside other tests",
         ("-m", "alone"),
     ),
-    # What the defaults leave unused, and the tests that meet it: another reader of
-    # requests, another way of TLS, sends without their short cut, streams of another
-    # loop. What is behind these (delivery, signing, limits) is the same code.
+    # The code that the defaults do not use: another HTTP server, another way of TLS,
+    # sends without the fast path, streams of another loop. The code behind these
+    # (delivery, signing, limits) is the same.
     Part(
         "Once more on asyncio's own loop and Tornado's own server",
         (
@@ -57,8 +57,8 @@ PARTS = (
         {"TEST_FLAGS": "--event_loop=asyncio --http_server=tornado"},
     ),
 )
-# What another Python cannot change: docs, pages in a browser, and what stands in
-# front of the relay or calls it in another language. And what takes long: floods,
+# Tests that do not depend on the version of Python: docs, pages in a browser, proxies
+# in front of the relay, programs in other languages. And tests that take long: floods,
 # measurements, new environments.
 NOT_OF_THE_RELAY = named(
     "balancer", "bench", "commands", "compose", "conformance", "console_page", "docs",
@@ -80,7 +80,7 @@ RELAY = (
 
 
 def main() -> int:
-    """Return 0 where every test passed or was left out for want of a program."""
+    """Return 0 if every test passed, or was skipped since a program is missing."""
     words = sys.argv[1:]
     if words == ["--relay"]:
         return run(RELAY)
@@ -90,7 +90,7 @@ def main() -> int:
 
 
 def run(parts: Sequence[Part]) -> int:
-    """Run them one after the other, and say how it went; the exit status."""
+    """Run `parts` one after the other, print a summary, and return the exit status."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         left_out = Path(folder) / "left_out"
@@ -110,7 +110,7 @@ def run(parts: Sequence[Part]) -> int:
 
 
 def pytest(words: list[str], environment: Mapping[str, str]) -> int:
-    """Run it in the project's folder; its exit status."""
+    """Run pytest in the project's folder, and return its exit status."""
     return subprocess.run(
         [sys.executable, "-m", "pytest", *words],
         cwd=TESTS.parent,

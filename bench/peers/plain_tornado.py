@@ -15,7 +15,7 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 
 class Relay:
-    """What both handlers share."""
+    """The state that both handlers share."""
 
     def __init__(
         self, port: int, backend: str, events: bool, http: aiohttp.ClientSession
@@ -26,7 +26,7 @@ class Relay:
         self.instance = f"{socket.gethostname()}/{uuid.uuid4().hex}"
         self.http = http
         self.sockets: dict[str, ClientSocketHandler] = {}
-        self.farewells: set[asyncio.Task[None]] = set()
+        self.disconnects: set[asyncio.Task[None]] = set()
 
     async def post(self, kind: str, event: object) -> None:
         async with self.http.post(f"{self.backend}/{kind}", json=event) as answer:
@@ -67,11 +67,11 @@ class ClientSocketHandler(WebSocketHandler):
     def on_close(self) -> None:
         self.relay.sockets.pop(self.id, None)
         if self.relay.events:
-            farewell = asyncio.create_task(self.say_farewell())
-            self.relay.farewells.add(farewell)
-            farewell.add_done_callback(self.relay.farewells.discard)
+            task = asyncio.create_task(self.send_disconnect())
+            self.relay.disconnects.add(task)
+            task.add_done_callback(self.relay.disconnects.discard)
 
-    async def say_farewell(self) -> None:
+    async def send_disconnect(self) -> None:
         async with self.in_order:
             meta = {
                 "connection_id": self.id,

@@ -1,4 +1,4 @@
-"""Disconnect events: after all that can fail, at the stop too."""
+"""Disconnect events follow all messages that can still fail, at the stop too."""
 
 import asyncio
 import re
@@ -15,7 +15,7 @@ HELD_THEN_FAILS = Reply(503, delay=0.8, headers=("Retry-After: 2",))
 
 
 def first_fails(reply: Reply):
-    """Answer the first message attempt with `reply`, all else with 200."""
+    """Answer the first attempt with `reply` if it is a message, all others with 200."""
     asked = []
 
     def decide(attempt: Attempt) -> Reply:
@@ -31,7 +31,7 @@ def kinds(backend: FaultyBackend) -> list[str]:
 
 @pytest.mark.parametrize("stop", [False, True])
 async def test_held_message_that_failed_goes_before_the_disconnect_event(io_loop, stop):
-    """Whether the client leaves while it waits for its retry, or SIGTERM comes."""
+    """The client disconnects, or the relay gets SIGTERM, before the retry."""
     async with FaultyBackend(first_fails(HELD_THEN_FAILS)) as backend:
         async with Service(*backend.flags(), "--order_wait=0.1") as service:
             (talker,) = await talkers(service.ws_url, 1)
@@ -49,7 +49,7 @@ async def test_held_message_that_failed_goes_before_the_disconnect_event(io_loop
 
 
 async def test_message_that_fails_at_the_stop_after_the_disconnect_event(io_loop):
-    """It is delivered before the end, and the disconnect event comes again."""
+    """The message is retried before the relay exits; then the event is sent again."""
     reply = Reply(503, delay=2, headers=("Retry-After: 1",))
     async with FaultyBackend(first_fails(reply)) as backend:
         async with Service(*backend.flags(), "--order_wait=0.1") as service:
@@ -64,7 +64,7 @@ async def test_message_that_fails_at_the_stop_after_the_disconnect_event(io_loop
 
 
 async def test_failed_message_that_is_held_again_is_awaited(io_loop):
-    """It has failed once: the disconnect event waits for its answer."""
+    """The disconnect event waits for the response to the message's second attempt."""
     replies = iter([HELD_THEN_FAILS, Reply(delay=1.5)])
 
     def decide(attempt: Attempt) -> Reply:
@@ -83,7 +83,10 @@ async def test_failed_message_that_is_held_again_is_awaited(io_loop):
 
 
 async def test_message_that_is_held_for_ever_delays_the_disconnect_for_seconds(io_loop):
-    """It has failed before, and a backend may hold it until it is told of the end."""
+    """The backend may hold a message, even one that failed, until the disconnect event.
+
+    So the relay does not wait for its response longer than that.
+    """
     replies = iter([HELD_THEN_FAILS, Reply(fault="hold")])
 
     def decide(attempt: Attempt) -> Reply:
@@ -100,8 +103,8 @@ async def test_message_that_is_held_for_ever_delays_the_disconnect_for_seconds(i
     assert kinds(backend) == ["message", "message", "disconnect"]
 
 
-async def test_given_up_after_the_client_has_left_is_counted(io_loop):
-    """A held message that failed, and then its retries until the deadline."""
+async def test_messages_given_up_after_the_disconnect_are_counted(io_loop):
+    """A held message and its retries fail until the deadline: `undelivered` is 1."""
     failing = Reply(503, headers=("Retry-After: 1",))
 
     def decide(attempt: Attempt) -> Reply:
@@ -122,7 +125,7 @@ async def test_given_up_after_the_client_has_left_is_counted(io_loop):
 
 
 async def test_failed_message_cut_off_at_shutdown_is_reported(io_loop):
-    """In the log's count, and by exit status 1; also after its disconnect event."""
+    """The log counts it, and the exit status is 1, although its event was sent."""
 
     def decide(attempt: Attempt) -> Reply:
         if attempt.kind == "disconnect":
@@ -145,8 +148,8 @@ async def test_failed_message_cut_off_at_shutdown_is_reported(io_loop):
     assert kinds(backend)[:2] == ["message", "disconnect"]
 
 
-async def test_answers_that_are_only_held_do_not_fail_the_stop(io_loop):
-    """They are let go, as always: status 0, also where --drain_timeout is short."""
+async def test_held_responses_do_not_change_the_exit_status(io_loop):
+    """The relay abandons them and exits with 0, even with a short --drain_timeout."""
 
     def decide(attempt: Attempt) -> Reply:
         return Reply(fault="hold") if attempt.kind == "message" else OK
