@@ -17,7 +17,7 @@ EACH = 512 * 1024
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 @pytest.mark.parametrize("door", ["clients", "callbacks"])
 async def test_peers_that_read_nothing_take_little_memory(io_loop, server, door):
-    """And a client is served meanwhile; each kind in turn, at one relay."""
+    """The relay serves a client meanwhile; each kind of peer runs in turn."""
     flags = ("--callbackport=0", f"--http_server={server}")
     # A body may be as large as a message, and is kept until it is whole.
     flags += ("--max_message_size=262144",)
@@ -33,7 +33,7 @@ async def test_peers_that_read_nothing_take_little_memory(io_loop, server, door)
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 @pytest.mark.parametrize("kind", ["a chunked body", "a body that is never whole"])
 async def test_bodies_at_their_largest_are_bounded_together(io_loop, server, kind):
-    """4 MiB each, of more peers than the process keeps bodies of."""
+    """More peers send 4 MiB each than the process keeps bodies of."""
     async with Service("--callbackport=0", f"--http_server={server}") as service:
         url = service.callback_url
         found = await attack(service, url, kind, CROWD, 1.0)

@@ -125,7 +125,7 @@ async def test_socket_routes_without_a_token_reveal_nothing(io_loop):
 
 
 async def test_other_routes_need_no_callback_token(io_loop):
-    """Clients and probes have none, and an unknown path is just unknown."""
+    """Clients and probes need no token, and an unknown path is 404."""
     async with Service(TOKENS) as service:
         for path, status in [
             ("/livez", 200), ("/readyz", 200), ("/ws", 426),
@@ -138,7 +138,7 @@ async def test_other_routes_need_no_callback_token(io_loop):
 
 
 async def test_with_a_token_the_rest_is_checked_in_its_order(io_loop):
-    """404, 405; 413; 400; 410, as without tokens."""
+    """404 and 405, then 413, 400 and 410, as without tokens."""
     async with Service(TOKENS) as service:
         for method, path, size, status in [
             ("POST", f"{UNKNOWN}/x", LIMIT + 1, 404),
@@ -186,7 +186,7 @@ CREDENTIALS = [
 ]
 
 
-async def test_credentials_are_read_as_the_rfcs_have_them(io_loop):
+async def test_credentials_are_parsed_by_the_rfcs(io_loop):
     """RFC 9110, section 11.6.2, and RFC 6750, sections 2.1 and 3."""
     async with Service(TOKENS) as service, Caller(service) as caller:
         for values, challenge in CREDENTIALS:
@@ -197,7 +197,7 @@ async def test_credentials_are_read_as_the_rfcs_have_them(io_loop):
 
 
 async def test_a_client_is_reached_with_a_token(io_loop):
-    """Send, info and delete; without it, the client hears nothing."""
+    """Send, info and delete work with a token; without it the client gets nothing."""
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), TOKENS) as service:
             async with websockets.connect(service.ws_url) as client:
@@ -226,7 +226,7 @@ def peak_memory(service: Service) -> int:
 
 
 async def test_body_without_a_token_is_dropped_and_then_answered(io_loop):
-    """The sender sees the 401, nothing is kept, and the connection lives on."""
+    """The sender gets 401, the body is discarded, and the connection stays open."""
     limit = "--max_message_size=100000000"
     async with Service(TOKENS, limit) as service, Caller(service) as caller:
         before = peak_memory(service)
@@ -243,7 +243,7 @@ async def test_body_without_a_token_is_dropped_and_then_answered(io_loop):
 
 
 async def test_request_is_rejected_before_its_expected_body(io_loop):
-    """401 without a 100 or a byte of the body, and the connection ends."""
+    """401 without a 100 (Continue); the body is not read, the connection closes."""
     cases = [
         ["Expect: 100-continue", "Content-Length: 10"],
         ["Content-Length: 1000000000"],
@@ -259,7 +259,7 @@ async def test_request_is_rejected_before_its_expected_body(io_loop):
 
 
 async def test_body_that_never_ends_ends_the_connection(io_loop):
-    """Without a token, as for a path that is not there, nobody waits for long."""
+    """Without a token, or for an unknown path, after a few seconds."""
     async with Service(TOKENS) as service:
         async with Caller(service) as first, Caller(service) as second:
             for caller, path in [(first, f"{UNKNOWN}/send"), (second, "/nothing")]:
@@ -269,8 +269,8 @@ async def test_body_that_never_ends_ends_the_connection(io_loop):
                 assert await asyncio.wait_for(caller.reader.read(), DEADLINE) == b""
 
 
-async def test_length_that_is_no_number_is_no_fault(io_loop):
-    """A superscript two is a digit to Python, but no int."""
+async def test_length_that_is_not_ascii_digits_is_400(io_loop):
+    """`int()` would accept other digits, or raise for a superscript two."""
     async with Service(TOKENS) as service:
         for header in ([BEARER], []):
             async with Caller(service) as caller:
@@ -297,8 +297,10 @@ async def test_length_that_is_no_number_is_no_fault(io_loop):
         (None, "No such file or directory"),
     ],
 )
-async def test_bad_file_of_tokens_stops_the_start(io_loop, tmp_path, text, complaint):
-    """One sentence says where, and does not show what."""
+async def test_invalid_token_file_exits_with_an_error(
+    io_loop, tmp_path, text, complaint
+):
+    """One line names file and line, and does not show the token."""
     path = tmp_path / "tokens"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -320,8 +322,8 @@ async def test_bad_file_of_tokens_stops_the_start(io_loop, tmp_path, text, compl
         (f"{OLD},", "number 2: a token is 16 or more"),
     ],
 )
-async def test_bad_token_stops_the_start(io_loop, value, complaint):
-    """With a sentence that does not show it."""
+async def test_invalid_token_exits_with_an_error(io_loop, value, complaint):
+    """The error does not show the token."""
     line = refusal(f"--callback_token={value}")
     assert line.startswith("socketdock: --callback_token, ")
     assert complaint in line
@@ -330,7 +332,7 @@ async def test_bad_token_stops_the_start(io_loop, value, complaint):
 
 
 async def test_empty_token_is_rejected(io_loop, tmp_path):
-    """A value that somebody forgot to give stops the start."""
+    """The relay does not start: somebody forgot to set a value."""
     conf = tmp_path / "conf"
     conf.write_text("callback_token = ['']\n")
     for line in (
@@ -352,7 +354,7 @@ async def test_empty_token_is_rejected(io_loop, tmp_path):
     ],
 )
 async def test_error_lines_show_no_token(io_loop, tmp_path, given):
-    """However wrongly it was given."""
+    """For each way to pass an invalid token."""
     if isinstance(given, str):
         conf = tmp_path / "conf"
         conf.write_text(given.replace("OLD", OLD))
@@ -363,7 +365,7 @@ async def test_error_lines_show_no_token(io_loop, tmp_path, given):
 
 
 async def test_tokens_of_option_and_file_count_together(io_loop, tmp_path):
-    """The file may be indented, commented and end as Windows' do."""
+    """The file may have indentation, comments and Windows line ends."""
     path = tmp_path / "tokens"
     path.write_bytes(f"# the old one\r\n  {OLD}\r\n\r\n\t{NEW}".encode())
     flags = (f"--callback_token_file={path}", f"--callback_token={THIRD}")
@@ -375,7 +377,7 @@ async def test_tokens_of_option_and_file_count_together(io_loop, tmp_path):
 
 
 async def test_tokens_change_on_sighup(io_loop, tmp_path):
-    """In, then out, without a moment in which no token is accepted, or any."""
+    """At each moment the old or the new tokens are valid."""
     path = tmp_path / "tokens"
     path.write_text(f"{OLD}\n")
 
@@ -405,7 +407,7 @@ async def test_tokens_change_on_sighup(io_loop, tmp_path):
 
 
 async def test_no_token_is_ever_shown(io_loop):
-    """Not by the log at its finest, /status, an answer or --help."""
+    """Not in the debug log, /status, a response or --help."""
     tokens = f"--callback_token={OLD}"
     async with Service(tokens, "--logging=debug") as service:
         told = b""
@@ -439,7 +441,7 @@ async def test_no_token_is_ever_shown(io_loop):
     ],
 )
 async def test_start_warns_of_callbacks_without_a_token(io_loop, flags, warnings):
-    """Once, where they need no token on an address that is not loopback."""
+    """One warning, if the callback listener is not on a loopback address."""
     if "--bindip=::" in flags and not has_ipv6():
         leave_out("this machine has no ::1")
     async with Service(*flags) as service:
@@ -460,8 +462,8 @@ def has_ipv6() -> bool:
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-async def test_status_tells_of_the_instance(io_loop, method):
-    """Version, state, counts and limits; to be asked anew each time."""
+async def test_status_describes_the_instance(io_loop, method):
+    """Version, state, counts and limits; the response is not cacheable."""
     flags = ("--instance_name=relay-1", "--order_wait=inf", "--backend_timeout=9")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), *flags) as service:
@@ -493,8 +495,8 @@ async def test_status_tells_of_the_instance(io_loop, method):
         assert not {"messageuri", "callback_token"} & set(status["limits"])
 
 
-async def test_status_tells_of_a_drain(io_loop):
-    """From the stop signal on."""
+async def test_status_shows_a_drain(io_loop):
+    """From the stop signal on, the state is "draining"."""
     async with Service("--drain_delay=2") as service, Caller(service) as caller:
         assert (await caller.ask("GET", "/status")).status == 200
         service.process.terminate()
@@ -507,8 +509,8 @@ async def test_status_tells_of_a_drain(io_loop):
             assert await service.process.wait() == 0
 
 
-async def test_status_is_not_for_the_clients_listener(io_loop):
-    """With a listener of their own, operators ask there."""
+async def test_status_is_not_on_a_separate_client_listener(io_loop):
+    """With two listeners, /status is on the callbacks' only."""
     async with Service("--callbackport=0") as service:
         assert (await ask(service, "GET", "/status")).status == 200
         service.callback_url = service.ws_url.replace("ws:", "http:")[:-3]
@@ -527,7 +529,7 @@ OTHER_HOSTS = [
 
 
 async def test_operator_routes_require_a_loopback_host(io_loop):
-    """A page that had its name rebound to 127.0.0.1 would ask for that name."""
+    """After DNS rebinding, a page's requests have the page's host name."""
     async with Service() as service:
         for host in LOCAL_HOSTS:
             answer = await ask(service, "GET", "/status", f"Host: {host}")
@@ -553,7 +555,7 @@ FORWARDED = [
 
 
 async def test_operator_routes_reject_proxied_requests(io_loop):
-    """Whoever is behind it is not on this machine."""
+    """The client of a proxy need not be on this machine."""
     async with Service() as service:
         for header in FORWARDED:
             answer = await ask(service, "GET", "/status", header)
@@ -574,7 +576,7 @@ async def test_operator_routes_reject_proxied_requests(io_loop):
     ],
 )
 async def test_operators_need_a_listener_on_loopback(io_loop, flags, host, status):
-    """A wildcard is none, even where it was reached by 127.0.0.1."""
+    """A wildcard address does not count, even for a request to 127.0.0.1."""
     if "::" in flags[0] and not has_ipv6():
         leave_out("this machine has no ::1")
     async with Service(*flags) as service:
@@ -606,7 +608,7 @@ ORIGINS = [
 
 
 async def test_operator_routes_reject_other_origins(io_loop):
-    """A browser on this machine may show anybody's page."""
+    """A browser on this machine may show any site's page."""
     async with Service() as service:
         for method, headers, passes in ORIGINS:
             async with Caller(service) as caller:
@@ -622,7 +624,7 @@ async def test_operator_routes_reject_other_origins(io_loop):
 
 
 async def test_operators_with_a_token_may_come_from_anywhere(io_loop):
-    """And nobody without one, from wherever."""
+    """Without a token, no request is accepted, from any address."""
     far = ["Host: relay.example", "Via: 1.1 proxy", "Origin: https://console.example"]
     for flags in ([TOKENS], [TOKENS, "--bindip=0.0.0.0"]):
         async with Service(*flags) as service:

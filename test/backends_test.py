@@ -54,23 +54,23 @@ async def answer(service: Service, message: str) -> str | bytes:
 
 
 @pytest.mark.gen_test
-async def test_backend_from_elsewhere_with_an_option_of_its_own(io_loop, elsewhere):
-    """Any importable module with a dot in its name."""
+async def test_backend_module_may_define_an_option(io_loop, elsewhere):
+    """Any importable module with a dot in its name can be the backend."""
     flags = ("--backend=company.shout", "--shout_with=?")
     async with Service(*flags, environment=elsewhere) as service:
         assert await answer(service, "hello") == "HELLO?"
 
 
 @pytest.mark.gen_test
-async def test_its_option_keeps_its_default(io_loop, elsewhere):
-    """Where nobody sets it."""
+async def test_backend_option_has_its_default(io_loop, elsewhere):
+    """If no source sets it."""
     async with Service("--backend", "company.shout", environment=elsewhere) as service:
         assert await answer(service, "hello") == "HELLO!"
 
 
 @pytest.mark.gen_test
-async def test_its_option_comes_from_the_environment_too(io_loop, elsewhere):
-    """And so does its name."""
+async def test_backend_option_is_read_from_the_environment(io_loop, elsewhere):
+    """The backend's name is read from there, too."""
     environment = {
         **elsewhere,
         "SOCKETDOCK_BACKEND": "company.shout",
@@ -81,16 +81,18 @@ async def test_its_option_comes_from_the_environment_too(io_loop, elsewhere):
 
 
 @pytest.mark.gen_test
-async def test_its_option_comes_from_the_file_too(io_loop, elsewhere, tmp_path):
-    """Whichever of the two lines comes first."""
+async def test_backend_option_is_read_from_the_options_file(
+    io_loop, elsewhere, tmp_path
+):
+    """It may stand before or after `backend`."""
     path = tmp_path / "options.conf"
     path.write_text("shout_with = '#'\nbackend = 'company.shout'\n")
     async with Service(f"--config={path}", environment=elsewhere) as service:
         assert await answer(service, "hello") == "HELLO#"
 
 
-def test_help_lists_the_option_of_the_backend_that_is_asked_for(elsewhere):
-    """Under its module's name."""
+def test_help_all_lists_options_of_the_selected_backend(elsewhere):
+    """Under the backend's module name."""
     text = subprocess.check_output(
         [sys.executable, "socketdock.py", "--backend=company.shout", "--help-all"],
         cwd=PROJECT,
@@ -102,7 +104,7 @@ def test_help_lists_the_option_of_the_backend_that_is_asked_for(elsewhere):
 
 
 @pytest.mark.gen_test
-async def test_backend_beside_ours(io_loop, tmp_path):
+async def test_module_in_backends_is_a_backend(io_loop, tmp_path):
     """`backends/mine.py` is `--backend=mine`."""
     tree = copy_project(tmp_path / "tree")
     write_module(tree / "backends" / "mine.py", SHOUT)
@@ -114,7 +116,7 @@ async def test_backend_beside_ours(io_loop, tmp_path):
 async def test_installed_relay_finds_a_backend_in_the_current_folder(
     io_loop, elsewhere, tmp_path, tmp_path_factory
 ):
-    """The console script's own folder is another one."""
+    """The console script itself is in another folder."""
     prefix = installation(tmp_path_factory.getbasetemp())
     async with Service(
         "--backend=company.shout",
@@ -126,7 +128,7 @@ async def test_installed_relay_finds_a_backend_in_the_current_folder(
 
 
 def test_current_folder_hides_no_module_of_python_s_path(elsewhere, tmp_path):
-    """It comes last, so a folder that others can write to replaces nothing."""
+    """It is last in the path: a writable folder cannot replace other modules."""
     here = tmp_path / "here"
     write_module(here / "company" / "__init__.py", "")
     write_module(here / "company" / "shout.py", "raise RuntimeError('from here')")
@@ -142,8 +144,8 @@ def test_current_folder_hides_no_module_of_python_s_path(elsewhere, tmp_path):
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
-def test_current_folder_that_is_gone_is_no_traceback(tmp_path):
-    """A backend is looked for everywhere else."""
+def test_deleted_current_folder_causes_no_traceback(tmp_path):
+    """The backend is searched in all other places."""
     gone = tmp_path / "gone"
     gone.mkdir()
     command = f'rmdir {shlex.quote(str(gone))}; exec "$@"'
@@ -158,8 +160,8 @@ def test_current_folder_that_is_gone_is_no_traceback(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nothing", "company.nothing", "nothing.at_all"])
-def test_no_such_backend(name, elsewhere):
-    """One sentence that names it and those that are there."""
+def test_unknown_backend_is_one_line(name, elsewhere):
+    """The error names the unknown backend and the known ones."""
     line = refusal(f"--backend={name}", **elsewhere)
     assert f"there is no backend {name!r}" in line
     assert "http, loopback" in line
@@ -179,8 +181,8 @@ def test_no_such_backend(name, elsewhere):
         ),
     ],
 )
-def test_backend_that_fails_to_import(source, reason, tmp_path):
-    """It is there, so another sentence, with the reason; no traceback."""
+def test_backend_that_fails_to_import_is_one_line(source, reason, tmp_path):
+    """The error has the reason, and there is no traceback."""
     write_module(tmp_path / "company" / "broken.py", source)
     line = refusal("--backend=company.broken", PYTHONPATH=str(tmp_path))
     assert "'company.broken' failed to import" in line
@@ -188,16 +190,16 @@ def test_backend_that_fails_to_import(source, reason, tmp_path):
     assert "there is no backend" not in line
 
 
-def test_package_that_fails_to_import(tmp_path):
-    """A package that misses something is there all the same."""
+def test_missing_dependency_is_not_an_unknown_backend(tmp_path):
+    """The error names the module that the backend could not import."""
     write_module(tmp_path / "company" / "__init__.py", "import no_such_library")
     write_module(tmp_path / "company" / "shout.py", SHOUT)
     line = refusal("--backend=company.shout", PYTHONPATH=str(tmp_path))
     assert "'company.shout' failed to import" in line
 
 
-def test_module_without_make_backend(tmp_path):
-    """Any other module is no backend."""
+def test_module_without_make_backend_is_rejected(tmp_path):
+    """Such a module is not a backend."""
     write_module(tmp_path / "company" / "other.py", "x = 1")
     line = refusal("--backend=company.other", PYTHONPATH=str(tmp_path))
     assert "company.other is no backend" in line

@@ -184,7 +184,7 @@ ERRORS = {400, 405, 411, 413, 414, 417, 431, 501, 505}
 
 @pytest.mark.parametrize("row", [*REFUSED, *REFUSED_LINES])
 async def test_ambiguous_request_is_rejected(relay, row):
-    """At most one answer, an error, and the end; nothing behind it is read."""
+    """At most one response, an error, then the end; no further request is read."""
     request = LINE + REFUSED[row] if row in REFUSED else REFUSED_LINES[row]
     heard = await relay.tell(request + SMUGGLED)
     assert heard.ended, heard
@@ -216,8 +216,8 @@ TOLERATED = {
 
 
 @pytest.mark.parametrize("row", TOLERATED)
-async def test_request_that_may_be_read_in_one_way_only(relay, row):
-    """Either refused as a whole, or read with the one length that it can have."""
+async def test_request_with_one_interpretation_is_served_or_rejected(relay, row):
+    """It is rejected, or read with the only length that it can have."""
     heard = await relay.tell(LINE + TOLERATED[row] + SMUGGLED, answers=2)
     frames = await relay.frames()
     if frames:
@@ -241,7 +241,7 @@ CUT = {
 
 @pytest.mark.parametrize("row", CUT)
 async def test_incomplete_request_is_not_served(relay, row):
-    """It ends, and nothing of it reaches the client."""
+    """The connection is closed, and the client gets nothing."""
     heard = await relay.tell(CUT[row], half_close=True)
     assert heard.ended
     assert {400}.issuperset(heard.statuses), heard
@@ -280,8 +280,8 @@ ANSWERED = {
 
 
 @pytest.mark.parametrize("row", ANSWERED)
-async def test_strange_target_has_its_answer(relay, row):
-    """A path is compared as it stands; what is none of ours reaches no client."""
+async def test_unusual_target_is_answered(relay, row):
+    """Paths are not normalized; an unknown path reaches no client."""
     line, statuses = ANSWERED[row]
     heard = await relay.tell(line + b"\r\n" + HOST + SENT, answers=1)
     ((status, *_),) = heard.answers()
@@ -290,7 +290,7 @@ async def test_strange_target_has_its_answer(relay, row):
 
 
 async def test_connection_id_in_capitals_is_rejected(relay):
-    """An id has one spelling."""
+    """An id has one spelling, in lower case."""
     for spelling in (relay.id.upper(), f"%{ord(relay.id[0]):02X}{relay.id[1:]}"):
         line = f"POST /socket/{spelling}/send HTTP/1.1\r\n".encode()
         heard = await relay.tell(line + HOST + SENT, answers=1)
@@ -299,8 +299,8 @@ async def test_connection_id_in_capitals_is_rejected(relay):
     assert await relay.frames() == []
 
 
-async def test_absolute_target_is_routed_by_its_path_or_refused(relay):
-    """Whatever host it names (RFC 9112, section 3.2.2), nothing is fetched."""
+async def test_absolute_target_is_routed_by_its_path_or_rejected(relay):
+    """Its host is ignored (RFC 9112, section 3.2.2), and nothing is fetched."""
     line = b"POST http://other.example/socket/{id}/send?type=text HTTP/1.1\r\n"
     heard = await relay.tell(line + HOST + SENT, answers=1)
     if await relay.frames():
@@ -333,7 +333,7 @@ LAST_ONES = {
 
 @pytest.mark.parametrize("row", LAST_ONES)
 async def test_nothing_is_read_behind_the_last_request(relay, row):
-    """Who is told that the connection ends has no further request (RFC 9112, 9.6)."""
+    """After `Connection: close` no request is processed (RFC 9112, section 9.6)."""
     request, status = LAST_ONES[row]
     heard = await relay.tell(LINE + request + SMUGGLED)
     assert heard.ended
@@ -341,23 +341,23 @@ async def test_nothing_is_read_behind_the_last_request(relay, row):
     assert await relay.frames() == (["hello"] if status == 200 else [])
 
 
-async def test_request_in_single_bytes_is_a_request(relay):
-    """However it is cut, it is one."""
+async def test_request_in_single_bytes_is_served(relay):
+    """For every way to split it, the result is the same."""
     request = (LINE + HOST + SENT).replace(b"{id}", relay.id.encode())
     pieces = [request[index : index + 1] for index in range(len(request))]
     assert (await relay.tell(*pieces, answers=1)).statuses == [200]
     assert await relay.frames() == ["hello"]
 
 
-async def test_half_closed_connection_gets_its_answer(relay):
-    """A peer that has said all may say so at once."""
+async def test_half_closed_connection_gets_its_response(relay):
+    """A peer may shut down its writing side after the request."""
     heard = await relay.tell(LINE + HOST + SENT, half_close=True)
     assert heard.statuses == [200]
     assert await relay.frames() == ["hello"]
 
 
-async def test_upgrade_to_http_2_is_not_taken(relay):
-    """The request is one like any other (RFC 9110, section 7.8)."""
+async def test_upgrade_to_http_2_is_ignored(relay):
+    """The request is served as HTTP/1.1 (RFC 9110, section 7.8)."""
     upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
     settings = b"HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
     heard = await relay.tell(LINE + HOST + upgrade + settings + SENT, answers=1)
@@ -366,7 +366,7 @@ async def test_upgrade_to_http_2_is_not_taken(relay):
 
 
 async def test_100_continue_is_sent_on_request(relay):
-    """And the body is read then; the one answer follows."""
+    """Then the body is read, and one response follows."""
     head, end, body = (LINE + HOST + b"Expect: 100-continue\r\n" + SENT).rpartition(
         b"\r\n\r\n"
     )
@@ -405,7 +405,7 @@ NO_CLOSING = {
 
 @pytest.mark.parametrize("row", NO_CLOSING)
 async def test_bad_closing_is_400(relay, row):
-    """With a sentence that quotes nothing of it, and the client stays."""
+    """The error does not quote the input, and the client stays connected."""
     head = b"POST /socket/{id}/disconnect HTTP/1.1\r\n" + HOST
     head += lengths(b"%d" % len(NO_CLOSING[row])) + b"\r\n"
     heard = await relay.tell(head + NO_CLOSING[row], answers=1)
@@ -417,7 +417,7 @@ async def test_bad_closing_is_400(relay, row):
 
 
 async def test_line_breaks_in_a_reason_stay_in_the_close_frame(relay):
-    """They begin no header, neither of the callback's answer nor of an event."""
+    """They start no header in the callback's response, nor in an event."""
     reason = "a\r\nX-Injected: b\r\n\r\n\0"
     before = len(relay.backend.of("disconnect"))
     async with websockets.connect(relay.service.ws_url) as client:
@@ -571,8 +571,8 @@ def answered(io_loop, shared) -> Answered:
 
 
 @pytest.mark.parametrize("row", ANSWERS)
-async def test_bad_answer_to_a_message(answered, row):
-    """It goes again, or not, and the one behind it is posted as if nothing were."""
+async def test_bad_response_to_a_message(answered, row):
+    """The message is retried or refused, and the next one is sent."""
     answered.answer("message", ANSWERS[row])
     async with websockets.connect(answered.service.ws_url) as client:
         await client.send("one")
@@ -586,8 +586,8 @@ async def test_bad_answer_to_a_message(answered, row):
 
 
 @pytest.mark.parametrize("row", ANSWERS)
-async def test_bad_answer_to_a_disconnect_event(answered, row):
-    """It goes again, or is refused once and for all, which is logged."""
+async def test_bad_response_to_a_disconnect_event(answered, row):
+    """The event is retried, or refused finally, which is logged."""
     answered.answer("disconnect", ANSWERS[row])
     before = len(answered.service.log)
     async with websockets.connect(answered.service.ws_url):
@@ -625,8 +625,8 @@ async def shake_hands(answered: Answered) -> tuple[int, dict[str, str], bytes]:
 
 
 @pytest.mark.parametrize("row", ANSWERS)
-async def test_bad_answer_to_a_connect_event(answered, row):
-    """No verdict is 503, and the backend is told in case that it meant yes."""
+async def test_bad_response_to_a_connect_event(answered, row):
+    """The client gets 503, and the backend a disconnect event."""
     # Of a kept connection that closes without a byte, it is likely that it was
     # closed before the event came: that one may come twice.
     times = 2 if row == "nothing" else 1
@@ -664,8 +664,8 @@ VERDICTS = {
 
 
 @pytest.mark.parametrize("row", VERDICTS)
-async def test_bad_verdict(answered, row):
-    """2xx is a yes, whatever it says; but no subprotocol that was not offered."""
+async def test_bad_body_of_an_accepting_response(answered, row):
+    """2xx accepts the client, but selects only a subprotocol that it offered."""
     body, expected = VERDICTS[row]
     head = b"HTTP/1.1 200 OK\r\n" + lengths(b"%d" % len(body)) + b"\r\n"
     answered.answer("connect", head + body)
@@ -698,7 +698,7 @@ INJECTIONS = {
 @pytest.mark.parametrize("name", ["WWW-Authenticate", "Retry-After", "Content-Type"])
 @pytest.mark.parametrize("row", INJECTIONS)
 async def test_refusal_injects_nothing(answered, row, name):
-    """One answer, with the three headers that are passed on and no other."""
+    """The client gets one response, with the three permitted headers."""
     head = f"HTTP/1.1 401 No\r\nSet-Cookie: a=b\r\n{name}: ".encode()
     answered.answer(
         "connect", head + INJECTIONS[row] + b"\r\nContent-Length: 2\r\n\r\nno"
@@ -713,7 +713,7 @@ async def test_refusal_injects_nothing(answered, row, name):
 
 
 async def test_body_of_a_refusal_is_cut(answered):
-    """The client gets its first 4 KiB, however long it is."""
+    """The client gets at most its first 4 KiB."""
     for body, length in ((b"x" * 2**23, b"8388608"), (b"x" * 5000, b"5000")):
         head = b"HTTP/1.1 403 No\r\n" + lengths(length) + b"\r\n"
         answered.answer("connect", head + body)
@@ -743,21 +743,21 @@ NO_FILES = {
 
 
 @pytest.mark.parametrize("row", NO_FILES)
-def test_bad_options_file_is_one_sentence(tmp_path, row):
-    """Nothing of it is run, and nothing starts."""
+def test_bad_options_file_is_one_line(tmp_path, row):
+    """The file is not executed, and the relay does not start."""
     content, said = NO_FILES[row]
     (tmp_path / "conf").write_bytes(content)
     assert said in refusal(f"--config={tmp_path / 'conf'}")
 
 
-def test_bad_environment_is_one_sentence():
-    """Bytes that are not UTF-8 come as surrogates, which no event could hold."""
+def test_bad_environment_is_one_line():
+    """Bytes that are not UTF-8 become surrogates, which no event can contain."""
     line = refusal(SOCKETDOCK_INSTANCE_NAME=os.fsdecode(b"\xff"))
     assert "SOCKETDOCK_INSTANCE_NAME must be text in UTF-8" in line
 
 
 async def test_largest_values_work(io_loop):
-    """Of whatever is counted or waited for, they overflow nothing."""
+    """The largest value of each option causes no overflow."""
     flags = [
         f"--{name}={2**48}"
         for name in ("max_message_size", "max_send_buffer", "max_queued_bytes",
@@ -786,8 +786,8 @@ async def test_largest_values_work(io_loop):
 
 
 @pytest.mark.parametrize("number", [signal.SIGPIPE, signal.SIGHUP])
-async def test_signal_that_asks_for_nothing_changes_nothing(io_loop, number):
-    """Neither one nor many, nor while it drains."""
+async def test_ignored_signals_change_nothing(io_loop, number):
+    """One or many, also during a drain."""
     async with RecordingBackend() as backend:
         answered = withhold(backend, "disconnect")
         async with Service(*backend.flags("message", "disconnect")) as service:
@@ -804,8 +804,8 @@ async def test_signal_that_asks_for_nothing_changes_nothing(io_loop, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGALRM])
-async def test_signal_that_is_not_ours_has_the_systems_effect(io_loop, number):
-    """The process ends at once, and with `--state_dir` the next start tells of it."""
+async def test_unhandled_signals_end_the_process(io_loop, number):
+    """At once; with `--state_dir` the next start sends disconnect events."""
     async with Service() as service:
         service.process.send_signal(number)
         assert await asyncio.wait_for(service.process.wait(), DEADLINE) == -number

@@ -283,8 +283,10 @@ class Talker:
 
 
 @each_balancer
-async def test_clients_are_spread_and_known(io_loop, balancer, tmp_path):
-    """Both relays get some; each knows the client's address, and answers it."""
+async def test_clients_are_distributed_with_their_addresses(
+    io_loop, balancer, tmp_path
+):
+    """Both relays get clients, know their addresses, and answer them."""
     async with RecordingBackend() as backend:
         echoing(backend)
         async with (
@@ -303,7 +305,7 @@ async def test_clients_are_spread_and_known(io_loop, balancer, tmp_path):
 
 @each_balancer
 async def test_forwarding_headers_of_clients_are_ignored(io_loop, balancer, tmp_path):
-    """Neither X-Forwarded-For nor X-Forwarded-Proto passes."""
+    """X-Forwarded-For and X-Forwarded-Proto of a client are not passed on."""
     forged = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https"}
     async with RecordingBackend() as backend:
         async with relays(backend) as both, balancer(tmp_path, both) as front:
@@ -316,8 +318,8 @@ async def test_forwarding_headers_of_clients_are_ignored(io_loop, balancer, tmp_
 
 
 @each_balancer
-async def test_only_clients_come_through(io_loop, balancer, tmp_path):
-    """Neither callbacks nor what operators use, nor probes."""
+async def test_balancer_forwards_only_clients(io_loop, balancer, tmp_path):
+    """Not callbacks, operators' requests or probes."""
     async with RecordingBackend() as backend:
         async with relays(backend) as both, balancer(tmp_path, both) as front:
             for path in ("/", "/livez", "/readyz", "/status", "/socket/0/send"):
@@ -325,8 +327,8 @@ async def test_only_clients_come_through(io_loop, balancer, tmp_path):
 
 
 @each_balancer
-async def test_reload_keeps_the_clients(io_loop, balancer, tmp_path):
-    """Those from before stay where they are, new ones see the new file."""
+async def test_reload_keeps_clients(io_loop, balancer, tmp_path):
+    """Open connections stay, and new ones use the new file."""
     async with RecordingBackend() as backend:
         echoing(backend)
         async with (
@@ -350,7 +352,7 @@ async def test_reload_keeps_the_clients(io_loop, balancer, tmp_path):
 
 @each_balancer
 async def test_upgrade_of_both_relays_loses_no_message(io_loop, balancer, tmp_path):
-    """One drains while the other takes over, then the other; nobody is refused."""
+    """One drains while the other serves, then the other; no client is rejected."""
     # nginx probes nothing, so a relay refuses clients while it closes the others.
     drain = f"--drain_delay={DRAIN_DELAY}"
     if balancer is Nginx:
@@ -422,8 +424,8 @@ def assert_in_order(backend: RecordingBackend) -> None:
 
 
 @each_balancer
-async def test_relay_that_has_died_costs_no_handshake(io_loop, balancer, tmp_path):
-    """The other one gets them from the first on."""
+async def test_dead_relay_costs_no_handshake(io_loop, balancer, tmp_path):
+    """The other relay gets all clients at once."""
     async with RecordingBackend() as backend:
         async with relays(backend) as both, balancer(tmp_path, both) as front:
             both[0].process.kill()
@@ -433,8 +435,8 @@ async def test_relay_that_has_died_costs_no_handshake(io_loop, balancer, tmp_pat
 
 
 @each_balancer
-async def test_idle_clients_stay_since_they_are_pinged(io_loop, balancer, tmp_path):
-    """Once the one that is not pinged was cut for idling, the others are there."""
+async def test_pings_keep_idle_clients_connected(io_loop, balancer, tmp_path):
+    """A client without pings is closed; the pinged ones stay."""
     timeout = {
         HAProxy: ("timeout tunnel 60s", "timeout tunnel 1s"),
         Nginx: ("proxy_read_timeout 60s", "proxy_read_timeout 1s"),
@@ -457,8 +459,8 @@ async def test_idle_clients_stay_since_they_are_pinged(io_loop, balancer, tmp_pa
     assert set(idle.values()) == {"one", "two"}
 
 
-def test_idle_timeouts_are_above_the_time_that_the_relay_takes():
-    """`--ping_interval` and `--ping_timeout`, of 20 seconds each."""
+def test_idle_timeouts_are_above_the_ping_times():
+    """`--ping_interval` and `--ping_timeout` are 20 seconds each."""
     haproxy = (PROJECT / "conf" / "haproxy.cfg").read_text()
     nginx = (PROJECT / "conf" / "nginx.conf").read_text()
     found = re.findall(r"^ *timeout tunnel (\d+)s$", haproxy, re.MULTILINE)

@@ -50,7 +50,7 @@ async def test_every_mode_of_the_benchmark_gives_its_figures(
 
 
 async def test_checkouts_are_compared_by_rounds(io_loop: object) -> None:
-    """Each round has a ratio; too few of them are no verdict."""
+    """Each round has a ratio; with too few rounds there is no interval."""
     said = await bench(
         f"--against={PROJECT}", "--modes=up,idle", "--rounds=2", "--tries=1",
         "--seconds=0.2", "--warm-up=0.1", "--clients=4", "--idle-clients=70",
@@ -76,13 +76,15 @@ async def test_checkouts_are_compared_by_rounds(io_loop: object) -> None:
         ([2.0] * 6, True),
     ],
 )
-def test_slower_is_what_cannot_be_chance(ratios: list[float], slower: bool) -> None:
-    """Only where the whole interval of the median lies above the tolerance."""
+def test_slower_is_judged_by_the_whole_interval(
+    ratios: list[float], slower: bool
+) -> None:
+    """Only if the whole interval of the median lies above the tolerance."""
     assert Comparison("up", 1024, ratios).is_slower is slower
 
 
-def test_price_of_a_round_is_compared_with_the_same_round_s() -> None:
-    """In whatever order the two were measured."""
+def test_costs_are_compared_within_a_round() -> None:
+    """In either order of measurement."""
     runs = [
         {"round": 1, "relay": "ours", "mode": "up", "size": 1, "cpu_us": 30.0},
         {"round": 1, "relay": "theirs", "mode": "up", "size": 1, "cpu_us": 20.0},

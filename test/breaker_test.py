@@ -27,10 +27,10 @@ def fail(breaker: Breaker, attempts: int, connections: int) -> None:
         (21, 20, 5, False),  # less than half
     ],
 )
-async def test_opens_at_its_numbers_and_not_before(
+async def test_opens_at_its_limits_and_not_before(
     io_loop, answered, away, connections, opens
 ):
-    """Half of twenty attempts, from five connections."""
+    """Half of twenty attempts failed, of five connections."""
     breaker = Breaker(QUICK)
     for _ in range(answered):
         breaker.record("someone", away=False)
@@ -39,8 +39,8 @@ async def test_opens_at_its_numbers_and_not_before(
     assert breaker.take() is not opens
 
 
-async def test_probes_go_one_at_a_time_and_rotate(io_loop):
-    """Each in line has its turn, while the backend stays away."""
+async def test_probes_are_sent_one_at_a_time_in_turn(io_loop):
+    """Each connection in line sends a probe while the backend is unreachable."""
     breaker = Breaker(QUICK)
     fail(breaker, 20, 5)
     turns: list[int] = []
@@ -69,8 +69,8 @@ async def test_probes_go_one_at_a_time_and_rotate(io_loop):
     assert turns == [0, 1, 2, 0, 1, 2, 0]
 
 
-async def test_an_answer_closes_it_and_wakes_everyone(io_loop):
-    """Whatever the answer is: the backend is there."""
+async def test_a_response_closes_it_and_wakes_all_waiters(io_loop):
+    """Any response shows that the backend is reachable."""
     breaker = Breaker(QUICK)
     fail(breaker, 20, 5)
     woken: list[int] = []
@@ -88,7 +88,7 @@ async def test_an_answer_closes_it_and_wakes_everyone(io_loop):
 
 
 async def test_unused_probe_goes_to_the_next_caller(io_loop):
-    """An open breaker with nobody in line is not open for ever."""
+    """An open breaker with an empty line does not stay open for ever."""
     breaker = Breaker(BreakerSettings(first_probe=0.01))
     fail(breaker, 20, 5)
     await eventually(lambda: breaker._permit)
@@ -97,7 +97,7 @@ async def test_unused_probe_goes_to_the_next_caller(io_loop):
 
 
 async def test_probe_that_ends_without_an_outcome_is_not_the_last(io_loop):
-    """Nobody learns what would have become of it: another one goes."""
+    """Another probe is permitted."""
     breaker = Breaker(QUICK)
     fail(breaker, 20, 5)
     await eventually(breaker.take)

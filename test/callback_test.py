@@ -48,7 +48,7 @@ async def open_connection(
 async def test_send_makes_the_frame_of_its_type(
     io_loop, query, content_type, body, frame
 ):
-    """The media type decides between text and binary, ?type= before it."""
+    """The media type decides between text and binary; ?type= overrides it."""
     async with open_connection() as (_, backend, client, url):
         headers = {"Content-Type": content_type} if content_type else {}
         answer = await backend.call(f"{url}/send{query}", body=body, headers=headers)
@@ -101,7 +101,7 @@ async def test_bad_callback_is_a_problem(io_loop, method, path, body, headers, s
 
 
 async def test_send_of_exactly_the_limit_arrives(io_loop):
-    """4 MiB is not too much."""
+    """A body of 4 MiB is accepted."""
     async with open_connection(max_size=None) as (_, backend, client, url):
         body = b"x" * (4 * 2**20)
         answer, frame = await asyncio.gather(
@@ -112,7 +112,7 @@ async def test_send_of_exactly_the_limit_arrives(io_loop):
 
 
 async def test_oversized_chunked_body_is_413(io_loop):
-    """A body that does not tell its length is measured as it comes."""
+    """A body without a declared length is measured while it arrives."""
 
     async def chunks(write) -> None:
         for _ in range(5):
@@ -166,7 +166,7 @@ NOT_TAKEN = [
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 async def test_body_that_would_have_to_be_decoded_is_415(io_loop, server):
-    """A Content-Encoding, or another charset than UTF-8; nothing reaches the client."""
+    """A Content-Encoding, or a charset other than UTF-8; nothing is sent."""
     flag = f"--http_server={server}"
     async with open_connection(flag) as (_, backend, client, url):
         for expected, rows in ((200, TAKEN), (415, NOT_TAKEN)):
@@ -191,7 +191,7 @@ async def test_body_that_would_have_to_be_decoded_is_415(io_loop, server):
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 async def test_415_comes_after_413_and_before_400(io_loop, server):
-    """Behind 401, 404, 405 and 413, before 400 and 410."""
+    """The order is 401, 404, 405, 413, 415, 400, 410."""
     token = "0123456789abcdef"
     flags = (f"--http_server={server}", f"--callback_token={token}")
     async with open_connection(*flags) as (_, backend, _, url):
@@ -220,7 +220,7 @@ async def test_415_comes_after_413_and_before_400(io_loop, server):
 
 
 async def test_head_of_a_connection_is_get_without_a_body(io_loop):
-    """Status and headers are those of GET, of an open connection and of none."""
+    """Same status and headers as GET, for an open and for an unknown connection."""
     async with open_connection() as (_, backend, _, url):
         for target, status in ((url, 200), (url.replace(url[-32:], UNKNOWN), 410)):
             got, head = [await backend.call(target, m) for m in ("GET", "HEAD")]
@@ -232,7 +232,7 @@ async def test_head_of_a_connection_is_get_without_a_body(io_loop):
 
 @pytest.mark.parametrize("identifier", ["0f6c2f", UNKNOWN + "0", "F" * 32, "x" * 32])
 async def test_malformed_connection_id_gets_an_explanation(io_loop, identifier):
-    """404, as for each path that is none, but it names the reason."""
+    """404, with the reason in the detail."""
     async with RecordingBackend() as backend, Service() as service:
         for path in ("", "/send", "/disconnect", "/sent"):
             url = f"{service.callback_url}/socket/{identifier}{path}"
@@ -244,8 +244,8 @@ async def test_malformed_connection_id_gets_an_explanation(io_loop, identifier):
 
 
 @pytest.mark.parametrize("path", ["/send", "/disconnect", ""])
-async def test_unknown_and_closed_connections_are_gone(io_loop, path):
-    """410 for an id that was never here, and for one that has left."""
+async def test_unknown_and_closed_connections_are_410(io_loop, path):
+    """For an id that never existed, and for one that has disconnected."""
     async with open_connection() as (_, backend, client, url):
         method = "POST" if path else "GET"
         unknown = url.replace(url[-32:], UNKNOWN)
@@ -256,8 +256,8 @@ async def test_unknown_and_closed_connections_are_gone(io_loop, path):
         assert (await backend.call(url, "DELETE")).code == 410
 
 
-async def test_closing_connection_is_gone(io_loop):
-    """While the close frame's answer is awaited, nothing more is taken."""
+async def test_closing_connection_is_410(io_loop):
+    """After the close frame, no send is accepted."""
     async with RecordingBackend() as backend:
         async with Service(*backend.flags()) as service:
             host, port = service.ws_url[5:-3].split(":")
@@ -299,7 +299,7 @@ async def test_closing_connection_is_gone(io_loop):
 async def test_disconnect_closes_with_code_and_reason(
     io_loop, method, path, body, status, code, reason
 ):
-    """The client sees what the backend asked for."""
+    """The client gets the code and the reason of the callback."""
     async with open_connection() as (_, backend, client, url):
         assert (await backend.call(url + path, method, body=body)).code == status
         with pytest.raises(websockets.ConnectionClosed):
@@ -310,7 +310,7 @@ async def test_disconnect_closes_with_code_and_reason(
         assert isinstance(event["meta"]["code"], int)
 
 
-async def test_info_tells_of_the_connection(io_loop):
+async def test_info_describes_the_connection(io_loop):
     """State, times, peer and counts."""
     agent = {"user_agent_header": "Agent/1"}
     async with open_connection(**agent) as (_, backend, client, url):
@@ -326,8 +326,8 @@ async def test_info_tells_of_the_connection(io_loop):
         assert (info["messages_out"], info["bytes_out"]) == (1, 3)
 
 
-async def test_push_before_the_answer_leaves_after_the_101(io_loop):
-    """A callback from within the connect handler is 202, its frame comes first."""
+async def test_send_before_the_decision_follows_the_101(io_loop):
+    """A send from the connect handler is 202, and its frame is the first one."""
     async with RecordingBackend() as backend:
 
         async def push(handler: RequestHandler, event: dict) -> None:
@@ -344,8 +344,8 @@ async def test_push_before_the_answer_leaves_after_the_101(io_loop):
                 assert frames == [b"0", b"1", b"2"]
 
 
-async def test_disconnect_before_the_answer_closes_after_the_101(io_loop):
-    """Closed right after the handshake, with the code that was asked for."""
+async def test_disconnect_before_the_decision_closes_after_the_101(io_loop):
+    """The client is closed right after the handshake, with the requested code."""
     async with RecordingBackend() as backend:
 
         async def close(handler: RequestHandler, event: dict) -> None:
@@ -364,8 +364,8 @@ async def test_disconnect_before_the_answer_closes_after_the_101(io_loop):
             assert event["meta"]["code"] == 3000
 
 
-async def test_concurrent_pushes_arrive_whole(io_loop):
-    """Each of many frames at once is a frame of its own."""
+async def test_concurrent_sends_arrive_complete(io_loop):
+    """Each of many sends at once becomes one frame."""
     roomy = "--max_send_buffer=100000000"
     async with open_connection(roomy) as (_, backend, client, url):
         bodies = [bytes([n]) * (1000 * n + 1) for n in range(200)]
@@ -377,8 +377,8 @@ async def test_concurrent_pushes_arrive_whole(io_loop):
         assert {answer.code for answer in await calls} == {200}
 
 
-async def test_prefix_is_served_and_not_needed(io_loop):
-    """Behind a proxy that strips the prefix or keeps it, callbacks work."""
+async def test_prefix_is_optional(io_loop):
+    """Callbacks work behind a proxy that strips the prefix, or keeps it."""
     async with RecordingBackend() as backend:
         flags = ("--externalhostandport=https://relay-3.internal/sd/",)
         async with Service(*backend.flags(), *flags) as service:
@@ -394,7 +394,7 @@ async def test_prefix_is_served_and_not_needed(io_loop):
 
 
 async def test_slow_client_is_429_then_1008_and_410(io_loop):
-    """Too much waiting is refused; a client that takes nothing is closed."""
+    """A send to a full queue is 429; a client that reads nothing is closed."""
     async with RecordingBackend() as backend:
         flags = ("--send_timeout=1.5", "--max_send_buffer=100000")
         async with Service(*backend.flags(), *flags) as service:
