@@ -63,7 +63,7 @@ async def https(certificate, **context):
 
 
 async def test_nothing_wrong_is_status_0_and_the_backend_gets_no_event(io_loop):
-    """Options may follow the subcommand; the backend is connected to, and no more."""
+    """The check connects to the backend, but sends nothing. Options may follow."""
     async with RecordingBackend() as backend:
         lines = await check(f"--bindport={free_ports(1)}", *backend.flags(), status=0)
         assert backend.events == []
@@ -76,17 +76,17 @@ async def test_nothing_wrong_is_status_0_and_the_backend_gets_no_event(io_loop):
 
 
 async def test_check_of_loopback_needs_no_backend(io_loop):
-    """A backend that brings no check of its own is fine."""
+    """A backend without a check of its own passes."""
     assert len(await check("--bindport=0", status=0)) == 2
 
 
 async def test_no_option_is_needed(io_loop):
-    """Neither by the check nor, so, by the start."""
+    """Neither the check nor the start needs an option."""
     assert len(await check(status=0, env={"SOCKETDOCK_BINDPORT": "0"})) == 2
 
 
 async def test_check_reports_when_the_backend_certificate_expires(io_loop, tmp_path):
-    """The test authority's are good for a day, which is soon."""
+    """The test certificate expires within a day: a warning."""
     authority = Authority(tmp_path)
     async with https(authority.server()) as url:
         lines = await check(*to(url), f"--backend_ca={authority.path}", status=0)
@@ -105,13 +105,13 @@ async def test_unknown_variable_of_the_environment_is_a_warning(io_loop):
 
 
 async def test_bad_option_is_status_2(io_loop):
-    """As at the start, with the same sentence."""
+    """With the same line as at the start."""
     (line,) = await check("--bidport=1", status=2)
     assert line == "socketdock: there is no option --bidport; did you mean --bindport?"
 
 
 async def test_check_reports_options_that_need_another_option(io_loop):
-    """With everything else that was found."""
+    """Together with all other findings."""
     line = only("error", await check("--bindport=0", "--backend=http", status=1))
     assert line == "error:   --backend=http needs --messageuri"
 
@@ -124,14 +124,14 @@ async def test_check_reports_unreachable_backend(io_loop):
 
 
 async def test_check_reports_unknown_backend_name(io_loop):
-    """No resolver has to be asked for that."""
+    """The test needs no DNS server."""
     line = only("error", await check(*to("http://no..name/"), status=1))
     assert "http://no..name:80: the name is unknown here" in line
     assert "correct it, or this machine's DNS" in line
 
 
 async def test_check_reports_expired_backend_certificate(io_loop, tmp_path):
-    """It has to renew it."""
+    """The remedy is to renew it."""
     authority = Authority(tmp_path)
     async with https(authority.server(expired=True)) as url:
         lines = await check(*to(url), f"--backend_ca={authority.path}", status=1)
@@ -140,7 +140,7 @@ async def test_check_reports_expired_backend_certificate(io_loop, tmp_path):
 
 
 async def test_check_reports_untrusted_certificate(io_loop, tmp_path):
-    """With the option that would name who does."""
+    """The remedy names --backend_ca."""
     async with https(self_signed(tmp_path)) as url:
         line = only("error", await check(*to(url), status=1))
     assert "TLS: self-signed certificate; put the CA" in line
@@ -148,7 +148,7 @@ async def test_check_reports_untrusted_certificate(io_loop, tmp_path):
 
 
 async def test_check_reports_server_that_closes_during_tls(io_loop):
-    """It says nothing, so the finding does."""
+    """The server sends no alert, so the finding explains the end."""
 
     async def hang_up(reader, writer):
         await reader.read(1)
@@ -168,14 +168,14 @@ async def test_check_reports_server_that_closes_during_tls(io_loop):
     ],
 )
 def test_tls_advice_fits_the_error(code, advice):
-    """--backend_ca helps only where the authority is unknown."""
+    """--backend_ca is recommended only if the CA is unknown."""
     error = ssl.SSLCertVerificationError()
     error.verify_code = code
     assert tls_remedy(error).startswith(advice)
 
 
 async def test_check_reports_certificate_for_another_name(io_loop, tmp_path):
-    """The name in the URL has to be among its names."""
+    """The URL's host name is not in the certificate."""
     authority = Authority(tmp_path)
     async with https(authority.server("elsewhere.example")) as url:
         lines = await check(*to(url), f"--backend_ca={authority.path}", status=1)
@@ -183,7 +183,7 @@ async def test_check_reports_certificate_for_another_name(io_loop, tmp_path):
 
 
 async def test_check_reports_backend_that_requires_a_certificate(io_loop, tmp_path):
-    """By TLS 1.3 that shows only after the handshake."""
+    """With TLS 1.3 the rejection comes only after the handshake."""
     authority = Authority(tmp_path)
     async with https(authority.server(), client_ca=authority.path) as url:
         lines = await check(*to(url), f"--backend_ca={authority.path}", status=1)
@@ -191,7 +191,7 @@ async def test_check_reports_backend_that_requires_a_certificate(io_loop, tmp_pa
 
 
 async def test_check_reports_backend_without_tls(io_loop):
-    """https:// to a port of http://."""
+    """The URL has https://, but the port serves http://."""
     async with RecordingBackend() as backend:
         url = backend.url("message").replace("http", "https")
         lines = await check(*to(url), "--backend_connect_timeout=1", status=1)
@@ -200,7 +200,7 @@ async def test_check_reports_backend_without_tls(io_loop):
 
 
 async def test_check_reports_port_in_use_and_leaves_its_relay_alone(io_loop):
-    """A relay that runs with the very same options, for one."""
+    """For example, a running relay with the same options."""
     async with Service() as service:
         port = service.ws_url.split(":")[2].split("/")[0]
         async with websockets.connect(service.ws_url) as client:
@@ -211,13 +211,13 @@ async def test_check_reports_port_in_use_and_leaves_its_relay_alone(io_loop):
 
 
 async def test_check_reports_address_of_another_machine(io_loop):
-    """192.0.2.1 is nobody's (RFC 5737)."""
+    """192.0.2.1 is reserved for documentation (RFC 5737)."""
     lines = await check("--bindip=192.0.2.1", "--bindport=0", status=1)
     assert any("give an address that this machine has" in line for line in lines)
 
 
 async def test_check_reports_own_expiring_certificate(io_loop, tmp_path, monkeypatch):
-    """As a warning within 14 days, as an error once it has."""
+    """A warning within 14 days, an error after the expiry."""
     authority = Authority(tmp_path)
     expired = authority.server(expired=True).both
     flags = ("--bindport=0", f"--tls_cert={expired}")
@@ -232,13 +232,13 @@ async def test_check_reports_own_expiring_certificate(io_loop, tmp_path, monkeyp
 
 
 async def test_check_reports_file_that_is_not_a_certificate(io_loop):
-    """With the sentence of the start."""
+    """With the same text as at the start."""
     flags = ("--bindport=0", "--tls_cert=README.md")
     assert "can't use README.md for TLS" in only("error", await check(*flags, status=1))
 
 
 async def test_check_reports_callbacks_without_a_token_on_a_public_address(io_loop):
-    """The start only warns of it."""
+    """An error; at the start it is only a warning."""
     flags = ("--bindport=0", "--bindip=0.0.0.0")
     line = only("error", await check(*flags, status=1))
     assert "callbacks need no token" in line and "--callback_token_file" in line
@@ -246,7 +246,7 @@ async def test_check_reports_callbacks_without_a_token_on_a_public_address(io_lo
 
 
 async def test_check_reports_too_few_descriptors(io_loop):
-    """With where the limit is raised."""
+    """The remedy says where to raise the limit."""
     lines = await check(
         "--bindport=0",
         status=1,
@@ -257,7 +257,7 @@ async def test_check_reports_too_few_descriptors(io_loop):
 
 
 async def test_check_reports_state_dir_that_is_not_a_folder(io_loop):
-    """Nothing is made, and a running relay's lock is left alone."""
+    """The check creates nothing, and takes no lock of a running relay."""
     async with RecordingBackend() as backend:
         url = backend.url("message")
         told = f"--disconnecturi={url}"
@@ -265,8 +265,8 @@ async def test_check_reports_state_dir_that_is_not_a_folder(io_loop):
     assert "README.md is no folder" in only("error", lines)
 
 
-async def test_errors_are_in_the_exit_status_of_a_cut_output(io_loop):
-    """`| head` may have closed the pipe before the first line, or between two."""
+async def test_errors_set_the_exit_status_if_the_output_is_closed(io_loop):
+    """`| head` may close the pipe before the first line, or between two."""
     check = f'"{sys.executable}" -u socketdock.py check --bindport=0 --bindip=192.0.2.1'
     piped = await asyncio.create_subprocess_exec(
         "bash", "-c", f'{check} | true; exit "${{PIPESTATUS[0]}}"',
@@ -277,7 +277,7 @@ async def test_errors_are_in_the_exit_status_of_a_cut_output(io_loop):
 
 
 async def test_check_reports_state_dir_without_disconnecturi(io_loop, tmp_path):
-    """By `check` and in the log; what it holds stays for a start that tells."""
+    """The log reports it, too. The directory's content is not deleted."""
     (tmp_path / "a.journal").write_bytes(b"socketdock journal 1 a\n+" + b"1" * 32)
     said = "--state_dir has no effect without --disconnecturi"
     async with RecordingBackend() as backend:

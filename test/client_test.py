@@ -63,8 +63,8 @@ def serving(serve=None, answer: bytes = OK, **options):
     return tcp_server(serve or functools.partial(answer_all, answer), **options)
 
 
-async def test_time_for_an_answer_runs_from_when_the_request_is_sent(io_loop):
-    """Where the time in line has a limit of its own, which a moving line renews."""
+async def test_response_timeout_begins_when_the_request_is_sent(io_loop):
+    """With a queue timeout, which each sent request of the queue restarts."""
 
     async def slowly(reader, writer) -> None:
         while await reader.readuntil(b"\r\n\r\n"):
@@ -78,8 +78,8 @@ async def test_time_for_an_answer_runs_from_when_the_request_is_sent(io_loop):
         assert [answer.status for answer in answers] == [200] * 8
 
 
-async def test_line_that_stands_still_and_a_silent_server_have_limits(io_loop):
-    """Each its own, and what waits in line was never sent."""
+async def test_stalled_queue_and_silent_server_have_timeouts(io_loop):
+    """Each has its own; a request that times out in the queue was never sent."""
     async with serving(answer=b"") as port, using(max_connections=1) as client:
         url = f"http://127.0.0.1:{port}/"
         first = asyncio.ensure_future(post(client, url, timeout=1, queue_timeout=9))
@@ -92,7 +92,7 @@ async def test_line_that_stands_still_and_a_silent_server_have_limits(io_loop):
 
 @pytest.mark.parametrize("limits", [{}, {"queue_timeout": 9}])
 async def test_immediate_retry_keeps_its_time_limit(io_loop, limits):
-    """A kept connection is ended by 408, and the next one stays silent."""
+    """408 ends a kept connection; on the next one there is no response."""
     connections = 0
 
     async def serve(reader, writer) -> None:
@@ -111,8 +111,8 @@ async def test_immediate_retry_keeps_its_time_limit(io_loop, limits):
         assert connections == 2
 
 
-async def test_name_with_a_dead_family_is_reached_by_the_other(io_loop, monkeypatch):
-    """Happy eyeballs: IPv6 is named first and refuses, IPv4 answers."""
+async def test_unreachable_ipv6_falls_back_to_ipv4(io_loop, monkeypatch):
+    """Happy eyeballs: the first address is IPv6 and refuses, IPv4 answers."""
 
     stream = (socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
 
@@ -131,7 +131,7 @@ async def test_name_with_a_dead_family_is_reached_by_the_other(io_loop, monkeypa
 
 
 async def test_unknown_name_is_a_backend_error(io_loop):
-    """A name that does not resolve is one sentence."""
+    """The error of a name that does not resolve is one line."""
     async with using() as client:
         with pytest.raises(BackendError, match="cannot connect"):
             await post(client, "http://backend.invalid/")
@@ -151,8 +151,8 @@ async def test_connections_are_reused_and_bounded(io_loop):
         assert 0 < most <= 10
 
 
-async def test_timed_out_request_gives_its_place_back(io_loop):
-    """After timeouts no connection and no waiter is left."""
+async def test_timed_out_request_frees_its_connection(io_loop):
+    """After timeouts there are no connections and no waiting requests."""
     async with serving(answer=b"") as port, using(max_connections=1) as client:
         url = f"http://127.0.0.1:{port}/"
         outcomes = await asyncio.gather(
@@ -165,7 +165,7 @@ async def test_timed_out_request_gives_its_place_back(io_loop):
 
 @pytest.mark.parametrize("size", [100, 64 * 1024, 1024 * 1024])
 async def test_kept_body_is_bounded(io_loop, size):
-    """A body that is asked for is kept up to 64 KiB."""
+    """With `keep`, up to 64 KiB of a body are stored."""
     answer = b"HTTP/1.1 403 No\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size
     async with serving(answer=answer) as port, using() as client:
         got = await post(client, f"http://127.0.0.1:{port}/", keep=True)
@@ -173,7 +173,7 @@ async def test_kept_body_is_bounded(io_loop, size):
 
 
 async def test_endless_body_ends_with_its_status(io_loop):
-    """An answer that never ends is cut, and counts as what it said."""
+    """The connection of an endless response is closed; its status counts."""
     cut = asyncio.Event()
 
     async def on_client(reader, writer) -> None:
@@ -200,7 +200,7 @@ SECOND_ANSWERS = {
 
 @pytest.mark.parametrize("second", SECOND_ANSWERS)
 async def test_second_response_is_ignored(io_loop, second):
-    """In one segment with the first: neither for its request nor for the next."""
+    """In the same segment: it belongs neither to this request nor to the next."""
     made = 0
 
     async def on_client(reader, writer) -> None:
@@ -215,8 +215,8 @@ async def test_second_response_is_ignored(io_loop, second):
             assert made == number  # what is left on a connection is not read
 
 
-async def test_trailers_are_no_headers(io_loop):
-    """What comes behind the body adds nothing to the answer, nor changes it."""
+async def test_trailers_are_ignored(io_loop):
+    """They add no header to the response, and change none."""
     answer = (
         b"HTTP/1.1 429 Later\r\nContent-Type: text/plain\r\n"
         b"Transfer-Encoding: chunked\r\n\r\n2\r\nOK\r\n0\r\n"
@@ -234,7 +234,7 @@ async def test_trailers_are_no_headers(io_loop):
 
 
 async def test_request_is_sent_when_the_kernel_has_all_of_it(io_loop):
-    """on_sent waits for the last byte, not for write() to return."""
+    """`on_sent` waits for the last byte, not for the return of write()."""
     size = 16 * 2**20
     body = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
     sent, read = asyncio.Event(), asyncio.Event()
@@ -265,8 +265,8 @@ HEADS = {
 
 
 @pytest.mark.parametrize("row", HEADS)
-async def test_odd_header_does_not_cost_the_answer(io_loop, row):
-    """Its connection is used again only where nobody can misunderstand its end."""
+async def test_malformed_header_keeps_the_status(io_loop, row):
+    """Its connection is reused only if the response's end is unambiguous."""
     line, is_kept = HEADS[row]
     answer = OK.replace(b"\r\n", b"\r\n" + line, 1)
     made = 0
@@ -284,7 +284,7 @@ async def test_odd_header_does_not_cost_the_answer(io_loop, row):
 
 
 async def test_bytes_after_an_ambiguous_response_are_discarded(io_loop):
-    """With two lengths: the body may hold what looks like the next answer."""
+    """With two lengths, the body may contain bytes like another response."""
     answer = (
         b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
         b"0\r\n\r\nHTTP/1.1 500 Smuggled\r\nContent-Length: 0\r\n\r\n"
@@ -297,7 +297,7 @@ async def test_bytes_after_an_ambiguous_response_are_discarded(io_loop):
 
 
 async def test_idle_connection_makes_room_for_another_origin(io_loop):
-    """Which waits since before it became idle."""
+    """The request for the other origin waited before the connection was idle."""
     asked, go_on = asyncio.Event(), asyncio.Event()
 
     async def held(reader, writer) -> None:
@@ -322,7 +322,7 @@ async def test_idle_connection_makes_room_for_another_origin(io_loop):
 
 @pytest.mark.parametrize("most", [1, 3])
 async def test_busy_origin_leaves_room_for_another(io_loop, most):
-    """However many requests wait for the first one."""
+    """However many requests wait for the first origin."""
     async with serving() as one, serving() as other, using(max_connections=most) as c:
         answers = 0
 
@@ -343,7 +343,7 @@ async def test_busy_origin_leaves_room_for_another(io_loop, most):
 
 
 async def test_408_on_a_kept_connection_ends_it(io_loop):
-    """The request goes again at once; on a new connection 408 is an answer."""
+    """The request is sent again at once; on a new connection 408 is its response."""
     late = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"
     made = 0
 
@@ -365,7 +365,7 @@ async def test_408_on_a_kept_connection_ends_it(io_loop):
 
 
 async def test_connection_is_not_used_beyond_its_age(io_loop):
-    """An answer that is under way is waited for."""
+    """A pending response is still received."""
     made, asked, go_on = 0, asyncio.Event(), asyncio.Event()
 
     async def on_client(reader, writer) -> None:
@@ -395,7 +395,7 @@ async def test_connection_is_not_used_beyond_its_age(io_loop):
 
 
 async def test_ping_timeout_spares_slow_reader(io_loop):
-    """Writing may take as long as it takes, while the peer takes something."""
+    """A write may take any time, while the peer accepts some bytes."""
     size = 32 * 2**20  # more than kernels keep
     body = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
     loop = asyncio.get_running_loop()
@@ -421,7 +421,7 @@ async def test_ping_timeout_spares_slow_reader(io_loop):
 
 
 async def test_ping_timeout_closes_client_that_stopped_reading(io_loop):
-    """Its kernel takes what it has room for, and then nothing more."""
+    """Its kernel accepts bytes until its buffer is full, then none."""
     body = b"POST / HTTP/1.1\r\nContent-Length: 67108864\r\n\r\n" + bytes(2**26)
     go_on = asyncio.Event()
 
@@ -440,7 +440,7 @@ async def test_ping_timeout_closes_client_that_stopped_reading(io_loop):
         assert re.search("not taken in 0.5 s|connection lost", str(outcome))
 
 
-async def test_callback_with_a_fault_takes_no_other_with_it(io_loop, caplog):
+async def test_exception_in_a_callback_does_not_affect_others(io_loop, caplog):
     """Neither the next request on its connection, nor those that wait."""
 
     def fail(outcome: object) -> None:
@@ -461,7 +461,7 @@ async def test_callback_with_a_fault_takes_no_other_with_it(io_loop, caplog):
 
 
 async def test_request_that_cannot_be_made_is_an_error(io_loop, caplog):
-    """Those behind it are sent."""
+    """The requests behind it are sent."""
 
     def broken() -> bytes:
         raise RuntimeError("a fault of ours")
@@ -485,7 +485,7 @@ def authority(tmp_path_factory):
 
 
 async def test_https_backend_is_verified(io_loop, authority):
-    """A certificate that is trusted answers; one that is not is refused."""
+    """A trusted certificate works; an untrusted one is rejected."""
     context = authority.server("localhost").server_context()
     trust = ssl.create_default_context(cafile=authority.path)
     async with serving(ssl=context) as port, using(tls=trust) as client:
@@ -500,8 +500,8 @@ async def test_https_backend_is_verified(io_loop, authority):
                 await post(wary, f"https://localhost:{port}/")
 
 
-async def test_plain_http_server_is_no_https_backend(io_loop):
-    """Its answer to the handshake is told in words that help."""
+async def test_plain_http_server_is_explained(io_loop):
+    """The error says that the server speaks another protocol than TLS."""
     answer = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
 
     async def on_client(reader, writer) -> None:
@@ -517,8 +517,8 @@ async def test_plain_http_server_is_no_https_backend(io_loop):
 
 
 @pytest.mark.parametrize("how", ["closed", "reset"])
-async def test_hang_up_in_the_tls_handshake_says_so(io_loop, how):
-    """A server that ends the connection as soon as it is greeted."""
+async def test_tls_handshake_that_the_server_ends_is_explained(io_loop, how):
+    """The server closes the connection after the client's first message."""
 
     async def on_client(reader, writer) -> None:
         await reader.read(1)
@@ -534,8 +534,8 @@ async def test_hang_up_in_the_tls_handshake_says_so(io_loop, how):
 
 
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
-async def test_413_before_the_body_is_the_answer(io_loop, authority, version):
-    """On a connection that is new, whose end must not be taken for TLS's."""
+async def test_413_before_the_body_is_the_response(io_loop, authority, version):
+    """On a new connection, its end must not count as a failure of TLS."""
     context = authority.server("localhost").server_context()
     context.maximum_version = ssl.TLSVersion[version]
     size = 2**23
@@ -558,10 +558,10 @@ async def test_413_before_the_body_is_the_answer(io_loop, authority, version):
 
 
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
-async def test_reset_after_the_handshake_is_not_about_certificates(
+async def test_reset_during_a_large_request_does_not_blame_the_certificate(
     io_loop, authority, version
 ):
-    """As of a server that closes before it has read all: its 413 may be lost."""
+    """A server that closes before it has read all may lose its 413."""
     context = authority.server("localhost").server_context()
     context.maximum_version = ssl.TLSVersion[version]
     request = REQUEST.replace(b": 0", b": 100000") + bytes(100000)
@@ -581,8 +581,10 @@ async def test_reset_after_the_handshake_is_not_about_certificates(
             assert str(outcome).endswith(": connection lost before an answer")
 
 
-async def test_dot_behind_a_name_is_for_dns_alone(io_loop, authority, monkeypatch):
-    """Host, SNI and certificate know none."""
+async def test_trailing_dot_of_a_name_is_used_for_dns_only(
+    io_loop, authority, monkeypatch
+):
+    """Host, SNI and certificate have no trailing dot."""
     context = authority.server("backend.example").server_context()
     heads, greeted, asked = [], [], []
 
@@ -610,8 +612,8 @@ async def test_dot_behind_a_name_is_for_dns_alone(io_loop, authority, monkeypatc
         assert f"Host: backend.example:{port}\r\n".encode() in heads[0]
 
 
-async def test_request_that_is_let_go_gives_its_place_back(io_loop, authority):
-    """Also over TLS, to a server that does not say goodbye."""
+async def test_abandoned_request_frees_its_connection(io_loop, authority):
+    """Also over TLS, to a server that sends no close_notify."""
     context = authority.server("localhost").server_context()
     asked, go_on = asyncio.Event(), asyncio.Event()
 
@@ -632,8 +634,8 @@ async def test_request_that_is_let_go_gives_its_place_back(io_loop, authority):
         go_on.set()
 
 
-async def test_connections_of_before_are_used_no_more(io_loop, authority):
-    """Where TLS is made anew: an answer under way comes, idle ones are closed."""
+async def test_new_tls_context_replaces_connections(io_loop, authority):
+    """Pending responses still arrive; idle connections are closed."""
     context = authority.server("localhost").server_context()
     held, asked, go_on = 0, asyncio.Event(), asyncio.Event()
 
@@ -683,8 +685,8 @@ async def test_connections_of_before_are_used_no_more(io_loop, authority):
         ("http://x/é", "percent-encode"),
     ],
 )
-async def test_bad_url_says_why(io_loop, url, why):
-    """Each has its own sentence."""
+async def test_invalid_url_is_explained(io_loop, url, why):
+    """Each error has its own text."""
     with pytest.raises(ValueError, match=why):
         Target.parse(url)
 
@@ -702,6 +704,6 @@ async def test_bad_url_says_why(io_loop, url, why):
         ("https://name:80/", "name:80"),
     ],
 )
-async def test_host_is_named_as_it_is_known(io_loop, url, host):
-    """International names are encoded; a dot at the end is DNS's."""
+async def test_host_is_encoded_as_in_dns(io_loop, url, host):
+    """International names are encoded; a trailing dot is removed from Host."""
     assert Target.parse(url).authority == host

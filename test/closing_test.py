@@ -47,7 +47,7 @@ async def called(backend: RecordingBackend, event: dict) -> dict[str, int]:
 
 @LOOPS
 async def test_callbacks_behind_the_client_s_close_frame_are_410(io_loop, loop):
-    """Also while frames wait for the client; none stands behind the close frame."""
+    """Also while frames wait for the client; none follows the close frame."""
     async with RecordingBackend() as backend:
         flags = (*backend.flags(), f"--event_loop={loop}")
         async with Service(*flags) as service:
@@ -72,7 +72,7 @@ async def test_callbacks_behind_the_client_s_close_frame_are_410(io_loop, loop):
 
 @LOOPS
 async def test_nothing_behind_a_close_frame_is_delivered(io_loop, loop):
-    """Neither of its packet nor of a later one, where reading was paused before."""
+    """Neither from the same packet nor from a later one, after paused reading."""
     async with RecordingBackend() as backend:
         flags = ("--connection_queue_messages=1", "--order_wait=inf",
                  "--backend_timeout=60", f"--event_loop={loop}")
@@ -100,7 +100,7 @@ async def test_nothing_behind_a_close_frame_is_delivered(io_loop, loop):
 
 @LOOPS
 async def test_failed_write_loses_nothing_that_the_client_sent(io_loop, loop):
-    """It sent 200 messages and a close frame, and has gone: all of it counts."""
+    """A client sends 200 messages and a close frame, and disconnects: all count."""
     number = 200
     async with RecordingBackend() as backend:
 
@@ -140,7 +140,7 @@ SLOWLY = 500_000  # bytes per second
 async def test_large_message_and_close_reach_a_slow_client(
     io_loop, authority, how, loop, tls
 ):
-    """It reads for longer than it has to answer, and sends something meanwhile."""
+    """It reads for longer than CLOSE_TIMEOUT, and sends meanwhile."""
     message = bytes(2_500_000)
     flags = [f"--event_loop={loop}", "--drain_timeout=40"]
     context = client_context(authority) if tls else None
@@ -189,7 +189,7 @@ async def test_large_message_and_close_reach_a_slow_client(
 @LOOPS
 @pytest.mark.parametrize("how", ["client", "backend", "relay", "end"])
 async def test_tls_ends_with_close_notify(io_loop, authority, loop, how):
-    """Whoever closes, the client can tell the end from a cut (RFC 8446, 6.1)."""
+    """So the client can distinguish the end from a cut (RFC 8446, section 6.1)."""
     flags = (
         f"--event_loop={loop}",
         "--callbackport=0",
@@ -222,8 +222,8 @@ async def test_tls_ends_with_close_notify(io_loop, authority, loop, how):
 
 
 @LOOPS
-async def test_client_that_reads_nothing_does_not_stay(io_loop, loop):
-    """A close frame that can't reach it is waited for no longer than anything else."""
+async def test_client_that_reads_nothing_is_closed(io_loop, loop):
+    """An undeliverable close frame gets no more time than other frames."""
     async with RecordingBackend() as backend:
         flags = ("--send_timeout=2", f"--event_loop={loop}")
         async with Service(*backend.flags(), *flags) as service:

@@ -115,7 +115,7 @@ def match(table, command: str) -> str | None:
 
 
 def test_every_command_is_run_or_has_its_reason():
-    """Nobody writes one that is not tried."""
+    """Each command in the docs is tested, or the test says why not."""
     assert len(ALL) > 40
     unknown = [
         f"{file}: {command}"
@@ -127,7 +127,7 @@ def test_every_command_is_run_or_has_its_reason():
 
 @pytest.mark.parametrize("table", [STAYS, ENDS, NOT_RUN])
 def test_every_row_of_the_tables_is_of_a_command(table):
-    """What is shown no more needs no row."""
+    """A command that was removed from the docs needs no row."""
     for pattern in table:
         assert any(re.match(pattern, command) for _, command in ALL), pattern
 
@@ -175,8 +175,8 @@ def here(command: str) -> tuple[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("command", of(STAYS))
-async def test_command_that_stays_starts(io_loop, tree, command):
-    """It says that it serves, and ends when it is told to."""
+async def test_long_running_command_starts(io_loop, tree, command):
+    """It prints that it serves, and exits on a signal."""
     serves = STAYS[match(STAYS, command) or ""]
     command, environment = here(command)
     command = command.replace("--messageuri=…", "--messageuri=http://127.0.0.1:9/")
@@ -208,8 +208,8 @@ async def test_command_that_stays_starts(io_loop, tree, command):
 
 
 @pytest.mark.parametrize("command", of(ENDS))
-def test_command_that_ends_ends_well(tree, command):
-    """Targets of make that take minutes, or write to the project, are not begun."""
+def test_command_succeeds(tree, command):
+    """Targets of make that take minutes, or write to the project, are not run."""
     statuses = ENDS[match(ENDS, command) or ""]
     command, environment = here(command)
     if statuses is None:

@@ -41,7 +41,7 @@ def token(tmp_path):
 @pytest.mark.parametrize("name", ["relay-1", "relay-2"])
 @pytest.mark.gen_test
 async def test_relay_starts_with_its_environment(io_loop, services, name, token):
-    """Each variable is an option; callbacks come to where the file says."""
+    """Each variable is an option; callbacks reach the address in the file."""
     environment = services[name]["environment"]
     elsewhere = {
         "SOCKETDOCK_CALLBACKPORT": "0",
@@ -58,7 +58,7 @@ async def test_relay_starts_with_its_environment(io_loop, services, name, token)
 
 
 def test_relays_are_stopped_later_than_they_drain(services):
-    """`stop_grace_period` is above the three times of the drain."""
+    """`stop_grace_period` is longer than the sum of the drain's times."""
     for name in ("relay-1", "relay-2"):
         environment = services[name]["environment"]
         drain = sum(
@@ -69,7 +69,7 @@ def test_relays_are_stopped_later_than_they_drain(services):
 
 
 def test_drain_delay_is_longer_than_haproxy_health_checks(services):
-    """`--drain_delay` is above the interval of the checks times their number."""
+    """`--drain_delay` is longer than the interval of checks times their number."""
     text = (CONF / "haproxy.cfg").read_text("utf-8")
     ((interval, fall),) = re.findall(r"check inter (\d+)s fall (\d+)", text)
     for name in ("relay-1", "relay-2"):
@@ -78,7 +78,7 @@ def test_drain_delay_is_longer_than_haproxy_health_checks(services):
 
 
 def test_relays_trust_only_haproxy(compose, services):
-    """Its address is fixed, and no other container gets it."""
+    """HAProxy has a fixed address, which no other container gets."""
     (pool,) = compose["networks"]["default"]["ipam"]["config"]
     address = services["haproxy"]["networks"]["default"]["ipv4_address"]
     assert ip_address(address) in ip_network(pool["subnet"])
@@ -89,7 +89,7 @@ def test_relays_trust_only_haproxy(compose, services):
 
 
 def test_haproxy_gets_the_addresses_of_the_relays(services):
-    """By each variable that its file has; HAProxy accepts the result."""
+    """Its file uses each variable, and HAProxy accepts the result."""
     haproxy = program("haproxy", "haproxy", "/usr/sbin/haproxy")
     environment = services["haproxy"]["environment"]
     text = (CONF / "haproxy.cfg").read_text("utf-8")
@@ -112,8 +112,8 @@ def test_haproxy_gets_the_addresses_of_the_relays(services):
     assert checked.returncode == 0, checked.stderr
 
 
-def test_files_that_are_mounted_or_built_are_there(services):
-    """Relative to the file's own folder."""
+def test_files_that_are_mounted_or_built_exist(services):
+    """Paths are relative to the compose file."""
     paths = [
         volume.split(":")[0]
         for service in services.values()
@@ -181,8 +181,8 @@ def test_secret_is_where_it_is_read(compose, services):
         assert services[name]["secrets"] == ["callback_token"], name
 
 
-def test_prometheus_asks_every_relay(services):
-    """At the callbacks' listener of each."""
+def test_prometheus_scrapes_every_relay(services):
+    """At the callback listener of each."""
     prometheus = yaml.safe_load((CONF / "prometheus.yml").read_text("utf-8"))
     (job,) = prometheus["scrape_configs"]
     (targets,) = job["static_configs"]
@@ -213,8 +213,8 @@ def test_grafana_finds_what_is_mounted(services):
     assert source["url"] == f"http://prometheus:{port.rpartition(':')[2]}"
 
 
-def test_only_clients_come_from_outside(services):
-    """Everything else that has a port has it on this machine alone."""
+def test_only_the_client_port_is_public(services):
+    """All other published ports are bound to the loopback address."""
     outside = {
         name
         for name, service in services.items()

@@ -29,7 +29,7 @@ class KeepingClient:
 
 
 async def test_client_that_keeps_its_context_is_understood(io_loop):
-    """Though it was told not to; so is one that obeys, for any number of messages."""
+    """Although negotiation forbids it. Without context, it works as well."""
     texts = ["hello", "hello", '{"type": "ping"}', '{"type": "pong"}', ""]
     texts += [f'{{"type": "ping", "number": {n}}}' for n in range(200)]
     texts += ["x" * 100_000, os.urandom(30_000).hex(), "x" * 100_000, "hello again"]
@@ -56,8 +56,8 @@ async def test_client_that_keeps_its_context_is_understood(io_loop):
                 assert got[-len(texts) - 1 :] == [texts[0], "hello", *texts[1:]]
 
 
-async def test_stream_that_is_bad_with_its_context_too_is_1007(io_loop):
-    """A reference to what was never sent, or bytes that are no stream."""
+async def test_stream_that_is_invalid_with_its_context_is_1007(io_loop):
+    """A reference to bytes that were never sent, or an invalid stream."""
     client = KeepingClient()
     first = client.payload(b"hello hello")
     client.payload(b"something that the relay does not get to see")
@@ -75,7 +75,7 @@ async def test_stream_that_is_bad_with_its_context_too_is_1007(io_loop):
 
 
 def test_context_is_kept_only_for_clients_that_need_it():
-    """Others' are dropped first; what was shown outlives what may yet be shown."""
+    """Contexts of clients that have not referred back are dropped first."""
     contexts = Contexts(4 * WINDOW)
     noise = [os.urandom(WINDOW) for _ in range(6)]
     shown = [(Inflater(contexts), KeepingClient()) for _ in range(2)]
@@ -94,7 +94,7 @@ def test_context_is_kept_only_for_clients_that_need_it():
 
 
 def test_context_of_a_closed_client_is_freed_at_once():
-    """Nobody has to say so, and the collector is not needed."""
+    """Without an explicit call, and without the garbage collector."""
     contexts = Contexts(2 * WINDOW)
     gc.disable()
     try:
@@ -110,8 +110,8 @@ def test_context_of_a_closed_client_is_freed_at_once():
     assert contexts.kept == len(stays.context)
 
 
-def test_client_that_compresses_each_message_alone_is_found_out():
-    """Behind a window's worth nothing is kept, and references are no more taken."""
+def test_client_without_context_takeover_is_detected():
+    """After a window's worth of bytes no context is kept."""
     contexts = Contexts()
     inflater, client = Inflater(contexts), KeepingClient()
     for _ in range(3):
@@ -122,8 +122,8 @@ def test_client_that_compresses_each_message_alone_is_found_out():
         inflater.inflate(client.payload(b"a message"), WINDOW)
 
 
-async def test_without_compression_no_extension_matters(io_loop):
-    """What is offered, well or badly, is not looked at where nothing is agreed on."""
+async def test_without_compression_extensions_are_ignored(io_loop):
+    """Valid and invalid offers."""
     async with Service() as service:
         for offer in (
             "permessage-deflate; client_max_window_bits; client_max_window_bits",

@@ -55,13 +55,13 @@ def conf():
 
 
 def test_conf_names_every_option_in_the_order_of_help(helped, conf):
-    """Grouped as there; a new option needs its line here."""
+    """With the same groups; each new option needs a line there."""
     assert [name for name, _ in OPTION.findall(conf)] == [name for name, *_ in helped]
     assert len(helped) > 30
 
 
 def test_conf_has_every_option_at_its_default(helped, conf):
-    """None and [] stand for none."""
+    """None and [] mean that the value is empty."""
     values = {name: ast.literal_eval(value) for name, value in OPTION.findall(conf)}
     written = {
         name: None if value in (None, []) else str(value)
@@ -71,7 +71,7 @@ def test_conf_has_every_option_at_its_default(helped, conf):
 
 
 def test_conf_names_each_unit(helped, conf):
-    """Nobody has to guess whether a limit is in seconds or milliseconds."""
+    """For example seconds, not milliseconds."""
     told = {
         OPTION.search(paragraph)[1]: paragraph
         for paragraph in conf.split("\n\n")
@@ -82,7 +82,7 @@ def test_conf_names_each_unit(helped, conf):
 
 
 def test_conf_sets_nothing_as_it_ships(conf):
-    """It is found by default, so a line in it would change the defaults."""
+    """The relay reads this file by default: a line would change a default."""
     assert all(line == "" or line.startswith("#") for line in conf.splitlines())
 
 
@@ -90,7 +90,7 @@ def test_conf_sets_nothing_as_it_ships(conf):
 async def test_every_line_of_conf_can_be_uncommented(
     io_loop, conf, tmp_path
 ):
-    """The relay starts with all of them set to their defaults."""
+    """The relay starts with all options set to their defaults."""
     path = tmp_path / "all.conf"
     path.write_text(OPTION.sub(r"\1 = \2", conf))
     async with (
@@ -124,7 +124,7 @@ def as_value(default):
 
 @pytest.mark.parametrize("path", ["docs/options.md", "README.md"])
 def test_tables_have_options_at_their_defaults(all_helped, path):
-    """docs/options.md each one, once; README.md some of them."""
+    """docs/options.md has each one once; README.md has some of them."""
     rows = ROW.findall((PROJECT / path).read_text("utf-8"))
     written = {name: as_value(default_in(cell)) for name, cell in rows}
     defaults = {name: as_value(default) for name, _, default in all_helped}

@@ -16,7 +16,7 @@ SMALLEST += [f"13.{parameters}.1" for parameters in range(1, 8)]
 
 
 async def test_no_case_fails_and_what_is_less_than_ok_is_explained(io_loop):
-    """Every case of groups 1 to 7 and 10 is OK, as is compression of each kind."""
+    """Every case of groups 1 to 7 and 10 is OK, and compression of each kind."""
     # In a process of its own: kosoku puts modules of its own before others.
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -33,8 +33,8 @@ async def test_no_case_fails_and_what_is_less_than_ok_is_explained(io_loop):
     assert int(number) == 259
 
 
-def test_document_tells_of_no_failure():
-    """docs/conformance.md is what `make conformance` wrote, and all was well."""
+def test_conformance_document_has_no_failure():
+    """docs/conformance.md is the output of `make conformance`."""
     text = (PROJECT / "docs" / "conformance.md").read_text("utf-8")
     rows = [x.split("|") for x in text.splitlines() if re.match(r"\| \d+ \|", x)]
     verdicts = "".join(cell for row in rows for cell in row[3:])

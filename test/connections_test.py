@@ -104,7 +104,7 @@ async def close_code(client: websockets.ClientConnection) -> int | None:
 async def test_listeners_share_one_connection_map(
     io_loop, app, http_server, http_client, http_port, base_url
 ):
-    """A client that connects is found by a callback, in the map of this loop."""
+    """A callback reaches a client that connects at the other listener."""
     assert IOLoop.current() is io_loop
     connections = app.settings["connections"]
     maps = {
@@ -149,10 +149,10 @@ async def test_nothing_is_kept_of_clients_that_have_left(
 @pytest.mark.parametrize(
     "app", [{"max_events": 3}, {"max_bytes": 30}], indirect=True
 )
-async def test_process_that_is_full_reads_no_more(
+async def test_full_backlog_stops_reading(
     io_loop, app, http_server, http_client, http_port, base_url
 ):
-    """Reading stops everywhere, handshakes get 503, and both go on later."""
+    """Handshakes get 503; later, reading and handshakes continue."""
     connections = app.settings["connections"]
     backend = app.settings["backend"]
     clients = [await connect(http_port) for _ in range(2)]
@@ -185,7 +185,7 @@ async def test_process_that_is_full_reads_no_more(
 async def test_bug_in_reading_closes_with_1011(
     io_loop, app, http_server, http_port, caplog
 ):
-    """It is the relay's fault, and is told as such; others are not harmed."""
+    """The event names the relay as the initiator; other clients are unaffected."""
     connections, backend = app.settings["connections"], app.settings["backend"]
 
     class BuggyObserver(Observer):
@@ -223,8 +223,8 @@ async def test_readiness_ends_with_the_stop_signal(
     assert await draining
 
 
-async def test_drain_that_takes_too_long_cuts_off(io_loop, app, http_server, http_port):
-    """At --drain_timeout what is left ends, and the drain says so."""
+async def test_drain_ends_at_drain_timeout(io_loop, app, http_server, http_port):
+    """The remaining work is cut off, which the log says."""
     connections = app.settings["connections"]
     client = await connect(http_port)
     await client.send("held for ever")
