@@ -112,7 +112,7 @@ def pairs(page: Page) -> Any:
 
 
 async def test_page_loads_and_counts(io_loop, browser):
-    """Without a complaint of the browser; counts, rates and charts follow clients."""
+    """The browser logs no error; counts, rates and charts follow the clients."""
     async with Service("--instance_name=relay-7") as service:
         async with opened(browser, service) as page:
             await is_live(page)
@@ -153,8 +153,8 @@ async def painted(page: Page, canvas: str) -> float:
     )
 
 
-async def test_errors_are_seen(io_loop, browser):
-    """A handshake that is refused is counted, told, and found by the filter."""
+async def test_rejected_handshakes_are_shown(io_loop, browser):
+    """A rejected handshake is counted, listed, and found by the filter."""
     async with Service() as service, opened(browser, service) as page:
         await is_live(page)
         async with websockets.connect(service.ws_url) as client:
@@ -175,8 +175,8 @@ async def test_errors_are_seen(io_loop, browser):
             await expect(tail.get_by_role("listitem")).to_have_count(1)
 
 
-async def test_tail_tells_no_bodies_and_can_be_paused(io_loop, browser):
-    """Metadata of each event; paused, it counts what it does not show."""
+async def test_tail_shows_no_bodies_and_can_be_paused(io_loop, browser):
+    """It shows metadata of each event; paused, it counts the hidden events."""
     async with Service() as service, opened(browser, service) as page:
         await is_live(page)
         tail = page.get_by_label("Events, the newest first")
@@ -240,8 +240,8 @@ async def test_connection_is_found_sent_to_and_closed(io_loop, browser):
             await expect(dialog.locator("dd").first).to_have_text("closed")
 
 
-async def test_refused_action_says_why(io_loop, browser):
-    """In the relay's own words."""
+async def test_rejected_action_shows_the_reason(io_loop, browser):
+    """The page shows the relay's problem detail."""
     async with Service() as service:
         async with opened(browser, service, "400 (Bad Request)") as page:
             await is_live(page)
@@ -255,8 +255,8 @@ async def test_refused_action_says_why(io_loop, browser):
                 )
 
 
-async def test_bodies_are_shown_when_asked_for(io_loop, browser):
-    """Of the connection that is looked at, with a word about it, until it is left."""
+async def test_bodies_are_shown_on_request(io_loop, browser):
+    """Of the shown connection, with a notice, until the view is closed."""
     async with Service() as service, opened(browser, service) as page:
         await is_live(page)
         async with websockets.connect(service.ws_url) as client:
@@ -282,8 +282,8 @@ async def test_bodies_are_shown_when_asked_for(io_loop, browser):
             await expect(shown).to_have_count(0)
 
 
-async def test_bodies_can_not_be_asked_for_where_they_are_off(io_loop, browser):
-    """The button is there, of no use, and says why."""
+async def test_bodies_cannot_be_requested_if_they_are_off(io_loop, browser):
+    """The button is disabled, and explains why."""
     async with Service("--console_bodies=off") as service:
         async with opened(browser, service) as page:
             await is_live(page)
@@ -300,7 +300,7 @@ async def test_bodies_can_not_be_asked_for_where_they_are_off(io_loop, browser):
 
 
 async def test_playground_with_the_echo(io_loop, browser):
-    """One listener: each frame, and beside it what the relay did."""
+    """With one listener: each frame, and beside it the relay's events."""
     async with Service() as service, opened(browser, service) as page:
         await is_live(page)
         await connect(page)
@@ -332,7 +332,7 @@ async def test_playground_with_the_echo(io_loop, browser):
 
 
 async def test_playground_with_an_http_backend_and_two_listeners(io_loop, browser):
-    """Another origin than the page's; the backend's callback is a frame."""
+    """The clients' origin is not the page's; a callback arrives as a frame."""
     async with RecordingBackend() as backend:
         answers = 0
 
@@ -368,8 +368,8 @@ async def test_playground_with_an_http_backend_and_two_listeners(io_loop, browse
             await expect(rows.nth(2)).to_contain_text("text, 11 bytes, to the client")
 
 
-async def test_playground_by_tls(io_loop, browser, tmp_path):
-    """The page by https, its WebSocket by wss; both on one listener."""
+async def test_playground_over_tls(io_loop, browser, tmp_path):
+    """The page over https, its WebSocket over wss, on one listener."""
     certificate = Authority(tmp_path).server().both
     async with Service(f"--tls_cert={certificate}") as service:
         async with opened(browser, service, ignore_https_errors=True) as page:
@@ -380,8 +380,8 @@ async def test_playground_by_tls(io_loop, browser, tmp_path):
             await expect(pairs(page).first).to_contain_text("connect to wss://")
 
 
-async def test_playground_says_that_it_was_refused(io_loop, browser):
-    """By the backend's verdict; what there is to know is in the events."""
+async def test_playground_shows_a_refused_handshake(io_loop, browser):
+    """The backend refuses; the events show the details."""
     async with RecordingBackend() as backend:
 
         async def refuse(handler: RequestHandler, event: Any) -> None:
@@ -404,8 +404,8 @@ async def test_playground_says_that_it_was_refused(io_loop, browser):
 # Who gets in, and what happens when the relay goes.
 
 
-async def test_token_is_asked_for(io_loop, browser):
-    """Nothing before; a wrong one is told; the right one is kept for this tab."""
+async def test_page_asks_for_a_token(io_loop, browser):
+    """No data before; a wrong token is reported; the tab keeps the right one."""
     flags = (f"--callback_token={TOKEN}", "--bindip=0.0.0.0")
     async with Service(*flags) as service:
         service.callback_url = service.callback_url.replace("0.0.0.0", "127.0.0.1")
@@ -434,8 +434,8 @@ async def test_token_is_asked_for(io_loop, browser):
             await expect(other.get_by_role("heading", name="token")).to_be_visible()
 
 
-async def test_page_comes_back_with_the_relay(io_loop, browser):
-    """It says that the relay is away, and that another one has started."""
+async def test_page_reconnects_after_a_restart(io_loop, browser):
+    """It shows that the relay is unreachable, and that another run has started."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -457,7 +457,7 @@ async def test_page_comes_back_with_the_relay(io_loop, browser):
 # For everybody.
 
 
-async def test_all_of_it_works_by_keyboard(io_loop, browser):
+async def test_page_works_by_keyboard(io_loop, browser):
     """Tab, Enter and Escape: playground, a connection, sending, and back."""
     async with Service() as service, opened(browser, service) as page:
         await is_live(page)
@@ -507,8 +507,8 @@ async def test_all_of_it_works_by_keyboard(io_loop, browser):
         await expect(pause).to_have_attribute("aria-pressed", "true")
 
 
-async def test_everything_has_a_name_and_a_place(io_loop, browser):
-    """Labels, landmarks and headings, for who hears the page."""
+async def test_page_has_labels_landmarks_and_headings(io_loop, browser):
+    """For screen readers."""
     async with Service() as service, opened(browser, service) as page:
         await is_live(page)
         for role in ("banner", "navigation", "main", "search"):
@@ -532,8 +532,8 @@ async def test_everything_has_a_name_and_a_place(io_loop, browser):
         assert await page.locator("html").get_attribute("lang") == "en"
 
 
-async def test_it_fits_a_phone(io_loop, browser):
-    """360 pixels, nothing to be pushed sideways, not even with long words."""
+async def test_page_fits_a_phone(io_loop, browser):
+    """360 pixels, without horizontal scrolling, even with long words."""
     async with Service() as service:
         async with opened(browser, service, viewport=PHONE, has_touch=True) as page:
             await is_live(page)
@@ -566,8 +566,8 @@ async def width(page: Page) -> int:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_text_can_be_read(io_loop, browser, scheme):
-    """Contrast of 4.5 and more (WCAG 2.2, 1.4.3), in light and dark."""
+async def test_text_has_enough_contrast(io_loop, browser, scheme):
+    """At least 4.5 (WCAG 2.2, 1.4.3), in the light and the dark theme."""
     async with Service() as service:
         async with opened(browser, service, color_scheme=scheme) as page:
             await is_live(page)
@@ -640,8 +640,8 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.alone
-async def test_page_stays_quick_with_a_crowd(io_loop, browser):
-    """With 10,000 open connections; it holds a bounded number of rows."""
+async def test_page_is_fast_with_many_connections(io_loop, browser):
+    """With 10,000 open connections the page has a limited number of rows."""
     wanted = CROWD + 500
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert hard == resource.RLIM_INFINITY or hard >= wanted, f"ulimit -n {wanted}"
@@ -694,7 +694,7 @@ async def crowd(service: Service) -> AsyncIterator[None]:
 
 
 async def test_page_under_load_does_not_grow(io_loop, browser):
-    """300 messages a second each way; after a forced collection it is as small."""
+    """300 messages per second each way; memory is stable after a forced GC."""
     async with Service() as service, opened(browser, service) as page:
         await is_live(page)
         asked_again: list[str] = []

@@ -122,8 +122,8 @@ async def post(
 # Whom it answers.
 
 
-async def test_page_is_served_with_a_policy_that_names_both_ends(io_loop):
-    """Nothing from elsewhere, no inline script; the clients' listener may be asked."""
+async def test_page_has_a_policy_with_both_listeners(io_loop):
+    """Only its own files, no inline script; it may connect to both listeners."""
     async with Service("--callbackport=0") as service:
         answer = await ask(service, "GET", "/")
         assert answer.status == 200
@@ -146,8 +146,8 @@ async def test_page_is_served_with_a_policy_that_names_both_ends(io_loop):
             assert (await ask(service, "GET", path)).status == 404, path
 
 
-async def test_policy_follows_the_host_only_where_it_is_one(io_loop):
-    """One listener for all: the page's own host, by ws and wss."""
+async def test_policy_contains_only_a_valid_host(io_loop):
+    """With one listener: the page's own host, by ws and wss."""
     async with Service(TOKENS) as service:
         answer = await ask(service, "GET", "/", "Host: relay.example:99")
         assert "connect-src 'self' ws://relay.example:99 wss://relay.example:99;" in (
@@ -161,7 +161,7 @@ async def test_policy_follows_the_host_only_where_it_is_one(io_loop):
 
 
 def test_page_has_nothing_inline_and_nothing_from_elsewhere():
-    """As its policy has it; and each file is one that the page asks for."""
+    """As its policy requires; and the page uses each of its files."""
     texts = {path.name: path.read_text("utf-8") for path in PAGE.iterdir()}
     assert len(texts) > 8
     for name, text in texts.items():
@@ -175,7 +175,7 @@ def test_page_has_nothing_inline_and_nothing_from_elsewhere():
 
 
 def test_scripts_are_well_formed():
-    """By Node's parser, where there is Node."""
+    """According to Node's parser, if Node is installed."""
     node = program("nodejs", "node")
     for script in PAGE.glob("*.js"):
         source = script.read_bytes()
@@ -185,8 +185,8 @@ def test_scripts_are_well_formed():
         )
 
 
-async def test_with_tokens_only_the_page_comes_without_one(io_loop):
-    """It holds no data, and a browser brings no token when it opens it."""
+async def test_with_tokens_only_the_page_needs_none(io_loop):
+    """It contains no data, and a browser sends no token when it opens it."""
     async with Service(TOKENS) as service:
         for path in ("/", "/console/main.js", "/console/console.css"):
             assert (await ask(service, "GET", path)).status == 200
@@ -209,8 +209,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("headers", REFUSED, ids=lambda headers: headers[0])
-async def test_without_tokens_it_is_for_a_person_on_this_machine(io_loop, headers):
-    """The page, too: as all that operators use."""
+async def test_without_tokens_only_this_machine_may_use_it(io_loop, headers):
+    """This includes the page, as for all operators' routes."""
     async with Service() as service:
         for method, path in [("GET", "/"), *DATA]:
             async with Caller(service) as caller:
@@ -220,7 +220,7 @@ async def test_without_tokens_it_is_for_a_person_on_this_machine(io_loop, header
 
 
 async def test_changes_need_the_pages_own_origin(io_loop):
-    """Without a token; and no other site may even take a viewer's place."""
+    """Without a token; and no other site can use up the viewers."""
     async with Service() as service:
         for method, path in DATA:
             if method == "POST":
@@ -241,7 +241,7 @@ async def test_changes_need_the_pages_own_origin(io_loop):
 
 
 async def test_console_can_be_turned_off(io_loop):
-    """Then nothing of it is there, nor may its page connect."""
+    """Then none of its routes exist, and its page may not connect."""
     async with Service("--console=off") as service:
         for method, path in [("GET", "/"), ("GET", "/console/main.js"), *DATA]:
             async with Caller(service) as caller:
@@ -249,8 +249,8 @@ async def test_console_can_be_turned_off(io_loop):
                 assert (await caller.ask(method, path, body=body)).status == 404
 
 
-async def test_routes_know_their_methods_and_files(io_loop):
-    """405 and 404, as elsewhere."""
+async def test_unknown_methods_and_files_are_rejected(io_loop):
+    """405 and 404, as on other routes."""
     async with Service() as service:
         assert (await ask(service, "HEAD", "/")).status == 200
         assert (await post(service, "/", b"")).status == 405
@@ -264,7 +264,7 @@ async def test_routes_know_their_methods_and_files(io_loop):
 
 
 async def test_installed_relay_has_the_page(io_loop, tmp_path_factory):
-    """The wheel brings every file of it."""
+    """The wheel contains each of its files."""
     prefix = installation(tmp_path_factory.getbasetemp())
     async with Service(
         command=[str(prefix / "bin" / "socketdock")],
@@ -281,8 +281,8 @@ async def test_installed_relay_has_the_page(io_loop, tmp_path_factory):
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
-async def test_stream_tells_what_happens(io_loop, server):
-    """Each kind of event, with its connection, its numbers, and no body."""
+async def test_stream_has_each_kind_of_event(io_loop, server):
+    """With its connection and numbers, and without bodies."""
     async with RecordingBackend() as backend:
         flags = (*backend.flags(), f"--http_server={server}")
         async with Service(*flags) as service, live(service) as (stream, hello):
@@ -321,8 +321,8 @@ async def test_stream_tells_what_happens(io_loop, server):
             assert "marked" not in json.dumps(stream.seen)
 
 
-async def test_stream_tells_what_failed(io_loop):
-    """A handshake that is turned away, and attempts that find nobody."""
+async def test_stream_has_failures(io_loop):
+    """A rejected handshake, and attempts that do not reach the backend."""
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}/"
@@ -346,7 +346,7 @@ async def test_stream_tells_what_failed(io_loop):
 
 
 async def test_bodies_of_one_connection_are_sent_on_request(io_loop):
-    """To who asked, cut, of that connection; nobody else's and not before."""
+    """To that viewer only, shortened, from the request on."""
     async with Service() as service, live(service) as (stream, hello):
         assert hello["bodies"] is True
         async with live(service) as (other, _):
@@ -379,7 +379,7 @@ async def test_bodies_of_one_connection_are_sent_on_request(io_loop):
 
 
 async def test_bodies_are_never_shown_when_console_bodies_is_off(io_loop):
-    """The relay refuses, whatever the page would do."""
+    """The relay rejects the request, independent of the page."""
     async with Service("--console_bodies=off") as service:
         async with live(service) as (stream, hello):
             assert hello["bodies"] is False
@@ -394,7 +394,7 @@ async def test_bodies_are_never_shown_when_console_bodies_is_off(io_loop):
 
 
 async def test_viewer_filters_are_validated(io_loop):
-    """400 says what each has to be; an unknown viewer is 404."""
+    """400 describes each valid value; an unknown viewer is 404."""
     async with Service() as service, live(service) as (_, hello):
         viewer = f"/console/viewers/{hello['viewer']}"
         for wrong in (
@@ -411,7 +411,7 @@ async def test_viewer_filters_are_validated(io_loop):
 
 
 def test_slow_viewer_gets_fewer_events():
-    """A batch is bounded; the rest is counted. Followed connections have their own."""
+    """A batch is limited, the rest is counted. Followed connections count apart."""
     viewer = Viewer(lambda viewer: None)
     one, other = "a" * 32, "b" * 32
     viewer.filter = parse_filter({"followed": [one]})
@@ -430,8 +430,8 @@ def test_slow_viewer_gets_fewer_events():
     assert viewer.wants("received", other)
 
 
-def test_viewer_gets_the_events_it_asks_for():
-    """Kinds, the beginning of an id, only failures; and what it follows besides."""
+def test_viewer_gets_the_events_that_match_its_filter():
+    """Kinds, the beginning of an id, failures; and followed connections."""
     viewer = Viewer(lambda viewer: None)
     one = "a" * 32
     viewer.filter = ViewerFilter(frozenset({"attempt"}), "bb", True, frozenset({one}))
@@ -442,8 +442,8 @@ def test_viewer_gets_the_events_it_asks_for():
     assert not viewer.wants("given_up", "bb00", failed=True)
 
 
-async def test_viewers_are_bounded_and_come_back(io_loop):
-    """One more gets 503 until another has left."""
+async def test_viewers_are_bounded(io_loop):
+    """One more gets 503 until another one leaves."""
     async with Service() as service, contextlib.AsyncExitStack() as stack:
         first = contextlib.AsyncExitStack()
         await first.enter_async_context(live(service))
@@ -467,7 +467,7 @@ async def test_viewers_are_bounded_and_come_back(io_loop):
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 async def test_viewer_that_reads_nothing_costs_no_memory(io_loop, server):
-    """What waits for it is one batch; whatever it would see, the relay goes on."""
+    """One batch waits for it, and the relay is not delayed."""
     flags = (f"--http_server={server}",)
     async with Service(*flags) as service, contextlib.AsyncExitStack() as stack:
         client = await stack.enter_async_context(websockets.connect(service.ws_url))
@@ -496,8 +496,8 @@ async def test_viewer_that_reads_nothing_costs_no_memory(io_loop, server):
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
-async def test_open_page_does_not_hold_up_the_stop(io_loop, server):
-    """Its stream says that the relay drains, and ends by itself."""
+async def test_open_page_does_not_delay_the_stop(io_loop, server):
+    """Its stream reports the drain, and ends by itself."""
     flags = (f"--http_server={server}", "--drain_delay=1.5")
     async with Service(*flags) as service, live(service) as (stream, _):
         service.process.terminate()
@@ -511,7 +511,7 @@ async def test_open_page_does_not_hold_up_the_stop(io_loop, server):
 
 
 async def test_stream_ends_with_its_token(io_loop, tmp_path):
-    """Who has the old one sees no more, once it is out of the file."""
+    """When the token is removed from the file."""
     file = tmp_path / "tokens"
     file.write_text(f"{TOKEN}\n")
     async with Service(f"--callback_token_file={file}") as service:
@@ -529,7 +529,7 @@ async def test_stream_ends_with_its_token(io_loop, tmp_path):
 
 
 async def test_connections_are_searched_and_sorted(io_loop):
-    """By id, client, subprotocol and address; what is left out is counted."""
+    """By id, client, subprotocol and address; omitted ones are counted."""
     async with Service() as service, contextlib.AsyncExitStack() as stack:
         for name in ("Alpha/1.0", "beta", "beta gamma"):
             client = await stack.enter_async_context(
@@ -569,8 +569,8 @@ async def test_connections_are_searched_and_sorted(io_loop):
             assert answer.status == 400, query
 
 
-def test_search_lets_others_have_their_turn():
-    """With 10,000 connections, too: it is no more than some milliseconds each time."""
+def test_search_does_not_block_the_loop():
+    """With 10,000 connections it takes a few milliseconds per turn."""
 
     def connection(number: int) -> Any:
         return SimpleNamespace(
@@ -600,7 +600,7 @@ def test_search_lets_others_have_their_turn():
 
 
 async def test_operator_sends_and_closes(io_loop):
-    """As a callback does, within the same limits; the backend is told by whom."""
+    """Like a callback, with the same limits; the event names the initiator."""
     async with RecordingBackend() as backend:
         flags = (*backend.flags(), "--max_message_size=100")
         async with Service(*flags) as service:
@@ -630,7 +630,7 @@ async def test_operator_sends_and_closes(io_loop):
 
 
 async def test_operator_actions_are_not_signs_of_life(io_loop):
-    """A held answer must not be let go because somebody looked at the console."""
+    """They must not make the relay abandon a held response."""
     async with RecordingBackend() as backend:
         held = withhold(backend, "message")
         flags = (*backend.flags(), "--order_wait=0.05", "--max_unanswered=1",
@@ -664,7 +664,7 @@ async def ticket(service: Service, origin: str | None = None) -> Any:
 
 
 async def test_playground_may_connect_once_from_its_own_origin(io_loop):
-    """With two listeners that is not the clients' origin; it is not let in for good."""
+    """With two listeners its origin is not allowed otherwise, nor permanently."""
     async with RecordingBackend() as backend:
         flags = (*backend.flags(), "--callbackport=0")
         async with Service(*flags) as service:
@@ -693,16 +693,16 @@ async def test_playground_may_connect_once_from_its_own_origin(io_loop):
                 await websockets.connect(url, origin=pass_["page"])
 
 
-async def test_playground_is_for_pages(io_loop):
-    """Which have an origin; other programs connect as they are."""
+async def test_playground_needs_an_origin(io_loop):
+    """Only browsers send one; other programs connect directly."""
     async with Service(TOKENS) as service:
         async with Caller(service) as caller:
             answer = await caller.ask("POST", "/console/playground", BEARER, body=b"")
             assert answer.status == 400
 
 
-def test_tickets_end():
-    """By age, and where too many wait."""
+def test_tickets_expire():
+    """By age, and if too many are unused."""
     now = [0.0]
     tickets = Tickets(lambda: now[0])
     old = tickets.issue("http://a")
@@ -723,7 +723,7 @@ def test_tickets_end():
 
 
 def test_no_events_are_collected_without_viewers():
-    """The tail observes from the first page that is opened to the last one closed."""
+    """The tail observes while at least one page is open."""
 
     async def run() -> list[int]:
         observers = Observers()

@@ -36,8 +36,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("row", CODED)
-def test_coding_is_undone(row):
-    """However it is spelled, and none is none."""
+def test_coding_is_decoded(row):
+    """In any spelling; identity is not a coding."""
     coding, body = CODED[row]
     assert decoded({"content-encoding": coding}, body, 1000) == JSON
     assert decoded({"content-encoding": coding}, b"", 1000) == b""
@@ -45,7 +45,7 @@ def test_coding_is_undone(row):
 
 @pytest.mark.parametrize("row", BAD)
 def test_body_that_cannot_be_decoded_is_malformed(row):
-    """Nor does it take more memory than it may."""
+    """Decoding needs no more memory than the limit."""
     coding, body = BAD[row]
     with pytest.raises(MalformedResponse):
         decoded({"content-encoding": coding}, body, 1000)
@@ -54,7 +54,7 @@ def test_body_that_cannot_be_decoded_is_malformed(row):
 @pytest.mark.parametrize(
     "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
 )
-def test_json_is_read_with_a_mark_and_without(encoding):
+def test_json_is_parsed_with_and_without_a_byte_order_mark(encoding):
     """RFC 8259, section 8.1: a parser may ignore it."""
     assert parsed_json(JSON.decode().encode(encoding)) == {"subprotocol": "b"}
     with pytest.raises(ValueError):
@@ -85,8 +85,8 @@ async def verdict(said: bytes) -> tuple[int, str | bytes | None]:
                 return 101, client.subprotocol
 
 
-async def test_verdict_is_decoded(io_loop):
-    """One that says yes and one that says no."""
+async def test_encoded_decision_is_decoded(io_loop):
+    """An acceptance, and a refusal."""
     coded = gzip.compress(JSON)
     assert await verdict(answer(coded, "Content-Encoding: gzip")) == (101, "b")
     assert await verdict(answer(b"\xef\xbb\xbf" + JSON)) == (101, "b")
@@ -95,14 +95,14 @@ async def test_verdict_is_decoded(io_loop):
 
 
 async def test_undecodable_response_is_no_decision(io_loop):
-    """A no without its body is a no all the same."""
+    """But a refusal without its body is still a refusal."""
     assert (await verdict(answer(JSON, "Content-Encoding: br")))[0] == 503
     no = answer(b"no", "Content-Encoding: br", status=403)
     assert await verdict(no) == (403, b"")
 
 
 async def test_request_asks_for_no_coding(io_loop):
-    """Of each event."""
+    """For each event."""
     heads = []
 
     async def on_relay(reader, writer):

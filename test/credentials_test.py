@@ -19,7 +19,7 @@ SECRET = f"whsec_{base64.b64encode(b'32 bytes that nobody must read..').decode()
 
 @pytest.mark.gen_test
 async def test_headers_of_a_file_are_on_every_event(io_loop, tmp_path):
-    """As they stand there, and none of their values is logged."""
+    """Exactly as in the file; the log contains none of their values."""
     path = tmp_path / "headers"
     path.write_bytes(
         b"\xef\xbb\xbf# for the gateway\r\n\r\n  Authorization:Bearer s3cr3t=\t \r\n"
@@ -44,7 +44,7 @@ async def test_headers_of_a_file_are_on_every_event(io_loop, tmp_path):
 
 @pytest.mark.gen_test
 async def test_all_files_are_read_again_or_none(io_loop, tmp_path):
-    """On SIGHUP; where one is wrong the log says which, and all stay as they were."""
+    """On SIGHUP; if one is invalid, the log names it, and all keep their values."""
     headers, secrets = tmp_path / "headers", tmp_path / "secrets"
     headers.write_text("X-Key: first")
     secrets.write_text(SECRET)
@@ -118,7 +118,7 @@ def reads(service: Service) -> list[str]:
         ),
     ],
 )
-def test_headers_file_that_is_wrong_says_why(tmp_path, content, why):
+def test_invalid_headers_file_is_explained(tmp_path, content, why):
     """With line and name, never with a value."""
     path = tmp_path / "headers"
     path.write_bytes(content)
@@ -141,8 +141,8 @@ def test_headers_file_that_is_wrong_says_why(tmp_path, content, why):
         (SECRET.replace("b", "ß"), "not base64"),
     ],
 )
-def test_secret_that_is_wrong_says_why(tmp_path, secret, why):
-    """Wherever it comes from, and never with the secret."""
+def test_invalid_secret_is_explained(tmp_path, secret, why):
+    """For each source, and never with the secret."""
     path = tmp_path / "secrets"
     path.write_text(f"{SECRET}\n\n{secret}\n")
     for message in (
@@ -158,8 +158,8 @@ def test_secrets_are_bounded():
 
 
 @pytest.mark.parametrize("option", ["webhook_secret_file", "backend_headers_file"])
-def test_file_that_cannot_be_read_says_why(tmp_path, option):
-    """Where there is none, or no file, the sentence names the option."""
+def test_unreadable_file_is_explained(tmp_path, option):
+    """If it is missing or not a regular file, the error names the option."""
     name = option.removeprefix("backend_")
     for path, why in (
         (tmp_path / "none", "No such file"),
@@ -170,8 +170,8 @@ def test_file_that_cannot_be_read_says_why(tmp_path, option):
         assert message.startswith(f"--{option}=")
 
 
-def test_certificate_that_cannot_be_used_says_why(tmp_path):
-    """A wrong key, a key with a password, and files that are no PEM."""
+def test_unusable_certificate_is_explained(tmp_path):
+    """A wrong key, a key with a password, and files that are not PEM."""
     authority = Authority(tmp_path)
     one, another = authority.client(), authority.client()
     encrypted = encrypted_key(one)
@@ -200,8 +200,8 @@ def test_certificate_that_cannot_be_used_says_why(tmp_path):
         assert encrypted.read_text() not in message
 
 
-def test_wrong_files_stop_the_start(tmp_path):
-    """With one sentence each, in which no secret is."""
+def test_invalid_files_exit_with_an_error(tmp_path):
+    """With one line each, which contains no secret."""
     headers = tmp_path / "headers"
     headers.write_text("Host: s3cr3t")
     http = ("--backend=http", "--messageuri=http://127.0.0.1:9/")
@@ -227,7 +227,7 @@ def check_refused(why: str, secrets: list[str] | None = None, **files: str) -> s
 
 
 def test_certificates_are_verified_equally_on_every_python(tmp_path, monkeypatch):
-    """3.13 refuses one that does not name its signer's key; curl and Go take it."""
+    """Python 3.13 rejects one without an authority key id; curl and Go do not."""
     usual = ssl.create_default_context
 
     def strict(**rest) -> ssl.SSLContext:  # as 3.13's

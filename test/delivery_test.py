@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gen_test(timeout=90)
 
 
 async def test_a_thousand_clients_in_order(io_loop):
-    """1,000 clients, five messages each: each once, in order, and nothing else."""
+    """1,000 clients, five messages each: each arrives once and in order."""
     clients, each = 1000, 5
     async with RecordingBackend() as backend:
         # This backend may be slow to answer so many; what is overdue holds back nobody.
@@ -60,8 +60,8 @@ async def test_a_thousand_clients_in_order(io_loop):
             )
 
 
-async def test_next_message_waits_for_the_answer(io_loop):
-    """While the backend answers in time, one message is under way at a time."""
+async def test_next_message_waits_for_the_response(io_loop):
+    """While the backend responds in time, one message is sent at a time."""
     open_now, most = 0, 0
 
     async def answer(handler: RequestHandler, event: dict) -> None:
@@ -82,8 +82,8 @@ async def test_next_message_waits_for_the_answer(io_loop):
     assert most == 1
 
 
-async def test_backend_that_holds_every_answer(io_loop):
-    """100 clients, twenty questions and answers each, by callback: all complete."""
+async def test_backend_that_holds_every_response(io_loop):
+    """100 clients, twenty messages each, answered by callback: all complete."""
     clients, rounds = 100, 20  # more than `--max_unanswered`
     done: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
@@ -118,8 +118,8 @@ async def test_backend_that_holds_every_answer(io_loop):
     assert {e["meta"]["undelivered"] for e in backend.of("disconnect")} == {0}
 
 
-async def test_connection_limit_lets_held_requests_go(io_loop):
-    """With fewer connections than held answers, the conversation goes on."""
+async def test_connection_limit_abandons_held_requests(io_loop):
+    """With fewer connections than held responses, messages still arrive."""
     forever = asyncio.Event()
     async with RecordingBackend() as backend:
 
@@ -144,7 +144,7 @@ async def test_connection_limit_lets_held_requests_go(io_loop):
 
 
 async def test_no_sign_of_life_closes_with_1013(io_loop):
-    """Held without a callback: at most --max_unanswered, then 1013."""
+    """Held responses without a callback: at most --max_unanswered, then 1013."""
     async with RecordingBackend() as backend:
         forever = withhold(backend, "message")
         flags = ("--order_wait=0.05", "--max_unanswered=3", "--delivery_timeout=1.5")
@@ -162,7 +162,7 @@ async def test_no_sign_of_life_closes_with_1013(io_loop):
 
 
 async def test_strict_order_never_overtakes(io_loop):
-    """With --order_wait=inf the second message waits, however long."""
+    """With --order_wait=inf the second message waits for any time."""
     async with RecordingBackend() as backend:
         release = withhold(backend, "message")
         flags = ("--order_wait=inf", "--backend_timeout=30")
@@ -178,7 +178,7 @@ async def test_strict_order_never_overtakes(io_loop):
 
 
 async def test_refused_message_is_counted_and_the_client_stays(io_loop):
-    """400, 404, a redirect: not for another time; meta.refused tells."""
+    """400, 404, a redirect are not retried; `meta.refused` counts them."""
     statuses = iter([400, 302, 200])
 
     async def refuse(handler: RequestHandler, event: dict) -> None:
@@ -252,8 +252,8 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         (b"HTTP/1.1 200 OK\r\nX-Connection: close\r\n\r\nuntil |the end", 3),
     ],
 )
-async def test_every_framing_of_an_answer(io_loop, answer, connections):
-    """Three messages arrive once each, over as few connections as can be."""
+async def test_every_framing_of_a_response(io_loop, answer, connections):
+    """Three messages arrive once each, over as few connections as possible."""
     async with RawBackend(answer, answer, answer) as backend:
         async with Service(*backend.flags) as service:
             async with websockets.connect(service.ws_url) as client:
@@ -267,8 +267,8 @@ async def test_every_framing_of_an_answer(io_loop, answer, connections):
         assert connections <= backend.connections <= connections + 1
 
 
-async def test_connection_that_the_server_just_closed_is_no_failure(io_loop):
-    """A kept connection that ends under a request: sent once more, on a new one."""
+async def test_kept_connection_that_ends_is_not_a_failure(io_loop):
+    """Its request is sent again at once, on a new connection."""
     async with RawBackend(OK, None, OK) as backend:
         async with Service(*backend.flags) as service:
             async with websockets.connect(service.ws_url) as client:
@@ -330,8 +330,8 @@ async def test_retry_has_the_same_id_and_its_own_time(io_loop):
 
 
 @pytest.mark.parametrize("how", ["down", "500", "hang"])
-async def test_backend_that_stays_away_gets_the_client_1013(io_loop, how):
-    """After --delivery_timeout, and all that waited is counted."""
+async def test_unreachable_backend_closes_clients_with_1013(io_loop, how):
+    """After --delivery_timeout; all waiting messages are counted."""
     failing = True
     forever = asyncio.Event()
 
@@ -365,7 +365,7 @@ async def test_backend_that_stays_away_gets_the_client_1013(io_loop, how):
 
 
 async def test_undeliverable_message_of_a_closed_client_is_given_up(io_loop):
-    """Sent and gone, with a backend that is down: counted, and no traceback."""
+    """The backend is down: the message is counted, without a traceback."""
     async with RecordingBackend() as backend:
         flags = backend.flags("message", "disconnect")
         flags[1] = "--messageuri=http://127.0.0.1:1/nobody"
@@ -377,7 +377,7 @@ async def test_undeliverable_message_of_a_closed_client_is_given_up(io_loop):
 
 
 async def test_failed_overdue_requests_are_retried_in_order(io_loop):
-    """However they fail, what a backend held reaches its successor in order."""
+    """For each kind of failure, the next backend gets the messages in order."""
     fail: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
     failing = True
 
@@ -410,8 +410,8 @@ def numbers_of(backend: FaultyBackend) -> list[int]:
     return [int(a.webhook_id.rpartition("-")[2]) for a in backend.attempts]
 
 
-async def test_message_in_line_for_a_connection_goes_behind_one_that_failed(io_loop):
-    """Also where the failure itself makes the connection free."""
+async def test_queued_message_follows_one_that_failed(io_loop):
+    """Also if the failure itself frees the connection."""
 
     def fail_first(attempt: Attempt) -> Reply:
         if len(backend.attempts) == 1:
@@ -429,7 +429,7 @@ async def test_message_in_line_for_a_connection_goes_behind_one_that_failed(io_l
 
 
 async def test_messages_whose_kept_connections_end_together_keep_their_order(io_loop):
-    """What may go again at once does not where a message before it has failed."""
+    """A message is not sent again at once if one before it has failed."""
 
     def answer(attempt: Attempt) -> Reply:
         return Reply(fault="hold" if holding else None)
@@ -457,7 +457,7 @@ async def test_messages_whose_kept_connections_end_together_keep_their_order(io_
 
 
 async def test_disconnect_event_is_retried(io_loop):
-    """A farewell that fails goes again with the same webhook-id."""
+    """A retry has the same webhook-id."""
     failures = iter([503, 500])
 
     async def fail(handler: RequestHandler, event: dict) -> None:
@@ -473,7 +473,7 @@ async def test_disconnect_event_is_retried(io_loop):
 
 
 async def test_message_that_fails_after_the_disconnect_is_delivered(io_loop):
-    """Then the disconnect event comes again, since the backend forgot by then."""
+    """Then the disconnect event is sent again, for the backend to clean up."""
     fail, failed = asyncio.Event(), False
 
     async def hold(handler: RequestHandler, event: dict) -> None:
@@ -500,7 +500,7 @@ async def test_message_that_fails_after_the_disconnect_is_delivered(io_loop):
 
 
 async def test_reading_stops_while_the_queue_is_full_and_the_client_lives(io_loop):
-    """A backend that is slow blocks the client, and never gets it closed."""
+    """A slow backend delays the client, but never closes it."""
     async def flood(client: websockets.ClientConnection) -> None:
         for number in range(200):
             await client.send(f"{number:06}" + "x" * 100_000)
@@ -542,8 +542,8 @@ async def test_ipv6_backend(io_loop):
                 await eventually(lambda: hosts == [f"[::1]:{port}"])
 
 
-async def test_handshakes_probe_too(io_loop):
-    """With nobody else left to probe, a backend that is back is noticed."""
+async def test_handshakes_probe_an_unreachable_backend(io_loop):
+    """If no event waits, a handshake finds out that the backend is back."""
     away = True
 
     async def answer(handler: RequestHandler, event: dict) -> None:
@@ -576,7 +576,7 @@ async def test_handshakes_probe_too(io_loop):
     [("3", 3.0), (" 3\t", 3.0), ("²", None), ("", None), ("soon", None), ("-1", None)],
 )
 async def test_retry_after_is_seconds_or_a_date(io_loop, value, seconds):
-    """What is neither is as if it were not there."""
+    """Any other value is ignored."""
     assert retry_after(Response(503, {"retry-after": value}, b"")) == seconds
     past = Response(503, {"retry-after": "Fri, 01 Jan 2021 00:00:00 GMT"}, b"")
     assert retry_after(past) == 0.0
@@ -603,8 +603,8 @@ FAR = "Thu, 01 Jan 99999999999999999999 00:00:00 GMT"
         "Thu, 01 Jan 2026 " + "0" * 60_000,
     ],
 )
-async def test_any_retry_after_value_is_survived(io_loop, value):
-    """Whatever stands in Retry-After or Date, there is an answer to it."""
+async def test_any_retry_after_value_is_handled(io_loop, value):
+    """Any value of Retry-After or Date gives a number or None."""
     wait = retry_after(Response(503, {"retry-after": value}, b""))
     assert wait is None or wait >= 0
     wait = retry_after(Response(503, {"retry-after": LATER, "date": value}, b""))
@@ -624,14 +624,14 @@ LATER = "Thu, 01 Jan 2026 00:00:07 GMT"
         ("Thu Jan  1 00:00:03 2026", 4.0),
     ],
 )
-async def test_retry_after_s_date_counts_from_the_answer_s_own(io_loop, date, seconds):
-    """The backend's clock may differ from ours."""
+async def test_retry_after_is_relative_to_date(io_loop, date, seconds):
+    """The backend's clock may differ from the relay's."""
     answer = Response(503, {"retry-after": LATER, "date": date}, b"")
     assert retry_after(answer) == seconds
 
 
-async def test_retry_after_may_be_a_date_of_c(io_loop):
-    """asctime's, which names no zone: it is UTC (RFC 9110, section 5.6.7)."""
+async def test_retry_after_may_have_asctime_format(io_loop):
+    """It names no zone: it is UTC (RFC 9110, section 5.6.7)."""
     headers = {"retry-after": "Thu Jan  1 00:00:07 2026", "date": LATER}
     assert retry_after(Response(503, headers, b"")) == 0.0
     headers["date"] = "Thu, 01 Jan 2026 00:00:00 GMT"
@@ -640,12 +640,12 @@ async def test_retry_after_may_be_a_date_of_c(io_loop):
 
 @pytest.mark.parametrize("attempts", [1, 1025, 10**9])
 async def test_backoff_is_bounded_for_any_number_of_attempts(io_loop, attempts):
-    """Two to the power of it would not be a number."""
+    """An unlimited power of two would overflow."""
     assert all(0 <= backoff(attempts) <= MAX_BACKOFF for _ in range(100))
 
 
 async def test_endless_retry_after_does_not_block_an_event(io_loop):
-    """A message and a disconnect event go again by their deadlines; exit 0."""
+    """A message and a disconnect event are retried by their deadlines; exit 0."""
 
     async def fail_once(handler: RequestHandler, event: dict) -> None:
         kind = "message" if "message" in event else "disconnect"
@@ -666,7 +666,7 @@ async def test_endless_retry_after_does_not_block_an_event(io_loop):
 
 
 async def test_retry_after_is_not_shortened_by_another_message_s_failure(io_loop):
-    """The first is told 3 s, the second is lost a little later: both wait."""
+    """The first gets 3 s, the second fails a little later: both wait."""
     times: list[tuple[int, float]] = []
 
     def decide(attempt: Attempt) -> Reply:
@@ -692,8 +692,8 @@ async def test_retry_after_is_not_shortened_by_another_message_s_failure(io_loop
 # After a stall.
 
 
-async def test_answer_that_came_during_a_stall_is_in_time(io_loop):
-    """It is read before the request is taken for overdue: nothing overtakes it."""
+async def test_response_during_a_stall_is_in_time(io_loop):
+    """It is read before the request counts as overdue: order is kept."""
     async with FaultyBackend(lambda attempt: Reply(fault="hold")) as backend:
         async with Service(*backend.flags("message"), "--order_wait=1.5") as service:
             (talker,) = await talkers(service.ws_url, 1)
@@ -710,8 +710,8 @@ async def test_answer_that_came_during_a_stall_is_in_time(io_loop):
 @pytest.mark.parametrize(
     "flags", [["--max_unanswered=2"], ["--max_backend_connections=2"]]
 )
-async def test_deadline_that_passed_during_a_stall_finds_answers(io_loop, flags):
-    """Those that came meanwhile are signs of life: nobody gets 1013."""
+async def test_deadline_during_a_stall_considers_arrived_responses(io_loop, flags):
+    """Responses that arrived meanwhile are signs of life: no 1013."""
     async with FaultyBackend(lambda attempt: Reply(fault="hold")) as backend:
         flags = [*flags, "--order_wait=0.2", "--delivery_timeout=4"]
         async with Service(*backend.flags("message"), *flags) as service:
@@ -727,7 +727,7 @@ async def test_deadline_that_passed_during_a_stall_finds_answers(io_loop, flags)
 
 
 async def test_message_that_failed_during_a_stall_after_its_disconnect(io_loop):
-    """The 5 s for held requests end only when the failure has been read."""
+    """The 5 s for held requests end only after the failure was read."""
     async with FaultyBackend() as backend:
         backend.decide = lambda attempt: Reply(
             fault="hold" if attempt.kind == "message" else None

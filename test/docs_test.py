@@ -19,7 +19,7 @@ def anchor(heading):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_have_targets(page):
-    """To a file or folder of the project, and to a heading in it."""
+    """A file or folder of the project, and a heading in it."""
     for path, heading in LINK.findall(page.read_text("utf-8")):
         target = page.parent / path if path else page
         assert target.exists(), path
@@ -41,7 +41,7 @@ def test_tests_that_are_named_exist(page):
 
 
 def test_architecture_has_every_module():
-    """In its tree."""
+    """In its tree of modules."""
     text = (PROJECT / "ARCHITECTURE.md").read_text("utf-8")
     tree = text.partition("## The tree")[2].split("```")[1]
     modules = list(PROJECT.glob("socketdock*.py"))
@@ -57,7 +57,7 @@ def test_architecture_has_every_module():
 
 
 def test_every_dependency_has_its_reason():
-    """In docs/decisions; also those of the tests and of the benchmark."""
+    """In docs/decisions; this includes those of the tests and the benchmark."""
     decisions = (PROJECT / "docs" / "decisions").glob("*.md")
     reasons = "\n".join(path.read_text("utf-8") for path in decisions).lower()
     setup = (PROJECT / "setup.py").read_text("utf-8")

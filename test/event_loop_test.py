@@ -25,8 +25,8 @@ def runs_uvloop(service):
 @pytest.mark.parametrize(
     ("name", "expected"), [("auto", True), ("uvloop", True), ("asyncio", False)]
 )
-async def test_loop_is_the_one_that_is_asked_for(io_loop, name, expected):
-    """And `auto` is uvloop, where it is installed."""
+async def test_event_loop_is_selected_by_name(io_loop, name, expected):
+    """`auto` selects uvloop if it is installed."""
     async with (
         Service(f"--event_loop={name}") as service,
         websockets.connect(service.ws_url) as client,
@@ -38,7 +38,7 @@ async def test_loop_is_the_one_that_is_asked_for(io_loop, name, expected):
 
 @pytest.mark.gen_test
 async def test_relay_runs_without_uvloop(io_loop, without_uvloop):
-    """On asyncio's own loop."""
+    """With asyncio's own loop."""
     async with (
         Service("--event_loop=auto", environment=without_uvloop) as service,
         websockets.connect(service.ws_url) as client,
@@ -48,13 +48,13 @@ async def test_relay_runs_without_uvloop(io_loop, without_uvloop):
         assert not runs_uvloop(service)
 
 
-def test_uvloop_that_is_missing_stops_the_start(without_uvloop):
-    """One sentence, where it was asked for by name."""
+def test_missing_uvloop_exits_with_an_error(without_uvloop):
+    """One line, if uvloop was requested by name."""
     line = refusal("--event_loop=uvloop", **without_uvloop)
     assert "--event_loop=uvloop: uvloop is not installed" in line
 
 
-def test_unknown_loop_stops_the_start():
-    """One sentence names those that there are."""
+def test_unknown_loop_exits_with_an_error():
+    """One line with the known names."""
     line = refusal("--event_loop=epoll")
     assert "--event_loop must be auto, uvloop or asyncio, not 'epoll'" in line

@@ -48,7 +48,7 @@ EVENTS = {
 
 @pytest.mark.parametrize("make", EVENTS.values(), ids=EVENTS)
 def test_event_takes_no_more_memory_than_its_body(make):
-    """Bounds count its body's length, and thousands of events may be kept."""
+    """Limits count the body's length, and thousands of events may wait."""
     make()  # what is made once
     tracemalloc.start()
     try:
@@ -63,7 +63,7 @@ def test_event_takes_no_more_memory_than_its_body(make):
     "text", ["", "plain", 'quoted "\\/\n\0\x1f\x7f', "é€😀", "\u2028</script>"]
 )
 def test_message_event_is_the_json_of_its_members(text):
-    """Whatever has to be escaped."""
+    """For each character that must be escaped."""
     for sent, kind in ((text, "text"), (text.encode(), "binary")):
         body = writer().message(ID, 17, sent, None).body
         socket = f'http://h/"\\é/socket/{ID}'

@@ -140,7 +140,7 @@ each_example = pytest.mark.parametrize("name", CHATS)
 
 @each_example
 async def test_everybody_gets_what_one_client_sends(io_loop, name):
-    """Signed events in, callbacks with the token out."""
+    """Events are signed, and callbacks have the token."""
     async with Example(name) as example, example.relay() as service:
         async with (
             websockets.connect(service.ws_url) as one,
@@ -156,7 +156,7 @@ async def test_everybody_gets_what_one_client_sends(io_loop, name):
 
 @each_example
 async def test_event_with_a_wrong_signature_is_refused(io_loop, name):
-    """Nor is one believed that is too old, or has none."""
+    """As are an old event, and one without a signature."""
     async with Example(name) as example, example.relay() as service:
         async with websockets.connect(service.ws_url) as client:
             event = message(service, "0" * 32, "forged")
@@ -176,8 +176,8 @@ async def test_event_with_a_wrong_signature_is_refused(io_loop, name):
 
 
 @each_example
-async def test_event_that_comes_again_acts_once(io_loop, name):
-    """It is answered as if it had been acted on, so that the relay stops."""
+async def test_repeated_event_is_processed_once(io_loop, name):
+    """It gets a success status, so that the relay stops retrying."""
     async with Example(name) as example, example.relay() as service:
         async with websockets.connect(service.ws_url) as client:
             event = message(service, "0" * 32, "once")
@@ -191,7 +191,7 @@ async def test_event_that_comes_again_acts_once(io_loop, name):
 
 @each_example
 async def test_connections_of_a_dead_instance_are_dropped(io_loop, name):
-    """An event of the same name's next run tells; nobody calls the dead one back."""
+    """An event of the next run with the same name shows that the old one is dead."""
     async with Example(name) as example:
         async with example.relay("--instance_name=relay-1") as dead:
             async with contextlib.AsyncExitStack() as clients:
@@ -223,7 +223,7 @@ async def test_least_backend_listens_on_its_options(io_loop):
 
 @pytest.mark.parametrize("bindip", ["127.0.0.1", "192.0.2.1"])
 def test_least_backend_that_cannot_listen_says_why(bindip):
-    """In one sentence: the port is taken, or the address is not of this machine."""
+    """In one line: the port is in use, or the address is not of this machine."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ended = subprocess.run(
@@ -240,7 +240,7 @@ def test_least_backend_that_cannot_listen_says_why(bindip):
 
 
 def test_demo_shows_one_exchange_and_ends():
-    """Each side's part, in its order, and then by itself."""
+    """Each step in order, then it exits by itself."""
     ended = subprocess.run(
         [sys.executable, "examples/demo.py"],
         cwd=PROJECT,
