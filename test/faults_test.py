@@ -70,7 +70,7 @@ async def load_with_an_absence(
 
 
 @pytest.mark.parametrize("how", ["refused", "reset", "503"])
-async def test_backend_away_for_two_seconds_costs_nothing(io_loop, how):
+async def test_backend_restart_within_two_seconds_loses_nothing(io_loop, how):
     """Every number arrives, in order, and no client is closed."""
     async with FaultyBackend() as backend:
 
@@ -85,7 +85,7 @@ async def test_backend_away_for_two_seconds_costs_nothing(io_loop, how):
 
 
 @pytest.mark.parametrize("flags", [[], ["--order_wait=inf", "--backend_timeout=30"]])
-async def test_stopped_backend_costs_nothing(io_loop, flags):
+async def test_stopped_backend_loses_nothing(io_loop, flags):
     """Frozen for 2 s, its kernel taking connections: complete, and in order
     where one message goes at a time."""
     async with BackendProcess() as backend:
@@ -106,8 +106,7 @@ async def test_stopped_backend_costs_nothing(io_loop, flags):
 
 @pytest.mark.parametrize("how", ["refused", "503"])
 async def test_each_client_of_a_lost_backend_is_closed_and_accounted_for(io_loop, how):
-    """1013 after --delivery_timeout; later, each disconnect event counts what
-    was lost."""
+    """1013 after --delivery_timeout; the disconnect events count lost messages."""
     async with FaultyBackend() as backend:
         flags = [*backend.flags(), "--delivery_timeout=3"]
         async with Service(*flags) as service:
@@ -131,7 +130,7 @@ async def test_each_client_of_a_lost_backend_is_closed_and_accounted_for(io_loop
 
 
 async def test_client_that_left_before_the_deadline_is_accounted_for(io_loop):
-    """It can't be told any more: the disconnect event counts its messages."""
+    """Its disconnect event counts the messages that were not delivered."""
     async with FaultyBackend() as backend:
         flags = [*backend.flags(), "--delivery_timeout=2"]
         async with Service(*flags) as service:
@@ -181,7 +180,7 @@ async def test_failing_backend_gets_one_probe_at_a_time(io_loop):
 
 
 async def test_visits_to_a_dead_backend_are_bounded_and_accounted_for(io_loop):
-    """Connect, send, close, at full speed: no more waits than --max_pending."""
+    """Connect, send, close, at full speed: at most --max_pending events wait."""
     accepted, refused = Counter(), Counter()
     padding = " " + "x" * 5000
 
@@ -239,7 +238,7 @@ async def test_visits_to_a_dead_backend_are_bounded_and_accounted_for(io_loop):
 
 
 async def test_sigterm_under_load_loses_nothing(io_loop):
-    """Each message read arrives, each client sees 1001, spread, and exit 0."""
+    """Each read message arrives; clients get 1001 one after another; exit 0."""
     async with FaultyBackend(lambda attempt: Reply(delay=0.02)) as backend:
         flags = [*backend.flags(), "--drain_spread=4"]
         async with Service(*flags) as service:
@@ -266,7 +265,7 @@ async def test_sigterm_under_load_loses_nothing(io_loop):
 
 
 async def test_handshakes_are_accepted_during_drain_delay(io_loop):
-    """/readyz turns to 503 at once, handshakes only --drain_delay later."""
+    """/readyz is 503 at once; handshakes are rejected only after --drain_delay."""
     async with RecordingBackend() as backend:
         flags = [*backend.flags("message", "disconnect"), "--drain_delay=3"]
         async with Service(*flags) as service:
@@ -293,7 +292,7 @@ async def crash(service: Service) -> None:
 
 
 async def test_restart_after_sigkill_reports_each_connection_once(io_loop, tmp_path):
-    """After the restart: one disconnect event each, of the run that is dead."""
+    """The next run sends one disconnect event each, for the dead run."""
     state = f"--state_dir={tmp_path}"
     async with FaultyBackend() as backend:
         flags = [*backend.flags("connect", "message", "disconnect"), state]
@@ -336,10 +335,10 @@ async def test_restart_after_sigkill_reports_each_connection_once(io_loop, tmp_p
             assert meta["instance"] == opened[connection_id]["instance"]
 
 
-async def test_farewells_of_a_dead_run_outlive_a_backend_that_is_away(
+async def test_recovered_disconnects_survive_an_unreachable_backend(
     io_loop, tmp_path
 ):
-    """The backend is down at the restart, and so is the relay once more."""
+    """The backend is down at the restart, and the relay restarts once more."""
     flags = [f"--state_dir={tmp_path}"]
     async with FaultyBackend() as backend:
         flags += backend.flags()
@@ -380,7 +379,7 @@ def empty(file: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [tear, scribble, empty])
 async def test_corrupt_journal_is_reported_and_never_fatal(io_loop, tmp_path, spoil):
-    """It starts, says so, relays; and says so once only."""
+    """The relay starts, logs one error, and serves."""
     async with FaultyBackend() as backend:
         flags = [*backend.flags(), f"--state_dir={tmp_path}"]
         async with Service(*flags) as service:
@@ -408,7 +407,7 @@ async def test_corrupt_journal_is_reported_and_never_fatal(io_loop, tmp_path, sp
 
 
 async def test_state_directory_is_for_one_process(io_loop, tmp_path):
-    """A second one is refused with a sentence; the first is not disturbed."""
+    """A second one exits with one line; the first is not affected."""
     async with FaultyBackend() as backend:
         flags = [*backend.flags(), f"--state_dir={tmp_path}"]
         async with Service(*flags) as service:
@@ -432,8 +431,8 @@ async def test_state_directory_is_for_one_process(io_loop, tmp_path):
 # Clients that fail.
 
 
-async def test_client_that_stops_reading_costs_its_cap(io_loop):
-    """256 MiB pushed at it: 429, then 410; the others' exchanges complete."""
+async def test_client_that_stops_reading_is_bounded(io_loop):
+    """256 MiB are sent to it: 429, then 410; other clients are not affected."""
     push, total = bytes(256 * 1024), 256 * MIB
     answers: Counter[int] = Counter()
 
@@ -514,7 +513,7 @@ async def test_client_that_vanishes_is_reported(io_loop):
 
 @pytest.mark.parametrize("size", [400, 60_000])
 async def test_flood_into_a_stopped_backend_is_bounded(io_loop, size):
-    """A client that sends as fast as it can costs its queue, and stays."""
+    """A client that sends at full speed uses only its queue, and stays."""
     async with BackendProcess() as backend:
         async with (
             Service(*backend.flags()) as service,
@@ -558,7 +557,7 @@ async def test_flood_into_a_stopped_backend_is_bounded(io_loop, size):
 
 @pytest.mark.parametrize("flags", [[], ["--order_wait=inf", "--backend_timeout=30"]])
 async def test_slow_backend_closes_no_client(io_loop, flags):
-    """8 s for each answer, pings every 2 s, and a client whose queue is full."""
+    """8 s per response, pings every 2 s, and a client whose queue is full."""
     slow = True
 
     def decide(attempt) -> Reply:
@@ -585,7 +584,7 @@ async def test_slow_backend_closes_no_client(io_loop, flags):
 
 
 async def test_every_kind_of_failure_in_turn(io_loop):
-    """A backend that fails half of its requests, each in another way, takes all."""
+    """Half of the requests fail, each in another way; all messages arrive."""
     faults = [
         Reply(500), Reply(503, headers=("Retry-After: 1",)), Reply(429),
         Reply(delay=0.3), Reply(fault="reset"), Reply(fault="reset", delay=0.1),
@@ -614,8 +613,8 @@ async def test_every_kind_of_failure_in_turn(io_loop):
 
 # Hosts that vanish.
 
-def test_vanished_hosts_are_noticed():
-    """What `vanished_host.py` tests, in a network namespace of its own."""
+def test_vanished_hosts_are_detected():
+    """Runs `vanished_host.py` in its own network namespace."""
     command = ["unshare", "--net", *(["--map-root-user"] if os.getuid() else [])]
     probe = [*command, "ip", "link", "add", "near", "type", "veth", "peer", "far"]
     try:
@@ -642,7 +641,7 @@ def inherited_warnings() -> list[str]:
 
 
 async def test_messages_wait_for_a_descriptor(io_loop):
-    """That none is left is no fault of the backend's: nobody counts it as away."""
+    """A lack of descriptors does not count as an unreachable backend."""
     flags = ("--breaker_attempts=1", "--breaker_connections=1", "--log_format=text")
     async with FaultyBackend() as backend:
         async with Service(*backend.flags("message"), *flags) as service:

@@ -29,7 +29,7 @@ def certificate(tmp_path_factory):
 @pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.gen_test
 async def test_byte_order_mark_is_left_out(io_loop, tmp_path, name):
-    """Windows' editors write one in front of UTF-8."""
+    """Some Windows editors write one."""
     path = tmp_path / "file"
     path.write_bytes(BOM + TEXTS[name].replace(b"\n", b"\r\n"))
     flags = HTTP if name != "config" else ()
@@ -42,7 +42,7 @@ async def test_byte_order_mark_is_left_out(io_loop, tmp_path, name):
 @pytest.mark.parametrize("name", [*TEXTS, *PEM])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "null", "missing"])
 def test_special_files_are_rejected_at_once(tmp_path, certificate, name, kind):
-    """Nothing is opened that could block; and it may become right: status 1."""
+    """None that could block is opened; status 1, since that may change."""
     path = tmp_path / "file"
     if kind == "pipe":
         os.mkfifo(path)
@@ -64,8 +64,8 @@ def test_special_files_are_rejected_at_once(tmp_path, certificate, name, kind):
 
 
 @pytest.mark.gen_test
-async def test_dev_null_is_no_options_file(io_loop, tmp_path):
-    """`--config=/dev/null` keeps what the environment names from being read."""
+async def test_dev_null_selects_no_options_file(io_loop, tmp_path):
+    """`--config=/dev/null` overrides the file that the environment names."""
     environment = {"SOCKETDOCK_CONFIG": str(tmp_path / "missing")}
     async with Service("--config=/dev/null", environment=environment) as service:
         async with websockets.connect(service.ws_url):

@@ -9,7 +9,7 @@ from service import PROJECT
 
 
 def test_readme_steps_work():
-    """`make run`, a client; a backend, the relay, a client: in a new clone."""
+    """In a new clone: `make run` and a client; a backend, the relay, a client."""
     ended = subprocess.run(
         [sys.executable, "test/first_use.py"],
         cwd=PROJECT,

@@ -224,7 +224,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("frames", "code", "compressed"), ROWS)
 async def test_bad_frame_gets_its_close_code(io_loop, relay, frames, code, compressed):
-    """The close frame, the end, and one disconnect event, by the relay, say so."""
+    """The close frame, then the end, and one disconnect event by the relay."""
     answer = await relay.answer(frames, compressed=compressed)
     while answer[:1] in (b"\x89", b"\x8a"):  # a ping's answer comes before
         answer = answer[2 + answer[1] :]
@@ -237,7 +237,7 @@ async def test_bad_frame_gets_its_close_code(io_loop, relay, frames, code, compr
 
 
 async def test_nothing_is_read_behind_a_bad_frame(io_loop, relay):
-    """What follows a violation, or a close frame, reaches nobody."""
+    """What follows a violation or a close frame is not delivered."""
     before = len(relay.backend.of("message"))
     bad, late = frame(3), frame(TEXT, b"too late")
     answer_to_bad = b"\x88\x10\x03\xeaunknown opcode"
@@ -260,8 +260,8 @@ async def test_nothing_is_read_behind_a_bad_frame(io_loop, relay):
     assert [event["message"] for event in messages] == ["in time"]
 
 
-async def test_frames_that_are_right_are_not_refused(io_loop, relay):
-    """Where the line is: the largest, the emptiest, the most interrupted."""
+async def test_valid_frames_are_accepted(io_loop, relay):
+    """At the limits: the largest, the emptiest, the most interrupted."""
     before = len(relay.backend.of("message"))
     noise = os.urandom(LIMIT)
     packed = deflated(b"packed")
@@ -295,14 +295,14 @@ async def test_frames_that_are_right_are_not_refused(io_loop, relay):
 @pytest.mark.parametrize(
     "code", [1000, 1001, 1002, 1003, *range(1007, 1015), 3000, 3999, 4000, 4999]
 )
-async def test_close_code_that_is_right_comes_back(io_loop, relay, code):
-    """A registered or private code is echoed, and told as the client's."""
+async def test_valid_close_code_is_echoed(io_loop, relay, code):
+    """A registered or private code; the event names the client as initiator."""
     assert await relay.answer(close(code)) == b"\x88\x02" + code.to_bytes(2)
     assert relay.last_end() == (code, "client")
 
 
-async def test_bombs_and_long_announcements_take_no_memory(io_loop, relay):
-    """Of 256 MiB only the allowed part is inflated; what is told is not reserved."""
+async def test_compression_bombs_and_announced_lengths_take_no_memory(io_loop, relay):
+    """Of 256 MiB only the allowed part is inflated; no memory is reserved."""
     largest = frame(BINARY, deflated(bytes(LIMIT)), rsv=RSV1)
     await relay.answer(largest, largest, close(1000), compressed=True)
     before = memory(relay.service.process.pid, "VmHWM")

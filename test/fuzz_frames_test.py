@@ -159,8 +159,8 @@ def parse(
 
 @given(data=st.data(), compressed=st.booleans())
 @examples(200)
-def test_conversation_is_read_as_it_was_meant(data, compressed):
-    """Each message and control frame comes out, in order, however it is cut."""
+def test_valid_frames_are_parsed_for_every_split(data, compressed):
+    """Each message and control frame is returned, in order."""
     wire, received = data.draw(conversations(compressed))
     pieces = data.draw(in_pieces(st.just(wire)))
     assert parse(pieces, compressed) == (received, None)
@@ -173,7 +173,7 @@ def bytewise(data: bytes) -> list[bytes]:
 @given(data=st.data(), compressed=st.booleans())
 @examples(400)
 def test_fragmentation_of_reads_changes_nothing(data, compressed):
-    """Any bytes mean the same in one piece, in some, and one by one."""
+    """Any bytes give the same result in one piece, in some, and one by one."""
     wire = data.draw(mutated(compressed) | st.binary(max_size=300))
     meaning = parse([wire], compressed)
     assert parse(data.draw(in_pieces(st.just(wire))), compressed) == meaning
@@ -190,7 +190,7 @@ def test_fragmentation_of_reads_changes_nothing(data, compressed):
 @example(payload=bomb(2**20))
 @examples(200)
 def test_any_compressed_bytes_are_a_message_or_a_violation(payload):
-    """Whatever is inflated is bounded, and never an error of zlib's."""
+    """Inflating is bounded, and never raises zlib's error."""
     wire = frame(BINARY, payload, rsv=4)
     received, violation = parse([wire], compressed=True)
     if violation is None:
@@ -294,8 +294,8 @@ def last_words(answer: bytes) -> int | None:
 
 @given(data=st.data(), compressed=st.booleans())
 @examples(150)
-def test_any_frames_are_echoed_or_refused(relay, no_growth, data, compressed):
-    """The answer is what the parser promises; another client's echo is not hurt."""
+def test_any_frames_are_echoed_or_rejected(relay, no_growth, data, compressed):
+    """The response is the parser's result; other clients are not affected."""
     wire = data.draw(mutated(compressed) | st.binary(max_size=300))
     pieces = data.draw(in_pieces(st.just(wire)))
     received, violation = parse([wire], compressed)

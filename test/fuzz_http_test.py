@@ -216,10 +216,10 @@ on_each_listener = pytest.mark.parametrize(
     data=st.data(),
 )
 @examples(40)
-def test_valid_requests_are_executed_however_they_are_cut(
+def test_valid_requests_are_executed_for_every_split(
     relay, no_growth, bodies, data
 ):
-    """Each becomes one frame, in order, and has its answer."""
+    """Each becomes one frame, in order, and gets its response."""
     whole = [SEND + data.draw(framed(body)) for body in bodies]
     pieces = data.draw(in_pieces(st.just(b"".join(whole))))
 
@@ -243,7 +243,7 @@ def test_valid_requests_are_executed_however_they_are_cut(
 )
 @examples(120)
 def test_mutated_requests_are_answered_or_ended(relay, no_growth, pieces):
-    """Every answer is whole, none is a bug's, and no frame comes without one."""
+    """Each response is complete, none is a 500, and no frame is sent without one."""
 
     async def check() -> None:
         heard = await relay.tell(pieces, half_close=True)
@@ -254,8 +254,8 @@ def test_mutated_requests_are_answered_or_ended(relay, no_growth, pieces):
     relay.run(check())
 
 
-def test_garbage_behind_a_request_that_is_refused_holds_up_nothing(relay):
-    """That has no Host, and what follows is no HTTP: one answer, and the end."""
+def test_garbage_behind_a_rejected_request_delays_nothing(relay):
+    """A request without Host, then other bytes: one response, and the end."""
 
     async def check() -> None:
         heard = await relay.tell([b"GET /livez HTTP/1.1\r\nX: y\r\n\r\n\xfcA\x8a"])
@@ -280,8 +280,10 @@ OURS = {"date", "content-length", "upgrade", "connection", "sec-websocket-accept
 
 @given(answer=answers() | mutated(answers()))
 @examples(100)
-def test_any_answer_to_a_connect_event_is_a_verdict_or_none(relay, no_growth, answer):
-    """The client gets one whole answer, with no header that is not passed on."""
+def test_any_response_to_a_connect_event_is_a_decision_or_none(
+    relay, no_growth, answer
+):
+    """The client gets one complete response, with permitted headers only."""
 
     async def check() -> None:
         todo = [answer + ScriptedBackend.CUT]
@@ -306,8 +308,8 @@ def test_any_answer_to_a_connect_event_is_a_verdict_or_none(relay, no_growth, an
     todo=st.lists(answers() | mutated(answers()), min_size=8, max_size=8),
 )
 @examples(8)
-def test_any_answers_to_messages_leave_their_order(relay, no_growth, todo):
-    """Each message goes until it is taken or refused, then the next."""
+def test_any_responses_to_messages_keep_their_order(relay, no_growth, todo):
+    """Each message is retried until accepted or refused, then the next is sent."""
 
     async def talk() -> None:
         async with websockets.connect(relay.service.ws_url) as client:

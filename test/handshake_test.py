@@ -218,10 +218,10 @@ ROWS = {
 
 
 @pytest.mark.parametrize(("request_", "status"), ROWS.values(), ids=ROWS.keys())
-async def test_bad_handshake_has_its_answer_or_its_end(
+async def test_bad_handshake_is_answered_or_closed(
     io_loop, relay, request_, status
 ):
-    """The right status, or the end, within 3 s; the backend is not asked."""
+    """The right status, or the end, within 3 s; the backend gets no event."""
     asked = len(relay.backend.of("connect"))
     heard = await relay.status(request_)
     assert heard in (status if isinstance(status, tuple) else (status,))
@@ -231,7 +231,7 @@ async def test_bad_handshake_has_its_answer_or_its_end(
 
 
 async def test_426_says_what_is_served(io_loop, relay):
-    """The protocol, and its version (RFC 9110, 15.5.22; RFC 6455, 4.4)."""
+    """The protocol and its version (RFC 9110, 15.5.22; RFC 6455, 4.4)."""
     for request, name, value in (
         (handshake(without="Upgrade"), "upgrade", "websocket"),
         (instead("Sec-WebSocket-Version: 8"), "sec-websocket-version", "13"),
@@ -312,8 +312,8 @@ async def test_bug_in_a_handshake_leaves_nothing(io_loop, tmp_path):
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
-async def test_client_that_left_before_its_turn_is_no_bug(io_loop, server):
-    """Many that hang up behind their handshakes: nothing is logged of them."""
+async def test_client_that_left_before_its_turn_is_not_logged(io_loop, server):
+    """Many clients disconnect right after their handshakes."""
     async with Service(f"--http_server={server}") as service:
         parts = urlsplit(service.ws_url)
         for _ in range(200):
@@ -326,7 +326,7 @@ async def test_client_that_left_before_its_turn_is_no_bug(io_loop, server):
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 async def test_headers_are_spelt_as_in_their_standards(io_loop, server):
-    """Some clients compare names with regard to case, whatever HTTP says."""
+    """Some clients compare names case-sensitively, against the standard."""
     flags = (
         f"--http_server={server}", "--compression", "--callback_token=0123456789abcdef",
     )
@@ -355,8 +355,8 @@ async def test_headers_are_spelt_as_in_their_standards(io_loop, server):
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
-async def test_query_is_passed_on_as_it_came(io_loop, server):
-    """However many fields it has."""
+async def test_query_is_passed_on_unchanged(io_loop, server):
+    """With any number of fields."""
     async with RecordingBackend() as backend:
         flags = (*backend.flags(), f"--http_server={server}")
         async with Service(*flags) as service:
@@ -380,8 +380,8 @@ async def test_query_is_passed_on_as_it_came(io_loop, server):
                 assert (await backend.call(url, method)).code == status, target
 
 
-async def test_cookies_are_joined_as_cookies(io_loop, relay):
-    """Several lines of it, as HTTP/2 makes them, are one list of cookies."""
+async def test_cookie_headers_are_joined_with_semicolons(io_loop, relay):
+    """Several Cookie headers, as from HTTP/2, are one list of cookies."""
     request = handshake("Cookie: a=1; b=2,3", "X-Other: 1", "cookie: c=4", "X-Other: 2")
     assert await relay.status(request) == 101
     headers = relay.backend.of("connect")[-1]["meta"]["headers"]
@@ -411,13 +411,13 @@ GOOD = {
 
 
 @pytest.mark.parametrize("request_", GOOD.values(), ids=GOOD.keys())
-async def test_odd_handshake_is_accepted(io_loop, relay, request_):
-    """What the standards allow is no flaw, however odd."""
+async def test_unusual_valid_handshake_is_accepted(io_loop, relay, request_):
+    """What the standards allow is not malformed."""
     assert await relay.status(request_) == 101
 
 
 async def test_repeated_subprotocol_is_offered_once(io_loop, relay):
-    """The backend sees each name once, in the client's order."""
+    """The backend gets each name once, in the client's order."""
     lines = [f"Sec-WebSocket-Protocol: {names}" for names in ("b, a", "b,, c,a")]
     assert await relay.status(handshake(*lines)) == 101
     assert relay.backend.of("connect")[-1]["meta"]["subprotocols"] == ["b", "a", "c"]
@@ -458,10 +458,10 @@ async def test_repeated_subprotocol_is_offered_once(io_loop, relay):
         ("x-webkit-deflate-frame", None),
     ],
 )
-async def test_compression_is_agreed_on_where_the_offer_is_right(
+async def test_compression_is_negotiated_for_a_valid_offer(
     io_loop, relay, offers, answer
 ):
-    """The first offer that can be met is; where none can, it goes without."""
+    """The first acceptable offer is accepted; without one there is none."""
     heard = await tell(relay.service.ws_url, extended_by(offers), answers=1)
     ((status, headers, _),) = heard.answers()
     assert status == 101

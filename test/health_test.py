@@ -62,10 +62,10 @@ async def status(service: Service) -> dict:
     return json.loads((await ask(service, "GET", "/status")).body)
 
 
-async def test_relay_that_starts_is_not_ready(
+async def test_starting_relay_is_not_ready(
     io_loop, app, http_server, http_client, base_url
 ):
-    """But alive; it is ready when all of it has started."""
+    """But alive; it is ready when all parts have started."""
     told = app.settings["status"]
     answer = await http_client.fetch(f"{base_url}/readyz", raise_error=False)
     assert answer.code == 503
@@ -77,8 +77,8 @@ async def test_relay_that_starts_is_not_ready(
     assert (told.describe()["state"], told.describe()["ready"]) == ("serving", True)
 
 
-async def test_relay_that_stops_is_not_ready(io_loop):
-    """And says so."""
+async def test_stopping_relay_is_not_ready(io_loop):
+    """/status shows it, too."""
     async with Service("--drain_delay=2") as service:
         assert await readyz(service) is None
         service.process.terminate()
@@ -89,8 +89,8 @@ async def test_relay_that_stops_is_not_ready(io_loop):
         assert await service.process.wait() == 0
 
 
-async def test_backend_that_is_away_does_not_matter_by_default(io_loop):
-    """Or all relays would look away at once, though messages can be retried."""
+async def test_unreachable_backend_keeps_readiness_by_default(io_loop):
+    """Otherwise all relays would be unready at once, though they can retry."""
     async with ScriptedBackend(lambda kind: ScriptedBackend.CUT) as backend:
         async with Service(*backend.flags("message"), *BREAKER) as service:
             async with websockets.connect(service.ws_url) as client:
@@ -102,8 +102,8 @@ async def test_backend_that_is_away_does_not_matter_by_default(io_loop):
                 backend.script = lambda kind: OK
 
 
-async def test_backend_that_is_away_for_long_can_matter(io_loop):
-    """From --ready_breaker_timeout on, until it is back."""
+async def test_unreachable_backend_can_end_readiness(io_loop):
+    """From --ready_breaker_timeout on, until it is reachable."""
     flags = (*BREAKER, "--ready_breaker_timeout=0.5")
     async with ScriptedBackend(lambda kind: ScriptedBackend.CUT) as backend:
         async with Service(*backend.flags("message"), *flags) as service:
@@ -130,7 +130,7 @@ async def test_backend_that_is_away_for_long_can_matter(io_loop):
 
 
 async def test_readyz_recovers_when_no_event_can_probe(io_loop):
-    """Where no event waits, a new client is the one: so it must be let in."""
+    """If no event waits, a new client's must be the probe: it is let through."""
     flags = (*BREAKER, "--ready_breaker_timeout=0.2", "--delivery_timeout=1")
     async with ScriptedBackend(lambda kind: ScriptedBackend.CUT) as backend:
         async with Service(*backend.flags("message"), *flags) as service:
@@ -153,7 +153,7 @@ async def test_readyz_recovers_when_no_event_can_probe(io_loop):
 
 
 def test_option_has_a_range():
-    """As others that are in seconds."""
+    """Like other options in seconds."""
     assert "seconds" in refusal("--ready_breaker_timeout=-1")
 
 
@@ -174,7 +174,7 @@ def healthy(service: Service, *flags: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("bindip", ["127.0.0.1", "127.0.0.2", "0.0.0.0", "::", "::1"])
 async def test_health_asks_where_the_relay_listens(io_loop, tmp_path, bindip):
-    """By whatever source it is told, past a proxy that the environment names."""
+    """For each source of the options, and without a proxy of the environment."""
     if ":" in bindip and not has_ipv6():
         leave_out("IPv6")
     async with Service(f"--bindip={bindip}") as service:
@@ -195,8 +195,8 @@ async def test_health_asks_where_the_relay_listens(io_loop, tmp_path, bindip):
         assert (status, said.endswith(": ok\n")) == (0, True)
 
 
-async def test_health_speaks_tls(io_loop, tmp_path):
-    """Whose certificate it is does not matter."""
+async def test_health_uses_tls(io_loop, tmp_path):
+    """It does not verify the certificate."""
     server = Authority(tmp_path).server("relay.example")
     async with Service(f"--tls_cert={server.both}") as service:
         port = re.search(r":(\d+)/", service.ws_url)[1]
@@ -210,7 +210,7 @@ async def test_health_speaks_tls(io_loop, tmp_path):
 
 @pytest.mark.parametrize("command", ["exec {}", "{}; exit $?", "sh -c '{}; exit $?'"])
 async def test_health_finds_the_relay_behind_a_shell(io_loop, command):
-    """The first process of a container may be what starts the relay."""
+    """A container's first process may be the shell that starts the relay."""
     with socket.create_server(("127.0.0.2", 0)) as free:
         port = free.getsockname()[1]
     relay = f'"{sys.executable}" socketdock.py --bindip=127.0.0.2 --bindport={port}'
@@ -231,7 +231,7 @@ async def test_health_finds_the_relay_behind_a_shell(io_loop, command):
 
 
 async def test_health_asks_the_clients_listener(io_loop, tmp_path):
-    """Though the one for callbacks demands a certificate of who asks."""
+    """Even if the callback listener requires a client certificate."""
     authority = Authority(tmp_path)
     server = authority.server("relay.example")
     flags = ["--callbackport=0", f"--callback_tls_cert={server.both}",
@@ -248,14 +248,14 @@ async def test_health_asks_the_clients_listener(io_loop, tmp_path):
     "flags", [["--bindport=1"], ["--bindport=0"], ["--pid=0"], ["--pid=self"],
               ["--no_such_option"], ["--bindip=no..host"]]
 )
-def test_health_of_no_relay_is_one(flags):
-    """Docker has no other number for it; one sentence says why."""
+def test_health_without_a_relay_is_status_1(flags):
+    """Docker permits no other status; one line has the reason."""
     asked = ended("health", *flags)
     assert asked.returncode == 1
     assert len((asked.stdout + asked.stderr).splitlines()) == 1
 
 
-async def test_health_of_a_relay_that_hangs_is_one(io_loop):
+async def test_health_of_a_hanging_relay_is_status_1(io_loop):
     """Within seconds."""
     async with Service() as service:
         port = re.search(r":(\d+)/", service.ws_url)[1]
@@ -268,7 +268,7 @@ async def test_health_of_a_relay_that_hangs_is_one(io_loop):
 
 
 def test_image_and_compose_ask_health():
-    """Of process 1, whose command line has what neither file nor environment has."""
+    """With process 1, whose command line has options that no file has."""
     command = '["socketdock", "health", "--pid=1"]'
     assert f"CMD {command}" in (PROJECT / "Dockerfile").read_text()
     compose = yaml.safe_load((PROJECT / "conf" / "compose.yaml").read_text())

@@ -36,7 +36,7 @@ async def until_held(service: Service, number: int) -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_nothing_is_kept_of_held_answers_that_have_ended(io_loop):
+async def test_ended_held_requests_leave_no_memory(io_loop):
     """300 messages of 200 kB, five times: memory is as after the first time."""
     clients, each = 20, 15
 
@@ -69,7 +69,7 @@ async def test_nothing_is_kept_of_held_answers_that_have_ended(io_loop):
 
 
 async def test_held_messages_take_as_much_memory_as_they_are_long(io_loop):
-    """While clients come and go, and nothing of it once they have gone."""
+    """While clients connect and disconnect; afterwards none of it."""
     clients, each, turns, size = 5, 15, 12, 200_000
     came: dict[str, int] = Counter()  # messages, by client
 
@@ -135,7 +135,7 @@ async def test_reading_resumes_when_held_bytes_are_released(io_loop, how):
 
 
 async def test_immediate_retry_is_counted_once(io_loop):
-    """Its kept connection ended, when the wait had become shorter meanwhile."""
+    """Its kept connection ended after the wait had become shorter."""
 
     def decide(attempt: Attempt) -> Reply:
         if number_of(attempt) == 0:
@@ -164,8 +164,8 @@ async def test_immediate_retry_is_counted_once(io_loop):
             await leave(clients)
 
 
-async def test_without_a_connection_or_a_sign_of_life_there_is_a_deadline(io_loop):
-    """All connections are held: --delivery_timeout, then 1013, and it is counted."""
+async def test_without_a_free_connection_there_is_a_deadline(io_loop):
+    """All connections are held: --delivery_timeout, then 1013; it is counted."""
     async with FaultyBackend(
         lambda attempt: HOLD if attempt.kind == "message" else OK
     ) as backend:
@@ -190,7 +190,7 @@ async def test_without_a_connection_or_a_sign_of_life_there_is_a_deadline(io_loo
 async def test_waiting_in_a_moving_queue_is_not_late(
     io_loop, strictly
 ):
-    """However long it takes: it is no failure of the backend."""
+    """For any time: it does not count as a failure of the backend."""
     async with FaultyBackend(lambda attempt: Reply(delay=0.3)) as backend:
         flags = ("--max_backend_connections=1", "--delivery_timeout=1", *strictly)
         async with Service(*backend.flags("message"), *flags) as service:
@@ -202,8 +202,8 @@ async def test_waiting_in_a_moving_queue_is_not_late(
             await leave(clients)
 
 
-async def test_answer_from_before_a_retry_is_no_sign_of_life_for_it(io_loop):
-    """The first message is held again after the second was answered: it stays."""
+async def test_response_before_a_retry_is_no_sign_of_life_for_it(io_loop):
+    """The first is held again after the second was answered: it is not abandoned."""
 
     def decide(attempt: Attempt) -> Reply:
         number = number_of(attempt)
@@ -228,8 +228,8 @@ async def test_answer_from_before_a_retry_is_no_sign_of_life_for_it(io_loop):
     assert [number_of(a) for a in backend.attempts] == [0, 1, 0, 2, 3]
 
 
-async def test_held_requests_of_one_that_has_left_are_let_go_one_by_one(io_loop):
-    """The disconnect event was answered, and connections are short: the oldest goes."""
+async def test_held_requests_after_a_disconnect_are_abandoned_one_by_one(io_loop):
+    """After the disconnect event, a lack of connections ends the oldest one."""
     outcomes: list[str] = []
 
     def decide(attempt: Attempt) -> Reply:
@@ -256,7 +256,7 @@ async def test_held_requests_of_one_that_has_left_are_let_go_one_by_one(io_loop)
 
 
 async def test_failing_request_does_not_affect_others(io_loop, caplog):
-    """Of requests that become overdue by one timer, each is told."""
+    """Requests that become overdue by one timer are all reported."""
     told = []
 
     class OneOfMany:

@@ -378,7 +378,7 @@ def node_backend(version: str) -> BackendProcess:
 
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_client_through_loopback(io_loop, client):
-    """Each client gets its messages back as they were, and its close's code."""
+    """Each client gets its messages unchanged, and its close code."""
     messages = messages_for(client)
     result = await exchange(client, messages, CLIENTS_CLOSE)
     check_echo(result, messages)
@@ -387,7 +387,7 @@ async def test_client_through_loopback(io_loop, client):
 
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_client_through_http(io_loop, client):
-    """Each client's messages and its close reach a backend in another process."""
+    """Each client's messages and close reach a backend in another process."""
     async with stdlib_backend("HTTP/1.1") as backend:
         messages = messages_for(client)
         result = await exchange(client, messages, CLIENTS_CLOSE, *backend.flags())
@@ -397,7 +397,7 @@ async def test_client_through_http(io_loop, client):
 
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_client_that_the_backend_closes(io_loop, client):
-    """Each client sees the code and the reason with which a backend closes it."""
+    """Each client gets the code and the reason of the backend."""
     async with stdlib_backend("HTTP/1.1") as backend:
         result = await exchange(client, (), None, *backend.flags())
         assert result.close == BACKENDS_CLOSE
@@ -414,8 +414,8 @@ async def test_client_that_the_backend_closes(io_loop, client):
         (node_backend, "HTTP/1.1"),
     ],
 )
-async def test_backend_of_another_make(io_loop, start, version):
-    """A backend on any HTTP server takes messages, calls back and learns the end."""
+async def test_backend_on_any_http_server_works(io_loop, start, version):
+    """It gets messages, calls back, and gets the disconnect event."""
     async with start(version) as backend:
         result = await exchange("websockets", WHOLE, CLIENTS_CLOSE, *backend.flags())
         check_echo(result, WHOLE)

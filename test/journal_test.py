@@ -31,7 +31,7 @@ def crashed(path: Path):
     (path / "aaaa.journal").write_bytes(journal)
 
 
-def test_crash_leaves_what_was_open(tmp_path):
+def test_crash_leaves_open_connections(tmp_path):
     """Ids that were added and not removed, with the run's instance."""
     with crashed(tmp_path) as journal:
         journal.add(ONE)
@@ -54,8 +54,8 @@ def test_crash_leaves_what_was_open(tmp_path):
         (lambda data: b"", None),
     ],
 )
-def test_damage_is_set_aside_and_never_fatal(tmp_path, caplog, damage, ids):
-    """Reported, kept for whoever wants to look, and read as far as it goes."""
+def test_corrupt_journal_is_set_aside(tmp_path, caplog, damage, ids):
+    """It is logged, renamed, and read as far as possible."""
     with crashed(tmp_path) as journal:
         journal.add(ONE)
         journal.add(TWO)
@@ -69,7 +69,7 @@ def test_damage_is_set_aside_and_never_fatal(tmp_path, caplog, damage, ids):
 
 
 def test_one_process_per_directory(tmp_path):
-    """A second one is refused with a sentence."""
+    """A second one gets a one-line error."""
     state = StateDirectory(tmp_path, "host/aaaa")
     with pytest.raises(Unavailable, match="used by another process"):
         StateDirectory(tmp_path, "host/bbbb")
@@ -77,8 +77,8 @@ def test_one_process_per_directory(tmp_path):
     StateDirectory(tmp_path, "host/bbbb").close()
 
 
-def test_journal_does_not_grow_with_visits(tmp_path, monkeypatch):
-    """It is rewritten when it has grown, and holds what is open."""
+def test_journal_does_not_grow_with_closed_connections(tmp_path, monkeypatch):
+    """It is rewritten at a size, and then contains the open connections."""
     monkeypatch.setattr("backends.journal.COMPACT_ABOVE", 10_000)
     with crashed(tmp_path) as journal:
         journal.add(ONE)
@@ -115,7 +115,7 @@ def left_by(number: int) -> bytes:
 
 
 def test_journals_of_dead_runs_take_no_descriptors(tmp_path):
-    """There may be more of them than files that may be open; empty ones go."""
+    """There may be more than the descriptor limit; empty ones are deleted."""
     for number in range(300):
         content = left_by(number)
         if number % 2:
@@ -135,7 +135,7 @@ def test_journals_of_dead_runs_take_no_descriptors(tmp_path):
 async def test_journal_is_completed_after_a_full_disk(
     io_loop, tmp_path, caplog
 ):
-    """By itself, with one complaint; a line is written whole or not at all."""
+    """By a timer, with one log line; no line is written in part."""
     with crashed(tmp_path) as journal:
         (path,) = tmp_path.glob("*.journal")
         journal.add(ONE)
@@ -156,7 +156,7 @@ async def test_journal_is_completed_after_a_full_disk(
 
 @pytest.mark.gen_test
 async def test_disk_that_stays_full_takes_no_memory(io_loop, tmp_path):
-    """What waits is bounded; afterwards the journal is written anew."""
+    """The kept lines are bounded; later the journal is rewritten."""
     with crashed(tmp_path) as journal:
         (path,) = tmp_path.glob("*.journal")
         before = path.read_bytes()
@@ -179,7 +179,7 @@ async def test_disk_that_stays_full_takes_no_memory(io_loop, tmp_path):
 async def test_journal_that_cannot_be_replaced_is_appended_to(
     io_loop, tmp_path, monkeypatch
 ):
-    """Something is in the way of the new one; nothing is lost by that."""
+    """Something is in the way of the new file; no line is lost."""
     monkeypatch.setattr("backends.journal.COMPACT_ABOVE", 1000)
     with crashed(tmp_path) as journal:
         (tmp_path / "aaaa.fresh").mkdir()
@@ -193,7 +193,7 @@ async def test_journal_that_cannot_be_replaced_is_appended_to(
 
 
 def test_dead_run_on_a_full_disk_is_reported_again(tmp_path, caplog):
-    """No line is torn by that."""
+    """No line is torn."""
     with crashed(tmp_path) as journal:
         journal.add(ONE)
         journal.add(TWO)
@@ -209,7 +209,7 @@ def test_dead_run_on_a_full_disk_is_reported_again(tmp_path, caplog):
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "symlink"])
 def test_unusable_journal_does_not_stop_the_start(tmp_path, caplog, kind):
-    """Reported, and left as it is; nothing is opened that blocks."""
+    """It is logged and left unchanged; no file is opened that blocks."""
     path = tmp_path / "a.journal"
     target = tmp_path / "elsewhere"
     target.write_bytes(left_by(1))
@@ -227,7 +227,7 @@ def test_unusable_journal_does_not_stop_the_start(tmp_path, caplog, kind):
 
 
 def test_leftovers_of_a_journal_rewrite_are_removed(tmp_path):
-    """A crash in the middle of it would leave a file for ever."""
+    """A crash during a rewrite would leave a file for ever."""
     (tmp_path / "dead.fresh").write_bytes(b"socket")
     StateDirectory(tmp_path, "host/bbbb").close()
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
@@ -241,8 +241,8 @@ def test_leftovers_of_a_journal_rewrite_are_removed(tmp_path):
         ("lock is a symlink", "lock: Too many levels of symbolic links"),
     ],
 )
-def test_folder_that_cannot_be_used_says_why(tmp_path, what, why):
-    """And is not taken for one that another process uses; it may pass."""
+def test_unusable_directory_is_explained(tmp_path, what, why):
+    """It does not count as one in use; status 1, since that may change."""
     state = tmp_path / "state"
     if what == "file":
         state.write_bytes(b"")
@@ -257,8 +257,8 @@ def test_folder_that_cannot_be_used_says_why(tmp_path, what, why):
     assert line.endswith(why)
 
 
-def test_folder_without_permission_says_so(tmp_path, monkeypatch):
-    """EACCES is not a lock; here the kernel says it of the lock itself."""
+def test_directory_without_permission_is_explained(tmp_path, monkeypatch):
+    """EACCES is not a lock; here the lock itself raises it."""
 
     def denied(*arguments):
         raise PermissionError(13, os.strerror(13))
@@ -282,8 +282,8 @@ socketdock.main()
 
 
 @pytest.mark.parametrize("what", ["folder", "lock"])
-def test_folder_of_another_user_says_so(what):
-    """A user who may not write there, or to the lock that another one left."""
+def test_directory_of_another_user_is_explained(what):
+    """This user may not write there, or to another user's lock."""
     if os.getuid():
         leave_out("another user to be takes root")
     with tempfile.TemporaryDirectory() as name:  # none of pytest's, which it shuts
@@ -302,8 +302,8 @@ def test_folder_of_another_user_says_so(what):
 
 
 @pytest.mark.gen_test
-async def test_full_disk_that_has_room_again(io_loop, tmp_path):
-    """A real one: one complaint each of journal and log, nothing torn, all told."""
+async def test_full_disk_with_room_again_loses_nothing(io_loop, tmp_path):
+    """A real one: one line each of journal and log, none torn, all events sent."""
     command = [*on_small_disk(tmp_path), sys.executable, "socketdock.py"]
     async with RecordingBackend() as backend:
         flags = [f"--state_dir={tmp_path}/state", f"--log_file_prefix={tmp_path}/log",
@@ -335,8 +335,8 @@ async def test_full_disk_that_has_room_again(io_loop, tmp_path):
         assert [path.name for path in left.iterdir()] == ["lock"]
 
 
-def test_full_disk_at_the_start_may_pass(tmp_path):
-    """Status 1, so that whoever starts it tries again."""
+def test_full_disk_at_the_start_is_status_1(tmp_path):
+    """So that a supervisor starts the relay again."""
     filled = f'dd if=/dev/zero of="{tmp_path}/filler" bs=4k 2>/dev/null; exec "$@"'
     started = ended(
         sys.executable, "socketdock.py", "--bindport=0", *HTTP,

@@ -85,7 +85,7 @@ async def pushed(url: str, message: bytes) -> bytes:
 
 
 async def test_connections_in_all_are_limited(io_loop):
-    """Beyond --max_connections: 503, also while the others are being decided."""
+    """Above --max_connections: 503, also while others await their decision."""
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), "--max_connections=2") as service:
             async with connect(service.ws_url):
@@ -105,7 +105,7 @@ async def test_connections_in_all_are_limited(io_loop):
 
 
 async def test_connections_of_one_address_are_limited(io_loop):
-    """Beyond --max_connections_per_ip: 429; others are let in, and it is later."""
+    """Above --max_connections_per_ip: 429; others connect, and this one later."""
     async with RecordingBackend() as backend:
         flags = (TRUSTED, "--max_connections_per_ip=2")
         async with Service(*backend.flags(), *flags) as service:
@@ -124,8 +124,8 @@ async def test_connections_of_one_address_are_limited(io_loop):
             assert len(backend.of("connect")) == 4
 
 
-async def test_refused_by_the_backend_counts_no_more(io_loop):
-    """A connection that was not accepted leaves room for another one."""
+async def test_refused_connections_do_not_count(io_loop):
+    """A refused connection leaves room for another one."""
 
     async def refuse(handler: RequestHandler, event: dict) -> None:
         handler.set_status(403)
@@ -142,7 +142,7 @@ async def test_refused_by_the_backend_counts_no_more(io_loop):
 
 
 async def test_ipv6_clients_count_with_their_network(io_loop):
-    """Who has one address of a /64 has all of them."""
+    """A client with one address of a /64 has all of them."""
     async with Service(TRUSTED, "--max_connections_per_ip=1") as service:
         async with connect(service.ws_url, "2001:db8::1"):
             response = await refused(service.ws_url, "2001:db8::ffff:2")
@@ -152,7 +152,7 @@ async def test_ipv6_clients_count_with_their_network(io_loop):
 
 
 async def test_handshakes_of_one_address_are_limited(io_loop):
-    """Above --handshakes_per_second: 429, until Retry-After; others are let in."""
+    """Above --handshakes_per_second: 429, until Retry-After; others connect."""
     async with Service(TRUSTED, "--handshakes_per_second=0.4") as service:
         async with connect(service.ws_url, "203.0.113.1"):
             response = await refused(service.ws_url, "203.0.113.1")
@@ -165,8 +165,8 @@ async def test_handshakes_of_one_address_are_limited(io_loop):
                 pass
 
 
-async def test_a_second_s_worth_of_handshakes_may_come_at_once(io_loop):
-    """Refused ones cost nothing: the next comes in when its time has come."""
+async def test_handshakes_of_one_second_may_come_at_once(io_loop):
+    """Rejected ones use no credit: the next is accepted when it is due."""
     doors = Admission(handshakes_per_second=5)
     admitted = [doors.refusal("203.0.113.1", 9) is None for _ in range(100)]
     assert 5 <= sum(admitted) < 10 and all(admitted[:5])
@@ -174,8 +174,8 @@ async def test_a_second_s_worth_of_handshakes_may_come_at_once(io_loop):
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-async def test_stall_is_not_held_against_handshakes_that_waited(io_loop, loop):
-    """As many come in as the rate means for that time, and no more."""
+async def test_handshakes_that_waited_during_a_stall_are_accepted(io_loop, loop):
+    """As many as the rate permits for that time, and no more."""
     rate, seconds, count = 5, 4, 60
     flags = (TRUSTED, f"--handshakes_per_second={rate}", f"--event_loop={loop}")
     request = handshake("X-Forwarded-For: 203.0.113.1")
@@ -195,7 +195,7 @@ async def test_stall_is_not_held_against_handshakes_that_waited(io_loop, loop):
 
 
 async def test_table_of_addresses_is_bounded(io_loop, monkeypatch):
-    """Addresses with a full bucket are forgotten, and the oldest beyond a bound."""
+    """Addresses with a full bucket are removed, and the oldest above a limit."""
     monkeypatch.setattr(admission, "MAX_ADDRESSES", 50)
     doors = Admission(handshakes_per_second=100)
     for number in range(1000):
@@ -211,7 +211,7 @@ async def test_table_of_addresses_is_bounded(io_loop, monkeypatch):
 
 
 async def test_flood_of_refusals_does_not_flood_the_log(io_loop):
-    """Twenty lines a minute, and one that counts the others."""
+    """Twenty lines per minute, and one that counts the others."""
     async with Service("--max_connections_per_ip=1") as service:
         async with connect(service.ws_url):
             for _ in range(50):
@@ -224,7 +224,7 @@ async def test_flood_of_refusals_does_not_flood_the_log(io_loop):
 
 
 async def test_refusals_are_counted_anew_in_each_interval(io_loop, caplog):
-    """The warning comes by itself, and then lines do again."""
+    """A timer logs the summary; then lines are logged again."""
     book = RefusalLog(lines=1, interval=0.05)
     with caplog.at_level("INFO", "handlers.admission"):
         for status in (429, 429, 503):
@@ -243,7 +243,7 @@ async def test_refusals_are_counted_anew_in_each_interval(io_loop, caplog):
 
 
 async def test_messages_above_the_rate_are_read_later(io_loop):
-    """Reading slows to --messages_per_second; nothing is lost or out of order."""
+    """Reading slows to --messages_per_second; order and messages are kept."""
     async with Service("--messages_per_second=20", "--rate_patience=30") as service:
         async with connect(service.ws_url) as client:
             began = time.monotonic()
@@ -266,8 +266,8 @@ async def test_bytes_above_the_rate_are_read_later(io_loop):
             assert time.monotonic() - began > 1.5  # 100 KB at once, 200 KB in 2 s
 
 
-async def test_rates_are_each_connection_s_own(io_loop):
-    """A client that is held back holds nobody else back."""
+async def test_rates_are_per_connection(io_loop):
+    """A throttled client does not delay others."""
     async with Service("--messages_per_second=2", "--rate_patience=30") as service:
         async with connect(service.ws_url) as busy, connect(service.ws_url) as quiet:
             for number in range(6):
@@ -319,7 +319,7 @@ async def test_client_that_pauses_is_not_closed(io_loop):
 
 
 async def test_throttled_client_stays_connected(io_loop):
-    """A pong can't be read while reading waits, so none is missed."""
+    """While reading waits, no pong can be read, so none is required."""
     flags = ("--messages_per_second=2", "--ping_interval=0.2", "--ping_timeout=0.2")
     async with Service(*flags) as service:
         async with connect(service.ws_url) as client:
@@ -364,7 +364,7 @@ RATE_OF_20 = pytest.mark.parametrize(
 @RATE_OF_20
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 async def test_stall_does_not_count_for_rates(io_loop, loop, flag, message):
-    """SIGSTOP for longer than --rate_patience: what it sent meanwhile is read."""
+    """SIGSTOP for longer than --rate_patience: what arrived meanwhile is read."""
     flags = (flag, "--rate_patience=1", f"--event_loop={loop}")
     async with Service(*flags) as service:
         async with connect(service.ws_url) as client:
@@ -380,7 +380,7 @@ async def test_stall_does_not_count_for_rates(io_loop, loop, flag, message):
 
 @RATE_OF_20
 async def test_slow_backend_does_not_count_for_rates(io_loop, flag, message):
-    """Reading stops for longer than --rate_patience, and then finds what came."""
+    """Reading stops for longer than --rate_patience, and then continues."""
     async with RecordingBackend() as backend:
         let_go = withhold(backend, "message")
         flags = (*backend.flags("message", "disconnect"), flag, "--rate_patience=1",
@@ -403,7 +403,7 @@ async def test_slow_backend_does_not_count_for_rates(io_loop, flag, message):
 
 
 async def test_idle_client_is_closed_with_1001(io_loop):
-    """No message either way for --idle_timeout; pings of both sides don't count."""
+    """No message either way for --idle_timeout; pings do not count."""
     async with RecordingBackend() as backend:
         flags = ("--idle_timeout=1", "--ping_interval=0.2")
         async with Service(
@@ -421,7 +421,7 @@ async def test_idle_client_is_closed_with_1001(io_loop):
 
 @pytest.mark.parametrize("way", ["to the backend", "from the backend"])
 async def test_client_with_messages_is_not_idle(io_loop, way):
-    """One way is enough."""
+    """Messages in one direction are sufficient."""
     async with RecordingBackend() as backend:
         flags = (*backend.flags("message", "disconnect"), "--idle_timeout=1.5")
         async with Service(*flags) as service:
@@ -441,7 +441,7 @@ async def test_client_with_messages_is_not_idle(io_loop, way):
 
 
 async def test_client_that_waits_for_the_backend_is_not_idle(io_loop):
-    """Its silence is the backend's."""
+    """While the relay waits for the backend, the client may be silent."""
     async with RecordingBackend() as backend:
         answer = withhold(backend, "message")
         flags = ("--idle_timeout=0.5", "--order_wait=inf", "--backend_timeout=30")
@@ -456,8 +456,8 @@ async def test_client_that_waits_for_the_backend_is_not_idle(io_loop):
                 assert await closed(client) == (1001, "idle")
 
 
-async def test_lifetime_ends_however_busy_a_client_is(io_loop):
-    """1001 after --max_lifetime, or a tenth sooner."""
+async def test_lifetime_ends_for_a_busy_client(io_loop):
+    """1001 after --max_lifetime, or up to a tenth earlier."""
     async with RecordingBackend() as backend:
         flags = (*backend.flags("disconnect", "message"), "--max_lifetime=2")
         async with Service(*flags) as service:
@@ -483,8 +483,8 @@ async def test_lifetime_ends_however_busy_a_client_is(io_loop):
         assert {event["meta"]["initiator"] for event in events} == {"relay"}
 
 
-async def test_clients_that_came_together_do_not_all_go_together(io_loop):
-    """Their lives end in many turns, none of them too late."""
+async def test_lifetimes_of_simultaneous_clients_are_spread(io_loop):
+    """Their lifetimes end in many turns of the loop, none too late."""
 
     class Client:
         busy, last_message_at = False, 0.0
@@ -501,7 +501,7 @@ async def test_clients_that_came_together_do_not_all_go_together(io_loop):
     lifetimes.close()
 
 
-async def test_everything_is_off_by_default(io_loop):
+async def test_optional_limits_are_off_by_default(io_loop):
     """A thousand messages at once, and three connections of one address."""
     async with Service() as service:
         async with contextlib.AsyncExitStack() as clients:
@@ -527,8 +527,8 @@ async def test_everything_is_off_by_default(io_loop):
         ("--max_lifetime=inf", "a finite number"),
     ],
 )
-def test_limit_out_of_range_stops_the_start(flag, why):
-    """One sentence names the option and what it must be."""
+def test_limit_out_of_range_exits_with_an_error(flag, why):
+    """One line names the option and what it must be."""
     line = refusal(flag)
     assert flag.partition("=")[0] in line and why in line
 
@@ -536,8 +536,8 @@ def test_limit_out_of_range_stops_the_start(flag, why):
 # What is not whole.
 
 
-async def test_messages_that_never_end_do_not_take_the_memory(io_loop):
-    """Above --max_queued_bytes of parts, who has taken longest gets 1013."""
+async def test_incomplete_messages_are_bounded(io_loop):
+    """Above --max_queued_bytes of parts, the slowest client gets 1013."""
     part, rest = bytes(400_000), bytes(100_000)
     size = len(part) + len(rest)
     ping = b"\x89\x80" + bytes(4)
@@ -561,8 +561,8 @@ async def test_messages_that_never_end_do_not_take_the_memory(io_loop):
             assert echo[:10] == b"\x82\x7f" + size.to_bytes(8)
 
 
-async def test_messages_that_end_leave_nothing_behind(io_loop):
-    """Many large messages in turn, and connections cut within one, are no excess."""
+async def test_completed_messages_do_not_count(io_loop):
+    """Many large messages in turn, and connections cut within a message."""
     size = 400_000
     start = b"\x82\xff" + size.to_bytes(8) + bytes(4)
     flags = ("--max_queued_bytes=1000000", f"--max_message_size={size}")
