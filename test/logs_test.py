@@ -58,7 +58,7 @@ async def told(service, **fields):
     ids=["by-default", "by-option"],
 )
 async def test_lines_are_json_for_programs(io_loop, flags, environment):
-    """One object a line, with the time in UTC."""
+    """One object per line, with the time in UTC."""
     async with Service(*flags, environment=environment) as service:
         async with websockets.connect(service.ws_url):
             pass
@@ -71,8 +71,8 @@ async def test_lines_are_json_for_programs(io_loop, flags, environment):
     assert records(service, logger="socketdock", message="stopped", level="info")
 
 
-async def test_lines_are_text_where_that_is_asked_for(io_loop):
-    """Without colours where there is no terminal."""
+async def test_lines_are_text_on_request(io_loop):
+    """Without colors if there is no terminal."""
     async with Service("--log_format=text", environment=AUTO) as service:
         async with websockets.connect(service.ws_url):
             pass
@@ -84,7 +84,7 @@ async def test_lines_are_text_where_that_is_asked_for(io_loop):
 
 @pytest.mark.parametrize("flags", [(), ("--log_format=json",)], ids=["auto", "json"])
 async def test_lines_are_text_in_colours_on_a_terminal(io_loop, flags):
-    """A pseudo-terminal here; JSON only where that is asked for."""
+    """A pseudo-terminal here; JSON only on request."""
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         sys.executable, "socketdock.py", "--bindport=0", *flags,
@@ -117,7 +117,7 @@ async def test_lines_are_text_in_colours_on_a_terminal(io_loop, flags):
 
 
 async def test_log_file_is_json_or_text_by_log_format(io_loop, tmp_path):
-    """Tornado's options of the file stay; there is no terminal in it."""
+    """Tornado's options of the file apply; it has no colors."""
     path = tmp_path / "log"
     for environment in (AUTO, {}):
         flags = (f"--log_file_prefix={path}", "--log_to_stderr")
@@ -130,7 +130,7 @@ async def test_log_file_is_json_or_text_by_log_format(io_loop, tmp_path):
 
 
 async def test_log_file_is_rotated(io_loop, tmp_path):
-    """By size, as Tornado does it."""
+    """By size, by Tornado."""
     flags = (f"--log_file_prefix={tmp_path / 'log'}", "--log_file_max_size=300",
              "--log_file_num_backups=50", "--log_to_stderr")
     async with Service(*flags, environment=AUTO) as service:
@@ -143,8 +143,8 @@ async def test_log_file_is_rotated(io_loop, tmp_path):
     assert sorted(lines) == sorted(service.log)
 
 
-async def test_lines_are_utf8_whatever_the_locale(io_loop):
-    """A program that reads JSON does not ask for it."""
+async def test_lines_are_utf8_in_every_locale(io_loop):
+    """JSON is always UTF-8."""
     environment = {
         **AUTO, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0", "SOCKETDOCK_ÜBER": "1"
     }
@@ -156,7 +156,7 @@ async def test_lines_are_utf8_whatever_the_locale(io_loop):
 
 
 async def test_each_line_of_a_busy_log_is_json(io_loop):
-    """At debug, with peers that misbehave, and backends."""
+    """At debug, with misbehaving peers and backends."""
     async with ScriptedBackend(lambda kind: NOT_FOUND) as backend:
         flags = ("--backend=http", "--logging=debug", "--http_server=tornado",
                  f"--messageuri={backend.url('message')}",
@@ -185,7 +185,7 @@ async def test_each_line_of_a_busy_log_is_json(io_loop):
 
 
 async def test_open_and_close_have_a_line_each(io_loop):
-    """With the connection's id, and what it was."""
+    """With the connection's id and details."""
     async with Service(environment=AUTO) as service:
         async with websockets.connect(service.ws_url) as client:
             for message in ("ä", b"two"):
@@ -229,7 +229,7 @@ async def test_open_and_close_have_a_line_each(io_loop):
 
 
 async def test_close_line_says_who_closed(io_loop):
-    """The backend, the relay at its stop, or a client without a word."""
+    """The backend, the stopping relay, or a client that disappeared."""
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), environment=AUTO) as service:
             async with websockets.connect(service.ws_url) as client:
@@ -248,7 +248,7 @@ async def test_close_line_says_who_closed(io_loop):
 
 
 async def test_close_line_counts_what_was_not_delivered(io_loop):
-    """And what waits still, of which a later line may tell."""
+    """And what still waits; a later line may report more."""
     async def hold(handler: RequestHandler, event: dict) -> None:
         await decided.wait()
         handler.set_status(404)
@@ -275,7 +275,7 @@ async def test_close_line_counts_what_was_not_delivered(io_loop):
 
 
 async def test_level_changes_on_sighup(io_loop, tmp_path):
-    """To more and to less, and the log says so."""
+    """To a lower and a higher one; the log reports it."""
     path = tmp_path / "options.conf"
     path.write_text("")
     async with Service(f"--config={path}", environment=AUTO) as service:
@@ -306,7 +306,7 @@ async def test_level_changes_on_sighup(io_loop, tmp_path):
 
 @pytest.mark.parametrize("source", ["flag", "environment"])
 async def test_level_of_flag_or_environment_stays(io_loop, tmp_path, source):
-    """It beats the file then, too; the log says that."""
+    """It overrides the file, also at SIGHUP, which the log reports."""
     path = tmp_path / "options.conf"
     path.write_text("")
     flags = ("--log-level=info",) if source == "flag" else ()
@@ -327,8 +327,8 @@ async def test_level_of_flag_or_environment_stays(io_loop, tmp_path, source):
     assert not records(service, level="debug")
 
 
-async def test_none_is_no_log_at_all(io_loop, tmp_path):
-    """Warnings neither; until SIGHUP brings one."""
+async def test_level_none_logs_nothing(io_loop, tmp_path):
+    """Not even warnings, until SIGHUP changes the level."""
     path = tmp_path / "options.conf"
     path.write_text("bindport = 0\nlogging = 'none'\n")
     address = str(tmp_path / "notify")
@@ -379,8 +379,8 @@ def written(path, level="INFO", **more):
 
 
 @pytest.mark.parametrize("name", ["log.json", "log.yaml", "log.conf"])
-async def test_log_config_says_what_the_lines_look_like(io_loop, tmp_path, name):
-    """Those of every module, in each handler's format; by name, or by content."""
+async def test_log_config_sets_formats(io_loop, tmp_path, name):
+    """For every module's lines, in each handler's format."""
     path = written(tmp_path / name)
     async with Service(f"--log_config={path}", environment=AUTO) as service:
         async with websockets.connect(service.ws_url):
@@ -396,7 +396,7 @@ async def test_log_config_says_what_the_lines_look_like(io_loop, tmp_path, name)
 
 
 async def test_log_config_is_read_again_on_sighup(io_loop, tmp_path):
-    """Level and all; one that is broken leaves all as it was."""
+    """With its level; an invalid file changes nothing."""
     path = written(tmp_path / "log.json", "WARNING")
     flags = (f"--log_config={path}", "--callbackport=0")
     file = tmp_path / "log"
@@ -446,8 +446,8 @@ async def quiet_service(*flags):
             assert await asyncio.wait_for(process.wait(), DEADLINE) == 0
 
 
-async def test_level_that_is_set_beats_that_of_log_config(io_loop, tmp_path):
-    """As the existing SocketDock's --log-level did; at SIGHUP, too."""
+async def test_level_option_overrides_that_of_log_config(io_loop, tmp_path):
+    """Like --log-level of the existing SocketDock; at SIGHUP, too."""
     path = written(tmp_path / "log.json", "ERROR")
     flags = (f"--log_config={path}", "--log-level=debug")
     async with Service(*flags, environment=AUTO) as service:
@@ -482,8 +482,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_log_config_stops_the_start(name, tmp_path):
-    """With one sentence, which names the file."""
+def test_invalid_log_config_exits_with_an_error(name, tmp_path):
+    """One line, which names the file."""
     text, why = WRONG[name]
     path = tmp_path / "log-config"
     if text is not None:
@@ -494,8 +494,8 @@ def test_wrong_log_config_stops_the_start(name, tmp_path):
     assert why in line
 
 
-def test_yaml_without_pyyaml_stops_the_start(tmp_path):
-    """And JSON is named, which needs nothing."""
+def test_yaml_without_pyyaml_exits_with_an_error(tmp_path):
+    """The error recommends JSON, which needs no library."""
     (tmp_path / "yaml.py").write_text("raise ImportError\n")
     path = written(tmp_path / "log.yaml")
     line = refusal(f"--log_config={path}", PYTHONPATH=str(tmp_path), **AUTO)
@@ -505,23 +505,23 @@ def test_yaml_without_pyyaml_stops_the_start(tmp_path):
 @pytest.mark.parametrize(
     "flag", ["--log_format=json", "--log_to_stderr=false", "--log_file_prefix=/tmp/x"]
 )
-def test_log_config_leaves_nothing_to_the_other_options(flag, tmp_path):
-    """Neither is passed over in silence."""
+def test_log_config_excludes_other_log_options(flag, tmp_path):
+    """An error names the other option."""
     path = written(tmp_path / "log.json")
     line = refusal(f"--log_config={path}", flag, **AUTO)
     assert "--log_config" in line and flag.partition("=")[0] in line
 
 
-def test_wrong_format_stops_the_start():
-    """With what it may be."""
+def test_invalid_format_exits_with_an_error():
+    """The error lists the valid formats."""
     assert "auto, text, json" in refusal("--log_format=xml")
 
 
 # Floods.
 
 
-async def test_flood_of_what_peers_do_wrong_is_counted(io_loop):
-    """Twenty lines, and one for the others; openings and closes have theirs."""
+async def test_flood_of_peers_faults_is_counted(io_loop):
+    """Twenty lines, and one for the others; open and close lines are not counted."""
     async with Service(environment=AUTO) as service:
         for _ in range(30):
             async with websockets.connect(service.ws_url) as client:
@@ -539,7 +539,7 @@ async def test_flood_of_what_peers_do_wrong_is_counted(io_loop):
 
 
 async def test_flood_of_a_warning_is_counted(io_loop):
-    """In text, and with --log_config, likewise: here by a backend that refuses."""
+    """In text and with --log_config: here a backend that refuses."""
     async with ScriptedBackend(lambda kind: NOT_FOUND) as backend:
         flags = ("--backend=http", f"--messageuri={backend.url('message')}?key=s3cr3t")
         async with Service(*flags) as service:
@@ -587,7 +587,7 @@ def flood(book, number=50, level=logging.WARNING, message="%s is bad", **fields)
 
 
 async def test_repeats_are_counted_anew_in_each_interval(io_loop, caplog):
-    """The sum comes by itself, and then lines do again."""
+    """A timer logs the sum; then lines are logged again."""
     book = LogLimit(lines=2, interval=0.05)
     book.begin()
     try:
@@ -602,7 +602,7 @@ async def test_repeats_are_counted_anew_in_each_interval(io_loop, caplog):
 
 
 def test_lines_without_a_limit_are_all_logged(caplog):
-    """A connection's own lines, what programs say at info, other templates; debug."""
+    """A connection's lines, lines at info, other templates, and debug."""
     book = LogLimit(lines=2)
     for event in (None, "open", "close"):
         assert flood(book, level=logging.INFO, event=event) == 50
@@ -615,7 +615,7 @@ def test_lines_without_a_limit_are_all_logged(caplog):
 
 
 def test_table_of_templates_is_bounded(monkeypatch, caplog):
-    """Beyond it all are as one."""
+    """Above the limit all templates count as one."""
     monkeypatch.setattr(log_limit, "MAX_TEMPLATES", 10)
     book = LogLimit(lines=2)
     passed = sum(flood(book, 1, message=f"{n} {'x' * 9999}") for n in range(100))
@@ -664,8 +664,8 @@ def test_json_line_is_one_line_of_bounded_length(name):
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_text_line_has_nothing_that_a_terminal_obeys(name):
-    """A traceback's lines are indented, so that none looks like one of the log."""
+def test_text_line_has_no_terminal_controls(name):
+    """A traceback's lines are indented, so that none looks like a log line."""
     text = TextFormatter(color=False).format(record_of(NASTY[name]))
     first, *others = text.split("\n")
     assert TEXT.match(first)
@@ -675,7 +675,7 @@ def test_text_line_has_nothing_that_a_terminal_obeys(name):
 
 
 def test_log_line_with_wrong_arguments_is_still_logged():
-    """A bug in a line of the log is no end of it."""
+    """A bug in a logging call does not lose the line."""
     record = logging.LogRecord("here", 30, "", 0, "of %d %s", ("x",), None)
     for formatter in (JSONFormatter(), TextFormatter(color=False)):
         assert "of %d %s (can't be filled in)" in formatter.format(record)

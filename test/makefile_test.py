@@ -56,8 +56,8 @@ def assert_usable(tree: Path) -> None:
     assert str(tree) in version.stdout, version.stderr
 
 
-def test_python_without_venv_is_one_sentence_and_leaves_nothing(tree, tmp_path):
-    """As on Debian without python3-venv; once that is there, the next one works."""
+def test_python_without_venv_is_explained(tree, tmp_path):
+    """As on Debian without python3-venv; after its installation make works."""
     (tmp_path / "ensurepip.py").write_text("raise ImportError")
     made = make(tree, VENV, PYTHONPATH=str(tmp_path))
     assert made.returncode == 2
@@ -106,8 +106,8 @@ def without_its_python(environment: Path, tree: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [half_made, moved, without_its_python])
-def test_environment_that_can_not_be_used_is_made_anew(tree, environment, spoil):
-    """And all is installed in it again, whatever the stamps say."""
+def test_broken_environment_is_recreated(tree, environment, spoil):
+    """And everything is installed again, independent of the stamps."""
     spoil(environment, tree)
     (tree / ".venv" / "run.stamp").touch()
     made = make(tree, "--dry-run", "run")
@@ -115,7 +115,7 @@ def test_environment_that_can_not_be_used_is_made_anew(tree, environment, spoil)
     assert "pip install" in made.stdout
 
 
-def test_environment_that_can_be_used_is_left_as_it_is(tree, environment):
+def test_working_environment_is_reused(tree, environment):
     """Nothing is installed twice."""
     put(environment, tree)
     (tree / ".venv" / "run.stamp").touch()
@@ -125,7 +125,7 @@ def test_environment_that_can_be_used_is_left_as_it_is(tree, environment):
 
 
 def test_make_reports_an_old_python(tree, tmp_path):
-    """Not what pip says of it, after a while."""
+    """At once, in its own words instead of pip's."""
     old = tmp_path / "python3.10"
     old.write_text("#!/bin/sh\n[ $1 = --version ] && echo Python 3.10.13\n")
     old.chmod(0o755)
@@ -137,7 +137,7 @@ def test_make_reports_an_old_python(tree, tmp_path):
 
 
 def test_make_reports_a_missing_python(tree):
-    """With what to do."""
+    """With the remedy."""
     made = make(tree, "run", "PYTHON=python3.99")
     assert made.returncode == 2
     assert "needs Python 3.11 or newer" in made.stderr
@@ -145,7 +145,7 @@ def test_make_reports_a_missing_python(tree):
 
 
 def test_tests_run_without_npm_s_registry(tree, environment, tmp_path):
-    """Those with Node.js are left out, and a line says so."""
+    """Tests with Node.js are skipped, and a line says so."""
     program("nodejs npm", "npm")
     put(environment, tree)
     (tree / ".venv" / "test.stamp").touch()

@@ -156,7 +156,7 @@ class Visitors:
 async def test_closed_connections_leave_no_cycles(
     io_loop, doing: Callable[[Visitors], Awaitable[None]]
 ):
-    """Or it would have to look through all clients to find it."""
+    """Otherwise the garbage collector would have to traverse all clients."""
     async with RecordingBackend() as backend:
         counting = [sys.executable, "-c", COUNTING]
         async with Service(*backend.flags(), command=counting) as service:

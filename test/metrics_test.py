@@ -139,8 +139,8 @@ def closes(code: object, initiator: str, count: int = 1) -> dict[str, float]:
 # What is there.
 
 
-async def test_all_is_zero_before_the_first_event(io_loop):
-    """Every label's every value is there, so that the first event is seen as a rise."""
+async def test_all_labels_exist_before_the_first_event(io_loop):
+    """With value 0, so that Prometheus sees the first event as an increase."""
     async with Service() as service:
         found = await scrape(service)
     for name, labels in COUNTERS.items():
@@ -163,7 +163,7 @@ async def test_all_is_zero_before_the_first_event(io_loop):
 
 
 async def test_process_metrics_have_their_usual_names(io_loop):
-    """As Prometheus' own libraries do, so that dashboards for all programs fit."""
+    """As in Prometheus' own libraries, for dashboards of all programs."""
     before = time.time()
     async with Service() as service:
         found = await scrape(service)
@@ -185,7 +185,7 @@ async def test_process_metrics_have_their_usual_names(io_loop):
 
 
 async def test_every_metric_is_explained(io_loop):
-    """In docs/metrics.md, with its type and its labels; and nothing else is."""
+    """In docs/metrics.md, with type and labels; the page has no other metric."""
     async with Service() as service:
         answer = await ask(service, "GET", "/metrics")
     exported = {}
@@ -215,8 +215,8 @@ def test_every_value_of_a_label_is_explained():
 # The backend `http`.
 
 
-async def test_visit_counts(io_loop):
-    """A visit with messages both ways."""
+async def test_connection_and_messages_are_counted(io_loop):
+    """One connection with messages both ways."""
     async with RecordingBackend() as backend, Service(*backend.flags()) as service:
         async with websockets.connect(service.ws_url) as client:
             await client.send("grüße")
@@ -256,8 +256,8 @@ async def test_visit_counts(io_loop):
             assert found[f'event_seconds_bucket{{event="{event}",le="60.0"}}'] == count
 
 
-async def test_buckets_grow(io_loop):
-    """Each holds those of the smaller ones, too; the sum is of seconds."""
+async def test_histogram_buckets_are_cumulative(io_loop):
+    """Each includes the smaller ones; the sum is in seconds."""
     async with RecordingBackend() as backend, Service(*backend.flags()) as service:
         held = withhold(backend, "disconnect")
         async with websockets.connect(service.ws_url):
@@ -277,8 +277,8 @@ async def test_buckets_grow(io_loop):
     assert found['event_seconds_sum{event="disconnect"}'] >= 0.25
 
 
-async def test_refused_events_count(io_loop):
-    """A connect event that is refused, a message and a disconnect event likewise."""
+async def test_refused_events_are_counted(io_loop):
+    """A refused connect event, message and disconnect event."""
     async def refuse(handler, event):
         handler.set_status(403)
 
@@ -303,8 +303,8 @@ async def test_refused_events_count(io_loop):
         )
 
 
-async def test_retried_events_count_once(io_loop):
-    """Each attempt has its outcome, and the event one."""
+async def test_retried_events_are_counted_once(io_loop):
+    """Each attempt has its outcome, and the event has one."""
     asked = []
 
     async def sick(handler, event):
@@ -328,8 +328,8 @@ async def test_retried_events_count_once(io_loop):
         )
 
 
-async def test_given_up_events_count(io_loop):
-    """Of messages, those that waited behind, too; its client gets 1013."""
+async def test_given_up_events_are_counted(io_loop):
+    """Of messages, also those that waited behind; the client gets 1013."""
     async def sick(handler, event):
         handler.set_status(500)
 
@@ -355,8 +355,8 @@ async def test_given_up_events_count(io_loop):
                 assert found[f'event_seconds_count{{event="{event}"}}'] == found[name]
 
 
-async def test_unreachable_attempts_count(io_loop):
-    """How quickly that shows is no time of the backend's."""
+async def test_unreachable_attempts_are_counted(io_loop):
+    """Their duration is not a response time of the backend."""
     flags = ("--delivery_timeout=0.2", "--breaker_attempts=1000")
     async with ScriptedBackend(lambda kind: ScriptedBackend.CUT) as backend:
         async with Service(*backend.flags("message"), *flags) as service:
@@ -368,8 +368,8 @@ async def test_unreachable_attempts_count(io_loop):
     assert found['event_seconds_count{event="message"}'] == 0
 
 
-async def test_attempts_that_time_out_count(io_loop):
-    """They took as long as they were waited for."""
+async def test_timeouts_are_counted(io_loop):
+    """Their duration is the timeout."""
     flags = ("--delivery_timeout=0.2", "--backend_timeout=0.2", "--order_wait=inf")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags("message"), *flags) as service:
@@ -384,8 +384,8 @@ async def test_attempts_that_time_out_count(io_loop):
     assert found['event_seconds_bucket{event="message",le="0.1"}'] == 0
 
 
-async def test_held_messages_count(io_loop):
-    """While they are unanswered as held; where they are let go as that."""
+async def test_held_messages_are_counted(io_loop):
+    """As held while they are unanswered, as abandoned afterwards."""
     flags = ("--order_wait=0.05", "--max_unanswered=2")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags("message"), *flags) as service:
@@ -410,8 +410,8 @@ async def test_held_messages_count(io_loop):
             await service.process.wait()
 
 
-async def test_handshakes_count_by_what_became_of_them(io_loop):
-    """Each ends once."""
+async def test_handshakes_are_counted_by_outcome(io_loop):
+    """Each has one outcome."""
     async def verdict(handler, event):
         handler.set_status({"": 200, "sick": 500, "no": 401}[event["meta"]["query"]])
 
@@ -434,7 +434,7 @@ async def test_handshakes_count_by_what_became_of_them(io_loop):
 
 
 async def test_client_that_left_counts_as_left(io_loop):
-    """Before its handshake was answered; as no connection, it has no close."""
+    """Before its handshake was answered; it has no connection and no close."""
     asked, answer = asyncio.Event(), asyncio.Event()
 
     async def verdict(handler, event):
@@ -471,7 +471,7 @@ async def test_client_that_left_counts_as_left(io_loop):
 
 
 async def test_status_reports_pending_events(io_loop):
-    """How much, and since when; when it has been taken, nothing waits."""
+    """Their number and age; after acceptance there are none."""
     strictly = ("--order_wait=inf", "--backend_timeout=60")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags("message"), *strictly) as service:
@@ -500,7 +500,7 @@ async def test_status_reports_pending_events(io_loop):
 
 
 async def test_second_message_has_waited_since_it_was_read(io_loop):
-    """Not only since the one before it was taken."""
+    """Not only since the one before it was accepted."""
     answers = [asyncio.Event(), asyncio.Event()]
     asked = iter(answers)
 
@@ -527,7 +527,7 @@ async def test_second_message_has_waited_since_it_was_read(io_loop):
 
 
 async def test_accepted_events_are_no_longer_pending(io_loop):
-    """Only what still does counts, if another client's."""
+    """Only waiting events count, for example of another client."""
     taken = asyncio.Event()
 
     async def hold(handler, event):
@@ -558,8 +558,8 @@ async def test_accepted_events_are_no_longer_pending(io_loop):
             taken.set()
 
 
-async def test_farewells_wait_too(io_loop):
-    """Of a connection that has gone."""
+async def test_disconnect_events_are_pending(io_loop):
+    """Of a connection that has closed."""
     async with RecordingBackend() as backend, Service(*backend.flags()) as service:
         told = withhold(backend, "disconnect")
         async with websockets.connect(service.ws_url):
@@ -577,7 +577,7 @@ async def test_farewells_wait_too(io_loop):
 
 
 async def test_breaker_metric_shows_its_state(io_loop):
-    """By /metrics and by /status, while it is open and when it has closed."""
+    """In /metrics and /status, while it is open and after it has closed."""
     ok = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
     breaker = ("--breaker_attempts=1", "--breaker_connections=1",
                "--breaker_first_probe=0.1", "--breaker_last_probe=0.1")
@@ -636,7 +636,7 @@ async def uptime(service: Service) -> float:
 
 
 async def test_stopping_metric_shows_the_shutdown(io_loop):
-    """While it drains."""
+    """While the relay drains."""
     async with Service("--drain_delay=2") as service, Caller(service) as caller:
         answer = await caller.ask("GET", "/metrics")
         assert samples(answer.body.decode())["stopping"] == 0
@@ -652,8 +652,8 @@ async def test_stopping_metric_shows_the_shutdown(io_loop):
 # Other ends.
 
 
-async def test_loopback_counts(io_loop):
-    """A backend that does not observe itself is observed."""
+async def test_loopback_events_are_counted(io_loop):
+    """A backend that calls no observer is wrapped."""
     async with Service("--logging=debug") as service:
         async with websockets.connect(service.ws_url) as client:
             for message in ("hello", b"\x00" * 10, "again"):
@@ -678,8 +678,8 @@ async def test_loopback_counts(io_loop):
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
-async def test_sends_count_by_their_answers(io_loop, server):
-    """With a handler and without, on either server; nothing else is a send."""
+async def test_sends_are_counted_by_status(io_loop, server):
+    """By handler and by the fast path, on both servers; other routes are not."""
     flags = (TOKENS, f"--http_server={server}", "--max_message_size=1000",
              "--max_send_buffer=1000")
     held, early = asyncio.Event(), asyncio.Event()
@@ -747,8 +747,8 @@ async def eventually_gone(send) -> None:
             pass
 
 
-async def test_closes_count_by_code_and_initiator(io_loop):
-    """Codes of applications by their range: nobody can make up labels."""
+async def test_closes_are_counted_by_code_and_initiator(io_loop):
+    """Application codes count by range: a client cannot create labels."""
     async with RecordingBackend() as backend, Service(
         *backend.flags("connect", "message"), "--max_message_size=1000"
     ) as service:
@@ -784,7 +784,7 @@ async def test_closes_count_by_code_and_initiator(io_loop):
 
 
 async def test_format_is_negotiated(io_loop):
-    """Prometheus' own by default; OpenMetrics and gzip for who asks for them."""
+    """Prometheus' own by default; OpenMetrics and gzip on request."""
     async with Service() as service:
         plain = await ask(service, "GET", "/metrics")
         assert plain.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -809,8 +809,8 @@ async def test_format_is_negotiated(io_loop):
     ["version=", "version=x", "version=1.x", "version=" + "9" * 5000, "version=-1",
      "version=1..0", "version=\xff", ";;;,,=", "escaping=x", "*/*;q=x", "version=0"],
 )
-async def test_accepted_handshakes_are_all_answered(io_loop, accept):
-    """The library's reading of it is not for strangers' headers."""
+async def test_any_accept_header_is_answered(io_loop, accept):
+    """The library's parser raises for some values."""
     async with Service() as service:
         for kind in ("application/openmetrics-text", "text/plain"):
             header = f"Accept: {kind}; {accept}"
@@ -820,7 +820,7 @@ async def test_accepted_handshakes_are_all_answered(io_loop, accept):
 
 
 async def test_metrics_are_for_operators(io_loop):
-    """As /status: by a token, or without any from this machine."""
+    """As /status: with a token, or without tokens from this machine."""
     far = "Host: relay.example"
     async with Service() as service:
         assert (await ask(service, "GET", "/metrics", far)).status == 403
@@ -838,7 +838,7 @@ async def test_metrics_are_for_operators(io_loop):
 
 
 async def test_metrics_can_be_off(io_loop):
-    """Then there is no such path, and all else goes on."""
+    """Then the path does not exist, and everything else works."""
     async with Service("--metrics=off") as service:
         async with websockets.connect(service.ws_url) as client:
             await client.send("hello")
@@ -848,7 +848,7 @@ async def test_metrics_can_be_off(io_loop):
 
 
 async def test_counts_do_not_depend_on_who_asks(io_loop):
-    """A scrape changes nothing, and there is no sample with a client's own words."""
+    """A scrape changes nothing, and no label has text of a client."""
     async with Service() as service:
         url = f"{service.ws_url}?secret=hush"
         async with websockets.connect(

@@ -109,7 +109,7 @@ def is_match(value: str | None, how: str, wanted: str) -> bool:
 
 
 def test_prometheus_takes_its_file(tmp_path):
-    """With the token's file at another path, since it is looked for."""
+    """With the token's file at another path, since it must exist."""
     text = (CONF / "prometheus.yml").read_text("utf-8")
     token = tmp_path / "token"
     token.write_text("x")
@@ -121,8 +121,8 @@ def test_prometheus_takes_its_file(tmp_path):
 
 
 @pytest.mark.gen_test
-async def test_promtool_finds_no_fault_with_what_is_exported(io_loop):
-    """Names, units and help texts are as Prometheus' guides want them."""
+async def test_promtool_accepts_the_exported_metrics(io_loop):
+    """Names, units and help texts follow Prometheus' guidelines."""
     async with Service() as service:
         answer = await ask(service, "GET", "/metrics")
     checked = subprocess.run(
@@ -240,7 +240,7 @@ CASES = {
 
 
 def test_each_alert_is_raised_in_time_and_only_then(rules, tmp_path):
-    """Over made-up series: of one relay, while the other is well."""
+    """With synthetic series of one relay, while the other one is fine."""
     assert set(CASES) == set(rules)
     tests = []
     for alert, (bad, before, after, good) in CASES.items():
@@ -287,8 +287,8 @@ def test_alerts_use_exported_metrics(rules, exported):
         assert_exported(rule["expr"], exported)
 
 
-def test_alerts_tell_what_to_do(rules):
-    """How bad it is, in which relay, and where to read on."""
+def test_alerts_have_severity_relay_and_runbook(rules):
+    """The severity, the relay, and the page to read."""
     for name, rule in rules.items():
         assert name.startswith("SocketDock")
         assert rule["labels"]["severity"] in ("critical", "warning")
@@ -308,7 +308,7 @@ def test_alerts_tell_what_to_do(rules):
 
 
 def test_dashboard_uses_exported_metrics(dashboard, exported):
-    """Or a panel would stay empty for ever."""
+    """Otherwise a panel would stay empty."""
     asked = list(expressions(dashboard))
     assert len(asked) > 30
     for expression in asked:
@@ -316,7 +316,7 @@ def test_dashboard_uses_exported_metrics(dashboard, exported):
 
 
 def test_dashboard_shows_every_metric(dashboard, exported):
-    """Of ours; or nobody would look at it."""
+    """Every metric of the relay."""
     shown = {name for text in expressions(dashboard) for name, _ in
              SELECTOR.findall(text)}
     ours = {
@@ -339,8 +339,8 @@ def test_promtool_parses_each_query(dashboard, tmp_path):
     assert f"{len(rules)} rules" in promtool("check", "rules", path)
 
 
-def test_panels_are_whole(dashboard):
-    """Each asks Prometheus for something, says what it is, and has its place."""
+def test_panels_are_complete(dashboard):
+    """Each has a query, a title and a position."""
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(set(ids)) == len(ids)
     taken: set[tuple[int, int]] = set()
@@ -364,7 +364,7 @@ def test_panels_are_whole(dashboard):
 
 
 def test_dashboard_has_the_source_that_it_names(dashboard):
-    """Its variables, and Prometheus as compose.yaml has it."""
+    """Its variables, and the Prometheus of compose.yaml."""
     variables = {variable["name"] for variable in dashboard["templating"]["list"]}
     assert variables == {"datasource", "instance"}
     (source,) = yaml.safe_load(

@@ -97,15 +97,15 @@ def observed(outcome=None):
 
 
 def test_observers_are_optional():
-    """What happens unseen is not kept."""
+    """Without observers nothing is stored."""
     observers = Observers()
     observers.opened(OneConnection())
     observers.ended("message", "x", "failed", 2)
     observers.ended("message", "x", outcome="failed", count=2)
 
 
-def test_a_single_watcher_is_called_itself():
-    """So that it costs no second call."""
+def test_a_single_observer_is_called_directly():
+    """Without a second call."""
     watcher = Watcher()
     observers = Observers(watcher)
     assert observers.ended == watcher.ended
@@ -115,7 +115,7 @@ def test_a_single_watcher_is_called_itself():
 
 
 def test_observers_are_called_in_order():
-    """Each of what it has a method for."""
+    """Each for the methods that it overrides."""
     first, second, other = Watcher(), Watcher(), Opened()
     order = []
     first.ended = lambda *end: order.append("first")
@@ -130,8 +130,8 @@ def test_observers_are_called_in_order():
     assert first.attempts == second.attempts == ["attempt"]
 
 
-def test_watchers_come_and_go():
-    """Who has left is told nothing; who never came can leave."""
+def test_observers_can_be_removed():
+    """A removed one is not called; one that was never added can be removed."""
     first, second = Watcher(), Watcher()
     observers = Observers()
     observers.add(first)
@@ -148,7 +148,7 @@ def test_watchers_come_and_go():
 
 
 def test_late_observers_are_notified():
-    """A `Relay` is made before anybody watches."""
+    """A `Relay` is made before there are observers."""
     observers, watcher = Observers(), Watcher()
     backend = ObservedBackend(Scripted(), observers)
     observers.add(watcher)
@@ -156,8 +156,8 @@ def test_late_observers_are_notified():
     assert watcher.ends == [("message", "0123", "delivered", 1)]
 
 
-def test_observers_can_tell_of_everything():
-    """Each method of the interface is passed on."""
+def test_every_observer_method_is_passed_on():
+    """Each method of the interface."""
     names = [name for name in vars(Observer) if not name.startswith("_")]
     called = []
 
@@ -183,7 +183,7 @@ def test_observers_can_tell_of_everything():
 
 @pytest.mark.gen_test
 async def test_accepted_messages_are_delivered(io_loop):
-    """At once or later, one attempt and one end of each event."""
+    """At once or later: one attempt and one end of each event."""
     backend, inner, watcher = observed()
     connection = OneConnection()
     assert await backend.connect(connection, HANDSHAKE) is None
@@ -210,15 +210,15 @@ async def test_accepted_messages_are_delivered(io_loop):
 
 
 @pytest.mark.gen_test
-async def test_chosen_subprotocol_passes(io_loop):
-    """The wrapper returns what the backend does."""
+async def test_chosen_subprotocol_is_returned(io_loop):
+    """The wrapper returns the backend's value."""
     backend, _, _ = observed("chat")
     assert await backend.connect(OneConnection(), HANDSHAKE) == "chat"
 
 
 @pytest.mark.gen_test
-async def test_refused_handshake_is_refused(io_loop):
-    """With its status, and the exception passes."""
+async def test_refused_handshake_is_observed_and_raised(io_loop):
+    """With its status."""
     backend, _, watcher = observed(ConnectionRefused(403))
     with pytest.raises(ConnectionRefused):
         await backend.connect(OneConnection(), HANDSHAKE)
@@ -233,7 +233,7 @@ async def test_refused_handshake_is_refused(io_loop):
 )
 @pytest.mark.gen_test
 async def test_failures_are_observed_and_raised(io_loop, error, outcome):
-    """Of messages only the attempt: the relay tells of all that it gives up."""
+    """For messages only the attempt: the relay reports those given up."""
     backend, inner, watcher = observed(error)
     connection = OneConnection()
     with pytest.raises(BackendError):
@@ -256,7 +256,7 @@ async def test_failures_are_observed_and_raised(io_loop, error, outcome):
 
 @pytest.mark.gen_test
 async def test_observed_backend_delegates_other_calls(io_loop):
-    """The relay need not know of the wrapper."""
+    """The wrapper is transparent for the relay."""
     backend, inner, watcher = observed()
     connection = OneConnection()
     backend.called_back(connection)

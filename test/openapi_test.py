@@ -46,7 +46,7 @@ async def drop_frames(client):
 
 
 async def test_relay_does_what_its_document_says(io_loop, tmp_path):
-    """schemathesis finds nothing, with valid and invalid requests, open and closed."""
+    """schemathesis finds no difference, with valid and invalid requests."""
     async with AsyncExitStack() as stack:
         backend = await stack.enter_async_context(RecordingBackend())
         flags = (*backend.flags("message"), f"--callback_token={TOKEN}")
@@ -135,7 +135,7 @@ async def schemathesis(*words, cwd):
 
 
 async def test_document_is_for_everybody_and_has_the_relays_version(io_loop):
-    """It holds no secret; a token is neither needed nor looked at."""
+    """It contains no secret, and needs no token."""
     flags = (f"--callback_token={TOKEN}", "--callbackport=0")
     async with RecordingBackend() as backend, Service(*flags) as service:
         spoken = await document(backend, service)
@@ -147,8 +147,8 @@ async def test_document_is_for_everybody_and_has_the_relays_version(io_loop):
         assert (await backend.call(url, "GET")).code == 404  # not for clients
 
 
-async def test_document_demands_a_token_where_there_are_tokens(io_loop):
-    """Only there: else whatever is made of it would ask for one that is not."""
+async def test_document_requires_a_token_if_tokens_are_set(io_loop):
+    """Without tokens, generated clients must not ask for one."""
     for flags, needed in (((), False), ((f"--callback_token={TOKEN}",), True)):
         async with RecordingBackend() as backend, Service(*flags) as service:
             spoken = await document(backend, service)
@@ -165,7 +165,7 @@ async def test_document_demands_a_token_where_there_are_tokens(io_loop):
 
 
 async def test_document_has_every_callback_of_the_readme(io_loop):
-    """And no other below /socket/."""
+    """And no other path below /socket/."""
     readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
     rows = [line.split("`")[1] for line in readme.splitlines()
             if line.startswith(("| `POST /", "| `GET /", "| `DELETE /"))]

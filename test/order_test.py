@@ -145,8 +145,8 @@ async def visit(talker: Talker, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("seed", range(int(FIRST), int(LAST or FIRST) + 1))
-async def test_order_and_account_hold_whatever_the_backend_does(io_loop, seed):
-    """Holds, failures, resets and Retry-After; clients that leave, and the stop."""
+async def test_order_and_counts_hold_for_any_backend(io_loop, seed):
+    """Holds, failures, resets, Retry-After; clients that leave, and the stop."""
     rng = random.Random(seed)
     async with TimedBackend(rng) as backend:
         flags = [

@@ -23,7 +23,7 @@ async def status(
 
 
 async def test_same_origin_only_without_the_option(io_loop):
-    """The page's scheme, host and port are those of what it connects to."""
+    """The page's scheme, host and port must be those of the handshake."""
     async with Service() as service:
         for host, origin, expected in [
             ("relay.example", "http://relay.example", 101),
@@ -48,8 +48,8 @@ async def test_same_origin_only_without_the_option(io_loop):
             assert answer == expected, (host, origin)
 
 
-async def test_any_serialized_origin_can_be_named(io_loop):
-    """And none is allowed that was not."""
+async def test_any_serialized_origin_can_be_allowed(io_loop):
+    """And no other origin is allowed."""
     named = [
         "https://app.example.com",
         "https://*.apps.example.com",
@@ -104,15 +104,15 @@ async def test_any_serialized_origin_can_be_named(io_loop):
             assert await status(service, origin) == expected, origin
 
 
-async def test_all_origins_are_all(io_loop):
-    """Those without a host, and those that are no origin, too."""
+async def test_asterisk_allows_every_origin(io_loop):
+    """Including those without a host, and invalid ones."""
     async with Service("--allowed_origins=*") as service:
         for origin in ("null", "file://", "https://evil.example", "what ever"):
             assert await status(service, origin) == 101, origin
 
 
-async def test_same_origin_is_what_the_client_asked_its_proxy_for(io_loop):
-    """A trusted proxy that changes Host names that one in X-Forwarded-Host."""
+async def test_same_origin_uses_the_forwarded_host(io_loop):
+    """A trusted proxy that changes Host sends the original in X-Forwarded-Host."""
     app = "https://app.example"
     async with Service(f"--trusted_proxies={PROXY},10.0.0.0/8") as service:
         for source, headers, expected in [
@@ -173,6 +173,6 @@ async def test_same_origin_is_what_the_client_asked_its_proxy_for(io_loop):
     ],
 )
 def test_invalid_origin_is_rejected(origin, why):
-    """One sentence names the option, the value, and what would do."""
+    """One line names the option, the value, and a valid form."""
     line = refusal(f"--allowed_origins=https://good.example,{origin}")
     assert f"--allowed_origins: {origin} {why}" in line

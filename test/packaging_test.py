@@ -21,7 +21,7 @@ def names(tmp_path_factory):
 
 
 def test_wheel_has_two_modules_and_two_packages_with_all_their_modules(names):
-    """Bare names in site-packages: these, and no `test`, `examples` or `bench`."""
+    """Top-level names in site-packages: these, without `test` and `bench`."""
     shipped = {
         name
         for name in names
@@ -43,7 +43,7 @@ def test_wheel_has_two_modules_and_two_packages_with_all_their_modules(names):
 
 
 def test_package_has_types_for_backend_authors(tmp_path, tmp_path_factory):
-    """mypy reads those of the installed `backends` (PEP 561)."""
+    """mypy reads the types of the installed `backends` (PEP 561)."""
     prefix = installation(tmp_path_factory.getbasetemp())
     (tmp_path / "mine.py").write_text(BACKEND)
     mypy = subprocess.run(
@@ -73,7 +73,7 @@ class CountBackend(Backend):
 
 
 def test_wheel_has_the_conf_files(names):
-    """Each file of conf/, to be found in share/socketdock/conf."""
+    """Each file of conf/, in share/socketdock/conf."""
     shipped = {name.partition(".data/")[2] for name in names if ".data/" in name}
     conf = {f"data/share/socketdock/conf/{f.name}" for f in PROJECT.glob("conf/*")}
     assert len(conf) >= 6
@@ -81,7 +81,7 @@ def test_wheel_has_the_conf_files(names):
 
 
 def test_wheel_has_its_license(names):
-    """Apache-2.0 asks for it."""
+    """Apache-2.0 requires it."""
     assert any(".dist-info/" in name and name.endswith("/LICENSE") for name in names)
 
 
@@ -99,7 +99,7 @@ def test_wheel_and_installed_service_have_the_same_version(tmp_path_factory):
 
 
 def test_setup_needs_nothing_but_setuptools():
-    """Its version can be asked for where tornado is not installed."""
+    """It prints the version where tornado is not installed."""
     version = subprocess.check_output(
         [sys.executable, "-c", SETUP_WITHOUT_SITE_PACKAGES],
         cwd=PROJECT,

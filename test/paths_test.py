@@ -20,8 +20,8 @@ async def status(url: str, target: str, *more: str, upgrade: bool = True) -> int
     return (await tell(url, request, answers=1, deadline=DEADLINE)).statuses[0]
 
 
-async def test_a_slash_at_the_end_and_a_query_change_nothing(io_loop):
-    """As clients of the existing SocketDock have it; the event has it as it came."""
+async def test_trailing_slash_and_query_are_accepted(io_loop):
+    """As in the existing SocketDock; the event has the path unchanged."""
     async with RecordingBackend() as backend:
         async with Service(*backend.flags()) as service:
             for target in ("/ws", "/ws/", "/ws?token=x", "/ws/?token=x"):
@@ -36,8 +36,8 @@ async def test_a_slash_at_the_end_and_a_query_change_nothing(io_loop):
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 @pytest.mark.parametrize("apart", [False, True], ids=["one-listener", "two"])
-async def test_paths_are_those_that_are_named(io_loop, server, apart):
-    """Also those of other routes, which stay for what asks for no WebSocket."""
+async def test_clients_may_connect_at_every_configured_path(io_loop, server, apart):
+    """Also at paths of other routes, which still serve other requests."""
     paths = "/,/chat/v1/,/socket,/status,/livez,/a%20b"
     flags = [f"--ws_path={paths}", f"--http_server={server}"]
     if apart:
@@ -63,7 +63,7 @@ async def test_paths_are_those_that_are_named(io_loop, server, apart):
 
 
 async def test_public_path_does_not_skip_the_token_check(io_loop):
-    """Below /socket/ a token is still asked for, but by handshakes."""
+    """Below /socket/ all requests except handshakes need a token."""
     flags = ("--ws_path=/socket", f"--callback_token={TOKEN}")
     async with Service(*flags) as service:
         assert await status(service.ws_url, "/socket/") == 101
@@ -72,7 +72,7 @@ async def test_public_path_does_not_skip_the_token_check(io_loop):
 
 
 async def test_console_knows_where_clients_connect(io_loop):
-    """The page is told the path, for its playground and its example."""
+    """The page gets the path, for its playground and its example."""
     async with RecordingBackend() as backend, Service("--ws_path=/a/b/,/c") as service:
         answer = await backend.call(
             f"{service.callback_url}/console/playground",
@@ -103,6 +103,6 @@ async def test_console_knows_where_clients_connect(io_loop):
     ],
 )
 def test_invalid_ws_path_is_rejected(paths, why):
-    """One sentence names the option and what is wrong with it."""
+    """One line names the option and the reason."""
     line = refusal(f"--ws_path={paths}")
     assert "--ws_path: " in line and why in line

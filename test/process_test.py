@@ -94,7 +94,7 @@ def listening_ports(pid: int) -> list[int]:
     ids=["thread", "blocked loop", "await"],
 )
 async def test_nothing_outlives_the_drain(io_loop, tmp_path, on_close, status):
-    """A thread, a blocked loop, or what is awaited; the drain's status stays."""
+    """A thread, a blocked loop, or an awaitable; the exit status is the drain's."""
     source = LEAVES_A_THREAD.format(on_close=on_close)
     (tmp_path / "leaving").mkdir()
     (tmp_path / "leaving" / "__init__.py").write_text("")
@@ -115,7 +115,7 @@ async def test_nothing_outlives_the_drain(io_loop, tmp_path, on_close, status):
 async def test_lines_that_wait_in_a_handler_are_written_at_the_end(
     io_loop, tmp_path, kind
 ):
-    """What is registered with `atexit` is called, as where a program just returns."""
+    """Functions registered with `atexit` are called, as at a normal exit."""
     (tmp_path / "waiting.py").write_text(WAITING_HANDLERS)
     config = tmp_path / "log.json"
     config.write_text(json.dumps({
@@ -141,7 +141,7 @@ async def test_lines_that_wait_in_a_handler_are_written_at_the_end(
 
 
 async def test_stop_says_what_it_waits_for(io_loop):
-    """Every few seconds, and that a second signal does not wait."""
+    """Every few seconds, and that a second signal exits at once."""
     async with RecordingBackend() as backend:
         answered = withhold(backend, "disconnect")
         async with Service(*backend.flags("message", "disconnect")) as service:
@@ -163,8 +163,8 @@ def said(service: Service) -> list[str]:
 
 
 @pytest.mark.parametrize("source", ["--log_file_prefix", "--log_config"])
-async def test_full_disk_under_the_log_is_one_complaint(io_loop, tmp_path, source):
-    """Not a traceback a line; the relay goes on."""
+async def test_full_disk_under_the_log_is_one_line(io_loop, tmp_path, source):
+    """Not one traceback per line; the relay continues."""
     log = tmp_path / "log"
     log.symlink_to("/dev/full")
     value = log

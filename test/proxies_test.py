@@ -38,8 +38,8 @@ async def status(url: str, source: str, *headers: tuple[str, str]) -> int:
         return refused.response.status_code
 
 
-async def test_client_s_address_is_the_last_one_that_a_trusted_proxy_names(io_loop):
-    """What others wrote into X-Forwarded-For is not believed, garbage ends it."""
+async def test_client_address_is_the_last_untrusted_one(io_loop):
+    """Addresses before it in X-Forwarded-For are ignored; garbage ends the list."""
     cases = [
         (PROXY, [], PROXY),
         (PROXY, [CLIENT], CLIENT),
@@ -90,8 +90,8 @@ async def test_no_proxy_is_trusted_by_default(io_loop):
     assert event["meta"]["remote_ip"] == PROXY
 
 
-async def test_origin_s_scheme_is_compared_where_a_trusted_proxy_tells_it(io_loop):
-    """From others X-Forwarded-Proto says nothing, and either scheme passes."""
+async def test_origin_scheme_is_compared_behind_a_trusted_proxy(io_loop):
+    """X-Forwarded-Proto of others is ignored, and both schemes are allowed."""
     async with Service(TRUSTED) as service:
         host = service.ws_url.removeprefix("ws://").removesuffix("/ws")
         for source, said, of_http, of_https in [
@@ -112,8 +112,8 @@ async def test_origin_s_scheme_is_compared_where_a_trusted_proxy_tells_it(io_loo
                 assert answer == expected, (source, said, scheme)
 
 
-async def test_origin_s_scheme_is_https_where_tls_ends_here(io_loop, tmp_path):
-    """A page that came without TLS is not of the same origin then."""
+async def test_origin_scheme_is_https_on_a_tls_listener(io_loop, tmp_path):
+    """A page loaded by http is then of another origin."""
     authority = Authority(tmp_path)
     context = ssl.create_default_context(cafile=str(authority.path))
     certificate = authority.server().both
@@ -137,7 +137,7 @@ async def test_origin_s_scheme_is_https_where_tls_ends_here(io_loop, tmp_path):
             assert answer == expected, (origin, said)
 
 
-async def test_connect_event_leaves_out_what_is_not_the_client_s(io_loop):
+async def test_connect_event_omits_internal_headers(io_loop):
     """Hop-by-hop headers, the WebSocket's own, and those that an option names."""
     sent = [
         ("Authorization", "Bearer x"),

@@ -42,7 +42,7 @@ def dns(monkeypatch):
 
 
 async def test_concurrent_lookups_of_one_name_are_shared(io_loop, dns):
-    """Also once somebody has given up waiting for it."""
+    """Also after one caller was cancelled."""
     resolver = Resolver()
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(resolver.resolve("backend.example", 80), 0.1)
@@ -57,7 +57,7 @@ async def test_concurrent_lookups_of_one_name_are_shared(io_loop, dns):
 
 
 async def test_look_ups_are_bounded(io_loop, dns):
-    """What is beyond fails at once; IP addresses need none."""
+    """More fail at once; IP addresses need none."""
     resolving = Resolver()
     under_way = [
         asyncio.create_task(resolving.resolve(f"{number}.example", 80))
@@ -72,7 +72,7 @@ async def test_look_ups_are_bounded(io_loop, dns):
 
 
 async def test_ip_addresses_are_not_looked_up(io_loop):
-    """They are known at once."""
+    """The result is available at once."""
     before = threading.active_count()
     for host in ("127.0.0.1", "::1"):
         ((*_, address),) = await Resolver().resolve(host, 80)
@@ -81,7 +81,7 @@ async def test_ip_addresses_are_not_looked_up(io_loop):
 
 
 def test_silent_dns_delays_nothing():
-    """What `silent_dns.py` tests, in namespaces of its own."""
+    """Runs `silent_dns.py` in its own namespaces."""
     root = ["--map-root-user"] if os.getuid() else []
     unshare = ["unshare", "--net", "--mount", *root]
     if subprocess.run([*unshare, "true"], check=False).returncode:

@@ -129,15 +129,15 @@ def size(request) -> int:
 
 @pytest.mark.parametrize("row", PLAIN)
 def test_tolerable_response_is_read_and_another_may_follow(row, size):
-    """What does not touch the framing costs nothing."""
+    """Its faults do not concern the framing."""
     reader = read(PLAIN[row], size=max(size, len(PLAIN[row]) // 1000))
     assert (reader.status, reader.body) == (200, b"OK")
     assert reader.complete and reader.reusable
 
 
 @pytest.mark.parametrize("row", DOUBTFUL)
-def test_doubtful_response_is_read_and_none_may_follow(row, size):
-    """Somebody else may see its end in another place."""
+def test_ambiguous_response_is_read_and_none_may_follow(row, size):
+    """Another reader may see its end in another place."""
     reader = read(DOUBTFUL[row], size=size)
     assert (reader.status, reader.body) == (200, b"OK")
     assert reader.complete
@@ -147,7 +147,7 @@ def test_doubtful_response_is_read_and_none_may_follow(row, size):
 
 @pytest.mark.parametrize("row", UNENDED)
 def test_response_without_an_end_is_read_until_the_connections(row, size):
-    """Of an odd one nobody waits for a body that is not wanted."""
+    """If the head is malformed and the body unused, the body is not awaited."""
     reader = read(UNENDED[row], size=size)
     assert (reader.status, reader.body) == (200, b"OK")
     assert reader.has_head and not reader.complete
@@ -157,14 +157,14 @@ def test_response_without_an_end_is_read_until_the_connections(row, size):
 
 @pytest.mark.parametrize("row", NONE)
 def test_invalid_response_is_malformed(row, size):
-    """It says nothing that could be believed, or too much."""
+    """It has no usable status, or too many headers."""
     with pytest.raises(MalformedResponse):
         read(NONE[row], size=max(size, len(NONE[row]) // 1000))
 
 
 @pytest.mark.parametrize("row", STATUS_ALONE)
 def test_status_counts_where_the_body_cannot_be_read(row, size):
-    """Nothing more is waited for, and no other response may follow."""
+    """The body is not awaited, and no other response may follow."""
     reader = read(STATUS_ALONE[row], size=max(size, len(STATUS_ALONE[row]) // 1000))
     assert (reader.status, reader.body) == (200, b"")
     assert reader.complete and not reader.reusable
@@ -181,7 +181,7 @@ SWITCHING = {
 @pytest.mark.parametrize("row", SWITCHING)
 @pytest.mark.parametrize("behind", [b"", b"\0\0\0\4", OK + BODY])
 def test_switching_protocols_is_a_final_status(row, behind, size):
-    """That nobody asked for, so nothing behind it is HTTP."""
+    """Nobody requested it, so no HTTP follows."""
     reader = read(SWITCHING[row] + behind, size=size)
     assert (reader.status, reader.body) == (101, b"")
     assert reader.complete and not reader.reusable
@@ -198,7 +198,7 @@ def test_switching_protocols_is_a_final_status(row, behind, size):
     ],
 )
 def test_head_that_lacks_its_empty_line_has_its_status(head, headers, size):
-    """Once the connection has ended."""
+    """After the end of the connection."""
     reader = read(head, size=size)
     assert not reader.has_head
     assert reader.cut()
@@ -221,12 +221,12 @@ def test_head_that_lacks_its_empty_line_has_its_status(head, headers, size):
     ],
 )
 def test_head_that_ends_within_a_line_has_no_status(head, size):
-    """Nor has an interim response that nothing followed."""
+    """Nor has an interim response without a final one."""
     assert not read(head, size=size).cut()
 
 
 def test_headers_of_a_malformed_response_are_read():
-    """Without the spaces around them, in one list where they are repeated."""
+    """Without surrounding spaces; repeated ones become one list."""
     odd = b"a b: c\r\nX : \t one \t\r\nx: t\0w\ro\r\nRetry-After:  3 \r\n"
     headers = read(OK + odd + BODY, size=2**20).headers
     assert (headers["x"], headers["retry-after"]) == ("one, t w o", "3")
@@ -238,8 +238,8 @@ def test_white_space_around_header_values_is_stripped():
     assert headers["retry-after"] == "3"
 
 
-def test_response_after_an_interim_one_that_was_odd_has_its_own_headers():
-    """Those of a 103 are not the final one's."""
+def test_headers_of_an_interim_response_are_dropped():
+    """The headers of a 103 are not those of the final response."""
     hints = b"HTTP/1.1 103 Hints\r\nX: hint\r\na b: c\r\n\r\n"
     headers = read(hints + OK + BODY, size=2**20).headers
     assert "x" not in headers
