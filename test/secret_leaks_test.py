@@ -57,7 +57,7 @@ def ignoring_the_end():
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 async def test_no_log_at_any_level_holds_a_secret(io_loop, tmp_path, log_format):
-    """No body, no header's value, no query, no token; nor do /status and the title."""
+    """No body, header value, query or token; nor do /status and the process title."""
     mark = Marks()
     token, other_token = mark("token"), mark("tokenfile")
     (tmp_path / "tokens").write_text(f"{other_token}\n")
@@ -325,7 +325,7 @@ async def by_signal(service: Service, folder: Path, mark: Marks) -> None:
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 async def test_path_cannot_forge_a_log_line(io_loop, server):
-    """Whatever bytes it has, it is one line at most, and nothing to a terminal."""
+    """For any bytes, it gives at most one line, without terminal controls."""
     odd = (b"/\x85[I]", b"/\x9b2J\xc2\x9b2J\xe2\x80\xa8", b"/%0a%1b[2J", b"/%85[I]")
     async with Service("--logging=debug", f"--http_server={server}") as service:
         statuses = []
@@ -342,7 +342,7 @@ async def test_path_cannot_forge_a_log_line(io_loop, server):
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 async def test_bad_peers_do_not_flood_the_log(io_loop, tmp_path, server):
-    """Malformed requests, and TLS that fails: hardly a line, however many."""
+    """Malformed requests and failed TLS give few lines, for any number."""
     certificate = Authority(tmp_path).server().both
     flags = (f"--tls_cert={certificate}", "--callbackport=0", f"--http_server={server}")
     bad = b"GET / HTTP/9.9\r\nHost: x\r\n\r\n"
@@ -375,8 +375,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("row", WRONG)
-def test_start_that_is_refused_shows_no_secret(row):
-    """The sentence names the option and what is wrong, not what was given."""
+def test_invalid_option_error_shows_no_secret(row):
+    """The line names the option and the reason, not the value."""
     mark = Marks()
     line = refusal(
         "--backend=http", "--messageuri=http://127.0.0.1/", WRONG[row].format(mark("x"))
@@ -398,8 +398,8 @@ def test_start_that_is_refused_shows_no_secret(row):
         "{}",
     ],
 )
-def test_file_that_is_refused_shows_no_secret(tmp_path, text):
-    """Wherever in a line it stands."""
+def test_invalid_options_file_error_shows_no_secret(tmp_path, text):
+    """At any place of a line."""
     mark = Marks()
     (tmp_path / "conf").write_text(text.format(mark("x")) + "\n")
     line = refusal("--backend=http", f"--config={tmp_path / 'conf'}")
@@ -407,7 +407,7 @@ def test_file_that_is_refused_shows_no_secret(tmp_path, text):
 
 
 def test_help_shows_no_secret(tmp_path):
-    """Defaults are shown, and not what is set."""
+    """It shows the defaults, not the values that are set."""
     mark = Marks()
     conf = tmp_path / "conf"
     conf.write_text(f"callback_token = '{mark('file')}'\n")

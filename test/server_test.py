@@ -92,8 +92,8 @@ REFUSED_UPGRADES = {
 
 
 @pytest.mark.parametrize("row", REFUSED_UPGRADES)
-async def test_answer_to_a_refused_upgrade_ends_the_connection(relay, row):
-    """And nothing behind it is read: it may come from a client past a proxy."""
+async def test_response_to_a_rejected_upgrade_ends_the_connection(relay, row):
+    """Nothing behind it is read: a proxy may tunnel bytes of a client."""
     heard = await tell(relay.ws_url, REFUSED_UPGRADES[row] + STATUS + LIVEZ)
     assert heard.ended
     assert b'"uptime"' not in heard.data
@@ -104,8 +104,8 @@ async def test_answer_to_a_refused_upgrade_ends_the_connection(relay, row):
         assert len(options) == 1 and "close" in options[0], head
 
 
-async def test_nothing_that_comes_later_is_read_either(relay):
-    """When the answer has been read already."""
+async def test_nothing_is_read_after_the_response_either(relay):
+    """When the peer has read the response already."""
     parts = urlsplit(relay.ws_url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     writer.write(REFUSED_UPGRADES["wrong-version"])
@@ -118,7 +118,7 @@ async def test_nothing_that_comes_later_is_read_either(relay):
 
 
 async def test_frame_in_the_packet_of_a_request_and_a_handshake_is_kept(relay):
-    """However many requests stand before, and however it is cut."""
+    """With any number of requests before, and for every split."""
     hello = frame(TEXT, b"hello")
     for data in (
         LIVEZ + handshake() + hello,
@@ -137,7 +137,7 @@ EXPECT = ("100-continue", "100-Continue", "100-CONTINUE")
 
 @pytest.mark.parametrize("spelling", EXPECT)
 async def test_expect_header_is_case_insensitive(relay, spelling):
-    """The body comes when it is asked for (RFC 9110, section 10.1.1)."""
+    """The peer sends the body after the 100 (RFC 9110, section 10.1.1)."""
     parts = urlsplit(relay.ws_url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     writer.write(SEND + f"Expect: {spelling}\r\nContent-Length: 2\r\n\r\n".encode())
@@ -150,8 +150,8 @@ async def test_expect_header_is_case_insensitive(relay, spelling):
 
 @pytest.mark.parametrize("target", ["/ws?name=\xfc", "/ws?name=\u00fc", "/l\u00efvez"])
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
-async def test_bytes_that_are_no_url_s_are_400(relay, target, encoding):
-    """In the query too: the client has to escape them (RFC 3986, section 2)."""
+async def test_bytes_outside_of_urls_are_400(relay, target, encoding):
+    """In the query too: the client must escape them (RFC 3986, section 2)."""
     line = b"GET " + target.encode(encoding) + b" HTTP/1.1"
     request = handshake().replace(b"GET /ws HTTP/1.1", line)
     heard = await tell(relay.ws_url, request)
@@ -204,8 +204,8 @@ def outcome(heard: Heard) -> tuple[bytes, bool]:
     return (rest if head.startswith(b"HTTP/1.1 100 ") else head)[:12], heard.ended
 
 
-async def test_both_servers_answer_alike(relays):
-    """Requests at random, and one by the book behind each."""
+async def test_both_servers_send_the_same_responses(relays):
+    """To random requests, each followed by a valid one."""
     dice = random.Random(11)
     requests = [anything(dice) for _ in range(600)]
     differing = []
@@ -233,7 +233,7 @@ async def test_both_servers_answer_alike(relays):
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 35, 350])
-async def test_head_is_measured_once_however_it_comes(relay, pieces):
+async def test_head_is_measured_once_for_every_split(relay, pieces):
     """35 kB are within a limit of 64 KiB."""
     head = LIVEZ[:-2] + b"".join(b"X-%05d: %b\r\n" % (n, b"y" * 89) for n in range(350))
     request = head + b"\r\n"
@@ -252,7 +252,7 @@ async def test_head_is_measured_once_however_it_comes(relay, pieces):
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 70])
-async def test_head_above_the_limit_is_refused_however_it_comes(relay, pieces):
+async def test_head_above_the_limit_is_rejected_for_every_split(relay, pieces):
     """With 431, then the end."""
     head = LIVEZ[:-2] + b"".join(b"X-%05d: %b\r\n" % (n, b"y" * 89) for n in range(700))
     request = head + b"\r\n"
@@ -263,15 +263,15 @@ async def test_head_above_the_limit_is_refused_however_it_comes(relay, pieces):
     assert heard.ended and heard.statuses == [431]
 
 
-async def test_too_many_headers_are_refused(relay):
-    """With 431, however short they are."""
+async def test_too_many_headers_are_rejected(relay):
+    """With 431, even if they are short."""
     head = LIVEZ[:-2] + b"".join(b"X-%d: y\r\n" % number for number in range(1100))
     heard = await tell(relay.ws_url, head + b"\r\n")
     assert heard.ended and heard.statuses == [431]
 
 
-async def test_chunk_extension_above_the_limit_is_refused(relay):
-    """With 431, as a head: 64 KiB in one line are more than anybody needs."""
+async def test_chunk_extension_above_the_limit_is_rejected(relay):
+    """With 431, like a head, if a line has 64 KiB."""
     request = SEND + b"Transfer-Encoding: chunked\r\n\r\n5;" + b"x" * 200_000
     heard = await tell(relay.callback_url, request)
     assert heard.ended and heard.statuses == [431]
@@ -320,8 +320,8 @@ async def test_bodies_of_all_requests_together_are_bounded(io_loop, server, more
             writer.close()
 
 
-async def test_refused_body_of_which_more_comes_takes_no_other_with_it(io_loop):
-    """More of it may be read in the turn in which it is refused."""
+async def test_more_of_a_rejected_body_affects_no_other(io_loop):
+    """More of it may be read in the turn in which it is rejected."""
     budget = BodyBudget(max_size=100)
     refused: list[str] = []
     heard = asyncio.Event()
@@ -346,7 +346,7 @@ async def test_refused_body_of_which_more_comes_takes_no_other_with_it(io_loop):
 
 @pytest.mark.parametrize("server", SERVERS)
 async def test_body_in_tiny_chunks_takes_no_more_than_its_bytes(io_loop, server):
-    """Two bytes each, which as objects of their own would take fifty more."""
+    """Two bytes each, which as separate objects would take fifty more."""
     size = 2**19
     async with Service(f"--http_server={server}") as service:
         begun = SEND + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -363,8 +363,8 @@ async def test_body_in_tiny_chunks_takes_no_more_than_its_bytes(io_loop, server)
 
 
 @pytest.mark.parametrize("server", SERVERS)
-async def test_body_that_no_route_takes_is_not_kept(io_loop, server):
-    """By a probe, or where clients connect."""
+async def test_body_that_no_route_uses_is_discarded(io_loop, server):
+    """At a probe, and where clients connect."""
     size = 4 * 2**20 - 1
     lines = (b"POST /livez HTTP/1.1", b"GET /ws HTTP/1.1")
     async with Service(f"--http_server={server}") as service:
@@ -402,10 +402,10 @@ async def stopped(service: Service):
 
 
 @pytest.mark.parametrize("server", SERVERS)
-async def test_requests_whose_rest_came_while_it_stood_still_are_served(
+async def test_requests_completed_during_a_stall_are_served(
     io_loop, server
 ):
-    """Heads and bodies, and by TLS."""
+    """Heads and bodies, also over TLS."""
     flags = ("--header_timeout=1.5", "--body_timeout=1.5", f"--http_server={server}")
     body = b"x" * 4_000_000  # as much as may be: many reads
     halves = {
@@ -433,8 +433,8 @@ async def test_requests_whose_rest_came_while_it_stood_still_are_served(
 
 
 @pytest.mark.parametrize("server", SERVERS)
-async def test_tls_handshakes_go_on_after_it_stood_still(io_loop, server, tmp_path):
-    """The client's hello came in time, and its answer can't come before the relay's."""
+async def test_tls_handshakes_continue_after_a_stall(io_loop, server, tmp_path):
+    """The client's hello arrived in time; its next step needs the relay's answer."""
     authority = Authority(tmp_path)
     certificate = authority.server()
     context = ssl.create_default_context(cafile=str(authority.path))
@@ -453,8 +453,8 @@ async def test_tls_handshakes_go_on_after_it_stood_still(io_loop, server, tmp_pa
         writer.close()
 
 
-async def test_deadline_is_not_renewed_by_a_byte_now_and_then(io_loop):
-    """Nor by more requests from a peer that takes no answer."""
+async def test_single_bytes_do_not_extend_the_deadline(io_loop):
+    """Nor do more requests of a peer that reads no response."""
     async with Service("--header_timeout=1.5", "--body_timeout=1.5") as service:
         parts = urlsplit(service.ws_url)
         for first in (b"GET /livez HTTP/1.1\r\n", SEND + b"Content-Length: 99\r\n\r\n"):
@@ -468,15 +468,15 @@ async def test_deadline_is_not_renewed_by_a_byte_now_and_then(io_loop):
             writer.close()
 
 
-async def test_half_closed_connection_gets_every_answer(relays):
-    """In the order of the requests, however many there are."""
+async def test_half_closed_connection_gets_every_response(relays):
+    """In the order of the requests, for any number."""
     url = relays["fast"].ws_url
     heard = await tell(url, LIVEZ * 40, half_close=True, deadline=DEADLINE)
     assert heard.ended and heard.statuses == [200] * 40
 
 
-async def test_wss_and_http_by_tls_on_one_connection(io_loop, tmp_path):
-    """A handshake follows a request; the socket passes on with its encryption."""
+async def test_https_and_wss_on_one_connection(io_loop, tmp_path):
+    """A handshake follows a request; the socket keeps its TLS state."""
     authority = Authority(tmp_path)
     certificate = authority.server()
     context = ssl.create_default_context(cafile=str(authority.path))

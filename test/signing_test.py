@@ -101,7 +101,7 @@ def tampered(attempt: Signed) -> list[Signed]:
 async def test_every_event_is_verified(
     io_loop, verify: Callable[[Sequence[Signed]], Awaitable[list[bool]]]
 ):
-    """Of every kind, whatever is in a message; what was tampered with is not."""
+    """Of each kind, with any content; a modified one is rejected."""
     async with RecordingBackend() as backend:
         ears = Ears(backend)
         async with Service(*backend.flags(), f"--webhook_secret={FIRST}") as service:
@@ -117,7 +117,7 @@ async def test_every_event_is_verified(
 
 
 async def test_several_secrets_sign_each_event(io_loop):
-    """Who knows any one of them can verify, with `whsec_` before it or not."""
+    """A backend verifies with any one of them, with `whsec_` or without."""
     async with RecordingBackend() as backend:
         ears = Ears(backend)
         secrets = f"--webhook_secret={FIRST},{SECOND}"
@@ -133,7 +133,7 @@ async def test_several_secrets_sign_each_event(io_loop):
 
 
 async def test_each_attempt_is_signed_anew(io_loop):
-    """A retry has the same id, the time of now, and a signature of both."""
+    """A retry has the same id, the current time, and a signature of both."""
     async with RecordingBackend() as backend:
         ears = Ears(backend)
         ears.to_be_told = [503]
@@ -151,8 +151,7 @@ async def test_each_attempt_is_signed_anew(io_loop):
 
 
 async def test_event_is_signed_when_it_is_sent(io_loop):
-    """A wait in line makes no event old, of whatever kind: the time is that of
-    sending."""
+    """Its timestamp is the time of sending, also after a wait in a queue."""
     async with RecordingBackend() as backend:
         ears = Ears(backend)
         answer = asyncio.Event()
@@ -188,7 +187,7 @@ async def test_event_is_signed_when_it_is_sent(io_loop):
 
 
 async def test_secrets_are_read_again_on_sighup(io_loop, tmp_path):
-    """The next event has the new one; a file that is wrong changes nothing."""
+    """The next event uses the new one; an invalid file changes nothing."""
     path = tmp_path / "secrets"
     path.write_text(f"# the old one\n\n  {FIRST}\n")
     async with RecordingBackend() as backend:
@@ -220,7 +219,7 @@ async def test_secrets_are_read_again_on_sighup(io_loop, tmp_path):
 
 
 async def test_without_a_secret_nothing_is_signed(io_loop):
-    """There is no header that would look like a signature."""
+    """There is no signature header."""
     async with RecordingBackend() as backend:
         ears = Ears(backend)
         async with Service(*backend.flags("message")) as service:

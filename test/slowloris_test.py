@@ -104,7 +104,7 @@ async def exchange(service: Service, times: int) -> None:
 
 @pytest.mark.parametrize("listener", ["clients", "callbacks", "both-in-one"])
 async def test_slow_connections_do_not_block_others(io_loop, listener):
-    """Those that have not sent a request in time are ended, each of them."""
+    """Each connection without a complete request in time is closed."""
     async with RecordingBackend() as backend:
 
         async def send_back(handler: RequestHandler, event: dict) -> None:
@@ -139,8 +139,8 @@ async def test_slow_connections_do_not_block_others(io_loop, listener):
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
-async def test_body_has_a_time_of_its_own(io_loop, server):
-    """A wanted one is ended when it is up; a quick one comes through as ever."""
+async def test_body_has_its_own_deadline(io_loop, server):
+    """A slow one is cut off at its deadline; a quick one is accepted."""
     async with RecordingBackend() as backend:
         flags = ("--body_timeout=1", f"--http_server={server}")
         async with Service(*backend.flags("message"), *flags) as service:

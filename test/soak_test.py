@@ -19,8 +19,8 @@ ROUNDS = {
 
 
 @pytest.mark.parametrize("flags", ROUNDS.values(), ids=ROUNDS)
-async def test_random_faults_break_no_promise(io_loop, flags):
-    """What was wrong is what the soak prints."""
+async def test_random_faults_violate_no_guarantee(io_loop, flags):
+    """The soak prints each violation."""
     soak = await asyncio.create_subprocess_exec(
         sys.executable, "test/soak.py", "--seconds=2", "--round=2", "--clients=20",
         *flags, cwd=PROJECT, start_new_session=True,

@@ -144,7 +144,7 @@ FAULTY = {
 
 @pytest.mark.parametrize("attempts", FAULTLESS.values(), ids=FAULTLESS)
 def test_soak_accepts_what_the_contract_allows(attempts: list[Attempt]) -> None:
-    """Nothing is said of it."""
+    """It reports nothing."""
     assert flaws(*attempts) == []
 
 
@@ -152,27 +152,27 @@ def test_soak_accepts_what_the_contract_allows(attempts: list[Attempt]) -> None:
 def test_soak_reports_what_the_contract_forbids(
     flaw: str, attempts: list[Attempt]
 ) -> None:
-    """One, which says what was wrong."""
+    """One violation, with its reason."""
     (found,) = flaws(*attempts)
     assert flaw in found
 
 
 def test_with_strict_order_messages_are_accepted_in_order() -> None:
-    """An answer that comes late is out of order only then."""
+    """Only then is a late response out of order."""
     attempts = [message(0, 0, took=5), message(1, 1)]
     assert flaws(*attempts) == []
     assert flaws(*attempts, strict=True) == ["out of order: [1, 0]"]
 
 
 def test_time_while_the_process_was_stopped_does_not_count() -> None:
-    """A message that was sent before a stall may come to be looked at after it."""
+    """A message sent before a stall may be examined after it."""
     overtaken = [message(0, 0, "503", took=1), message(1, 4.5), message(0, 6)]
     assert len(flaws(*overtaken)) == 1
     assert flaws(*overtaken, pulse=steady((1.1, 4))) == []
 
 
 def test_soak_expects_lost_events_late() -> None:
-    """A reset of a connection takes with it what nobody has read."""
+    """The reset of a connection loses what nobody has read."""
     late = [message(1, 2), message(0, 6)]
     assert len(flaws(*late)) == 1
     assert len(flaws(*late, resets=(0.5,))) == 1  # nothing of this time was on it
@@ -187,7 +187,7 @@ def test_soak_expects_lost_events_late() -> None:
 
 
 def test_soak_counts_lost_events_as_failed() -> None:
-    """From then on its deadline counts, whatever Retry-After says later."""
+    """From then on its deadline counts, independent of a later Retry-After."""
     attempts = [
         message(0, 0), message(1, 9), message(2, 9.1, "503", retry_after=3),
         message(2, 10.5),
@@ -198,7 +198,7 @@ def test_soak_counts_lost_events_as_failed() -> None:
 
 
 def test_each_message_is_settled_or_counts_as_undelivered() -> None:
-    """One that failed, and did not go again, is neither."""
+    """A message that failed and was not retried is neither."""
     assert lost(2, message(0, 1), message(1, 1.1), disconnect(2)) == []
     assert lost(2, message(0, 1), message(1, 1.1, "400"), disconnect(2)) == []
     failed = message(0, 1, "503", took=0.5)
@@ -206,24 +206,24 @@ def test_each_message_is_settled_or_counts_as_undelivered() -> None:
     assert lost(2, failed, message(1, 1.2), disconnect(2, undelivered=1)) == []
 
 
-def test_held_request_that_is_lost_five_seconds_behind_the_farewell_was_let_go(
+def test_held_request_lost_five_seconds_after_the_disconnect_was_abandoned(
 ) -> None:
-    """Not before: until then it goes again."""
+    """Not before: until then it is retried."""
     accepted = disconnect(2)
     assert lost(1, message(0, 1, "lost", took=6.1), accepted) == []
     assert len(lost(1, message(0, 1, "lost", took=5.9), accepted)) == 1
 
 
 def test_message_that_failed_during_its_disconnect_event_is_lost_by_sigkill() -> None:
-    """Not what the relay knew of when it sent the event."""
+    """Not one whose failure the relay knew when it sent the event."""
     accepted = disconnect(4)
     assert lost(1, message(0, 1, "lost", took=2.5), accepted, cut_off=True) == []
     assert lost(1, message(0, 1, "lost", took=2.5), accepted)
     assert lost(1, message(0, 1, "lost", took=1.5), accepted, cut_off=True)
 
 
-def test_request_may_be_let_go_as_it_fails_where_many_are_open() -> None:
-    """Sixteen of one connection, since it is done to send one more."""
+def test_request_may_be_abandoned_while_many_are_open() -> None:
+    """At sixteen of one connection, the relay abandons one to send another."""
     for number, flawed in ((15, True), (16, False)):
         attempts = [
             message(0, 1, "lost", took=3),
@@ -236,7 +236,7 @@ def test_request_may_be_let_go_as_it_fails_where_many_are_open() -> None:
 
 
 def test_pulse_counts_beats_between_two_times() -> None:
-    """Those that lie between two times."""
+    """Those between the two times."""
     pulse = Pulse()
     for second in range(10):
         pulse.add(second, second + 0.5)
@@ -250,7 +250,7 @@ def test_pulse_counts_beats_between_two_times() -> None:
 
 @pytest.mark.gen_test
 async def test_backend_that_resets_a_connection_does_so_at_once(io_loop) -> None:
-    """What stands in the book as lost can't be let go by the relay any more."""
+    """The relay cannot abandon a request that is recorded as lost."""
     async with FaultyBackend() as backend:
         with socket.create_connection((backend.host, backend.port)) as relay:
             await eventually(lambda: backend.connections)
@@ -261,7 +261,7 @@ async def test_backend_that_resets_a_connection_does_so_at_once(io_loop) -> None
 
 @pytest.mark.gen_test
 async def test_reset_of_a_waiting_connection_is_recorded(io_loop) -> None:
-    """Nobody has read what was on it."""
+    """Nobody has read what was sent on it."""
     async with FaultyBackend() as backend:
         backend.go_away("reset")
         before = len(backend.resets)
@@ -271,7 +271,7 @@ async def test_reset_of_a_waiting_connection_is_recorded(io_loop) -> None:
 
 
 def test_status_of_malformed_responses_is_read_in_one_place() -> None:
-    """And each Retry-After can be written in Latin-1, as headers are."""
+    """And each Retry-After can be encoded in Latin-1, like headers."""
     for form in (*READABLE, *READABLE_TO_THE_END):
         assert form.count(b"%d") == 1
     for headers, seconds in RETRY_AFTERS:

@@ -68,10 +68,10 @@ async def largest_message(service: Service) -> int:
     ],
 )
 @pytest.mark.gen_test
-async def test_flag_beats_environment_beats_file_beats_default(
+async def test_flag_overrides_environment_overrides_file_overrides_default(
     io_loop, tmp_path, file, environment, flag, expected
 ):
-    """Seen from outside, by what still gets through."""
+    """Seen from outside, by the largest message that is accepted."""
     flags = [written(tmp_path / "conf", f"max_message_size = {file}")] if file else []
     flags += [f"--max_message_size={flag}"] if flag else []
     given = {"SOCKETDOCK_MAX_MESSAGE_SIZE": str(environment)} if environment else {}
@@ -91,8 +91,8 @@ async def test_flag_beats_environment_beats_file_beats_default(
     ],
 )
 @pytest.mark.gen_test
-async def test_flags_with_equals_or_space_and_the_last_one_wins(io_loop, flags):
-    """`--name=value` and `--name value`; dashes are as good as underscores."""
+async def test_flags_have_equals_or_space_and_the_last_one_counts(io_loop, flags):
+    """`--name=value` and `--name value`; dashes and underscores are equal."""
     async with Service(*flags) as service:
         assert await largest_message(service) == 3
 
@@ -108,7 +108,7 @@ async def test_flags_with_equals_or_space_and_the_last_one_wins(io_loop, flags):
 )
 @pytest.mark.gen_test
 async def test_file_may_be_named_in_the_environment(io_loop, tmp_path, lines):
-    """Its names may have dashes, too; the last of a repeated one wins."""
+    """Its names may have dashes; the last of repeated lines counts."""
     written(tmp_path / "conf", lines)
     environment = {"SOCKETDOCK_CONFIG": str(tmp_path / "conf")}
     async with Service(environment=environment) as service:
@@ -116,7 +116,7 @@ async def test_file_may_be_named_in_the_environment(io_loop, tmp_path, lines):
 
 
 @pytest.mark.gen_test
-async def test_lists_come_from_flag_and_file(io_loop, tmp_path):
+async def test_lists_are_set_by_flag_and_file(io_loop, tmp_path):
     """Separated by commas on the command line, a list in the file."""
     conf = written(tmp_path / "conf", "subprotocols = ['b', 'c']")
     for flags in ([conf], ["--subprotocols=b,c"]):
@@ -161,8 +161,8 @@ async def test_spellings_of_the_existing_socketdock(
 
 
 @pytest.mark.gen_test
-async def test_command_line_of_an_existing_deployment(io_loop):
-    """Unchanged, but for the port."""
+async def test_command_line_of_an_existing_deployment_works(io_loop):
+    """Unchanged, except for the port."""
     async with RecordingBackend() as backend:
         flags = ["--bindip", "0.0.0.0", "--bindport", "0", "--backend", "http"]
         for kind in ("message", "disconnect", "connect"):
@@ -231,7 +231,7 @@ def injected(
 
 @pytest.mark.gen_test
 async def test_variables_injected_by_kubernetes_are_ignored(io_loop):
-    """Nor a value: the variables of services whose names begin with socketdock."""
+    """Of services whose names begin with socketdock; no value is shown."""
     environment = {}
     for service in (
         "socketdock", "socketdock-metrics", "socketdock-reuse", "socketdock-bindip",
@@ -251,7 +251,7 @@ async def test_variables_injected_by_kubernetes_are_ignored(io_loop):
 
 @pytest.mark.gen_test
 async def test_empty_variable_counts_as_not_set(io_loop, tmp_path):
-    """For every option alike: what the file says holds, or the default."""
+    """For each option: the file or the default applies."""
     names = re.findall(r"^  --(\w+)", ended("--help-all").stdout, flags=re.MULTILINE)
     assert {"bindip", "max_message_size", "backend_connection_age"} < set(names)
     environment = {
@@ -272,14 +272,14 @@ async def test_empty_variable_counts_as_not_set(io_loop, tmp_path):
 )
 @pytest.mark.parametrize("name", ["bindip", "callbackip"])
 def test_invalid_bind_address_exits_with_2(name, address):
-    """Status 2: it will not come later."""
+    """Not 1, since a retry cannot succeed."""
     line = refusal("--callbackport=0", f"--{name}={address}")
     assert f"--{name} must be an address, such as 127.0.0.1" in line
 
 
 @pytest.mark.parametrize("source", ["flag", "file"])
 def test_empty_bind_address_is_rejected(tmp_path, source):
-    """Whoever means every address writes one that says so."""
+    """To listen at every address, use a wildcard address."""
     flag = {"flag": "--bindip=", "file": written(tmp_path / "conf", "bindip = ''")}
     assert "bindip must be an address, such as 127.0.0.1" in refusal(flag[source])
 
@@ -288,7 +288,7 @@ def test_empty_bind_address_is_rejected(tmp_path, source):
     "given", ["fd00:10::5:8766", "http://fd00:10::5:8766", "[fd00:10::5]:8766"]
 )
 @pytest.mark.gen_test
-async def test_external_address_of_ipv6_gets_its_brackets(io_loop, given):
+async def test_external_ipv6_address_gets_brackets(io_loop, given):
     """`$(POD_IP):8766` works for both families."""
     async with RecordingBackend() as backend:
         environment = {"SOCKETDOCK_EXTERNALHOSTANDPORT": given}
@@ -307,8 +307,8 @@ async def test_external_address_of_an_international_name_is_encoded(io_loop):
 
 
 @pytest.mark.parametrize("name", ["stra\u00dfe.example:80", "http://\u00fc..x/sd"])
-def test_external_address_without_a_certain_encoding_says_so(name):
-    """What to write instead is told."""
+def test_external_address_with_an_ambiguous_encoding_is_rejected(name):
+    """The error says what to write instead."""
     line = refusal(*HTTP, f"--externalhostandport={name}")
     assert "--externalhostandport" in line
     assert "with xn--" in line
@@ -323,8 +323,8 @@ def test_external_address_without_a_certain_encoding_says_so(name):
         "tcp://10.0.0.1:8766", "user@host:80",
     ],
 )
-def test_external_address_that_cannot_be_called(given):
-    """One sentence, which shows no password."""
+def test_invalid_external_address_is_rejected(given):
+    """One line, which shows no password."""
     line = refusal(*HTTP, f"--externalhostandport={given}")
     assert "--externalhostandport" in line
     assert given in line or "@" in given
@@ -336,7 +336,7 @@ def test_external_address_that_cannot_be_called(given):
 )
 @pytest.mark.parametrize("name", ["bindip", "callbackip"])
 def test_wildcard_address_is_recognized_in_every_spelling(name, address):
-    """No backend can be given a URL with it."""
+    """A URL with it would be useless for a backend."""
     also = ["--callbackport=0"] if name == "callbackip" else []
     line = refusal(*HTTP, *also, f"--{name}={address}")
     assert "needs --externalhostandport" in line
@@ -347,8 +347,8 @@ def test_wildcard_address_is_recognized_in_every_spelling(name, address):
     [("127.0.0.1", None), ("0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0"),
      ("localhost", "::ffff:127.0.0.1")],
 )
-def test_one_port_for_both_listeners_stays_wrong(bindip, callbackip):
-    """Status 2, though the kernel would say that it is in use."""
+def test_one_port_for_both_listeners_exits_with_2(bindip, callbackip):
+    """Although the kernel reports that it is in use, which would be 1."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     flags = [f"--bindip={bindip}", f"--bindport={port}", f"--callbackport={port}"]
@@ -357,8 +357,8 @@ def test_one_port_for_both_listeners_stays_wrong(bindip, callbackip):
 
 
 @pytest.mark.gen_test
-async def test_options_of_another_backend_are_named(io_loop):
-    """In the log and by `check`, since an echo is not what was meant."""
+async def test_options_of_another_backend_are_a_warning(io_loop):
+    """In the log and by `check`: an echo was probably not intended."""
     flags = (
         "--messageuri=http://127.0.0.1:1/", "--webhook_secret_file=x",
         "--breaker_window=5", "--state_dir=x",
@@ -390,13 +390,13 @@ async def test_options_of_another_backend_are_named(io_loop):
     ],
 )
 def test_unknown_flag_names_the_nearest(flag, named):
-    """One sentence with both, exit status 2."""
+    """One line with both, exit status 2."""
     line = refusal(flag)
     assert all(name in line for name in named)
 
 
 def test_unknown_option_in_the_file_names_the_nearest(tmp_path):
-    """And the file, and the line."""
+    """With the file and the line."""
     conf = written(tmp_path / "conf", "bindip = '127.0.0.1'\nbindprot = 1\n")
     line = refusal(conf)
     assert "bindprot" in line
@@ -445,8 +445,8 @@ def test_unknown_option_in_the_file_names_the_nearest(tmp_path):
         ("--log-level=loud", "info"),
     ],
 )
-def test_wrong_value_names_option_and_what_it_must_be(flag, must):
-    """As it was spelt."""
+def test_invalid_value_names_the_option_and_valid_values(flag, must):
+    """With the option's name as it was spelt."""
     line = refusal(flag)
     name, _, value = flag.partition("=")
     assert name in line
@@ -454,20 +454,20 @@ def test_wrong_value_names_option_and_what_it_must_be(flag, must):
     assert repr(value) in line or value in line
 
 
-def test_wrong_value_is_not_shown_at_length():
-    """One line stays one that can be read."""
+def test_long_invalid_value_is_shortened():
+    """The error stays a readable line."""
     line = refusal(f"--max_pending={'9' * 5000}")
     assert "--max_pending must be a whole number, not '999" in line
     assert len(line) < 200
 
 
-def test_option_without_its_value():
-    """The last word of the command line."""
+def test_option_without_its_value_is_rejected():
+    """As the last word of the command line."""
     assert "--bindip needs a value" in refusal("--bindip")
 
 
-def test_wrong_value_in_the_environment_names_the_variable():
-    """Not the flag, which nobody gave."""
+def test_invalid_value_in_the_environment_names_the_variable():
+    """Not the flag, which was not used."""
     line = refusal(SOCKETDOCK_MAX_MESSAGE_SIZE="large")
     assert "SOCKETDOCK_MAX_MESSAGE_SIZE must be a whole number" in line
 
@@ -486,15 +486,15 @@ def test_wrong_value_in_the_environment_names_the_variable():
         ("bindip 127.0.0.1", "line 1: not name = value"),
     ],
 )
-def test_wrong_line_of_the_file(tmp_path, text, said):
-    """Names file and line; nothing of it is run."""
+def test_invalid_line_of_the_file_is_rejected(tmp_path, text, said):
+    """The error names file and line; the file is not executed."""
     line = refusal(written(tmp_path / "conf", text))
     assert said in line
     assert f"{tmp_path / 'conf'}, line 1" in line
 
 
-def test_unreadable_file(tmp_path):
-    """Missing, a folder, a pipe; and not UTF-8, which stays wrong."""
+def test_unreadable_options_file_is_rejected(tmp_path):
+    """Missing, a folder, a pipe: status 1; not UTF-8: status 2."""
     (tmp_path / "latin").write_bytes(b"bindip = '\xe9'")
     os.mkfifo(tmp_path / "pipe")
     for name, status in (("missing", 1), ("", 1), ("pipe", 1), ("latin", 2)):
@@ -503,8 +503,8 @@ def test_unreadable_file(tmp_path):
         assert f"can't read {path}: " in line
 
 
-def test_port_in_use():
-    """By anybody."""
+def test_port_in_use_is_status_1():
+    """By any process."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = refusal(f"--bindport={port}", status=1)
@@ -516,8 +516,8 @@ def test_port_in_use():
 @pytest.mark.parametrize(
     ("address", "status"), [("192.0.2.1", 1), ("not-an-ip.invalid", 1), ("no..host", 2)]
 )
-def test_address_that_is_not_ours(address, status):
-    """It may come later, unless it can't be an address."""
+def test_address_of_another_machine_is_rejected(address, status):
+    """Status 1, since that may change; 2 if it cannot be an address."""
     assert f"of {address}: " in refusal(f"--bindip={address}", status=status)
 
 
@@ -548,25 +548,25 @@ def test_address_that_is_not_ours(address, status):
     ],
 )
 def test_contradicting_options_name_the_option(flags, said):
-    """One sentence, exit status 2."""
+    """One line, exit status 2."""
     assert said in refusal(*flags)
 
 
-def test_log_file_that_cannot_be_opened():
-    """Its folder may come later."""
+def test_unusable_log_file_is_status_1():
+    """Its folder may be created later."""
     path = "/no/such/folder/log"
     assert path in refusal(f"--log_file_prefix={path}", status=1)
 
 
-def test_log_file_without_a_reader(tmp_path):
-    """A FIFO blocks whoever opens it until somebody reads it."""
+def test_log_fifo_without_a_reader_is_rejected(tmp_path):
+    """To open a FIFO blocks until somebody reads it."""
     path = tmp_path / "log"
     os.mkfifo(path)
     assert str(path) in refusal(f"--log_file_prefix={path}", status=1)
 
 
-def test_log_config_s_file_that_nobody_reads(tmp_path):
-    """Whatever a handler calls it."""
+def test_log_config_fifo_without_a_reader_is_rejected(tmp_path):
+    """Under any name of the handler's argument."""
     path, config = tmp_path / "log", tmp_path / "log.json"
     os.mkfifo(path)
     file = {"class": "logging.FileHandler", "filename": str(path)}
@@ -593,7 +593,7 @@ HEADINGS = [
 
 
 def test_help_all_lists_every_option_by_purpose():
-    """Each option that a module defines, once, under a heading; and Tornado's."""
+    """Each option of a module once, under a heading; and Tornado's."""
     help_text = ended("--help-all")
     assert help_text.returncode == 0
     assert help_text.stderr == ""
@@ -629,7 +629,7 @@ def test_help_all_lists_every_option_by_purpose():
 
 
 def test_help_shows_what_most_relays_need():
-    """Two examples, options that there are, and where the others are."""
+    """Two examples, existing options, and where the others are."""
     everyday, complete = ended("--help"), ended("--help-all")
     assert everyday.returncode == 0
     shown = re.findall(r"^  --(\w+)", everyday.stdout, flags=re.MULTILINE)
@@ -665,7 +665,7 @@ def test_closed_or_full_output_gives_no_traceback(words):
 
 @pytest.mark.gen_test
 async def test_start_is_one_line_with_addresses_and_backend(io_loop):
-    """And the log's first."""
+    """The first line of the log."""
     async with Service("--callbackport=0", *HTTP) as service:
         assert await accepts(service.ws_url)
     line = service.log[0]
@@ -683,7 +683,7 @@ async def accepts(url: str) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.gen_test
 async def test_signal_closes_clients_with_1001_and_exits_0(io_loop, number):
-    """An orderly stop, well before `--drain_timeout`."""
+    """Well before `--drain_timeout`."""
     async with Service() as service:
         client = await websockets.connect(service.ws_url)
         service.process.send_signal(number)
@@ -695,7 +695,7 @@ async def test_signal_closes_clients_with_1001_and_exits_0(io_loop, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.gen_test
 async def test_second_signal_exits_at_once(io_loop, number):
-    """Though a disconnect is still unanswered, which the drain waits for."""
+    """Although the drain waits for the response to a disconnect event."""
     async with RecordingBackend() as backend:
         answered = withhold(backend, "disconnect")
         async with Service(*backend.flags("message", "disconnect")) as service:
@@ -730,8 +730,8 @@ def script(tmp_path_factory):
         ("--config=/no/such/file",),
     ],
 )
-def test_console_script_says_the_same(script, flags):
-    """Byte for byte, with the same status."""
+def test_console_script_prints_the_same(script, flags):
+    """Byte for byte, with the same exit status."""
     command, environment = script
     installed = ended(*flags, command=(command,), **environment)
     module = ended(*flags)
@@ -741,8 +741,8 @@ def test_console_script_says_the_same(script, flags):
 
 
 @pytest.mark.gen_test
-async def test_console_script_does_the_same(io_loop, script, tmp_path):
-    """Starts from anywhere, relays, stops."""
+async def test_console_script_serves_and_stops(io_loop, script, tmp_path):
+    """From any folder."""
     command, environment = script
     async with Service(
         "--max_message_size=3", command=[command], environment=environment, cwd=tmp_path

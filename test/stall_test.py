@@ -42,8 +42,8 @@ class Stopped:
 
 
 @LOOPS
-async def test_verdict_that_came_during_a_stall_counts(io_loop, loop_name):
-    """Though --handshake_timeout has passed."""
+async def test_decision_during_a_stall_counts(io_loop, loop_name):
+    """Although --handshake_timeout has passed."""
     asked, go_on, answered = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def decide(handler, event) -> None:
@@ -88,8 +88,8 @@ class Held:
 
 
 @LOOPS
-async def test_rest_of_a_body_that_came_during_a_stall_counts(io_loop, loop_name):
-    """Though its 5 s have passed."""
+async def test_rest_of_a_body_during_a_stall_counts(io_loop, loop_name):
+    """Although its 5 s have passed."""
     held = Held()
     body = b'{"subprotocol": "b"}'
 
@@ -121,8 +121,8 @@ async def test_rest_of_a_body_that_came_during_a_stall_counts(io_loop, loop_name
 
 
 @LOOPS
-async def test_tls_handshake_goes_on_after_a_stall(io_loop, loop_name, tmp_path):
-    """Though --backend_connect_timeout has passed: its next step waits unread."""
+async def test_tls_handshake_continues_after_a_stall(io_loop, loop_name, tmp_path):
+    """--backend_connect_timeout has passed, but the next step waits unread."""
     held = Held()
     authority = Authority(tmp_path)
 
@@ -172,10 +172,10 @@ async def test_tls_handshake_goes_on_after_a_stall(io_loop, loop_name, tmp_path)
 
 
 @LOOPS
-async def test_messages_that_failed_before_a_stall_go_again_after_it(
+async def test_messages_that_failed_before_a_stall_are_retried(
     io_loop, loop_name
 ):
-    """--delivery_timeout has passed for all of them, and none was tried meanwhile."""
+    """--delivery_timeout has passed, but there were no attempts meanwhile."""
     is_back, taken, count = False, set(), 8
 
     async def answer(handler, event) -> None:
@@ -211,7 +211,7 @@ async def test_messages_that_failed_before_a_stall_go_again_after_it(
 async def test_held_request_that_was_reset_during_a_stall_is_retried(
     io_loop, loop_name, tls, tmp_path
 ):
-    """Though the 5 s after the disconnect event have passed meanwhile."""
+    """Although the 5 s after the disconnect event have passed."""
     authority = Authority(tmp_path)
     context = authority.server().server_context() if tls else None
     kinds: list[str] = []

@@ -33,7 +33,7 @@ def authority(tmp_path_factory):
 @LOOPS
 @pytest.mark.gen_test
 async def test_frames_in_one_segment_with_the_handshake_are_read(io_loop, loop):
-    """They were read before the stream was ours."""
+    """Tornado read them before the relay took over the socket."""
     async with Service(f"--event_loop={loop}") as service:
         reader, writer = await begin(
             service.ws_url, frame(TEXT, b"one"), frame(TEXT, b"two")
@@ -45,7 +45,7 @@ async def test_frames_in_one_segment_with_the_handshake_are_read(io_loop, loop):
 @LOOPS
 @pytest.mark.gen_test
 async def test_bytes_decrypted_by_tls_are_read(io_loop, loop, authority):
-    """Though the kernel has nothing more: a record that is read in two parts."""
+    """A record is read in two parts: the kernel has no more bytes."""
     tls = ssl.create_default_context(cafile=str(authority.path))
     server = authority.server()
     async with Service(
@@ -64,7 +64,7 @@ async def test_bytes_decrypted_by_tls_are_read(io_loop, loop, authority):
 @LOOPS
 @pytest.mark.gen_test
 async def test_peer_that_only_sends_gets_all_when_it_reads(io_loop, loop):
-    """Echoes wait for the kernel, reading waits for them, and no byte is lost."""
+    """Echoes wait for the kernel, reading waits for them; no byte is lost."""
     async with Service(f"--event_loop={loop}") as service:
         reader, writer = await begin(service.ws_url)
         message, number = bytes(range(256)) * 256, 200
@@ -87,7 +87,7 @@ async def send_all(writer, message, number):
 @LOOPS
 @pytest.mark.gen_test
 async def test_pings_of_a_peer_that_reads_nothing_do_not_pile_up(io_loop, loop):
-    """The latest is answered when it reads again (RFC 6455, section 5.5.3)."""
+    """The latest one is answered when it reads (RFC 6455, section 5.5.3)."""
     number = 80_000
     pings = frame(PING, bytes(125)) * (number // 100)
     async with Service(f"--event_loop={loop}") as service:

@@ -137,7 +137,7 @@ def installed(_: Path, temporary: Path) -> tuple[Path, dict[str, str]]:
 async def test_starts_relays_restarts_and_stops(
     io_loop, place, control, tmp_path, tmp_path_factory
 ):
-    """An echo, one more after `kill -9` of the relay, and a drain at SIGTERM."""
+    """An echo, another one after `kill -9` of the relay, and a drain at SIGTERM."""
     conf, environment = place(tmp_path, tmp_path_factory.getbasetemp())
     environment |= {"SOCKETDOCK_BINDPORT": "0"}
     async with supervisord(adapted(conf, control), environment) as supervisor:
@@ -166,7 +166,7 @@ async def test_starts_relays_restarts_and_stops(
 
 
 async def test_processes_share_the_clients_port(io_loop, control, tmp_path):
-    """Each gets some of them, and is called back at a port of its own."""
+    """Each gets some clients, and has its own callback port."""
     conf, _ = checkout(tmp_path, tmp_path)
     async with RecordingBackend() as backend:
         environment = {
@@ -195,7 +195,7 @@ async def test_processes_share_the_clients_port(io_loop, control, tmp_path):
 
 
 async def test_invalid_option_ends_fatal(io_loop, control, tmp_path):
-    """It is started four times, not for ever; supervisorctl shows it."""
+    """It is started four times; then supervisorctl shows FATAL."""
     conf, environment = checkout(tmp_path, tmp_path)
     conf = adapted(conf, control)
     # A busy machine needs more than its five seconds for a start that fails.
@@ -226,7 +226,7 @@ def supervisorctl(conf: Path, *words: str) -> str:
 async def test_no_line_of_the_log_is_overwritten_in_a_file(
     io_loop, mode, control, tmp_path
 ):
-    """supervisord's and the relay's lines are whole, and in order."""
+    """Lines of supervisord and of the relay are complete and in order."""
     conf, environment = checkout(tmp_path, tmp_path)
     environment |= {"SOCKETDOCK_BINDPORT": "0"}
     log = tmp_path / "log"

@@ -92,7 +92,7 @@ async def test_systemd_is_notified_of_start_reload_and_stop(io_loop, address):
 
 
 async def test_watchdog_is_fed_by_the_loop_until_the_end(io_loop, tmp_path):
-    """More often than it has to be, and while draining, too."""
+    """More often than required, and during the drain, too."""
     address = str(tmp_path / "notify")
     environment = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "100000"}
     with Systemd(address) as systemd:
@@ -114,8 +114,8 @@ async def test_watchdog_is_fed_by_the_loop_until_the_end(io_loop, tmp_path):
     [{}, {"WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": "soon"}],
     ids=["off", "another process's", "nonsense"],
 )
-async def test_watchdog_that_is_not_meant_is_not_fed(io_loop, tmp_path, watchdog):
-    """Another process may have inherited the variables."""
+async def test_watchdog_of_another_process_is_not_fed(io_loop, tmp_path, watchdog):
+    """This process may have inherited its variables."""
     address = str(tmp_path / "notify")
     environment = {"NOTIFY_SOCKET": address, **watchdog}
     with Systemd(address) as systemd:
@@ -125,15 +125,15 @@ async def test_watchdog_that_is_not_meant_is_not_fed(io_loop, tmp_path, watchdog
 
 
 @pytest.mark.parametrize("address", ["/nowhere/notify", "@nobody", "vsock:2:1"])
-async def test_relay_does_without_a_systemd_that_is_not_there(io_loop, address):
-    """One warning, and all else as ever."""
+async def test_missing_systemd_socket_is_a_warning(io_loop, address):
+    """One warning; the relay works."""
     async with Service(environment={"NOTIFY_SOCKET": address}) as service:
         await assert_echoes(service.ws_url)
     assert sum("NOTIFY_SOCKET" in line for line in service.log) == 1
 
 
 async def test_lost_systemd_socket_is_a_warning(io_loop, tmp_path):
-    """Nothing of it reaches the clients."""
+    """Clients are not affected."""
     address = str(tmp_path / "notify")
     with Systemd(address) as systemd:
         async with Service(environment={"NOTIFY_SOCKET": address}) as service:
@@ -152,7 +152,7 @@ def setting(name: str) -> str:
     return value
 
 
-async def test_unit_starts_what_is_installed(io_loop, tmp_path, tmp_path_factory):
+async def test_unit_starts_the_installed_relay(io_loop, tmp_path, tmp_path_factory):
     """Its ExecStart and its environment, with systemd's folders elsewhere."""
     prefix = installation(tmp_path_factory.getbasetemp())
     conf = prefix / "share" / "socketdock" / "conf"
@@ -179,8 +179,8 @@ async def test_unit_starts_what_is_installed(io_loop, tmp_path, tmp_path_factory
     assert not [line for line in service.log if "unknown variable" in line]
 
 
-def test_unit_is_one_that_systemd_accepts_and_calls_hardened(tmp_path):
-    """`systemd-analyze` has nothing to say of it, and finds little to attack."""
+def test_unit_is_valid_and_hardened(tmp_path):
+    """`systemd-analyze` reports no fault, and a low exposure."""
     analyze = program("systemd", "systemd-analyze")
     unit = tmp_path / UNIT.name
     # The program is not where it will be.
@@ -212,17 +212,17 @@ def analyzed(*words: object, **environment: str) -> subprocess.CompletedProcess[
 
 
 def test_unit_waits_longer_than_the_drain_before_it_kills():
-    """`TimeoutStopSec` is above the defaults of the drain, 0, 0 and 25 seconds."""
+    """`TimeoutStopSec` is above the defaults of the drain: 0, 0 and 25 seconds."""
     assert int(setting("TimeoutStopSec")) > 25
 
 
-def test_unit_allows_the_descriptors_that_the_defaults_take():
-    """15,000 clients, 4,096 connections to the backend and what else is needed."""
+def test_unit_allows_enough_descriptors_for_the_defaults():
+    """15,000 clients, 4,096 connections to the backend, and the rest."""
     assert int(setting("LimitNOFILE")) > 15_000 + 4_096 + 256
 
 
-def test_unit_does_not_repeat_a_start_that_an_option_keeps_from_succeeding():
-    """Exit status 2; anything else starts again, however often it takes."""
+def test_unit_does_not_restart_after_an_invalid_option():
+    """After exit status 2; after others it restarts any number of times."""
     assert setting("Restart") == "always"
     assert setting("StartLimitIntervalSec") == "0"
     assert setting("RestartPreventExitStatus") == "2"

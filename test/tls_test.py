@@ -36,7 +36,7 @@ async def serial_number(url, context):
 
 @pytest.mark.gen_test
 async def test_one_listener_serves_wss_and_https(io_loop, authority, server):
-    """The callback URL says https, and works."""
+    """The callback URL has https, and works."""
     context = trusting(authority)
     async with (
         RecordingBackend() as backend,
@@ -72,8 +72,8 @@ async def test_messages_of_every_size_pass_through_tls(io_loop, authority, serve
 
 
 @pytest.mark.gen_test
-async def test_each_listener_has_tls_of_its_own(io_loop, authority, server):
-    """The clients' has none here, that of the callbacks has."""
+async def test_each_listener_has_its_own_tls(io_loop, authority, server):
+    """Here the clients' listener has none, and the callbacks' has TLS."""
     context = trusting(authority)
     async with (
         RecordingBackend() as backend,
@@ -97,10 +97,10 @@ async def test_each_listener_has_tls_of_its_own(io_loop, authority, server):
 
 
 @pytest.mark.gen_test
-async def test_callers_need_a_certificate_of_the_authority(
+async def test_callers_need_a_certificate_of_the_ca(
     io_loop, authority, server, tmp_path
 ):
-    """Mutual TLS: nobody else gets as far as a request."""
+    """Mutual TLS: without it there is no HTTP."""
     ours = authority.client().client_context(authority.path)
     theirs = Authority(tmp_path).client().client_context(authority.path)
     async with (
@@ -131,8 +131,8 @@ async def answer_of(url, context):
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("version", ["TLSv1", "TLSv1_1"])
-async def test_old_versions_of_tls_are_refused(io_loop, authority, server, version):
-    """TLS 1.2 is the least; 1.2 and 1.3 are served."""
+async def test_old_versions_of_tls_are_rejected(io_loop, authority, server, version):
+    """TLS 1.2 and 1.3 work."""
     async with Service(f"--tls_cert={server.both}") as service:
         for allowed in ("TLSv1_2", "TLSv1_3"):
             context = trusting(authority)
@@ -149,8 +149,8 @@ async def test_old_versions_of_tls_are_refused(io_loop, authority, server, versi
 
 
 @pytest.mark.gen_test
-async def test_only_authenticated_encryption_is_agreed_on(io_loop, authority, server):
-    """Of TLS 1.2, for both listeners: no suite with CBC, no key exchange but ECDHE."""
+async def test_only_authenticated_encryption_is_negotiated(io_loop, authority, server):
+    """With TLS 1.2, on both listeners: no CBC suite, and ECDHE only."""
     every = trusting(authority)
     every.set_ciphers("ALL:@SECLEVEL=0")
     suites = {
@@ -186,8 +186,8 @@ async def test_only_authenticated_encryption_is_agreed_on(io_loop, authority, se
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("group", ["X25519", "prime256v1", "secp384r1"])
-async def test_usual_groups_are_agreed_on(io_loop, authority, server, group):
-    """Those of Mozilla's intermediate profile, which every browser has one of."""
+async def test_usual_groups_are_negotiated(io_loop, authority, server, group):
+    """Those of Mozilla's intermediate profile; each browser has one of them."""
     async with Service(f"--tls_cert={server.both}") as service:
         one = trusting(authority)
         one.set_ecdh_curve(group)
@@ -196,10 +196,10 @@ async def test_usual_groups_are_agreed_on(io_loop, authority, server, group):
 
 
 @pytest.mark.gen_test
-async def test_hangup_changes_the_certificate_and_drops_no_connection(
+async def test_sighup_changes_the_certificate_and_drops_no_connection(
     io_loop, authority, tmp_path
 ):
-    """Of both listeners; a bad file changes nothing."""
+    """On both listeners; an invalid file changes nothing."""
     paths = tmp_path / "clients.pem", tmp_path / "callbacks.pem"
     for path in paths:
         shutil.copy(authority.server().both, path)
@@ -231,7 +231,7 @@ async def test_hangup_changes_the_certificate_and_drops_no_connection(
 
 @pytest.mark.gen_test
 async def test_plain_bytes_at_a_tls_port_end_the_connection(io_loop, authority, server):
-    """Plain HTTP, garbage and silence, at a listener that has TLS."""
+    """Plain HTTP, garbage and silence, on a TLS listener."""
     async with Service(f"--tls_cert={server.both}", "--header_timeout=1") as service:
         host, _, port = service.ws_url.split("/")[2].rpartition(":")
         plain = b"GET /ws HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -109,8 +109,8 @@ def are_new(found: list[tuple[str, str, str, str]]) -> bool:
     )
 
 
-async def test_well_formed_trace_goes_on(io_loop):
-    """Its trace id and flags are on each event, with a span id of the event's own."""
+async def test_valid_trace_is_continued(io_loop):
+    """Each event has its trace id and flags, and a new span id."""
     async with RecordingBackend() as backend, Service(*backend.flags()) as service:
         for value, flags in WELL_FORMED:
             found = await visit(service, backend, value)
@@ -122,7 +122,7 @@ async def test_well_formed_trace_goes_on(io_loop):
 
 
 async def test_malformed_traceparent_is_ignored(io_loop):
-    """Such a client is served like one that sent none, and each event is new."""
+    """The client is served as without one, and each event has a new trace."""
     async with RecordingBackend() as backend, Service(*backend.flags()) as service:
         assert are_new(await visit(service, backend))
         for value in MALFORMED:
@@ -135,7 +135,7 @@ async def test_malformed_traceparent_is_ignored(io_loop):
 
 
 async def test_untrusted_traceparent_is_ignored(io_loop):
-    """`--trust_traceparent=off` begins a new one for each event."""
+    """With `--trust_traceparent=off` each event has a new trace."""
     async with (
         RecordingBackend() as backend,
         Service(*backend.flags(), "--trust_traceparent=off") as service,
@@ -145,7 +145,7 @@ async def test_untrusted_traceparent_is_ignored(io_loop):
 
 @pytest.mark.parametrize("value", [GOOD, None])
 async def test_each_attempt_of_an_event_has_the_same_span(io_loop, value):
-    """So that the backend sees one event, whatever it takes."""
+    """So that the backend sees one event."""
     refused: dict[str, int] = {}
 
     async def refuse_twice(handler: RequestHandler, event: dict) -> None:
@@ -175,8 +175,8 @@ async def test_each_attempt_of_an_event_has_the_same_span(io_loop, value):
         assert trace_ids == {TRACE_ID} if value else len(trace_ids) == 3
 
 
-async def test_farewells_of_a_dead_run_begin_traces(io_loop, tmp_path):
-    """Which client had which died with it."""
+async def test_disconnects_of_a_dead_run_begin_traces(io_loop, tmp_path):
+    """The client's trace was lost with the dead run."""
     async with RecordingBackend() as backend:
         flags = (*backend.flags(), f"--state_dir={tmp_path}")
         async with Service(*flags) as service:
@@ -196,14 +196,14 @@ async def test_farewells_of_a_dead_run_begin_traces(io_loop, tmp_path):
         assert are_new(farewells)
 
 
-def test_parent_is_kept():
-    """For spans of our own: they hang below the client's."""
+def test_parent_span_is_kept():
+    """The relay's own spans are below the client's."""
     assert trace_context([GOOD]).span_id == SPAN_ID
     assert trace_context([]) is None
 
 
 async def test_opentelemetry_is_not_imported_when_off(io_loop):
-    """`--otel` is off by default, and costs nothing then."""
+    """`--otel` is off by default, and then costs nothing."""
     command = [sys.executable, "-X", "importtime", "socketdock.py"]
     async with Service(command=command) as service:
         async with websockets.connect(service.ws_url) as client:
@@ -216,8 +216,8 @@ async def test_opentelemetry_is_not_imported_when_off(io_loop):
         assert name not in imported
 
 
-def test_otel_without_its_extra_is_one_sentence(tmp_path):
-    """Exit status 2, as for each option that can't be."""
+def test_otel_without_its_extra_is_one_line(tmp_path):
+    """Exit status 2, as for each invalid option."""
     (tmp_path / "opentelemetry.py").write_text("raise ImportError('not here')")
     sentence = refusal("--otel", PYTHONPATH=str(tmp_path))
     assert "socketdock[otel]" in sentence

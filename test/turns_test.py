@@ -116,7 +116,7 @@ def delays(service: Service, other: Peer, count: int = 30) -> list[float]:
 @pytest.mark.parametrize("name", FLOODS)
 @LOOPS
 async def test_flood_does_not_delay_others(io_loop, loop, name):
-    """Ten clients send as much as is read of them; another one's echo is in time."""
+    """Ten clients send at full speed; another client's echo is in time."""
     flood = FLOODS[name]
     chunk = flood * (2**18 // len(flood) + 1)
     async with Service(f"--event_loop={loop}", "--compression") as service:
@@ -153,7 +153,7 @@ def delays_while_some_wait(service: Service, other: Peer) -> list[float]:
 
 @LOOPS
 async def test_resumed_clients_do_not_delay_others(io_loop, loop):
-    """What of theirs was read while they took nothing is handed on bit by bit."""
+    """Their messages that were read ahead are delivered in small parts."""
     count, queued, large = 4, 20_000, 8 * 2**20
     flags = ("--send_timeout=60", f"--connection_queue_messages={queued}",
              f"--max_message_size={large}", f"--event_loop={loop}")
@@ -174,7 +174,7 @@ async def test_resumed_clients_do_not_delay_others(io_loop, loop):
 
 
 async def test_turns_of_many_take_no_longer_than_those_of_one(io_loop):
-    """Each has its turn, and the loop its own in between."""
+    """Each has its turn, and between turns the loop does other work."""
     loop = asyncio.get_running_loop()
     turns, served = Turns(loop), Counter[int]()
     passed = 0
@@ -198,7 +198,7 @@ async def test_turns_of_many_take_no_longer_than_those_of_one(io_loop):
 
 
 async def test_bug_in_one_turn_does_not_affect_others(io_loop, caplog):
-    """It is logged, and the next one has its turn."""
+    """It is logged, and the next client has its turn."""
     loop = asyncio.get_running_loop()
     turns, done = Turns(loop), loop.create_future()
     turns.wait(partial(int, "no number"))
