@@ -1,4 +1,4 @@
-"""Who may call back, and who may ask what operators ask."""
+"""Authorization of callbacks and of operators' requests."""
 
 import asyncio
 import json

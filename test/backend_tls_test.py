@@ -1,4 +1,4 @@
-"""TLS towards the backend: whom the relay believes, and what it shows."""
+"""TLS to the backend: its certificate's verification, and the relay's certificate."""
 
 import re
 import signal

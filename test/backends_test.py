@@ -1,4 +1,4 @@
-"""Backends by name, third parties' included."""
+"""Selecting backends by name, including those of third parties."""
 
 import asyncio
 import os

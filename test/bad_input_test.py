@@ -1,4 +1,4 @@
-"""What is malformed at the HTTP doors, row by row; docs/bad-input.md is its table.
+"""Malformed HTTP requests, row by row; docs/bad-input.md is the table.
 
 Requests come to both of the parsers that read callbacks: on a listener that
 clients share, and on one of their own.

@@ -1,4 +1,4 @@
-"""The benchmark still runs. No test asserts a time: the figures are in docs/."""
+"""The benchmark runs. No test asserts a time: the figures are in docs/."""
 
 import asyncio
 import json

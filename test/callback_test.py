@@ -1,4 +1,4 @@
-"""The backend's end: send, disconnect, info and delete."""
+"""Callbacks of the backend: send, disconnect, info and delete."""
 
 import asyncio
 import contextlib

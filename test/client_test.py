@@ -1,4 +1,4 @@
-"""The HTTP client, in process, where a process would hide what it does."""
+"""The HTTP client, tested in process, which shows its state."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""How a connection ends: what is still delivered, what is not, and how it looks."""
+"""The end of a connection: what is still delivered, and how it closes."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Every command that README, docs, conf and examples show works, as it is written.
+"""Every command in README, docs, conf and examples works as written.
 
 Each is run in a copy of the project, in a path with a space, as after `make run`;
 its ports and other machines' addresses are replaced by free ones of this machine.

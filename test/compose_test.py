@@ -1,4 +1,4 @@
-"""conf/compose.yaml: what it says of relays, HAProxy and all others holds for these.
+"""conf/compose.yaml matches the relays, HAProxy and the other services.
 
 Docker itself is not run. The relays and the backend run as the file says, at
 other ports.

@@ -1,4 +1,4 @@
-"""permessage-deflate as clients really speak it: contexts that are kept, odd offers."""
+"""permessage-deflate as real clients use it: kept contexts, unusual offers."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""Autobahn's test cases, those that take seconds; `make conformance` runs all."""
+"""Autobahn's quick test cases; `make conformance` runs all."""
 
 import asyncio
 import re

@@ -1,4 +1,4 @@
-"""The connection map that both ends share, in process, on Tornado's fixtures."""
+"""The connection map that both listeners share, in process."""
 
 import asyncio
 

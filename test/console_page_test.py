@@ -1,4 +1,4 @@
-"""The console's page in Chromium: what a person sees, and can do with it."""
+"""The console's page in Chromium: what it shows, and what it can do."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""The console's routes: whom they answer, and that they cost nobody much."""
+"""The console's routes: who may use them, and what they cost."""
 
 import asyncio
 import contextlib

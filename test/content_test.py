@@ -1,4 +1,4 @@
-"""Bodies of responses: codings that nobody asked for, and byte order marks."""
+"""Bodies of responses: unrequested codings, and byte order marks."""
 
 import asyncio
 import gzip

@@ -1,4 +1,4 @@
-"""Secrets, headers and certificates towards the backend: files, good and bad."""
+"""Secrets, headers and certificates for the backend: valid and invalid files."""
 
 import base64
 import contextlib

@@ -1,4 +1,4 @@
-"""Deadlines: what has come is read before somebody is late."""
+"""Deadlines: what has arrived is read before a deadline is judged."""
 
 import os
 import signal

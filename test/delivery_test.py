@@ -1,4 +1,4 @@
-"""The http backend: order, held answers, and a backend that misbehaves."""
+"""The http backend: order, held responses, and a misbehaving backend."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Events as the backend reads them, and what they take in memory."""
+"""Events as the backend gets them, and their memory."""
 
 import tracemalloc
 

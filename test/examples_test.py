@@ -1,4 +1,4 @@
-"""The examples for backend authors do what they show, behind the real relay."""
+"""The examples for backend authors work with the real relay."""
 
 import asyncio
 import contextlib

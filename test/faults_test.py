@@ -1,4 +1,4 @@
-"""Whatever fails, each message is delivered or somebody is told.
+"""For each fault, a message is delivered, or its loss is reported.
 
 Backends, clients, the network and the relay itself fail here; `faults` makes
 them.

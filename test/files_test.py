@@ -1,4 +1,4 @@
-"""Every file that an option names is read by the same rules."""
+"""Each file that an option names is read by the same rules."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""README's way, by test/first_use.py: in short, on one Python."""
+"""README's steps, by test/first_use.py: the short form, on one Python."""
 
 import subprocess
 import sys

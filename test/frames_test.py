@@ -1,4 +1,4 @@
-"""What is malformed in a frame, row by row; docs/bad-input.md is its table."""
+"""Malformed frames, row by row; docs/bad-input.md is the table."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Whatever comes in frames, the parser and the relay live, and stay small.
+"""For any frames, the parser and the relay work, in bounded memory.
 
 Frames made by hypothesis: messages by the book, cut into fragments and pieces
 anywhere, and mutations of them. `make fuzz` tries many more.

@@ -1,4 +1,4 @@
-"""Whatever comes over HTTP, the relay lives, and its neighbours don't notice.
+"""For any bytes over HTTP, the relay works, and other clients are not affected.
 
 Callback requests and the backend's answers, made by hypothesis: valid ones, cut
 into pieces anywhere, and mutations of them. `make fuzz` tries many more.

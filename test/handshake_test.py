@@ -1,4 +1,4 @@
-"""What is malformed in a handshake, row by row; docs/bad-input.md is its table."""
+"""Malformed handshakes, row by row; docs/bad-input.md is the table."""
 
 import re
 import socket

@@ -1,4 +1,4 @@
-"""/readyz says when balancers should look away, and why; /status agrees."""
+"""/readyz says when balancers should use other relays, and why; /status agrees."""
 
 import asyncio
 import json

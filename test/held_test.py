@@ -1,4 +1,4 @@
-"""Held answers: what is kept for them, and who waits for them to end."""
+"""Held responses: their memory, and what waits for their end."""
 
 import asyncio
 import json

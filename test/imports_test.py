@@ -1,4 +1,4 @@
-"""Imports point one way."""
+"""Imports have one direction."""
 
 import ast
 from collections.abc import Iterator

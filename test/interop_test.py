@@ -1,4 +1,4 @@
-"""Clients and backends that others wrote talk through the relay.
+"""Clients and backends of other authors communicate through the relay.
 
 What runs outside this process is in `interop/`: two clients in JavaScript, and
 three backends. What a machine lacks is left out with a word on how to get it;

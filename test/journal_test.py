@@ -1,4 +1,4 @@
-"""The journal: what a crash leaves, and what a start makes of it."""
+"""The journal: what a crash leaves, and what the next start reads."""
 
 import contextlib
 import os

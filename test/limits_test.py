@@ -1,4 +1,4 @@
-"""Limits: how many come in, how fast they send, how long they stay."""
+"""Limits of connections, handshakes, rates, idle time and lifetime."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""`make` where something is missing: one sentence, and nothing that stays wrong."""
+"""`make` if something is missing: one line, and a working retry."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What has ended is freed at once: no cycle is left for the garbage collector."""
+"""Ended objects are freed at once, without the garbage collector."""
 
 import asyncio
 import contextlib

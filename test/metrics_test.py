@@ -1,4 +1,4 @@
-"""/metrics: each count moves when that happens which it counts, and else does not."""
+"""/metrics: each count changes when its event happens, and only then."""
 
 import asyncio
 import gzip

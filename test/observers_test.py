@@ -1,4 +1,4 @@
-"""Whoever watches is told, and by ObservedBackend of backends that tell nothing."""
+"""Observers are called, also for backends that call none (ObservedBackend)."""
 
 import pytest
 from tornado.concurrent import Future

@@ -1,4 +1,4 @@
-"""The document of the callbacks, held against the relay by schemathesis."""
+"""The document of the callbacks, compared with the relay by schemathesis."""
 
 import asyncio
 import json

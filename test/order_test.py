@@ -1,4 +1,4 @@
-"""Random backends: whatever they do, order holds and each message is accounted for.
+"""Random backends: for each, order is kept and each message is counted.
 
 More seeds: `ORDER_SEEDS=100:140 pytest test/order_test.py`.
 """

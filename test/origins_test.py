@@ -1,4 +1,4 @@
-"""Which pages may connect: origins of the web, of apps and of extensions."""
+"""Which pages may connect: origins of websites, apps and extensions."""
 
 import pytest
 from faults import tell

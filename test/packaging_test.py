@@ -1,4 +1,4 @@
-"""What is installed is what setup.py says, and nothing else."""
+"""The installation has exactly what setup.py lists."""
 
 import os
 import subprocess

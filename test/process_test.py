@@ -1,4 +1,4 @@
-"""The process: its standard streams, what it says while it stops, and its end."""
+"""The process: its standard streams, its log lines while it stops, its exit."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Trusted proxies, and what of a handshake the backend is told."""
+"""Trusted proxies, and the parts of a handshake that the backend gets."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Names are looked up by threads that nobody waits for."""
+"""Names are looked up in threads that delay nothing."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Responses in every odd but readable form, and where a doubt ends the connection."""
+"""Responses in each unusual but readable form, and ambiguous ones."""
 
 import pytest
 

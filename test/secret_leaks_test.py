@@ -1,4 +1,4 @@
-"""Nothing that is a secret, or may be one, is logged or shown.
+"""No secret, and nothing that may be one, is logged or shown.
 
 Marks go through every path, at `--logging=debug`; afterwards none is found.
 What stands on the command line is the operator's own, and in /proc for all to

@@ -1,4 +1,4 @@
-"""The HTTP servers: each answers alike, reads what it has to and no more.
+"""The HTTP servers: both send the same responses, and read no more than needed.
 
 Every test runs over both of them, at one listener for all.
 """

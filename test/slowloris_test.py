@@ -1,4 +1,4 @@
-"""Connections that say little, and slowly, keep nobody else from being served."""
+"""Slow connections do not keep others from being served."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""The soak's books: they balance where all is right, and say where it is not."""
+"""The soak's checks: they accept valid runs, and report violations."""
 
 import random
 import socket

@@ -1,4 +1,4 @@
-"""A relay that was stopped for longer than its deadlines hears first, then judges."""
+"""After a stall longer than its deadlines, the relay reads first, then judges."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""A client's socket is read and written by ourselves, on both loops."""
+"""The relay reads and writes a client's socket itself, on both loops."""
 
 import asyncio
 import ssl

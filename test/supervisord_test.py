@@ -1,4 +1,4 @@
-"""conf/supervisord.conf, as it stands, under the real supervisord."""
+"""conf/supervisord.conf, unchanged, with the real supervisord."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""What systemd is told, and conf/socketdock.service.
+"""Notifications to systemd, and conf/socketdock.service.
 
 `NOTIFY_SOCKET` is a real socket here, with the test at its other end.
 """

@@ -1,4 +1,4 @@
-"""TLS of both listeners, callers' certificates, and reading them again."""
+"""TLS of both listeners, callers' certificates, and reloading them."""
 
 import asyncio
 import shutil

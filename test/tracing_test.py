@@ -1,4 +1,4 @@
-"""Spans by OpenTelemetry, as a collector gets them: a server of OTLP, over HTTP."""
+"""OpenTelemetry spans, as an OTLP/HTTP server receives them."""
 
 import asyncio
 import json
@@ -189,7 +189,7 @@ async def sent(url: str, body: bytes, content_type: str, *more: str) -> int:
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 async def test_one_trace_from_the_client_to_the_backend_and_back(io_loop, server):
-    """Below the client's span the handshake, below that its events; and sends."""
+    """The client's span is the parent of the handshake's, that of the events'."""
     by_backend = f"00-{TRACE_ID}-00f067aa0ba902b7-01"
 
     async def reply(handler: RequestHandler, event: dict) -> None:
@@ -284,7 +284,7 @@ async def test_one_trace_from_the_client_to_the_backend_and_back(io_loop, server
 
 
 async def test_sends_that_wait_for_a_slow_client_have_spans(io_loop):
-    """Each one, when it is answered."""
+    """Each one gets its span when it is answered."""
     async with Collector() as collector, RecordingBackend() as backend:
         async with Service(
             *backend.flags("message"),
@@ -316,8 +316,8 @@ async def test_sends_that_wait_for_a_slow_client_have_spans(io_loop):
         assert len(collector.named(route)) == len(sends)
 
 
-async def test_without_a_client_s_trace_each_event_begins_one(io_loop):
-    """But the connect event, which is a part of its handshake; all are recorded."""
+async def test_without_a_client_trace_each_event_begins_one(io_loop):
+    """Except the connect event, which belongs to the handshake's trace."""
     async with Collector() as collector, RecordingBackend() as backend:
         async with Service(
             *backend.flags(), "--otel", environment=collector.environment()
@@ -341,7 +341,7 @@ async def test_without_a_client_s_trace_each_event_begins_one(io_loop):
 
 
 async def test_retried_event_has_one_span(io_loop):
-    """From its first attempt to its last; the failures are events of the span."""
+    """From its first attempt to its last; failures are events of the span."""
     statuses = iter([503, 500, 200, 404])
 
     async def answer(handler: RequestHandler, event: dict) -> None:
@@ -415,8 +415,8 @@ async def test_message_that_is_given_up_has_a_span(io_loop):
     assert {tuple(e.values()) for _, e in span.events} == {("unreachable",)}
 
 
-async def test_handshakes_that_are_refused_have_spans(io_loop):
-    """By the backend, by the relay, and where there is no verdict."""
+async def test_rejected_handshakes_have_spans(io_loop):
+    """Rejected by the backend, by the relay, and without a decision."""
     statuses = iter([403, 500])
 
     async def answer(handler: RequestHandler, event: dict) -> None:
@@ -452,8 +452,8 @@ async def test_handshakes_that_are_refused_have_spans(io_loop):
     assert (failure.attributes["error.type"], failure.status) == ("500", ERROR)
 
 
-async def test_backend_in_process_has_spans_too(io_loop):
-    """Of what it is given, without HTTP."""
+async def test_in_process_backend_has_spans(io_loop):
+    """For each event, without HTTP."""
     async with Collector() as collector:
         async with Service("--otel", environment=collector.environment()) as service:
             await visit(service, "hello", traceparent=SAMPLED)
@@ -470,7 +470,7 @@ async def test_backend_in_process_has_spans_too(io_loop):
 
 
 async def test_unsampled_spans_are_not_exported(io_loop):
-    """The sampler decides; the backend is told the same by its flags."""
+    """The sampler decides; the flags pass its decision to the backend."""
     async with Collector() as collector, RecordingBackend() as backend:
         environment = collector.environment(OTEL_TRACES_SAMPLER="always_off")
         async with Service(
@@ -490,8 +490,8 @@ async def test_unsampled_spans_are_not_exported(io_loop):
         assert not collector.bodies
 
 
-async def test_client_s_decision_counts_by_default(io_loop):
-    """As `parentbased_always_on` has it: what is not sampled stays so."""
+async def test_client_sampling_decision_counts_by_default(io_loop):
+    """As with `parentbased_always_on`: an unsampled trace stays unsampled."""
     async with Collector() as collector, RecordingBackend() as backend:
         async with Service(
             *backend.flags(), "--otel", environment=collector.environment()
@@ -505,8 +505,8 @@ async def test_client_s_decision_counts_by_default(io_loop):
         assert not collector.spans
 
 
-async def test_some_are_sampled(io_loop):
-    """A share of the traces, and just those that the backend was told of."""
+async def test_share_of_traces_is_sampled(io_loop):
+    """Exactly those whose flags the backend got as sampled."""
     async with Collector() as collector, RecordingBackend() as backend:
         environment = collector.environment(
             OTEL_TRACES_SAMPLER="traceidratio", OTEL_TRACES_SAMPLER_ARG="0.3"
@@ -544,7 +544,7 @@ def failure(number: int) -> Attempt:
 
 
 async def test_events_that_may_be_retried_are_bounded(io_loop, monkeypatch):
-    """The span of the oldest ends early, and those that are left end at the stop."""
+    """The span of the oldest ends early; the remaining ones end at the stop."""
     monkeypatch.setattr("handlers.telemetry.spans.MAX_FAILED", 3)
     async with Collector() as collector:
         tracing = made_here(monkeypatch, collector.environment())
@@ -563,7 +563,7 @@ async def test_events_that_may_be_retried_are_bounded(io_loop, monkeypatch):
 
 
 async def test_failures_of_one_event_are_bounded(io_loop, monkeypatch):
-    """All are counted, the first are told of."""
+    """All are counted, and the first ones are listed."""
     monkeypatch.setattr("handlers.telemetry.spans.MAX_FAILURES", 3)
     async with Collector() as collector:
         tracing = made_here(monkeypatch, collector.environment())
@@ -576,8 +576,8 @@ async def test_failures_of_one_event_are_bounded(io_loop, monkeypatch):
     assert span.attributes["http.request.resend_count"] == 10
 
 
-async def test_spans_that_are_to_be_made_are_bounded(io_loop, monkeypatch, caplog):
-    """What comes at once beyond that is lost, and counted."""
+async def test_queued_spans_are_bounded(io_loop, monkeypatch, caplog):
+    """More spans at once are dropped, and counted."""
     monkeypatch.setattr("handlers.telemetry.spans.MAX_ENDED", 300)
     async with Collector() as collector:
         tracing = made_here(monkeypatch, collector.environment())
@@ -589,7 +589,7 @@ async def test_spans_that_are_to_be_made_are_bounded(io_loop, monkeypatch, caplo
 
 
 async def test_warnings_of_the_sdk_are_logged_once(io_loop, monkeypatch, caplog):
-    """Without what is put into them; and of all their kinds no more than some."""
+    """Without their arguments; the number of different warnings is limited."""
     monkeypatch.setattr("handlers.telemetry.exporter.MAX_TOLD", 3)
     tracing = made_here(monkeypatch, otel(9))
     sdk_logger = logging.getLogger("opentelemetry.sdk.trace")
@@ -623,7 +623,7 @@ SAMPLERS = (
 async def test_new_traces_are_sampled_as_the_sdk_would(
     io_loop, monkeypatch, name, argument
 ):
-    """Without asking it each time; where only it can tell, it is asked."""
+    """Without calling it for each; an unknown sampler is called."""
     tracing = made_here(
         monkeypatch,
         otel(9, OTEL_TRACES_SAMPLER=name, OTEL_TRACES_SAMPLER_ARG=argument),
@@ -640,7 +640,7 @@ async def test_new_traces_are_sampled_as_the_sdk_would(
 
 
 async def test_last_spans_are_exported_at_the_stop(io_loop):
-    """Nothing is kept back by the SDK's batches."""
+    """The SDK's batches are flushed."""
     async with Collector() as collector, RecordingBackend() as backend:
         environment = collector.environment(OTEL_BSP_SCHEDULE_DELAY="3600000")
         async with Service(
@@ -659,7 +659,7 @@ async def test_last_spans_are_exported_at_the_stop(io_loop):
 
 @pytest.mark.parametrize("status", [0, 401, 503])
 async def test_failing_collector_is_logged_once(io_loop, status):
-    """The relay goes on; what is lost is counted, and that it works again is told."""
+    """The relay works; lost spans are counted, and the recovery is logged."""
     async with Collector() as collector, RecordingBackend() as backend:
         environment = collector.environment(OTEL_EXPORTER_OTLP_TIMEOUT="3")
         if status == 0:  # nobody listens there
@@ -693,7 +693,7 @@ async def test_failing_collector_is_logged_once(io_loop, status):
 
 
 async def test_collector_that_is_back_gets_spans(io_loop):
-    """And both are told."""
+    """The log reports the failure and the recovery."""
     async with Collector() as collector, RecordingBackend() as backend:
         collector.status = 400
         async with Service(
@@ -712,8 +712,8 @@ async def test_collector_that_is_back_gets_spans(io_loop):
         assert any("spans were not exported" in line for line in service.log)
 
 
-async def test_collector_that_hangs_delays_the_stop_for_a_moment(io_loop):
-    """And nothing else: spans that it does not take are lost."""
+async def test_hanging_collector_delays_the_stop_for_seconds(io_loop):
+    """It delays nothing else: spans that it does not accept are lost."""
 
     async def say_nothing(
         reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -733,8 +733,8 @@ async def test_collector_that_hangs_delays_the_stop_for_a_moment(io_loop):
         assert any("4 of 4 spans were not exported" in line for line in service.log)
 
 
-async def test_queue_of_spans_is_bounded(io_loop):
-    """What it can't take is lost, and counted; and the SDK's word for it told once."""
+async def test_queue_of_the_sdk_is_bounded(io_loop):
+    """More spans are dropped and counted; the SDK's warning is logged once."""
     async with Collector() as collector, RecordingBackend() as backend:
         environment = collector.environment(
             OTEL_BSP_SCHEDULE_DELAY="3600000",
@@ -755,7 +755,7 @@ async def test_queue_of_spans_is_bounded(io_loop):
 
 
 async def test_no_span_holds_a_secret(io_loop):
-    """No body, no header's value, no query; and the log nothing of the collector's."""
+    """No body, header value or query; and the log has no text of the collector."""
     async with Collector() as collector, RecordingBackend() as backend:
         flags = [
             f"{flag}?key=hush-target" if "uri=" in flag else flag
@@ -810,8 +810,8 @@ async def test_no_span_holds_a_secret(io_loop):
         assert statuses == [200, 401]
 
 
-async def test_names_of_the_service_are_the_operator_s(io_loop):
-    """OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, as everywhere."""
+async def test_service_names_can_be_set(io_loop):
+    """By OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES."""
     async with Collector() as collector:
         environment = collector.environment(
             OTEL_SERVICE_NAME="edge",
@@ -827,8 +827,8 @@ async def test_names_of_the_service_are_the_operator_s(io_loop):
     assert resource["service.instance.id"]
 
 
-async def test_sdk_that_is_disabled_records_nothing(io_loop):
-    """OTEL_SDK_DISABLED is OpenTelemetry's own switch."""
+async def test_disabled_sdk_records_nothing(io_loop):
+    """By OTEL_SDK_DISABLED."""
     async with Collector() as collector, RecordingBackend() as backend:
         environment = collector.environment(OTEL_SDK_DISABLED="true")
         async with Service(
@@ -840,8 +840,8 @@ async def test_sdk_that_is_disabled_records_nothing(io_loop):
         assert not collector.bodies
 
 
-def test_variable_that_makes_no_sense_is_one_sentence():
-    """Exit status 2, where the SDK can't go on with it."""
+def test_invalid_otel_variable_is_one_line():
+    """Exit status 2, if the SDK rejects it."""
     sentence = refusal("--otel", OTEL_BSP_MAX_QUEUE_SIZE="0")
     assert "--otel" in sentence
     assert "max_queue_size" in sentence

@@ -1,4 +1,4 @@
-"""Through a proxy that tunnels upgrades: what follows one that was refused."""
+"""Through a proxy that tunnels upgrades: what follows a rejected one."""
 
 import asyncio
 import contextlib
@@ -66,7 +66,7 @@ async def assert_only_one_answer(url, context, request, statuses):
 async def test_tunnel_of_a_refused_handshake_reaches_nothing(
     io_loop, tmp_path, server, scheme
 ):
-    """A wrong handshake, a full relay, and one that drains."""
+    """An invalid handshake, a full relay, and a draining one."""
     flags = [f"--http_server={server}", "--max_connections=2", "--drain_spread=30"]
     context = None
     if scheme == "wss":

@@ -1,4 +1,4 @@
-"""Clients that have much to say at once delay none that says little."""
+"""Clients with much work do not delay those with little."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Slow clients: who lives, who is idle, and who takes nothing any more."""
+"""Slow clients: which stay, which are idle, and which are closed."""
 
 import asyncio
 import contextlib
@@ -50,7 +50,7 @@ def under_way(client: SlowClient) -> int:
 @LOOPS
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 async def test_steady_slow_reader_is_not_closed(io_loop, authority, loop, tls):
-    """It takes less in --send_timeout than what makes its socket writable."""
+    """In --send_timeout it reads less than makes its socket writable."""
     flags = ["--send_timeout=2", "--callbackport=0", f"--event_loop={loop}"]
     context = None
     if tls:
@@ -75,7 +75,7 @@ async def test_steady_slow_reader_is_not_closed(io_loop, authority, loop, tls):
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 async def test_reader_that_stops_is_closed_with_1008(io_loop, authority, tls):
-    """After --send_timeout from when it took the last bytes."""
+    """--send_timeout after it took the last bytes."""
     flags = ["--send_timeout=1.5", "--callbackport=0"]
     context = None
     if tls:
@@ -133,10 +133,10 @@ async def test_messages_of_a_stopped_reader_are_delivered(
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-async def test_reader_that_stops_is_closed_though_it_goes_on_sending(
+async def test_stopped_reader_that_sends_is_closed(
     io_loop, authority, tls
 ):
-    """What it sends afterwards is not taken: it could go on for ever."""
+    """What it sends after the close is not read: it might never end."""
     flags = ["--send_timeout=1", "--callbackport=0"]
     context = None
     if tls:
@@ -161,8 +161,8 @@ async def test_reader_that_stops_is_closed_though_it_goes_on_sending(
     assert event["meta"]["code"] == 1008
 
 
-async def test_kernel_that_can_not_say_what_is_acknowledged(io_loop):
-    """Of no TCP socket: what it has taken counts, and what waits is under way."""
+async def test_kernel_without_tcp_info_counts_taken_bytes(io_loop):
+    """On a socket other than TCP: what the kernel took counts as acknowledged."""
     ours, its = socket.socketpair()
     with ours, its:
         assert outgoing(ours, 10, 5) == Outgoing(10, True, 0.0)
@@ -173,8 +173,8 @@ async def test_kernel_that_can_not_say_what_is_acknowledged(io_loop):
 
 
 @LOOPS
-async def test_client_that_is_fed_all_the_time_is_not_cut(io_loop, loop):
-    """No ping was sent, since frames waited: what it takes is its sign of life."""
+async def test_client_with_constant_sends_is_not_closed(io_loop, loop):
+    """No ping was sent, since frames waited; acknowledged bytes show it is alive."""
     flags = ("--ping_interval=1", "--ping_timeout=1", f"--event_loop={loop}")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), *flags) as service:
@@ -197,7 +197,7 @@ async def test_client_that_is_fed_all_the_time_is_not_cut(io_loop, loop):
 @LOOPS
 @pytest.mark.parametrize("buffer", [65536, 4 * 2**20], ids=["ours", "its own"])
 async def test_ping_behind_bytes_in_the_kernel_has_no_deadline(io_loop, loop, buffer):
-    """A kernel, ours or the client's, has all of the message: it has yet to be read."""
+    """The message is in a kernel, ours or the client's: it must first be read."""
     flags = ("--ping_interval=1", "--ping_timeout=1", f"--event_loop={loop}")
     size = 1_500_000
     async with RecordingBackend() as backend:
@@ -216,8 +216,8 @@ async def test_ping_behind_bytes_in_the_kernel_has_no_deadline(io_loop, loop, bu
 
 
 @LOOPS
-async def test_client_that_speaks_amid_a_download_may_go_on_reading(io_loop, loop):
-    """Its kernel has all of the message: a word says nothing of what was read."""
+async def test_client_that_sends_amid_a_download_may_read_on(io_loop, loop):
+    """Its message does not show that it has read the ping behind the download."""
     flags = ("--ping_interval=1", "--ping_timeout=1", f"--event_loop={loop}")
     size = 1_500_000
     async with RecordingBackend() as backend:
@@ -236,8 +236,8 @@ async def test_client_that_speaks_amid_a_download_may_go_on_reading(io_loop, loo
     assert client.frames()[0] == (BINARY, bytes(size))
 
 
-async def test_client_that_stopped_with_bytes_under_way_is_found(io_loop):
-    """It takes nothing, and says nothing: it does not stay for its last message."""
+async def test_client_that_stopped_with_unread_bytes_is_closed(io_loop):
+    """It reads and sends nothing: the unread message does not keep it."""
     flags = ("--ping_interval=0.5", "--ping_timeout=1", "--send_timeout=2")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), *flags) as service:
@@ -253,7 +253,7 @@ async def test_client_that_stopped_with_bytes_under_way_is_found(io_loop):
 
 
 async def test_client_is_pinged_while_reading_is_paused(io_loop):
-    """One whose kernel takes the pings lives, as long as no answer can be read."""
+    """If its kernel takes the pings, it stays: no pong can be read."""
     flags = ("--ping_interval=0.3", "--ping_timeout=0.3", "--messages_per_second=0.05",
              "--rate_patience=60")
     async with Service(*flags) as service:
@@ -266,7 +266,7 @@ async def test_client_is_pinged_while_reading_is_paused(io_loop):
 
 @LOOPS
 async def test_pings_of_clients_are_answered_while_the_backend_is_slow(io_loop, loop):
-    """Messages wait, and those behind them do; a ping behind them does not."""
+    """Messages wait; a ping behind them is answered."""
     flags = ("--connection_queue_messages=4", "--order_wait=inf",
              "--backend_timeout=60", f"--event_loop={loop}")
     async with RecordingBackend() as backend:
@@ -286,7 +286,7 @@ async def test_pings_of_clients_are_answered_while_the_backend_is_slow(io_loop, 
 
 @LOOPS
 async def test_messages_that_are_read_ahead_are_bounded(io_loop, loop):
-    """A client that goes on sending has to wait, and nothing is lost."""
+    """A client that sends more must wait, and nothing is lost."""
     flags = ("--connection_queue_messages=1", "--order_wait=inf",
              "--backend_timeout=60", f"--event_loop={loop}")
     text, number = b"x" * 100_000, 80
@@ -312,7 +312,7 @@ async def test_messages_that_are_read_ahead_are_bounded(io_loop, loop):
 
 @LOOPS
 async def test_clients_that_answered_during_a_stall_stay(io_loop, loop):
-    """SIGSTOP for longer than pings may take, and than clients may be idle."""
+    """SIGSTOP for longer than the times of pings and of idle clients."""
     flags = ("--ping_interval=1", "--ping_timeout=1", "--idle_timeout=2.5",
              f"--event_loop={loop}")
     async with Service(*flags) as service, contextlib.AsyncExitStack() as stack:
@@ -341,7 +341,7 @@ async def test_clients_that_answered_during_a_stall_stay(io_loop, loop):
 
 @LOOPS
 async def test_stall_ends_no_send_that_waits(io_loop, loop):
-    """SIGSTOP beyond --send_timeout: the client read on, and then takes the rest."""
+    """SIGSTOP for longer than --send_timeout; then the client reads the rest."""
     size = 4 * LARGE  # what a kernel takes at once is less
     flags = ("--send_timeout=3", f"--max_message_size={size}", f"--event_loop={loop}")
     async with RecordingBackend() as backend:
@@ -366,7 +366,7 @@ async def test_stall_ends_no_send_that_waits(io_loop, loop):
 
 
 async def test_partial_message_counts_as_activity(io_loop):
-    """A byte of it is enough; and when no more come, the time runs."""
+    """One byte is sufficient; without more, the idle time runs."""
     async with Service("--idle_timeout=1", "--ping_interval=0") as service:
         with await SlowClient.connect(service.ws_url) as client:
             await client.send(frame(TEXT, b"a", fin=False))
@@ -379,7 +379,7 @@ async def test_partial_message_counts_as_activity(io_loop):
 
 
 async def test_slow_download_counts_as_activity(io_loop):
-    """The kernel has all of the message, and the client takes it bit by bit."""
+    """The kernel has all of the message, and the client reads it slowly."""
     size, rate = 2_000_000, 300_000
     flags = ("--idle_timeout=1", "--ping_interval=0")
     async with RecordingBackend() as backend:

@@ -1,4 +1,4 @@
-"""The client's end: handshakes, messages, close codes and farewells."""
+"""The clients' side: handshakes, messages, close codes and disconnect events."""
 
 import asyncio
 import contextlib
@@ -48,16 +48,16 @@ async def refusal(url: str, **options: object) -> websockets.Response:
         (("--require_origin",), None, 403),
     ],
 )
-async def test_origin(io_loop, flags, origin, status):
-    """Pages of other origins connect only where an option says so."""
+async def test_other_origins_need_an_option(io_loop, flags, origin, status):
+    """Pages of other origins may connect only if an option allows it."""
     async with Service(*flags) as service:
         request = handshake(*([] if origin is None else [f"Origin: {origin}"]))
         heard = await tell(service.ws_url, request, answers=1)
         assert heard.statuses == [status]
 
 
-async def test_nothing_but_ws_and_livez_for_clients(io_loop):
-    """With a second listener, the first has neither callbacks nor anything else."""
+async def test_client_listener_has_only_websockets_and_livez(io_loop):
+    """With a second listener, the first has no other routes."""
     async with RecordingBackend() as backend:
         async with Service("--callbackport=0", *backend.flags()) as service:
             base = service.ws_url.replace("ws://", "http://").removesuffix("/ws")
@@ -86,7 +86,7 @@ MESSAGES = {
 
 
 async def test_messages_arrive_byte_for_byte(io_loop):
-    """Each kind of message has the shape of the contract, and nothing more."""
+    """Each kind of message has exactly the form of the contract."""
     async with relay() as (service, backend):
         async with websockets.connect(service.ws_url) as client:
             for message, _, _ in MESSAGES.values():
@@ -119,7 +119,7 @@ async def test_messages_arrive_byte_for_byte(io_loop):
         assert headers["User-Agent"] == "SocketDock/0.1.0"
 
 
-async def test_connect_event_tells_of_the_handshake(io_loop):
+async def test_connect_event_describes_the_handshake(io_loop):
     """Headers, path, query, address and subprotocols are the client's."""
     async with relay() as (service, backend):
         async with websockets.connect(
@@ -138,8 +138,8 @@ async def test_connect_event_tells_of_the_handshake(io_loop):
         assert "message_id" not in meta and "type" not in meta
 
 
-async def test_disconnect_event_is_the_contract_s(io_loop):
-    """Code, reason and initiator are the client's where it closed first."""
+async def test_disconnect_event_has_the_form_of_the_contract(io_loop):
+    """Code, reason and initiator are the client's if it closed first."""
     async with relay("message", "disconnect") as (service, backend):
         client = await websockets.connect(service.ws_url)
         await client.send("x")
@@ -173,8 +173,8 @@ async def test_close_without_a_code(io_loop, last_words, code):
     assert event["meta"]["initiator"] == "client"
 
 
-async def test_verdict_chooses_the_subprotocol(io_loop):
-    """The backend's choice wins over --subprotocols."""
+async def test_decision_selects_the_subprotocol(io_loop):
+    """The backend's choice overrides --subprotocols."""
 
     async def choose(handler: RequestHandler, event: dict) -> None:
         handler.finish({"subprotocol": "two"})
@@ -196,7 +196,7 @@ async def test_verdict_chooses_the_subprotocol(io_loop):
 
 @pytest.mark.parametrize("status", [401, 403, 404, 429])
 async def test_refusal_is_passed_on(io_loop, status):
-    """Status, body and the headers that go with them reach the client."""
+    """The client gets its status, body and the permitted headers."""
 
     async def refuse(handler: RequestHandler, event: dict) -> None:
         handler.set_status(status)
@@ -222,8 +222,8 @@ async def test_refusal_is_passed_on(io_loop, status):
 
 
 @pytest.mark.parametrize("how", ["500", "302", "hang", "not offered", "close"])
-async def test_lost_verdict_is_503_and_a_farewell(io_loop, how):
-    """What is no verdict refuses with 503, and the backend may clean up."""
+async def test_missing_decision_is_503_and_a_disconnect_event(io_loop, how):
+    """Without a decision the client gets 503, and the backend can clean up."""
 
     async def answer(handler: RequestHandler, event: dict) -> None:
         if how == "hang":
@@ -245,8 +245,8 @@ async def test_lost_verdict_is_503_and_a_farewell(io_loop, how):
         assert len(backend.of("connect")) == 1
 
 
-async def test_client_that_leaves_mid_verdict_leaves_nothing(io_loop):
-    """A client gone before the 101 is told as 1006, and is not listed."""
+async def test_client_that_leaves_before_the_decision_is_reported(io_loop):
+    """A client gone before the 101 is reported as 1006, and not listed."""
     async with relay() as (service, backend):
         release = withhold(backend, "connect")
         connecting = asyncio.ensure_future(websockets.connect(service.ws_url))
@@ -264,14 +264,14 @@ async def test_client_that_leaves_mid_verdict_leaves_nothing(io_loop):
 
 
 async def test_pings_are_answered(io_loop):
-    """A client's ping comes back with its payload."""
+    """The pong has the payload of the client's ping."""
     async with Service() as service:
         async with websockets.connect(service.ws_url) as client:
             await asyncio.wait_for(await client.ping(b"payload"), DEADLINE)
 
 
-async def test_vanished_peer_is_found_by_ping(io_loop):
-    """No sign of life within interval and timeout: cut, and told as 1006."""
+async def test_vanished_client_is_detected_by_ping(io_loop):
+    """Without a sign of life in interval and timeout: closed, reported as 1006."""
     async with relay(
         "message", "disconnect", flags=("--ping_interval=0.5", "--ping_timeout=1.5")
     ) as (service, backend):
@@ -285,7 +285,7 @@ async def test_vanished_peer_is_found_by_ping(io_loop):
         assert 1.5 < event["meta"]["duration"] < 8
 
 
-async def test_compression_is_agreed_on_only_where_it_is_on(io_loop):
+async def test_compression_is_negotiated_only_if_enabled(io_loop):
     """permessage-deflate works, both ways, with fragments and pings between."""
     for flags, expected in ((("--compression",), True), ((), False)):
         async with Service(*flags) as service:
@@ -305,8 +305,8 @@ async def test_compression_is_agreed_on_only_where_it_is_on(io_loop):
                 assert await ws.recv() == "one two"
 
 
-async def test_drain_closes_with_1001_and_tells_of_each(io_loop):
-    """SIGTERM: every client sees 1001, every disconnect arrives, exit status 0."""
+async def test_drain_closes_with_1001_and_reports_each(io_loop):
+    """SIGTERM: each client gets 1001, each disconnect event is sent, status 0."""
     async with RecordingBackend() as backend:
         async with Service(*backend.flags()) as service:
             clients = [await websockets.connect(service.ws_url) for _ in range(50)]
@@ -321,8 +321,8 @@ async def test_drain_closes_with_1001_and_tells_of_each(io_loop):
             assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
 
 
-async def test_visits_lose_nothing(io_loop):
-    """2,000 clients connect, send one message and leave: all of it arrives."""
+async def test_short_connections_lose_nothing(io_loop):
+    """2,000 clients connect, send one message and leave: all arrive."""
     visits = 2000
     flags = ("--order_wait=30",)  # a slow machine's backend is no reason to go on
     async with relay("message", "disconnect", flags=flags) as (service, backend):
@@ -350,7 +350,7 @@ async def test_visits_lose_nothing(io_loop):
 
 
 async def test_overdue_failure_gives_up_what_waits_behind(io_loop):
-    """A held answer that turns out to be 500: 1013, and all behind is counted."""
+    """A held response turns out to be 500: 1013, and all behind it is counted."""
     fail, forever = asyncio.Event(), asyncio.Event()
 
     async def hold(handler: RequestHandler, event: dict) -> None:
@@ -381,7 +381,7 @@ async def test_overdue_failure_gives_up_what_waits_behind(io_loop):
 
 @pytest.mark.gen_test
 async def test_start_warns_of_unmasking_in_python(io_loop):
-    """It works, but a message of 1 MiB takes a large part of a second."""
+    """It works, but takes a large part of a second for 1 MiB."""
     async with Service(environment={"TORNADO_EXTENSION": "0"}) as slow:
         async with websockets.connect(slow.ws_url) as client:
             await client.send("hello")
