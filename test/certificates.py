@@ -1,4 +1,4 @@
-"""Certificates for the tests of TLS: an authority, and what it vouches for."""
+"""Certificates for the tests of TLS: a CA, and the certificates that it issues."""
 
 import datetime
 import ipaddress
@@ -25,7 +25,7 @@ class Certificate:
     both: Path
 
     def server_context(self, client_ca: Path | None = None) -> ssl.SSLContext:
-        """A server's; with `client_ca`, for clients whom that authority vouches for."""
+        """Return a server's context; with `client_ca`, clients need a certificate."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.cert, self.key)
         if client_ca is not None:
@@ -34,14 +34,14 @@ class Certificate:
         return context
 
     def client_context(self, ca: Path) -> ssl.SSLContext:
-        """A client's that shows this certificate to servers of `ca`."""
+        """Return a client's context with this certificate, for servers of `ca`."""
         context = ssl.create_default_context(cafile=str(ca))
         context.load_cert_chain(self.cert, self.key)
         return context
 
 
 class Authority:
-    """A certificate authority of its own, in a folder of its own.
+    """A new certificate authority in a folder.
 
     `path` is its certificate, which clients and servers trust.
     """
@@ -76,9 +76,10 @@ class Authority:
     def server(
         self, *names: str, expired: bool = False, names_signer: bool = True
     ) -> Certificate:
-        """For a server of these names and IP addresses; this machine's by default.
+        """Issue a certificate for names and IP addresses, by default this machine's.
 
-        Many a private authority's do not name their signer's key.
+        Without `names_signer`, it has no authority key identifier, like those of many
+        private CAs.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         builder = _with_names(
@@ -89,7 +90,7 @@ class Authority:
         )
 
     def client(self, name: str = "a client", expired: bool = False) -> Certificate:
-        """For a client, who is called `name`."""
+        """Issue a certificate for a client called `name`."""
         key = ec.generate_private_key(ec.SECP256R1())
         builder = _builder(self._name, _name(name), key, expired)
         return self._issue("client", builder, key, ExtendedKeyUsageOID.CLIENT_AUTH)
@@ -117,7 +118,7 @@ class Authority:
 
 
 def self_signed(folder: Path, *names: str) -> Certificate:
-    """A server's that nobody vouches for but itself."""
+    """Make a self-signed server certificate."""
     folder.mkdir(parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP256R1())
     name = _name("self-signed")
@@ -129,7 +130,7 @@ def self_signed(folder: Path, *names: str) -> Certificate:
 
 
 def encrypted_key(certificate: Certificate, password: bytes = b"secret") -> Path:
-    """A copy of its key that only a password opens."""
+    """Return a copy of its key that is encrypted with a password."""
     key = serialization.load_pem_private_key(certificate.key.read_bytes(), None)
     path = certificate.key.with_suffix(".encrypted.pem")
     path.write_bytes(
@@ -152,7 +153,7 @@ def _builder(
     key: ec.EllipticCurvePrivateKey,
     expired: bool = False,
 ) -> x509.CertificateBuilder:
-    """Valid since two hours ago: until an hour ago, or for a day."""
+    """Return a builder: valid since two hours ago, for a day or until an hour ago."""
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()

@@ -1,4 +1,4 @@
-"""What every test stands on: one asyncio loop per test, nothing left behind."""
+"""Fixtures of all tests: one asyncio loop per test, which must end empty."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ import pytest
 import uvloop
 from tornado.ioloop import IOLoop
 
-# Where it is set, all sources would be compiled anew for each of a thousand relays.
+# If it is set, all sources would be compiled again for each of a thousand relays.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 

@@ -1,8 +1,7 @@
-"""Backends and clients that fail as they are told, and a book of what came.
+"""Backends and clients that fail on request, and a record of what the backend got.
 
-A test or `soak.py` puts a `Service` between the two. Run as a program, this file
-is a backend in a process of its own, which can be stopped, or left behind in a
-network namespace:
+A test or `soak.py` runs a `Service` between the two. Run as a program, this file is a
+backend in its own process, which can be stopped, or run in a network namespace:
 
     python test/faults.py [--host=127.0.0.1] [--port=0] [--hold]
 """
@@ -32,42 +31,42 @@ from service import DEADLINE, eventually
 from wire import handshake
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, for 0 s (socket(7))
-# asyncio before 3.12, where a transport's close() had just written the rest.
+# Raised by asyncio before 3.12 if close() of a transport had just written the rest.
 ABORTED_LATE = AttributeError
 BACKLOG = 4096  # connections that the kernel holds until they are accepted
-# As strict as can be: nothing that was split or smuggled passes for an answer.
+# Strict, so that no split or smuggled bytes count as a response.
 STATUS_LINE = re.compile(rb"HTTP/1\.1 (\d{3}) [ -~]+")
 FIELD_LINE = re.compile(rb"([!-9;-~]+): ([^\0-\x1f\x7f]*)")
 INTERIM = (100, 102, 103)
 BODILESS = (204, 304)
 ENDLESS_CHUNK = b"10000\r\n" + bytes(0x10000) + b"\r\n"
 
-# What becomes of a request: answered as the status says, or one of these.
+# What a backend does instead of a response with a status.
 Fault = Literal["hold", "reset", "cut", "garbage", "endless"]
-# How a backend is away: nobody listens, connections are reset, or 503.
+# How a backend is unreachable: no listener, reset connections, or 503.
 Absence = Literal["refused", "reset", "503"]
 
 
-# What came.
+# What the backend got.
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One event as it reached the backend, whole."""
+    """One event that reached the backend completely."""
 
     kind: str  # connect, message or disconnect
     webhook_id: str
     event: dict[str, Any]
-    # "200" once answered so; "hold" while unanswered, "let go" when the relay
-    # then closed the connection, or did not read the answer; "lost" when the
-    # backend did.
+    # The status of the response, such as "200"; "hold" while there is none; "let go" if
+    # the relay then closed the connection, or did not read the response; "lost" if the
+    # backend closed it.
     outcome: str = "hold"
-    # When it came, and when it got its outcome (`time.monotonic()`).
+    # When it arrived, and when it got its outcome (`time.monotonic()`).
     arrived: float = field(default_factory=time.monotonic)
     ended: float = float("inf")
-    # What its answer said in Retry-After, in seconds; 0: nothing that can be read.
+    # Retry-After of its response, in seconds; 0: absent or invalid.
     retry_after: float = 0.0
-    # The backend reset the connection afterwards: the answer may not have been read.
+    # The connection was reset afterwards: the relay may not have read the response.
     doubtful: bool = False
 
     @property
@@ -81,7 +80,7 @@ class Attempt:
 
 
 class Book:
-    """Every attempt that came, and what was accepted first under each id.
+    """Every attempt that arrived, and the first accepted one of each id.
 
     Messages are those of `Talker`: a client's name and a number, counted from 0.
     """
@@ -91,23 +90,23 @@ class Book:
         # By webhook-id, in the order of their first acceptance.
         self.accepted: dict[str, Attempt] = {}
         self.counts: dict[str, int] = defaultdict(int)  # of those, by kind
-        # When connections were reset with whatever was on them, read or not, in
-        # order (`time.monotonic()`).
+        # When connections were reset, with read and unread bytes, in order
+        # (`time.monotonic()`).
         self.resets: list[float] = []
 
     def first_reset(self, begin: float, end: float) -> float:
-        """When requests may first have been lost unread in that time, else never."""
+        """Return the first reset between `begin` and `end`; infinite: none."""
         first = bisect_right(self.resets, begin)
         if first < bisect_left(self.resets, end):
             return self.resets[first]
         return float("inf")
 
     def enter(self, attempt: Attempt) -> None:
-        """Note an attempt that has been read whole."""
+        """Record an attempt that was read completely."""
         self.attempts.append(attempt)
 
     def settle(self, attempt: Attempt, outcome: str) -> None:
-        """Note what became of it."""
+        """Record the outcome of an attempt."""
         attempt.outcome = outcome
         attempt.ended = time.monotonic()
         if attempt.accepted and attempt.webhook_id not in self.accepted:
@@ -115,11 +114,11 @@ class Book:
             self.counts[attempt.kind] += 1
 
     def of(self, kind: str) -> list[Attempt]:
-        """The accepted events of a kind, each once."""
+        """Return the accepted events of a kind, each once."""
         return [a for a in self.accepted.values() if a.kind == kind]
 
     async def wait_for(self, kind: str, number: int, deadline: float = 60) -> None:
-        """Until `number` events of a kind have been accepted."""
+        """Wait until `number` events of a kind have been accepted."""
         try:
             await eventually(lambda: self.counts[kind] >= number, deadline)
         except TimeoutError:
@@ -128,9 +127,9 @@ class Book:
             ) from None
 
     def numbers(self) -> dict[str, list[int]]:
-        """What each client said, in the order of its acceptance.
+        """Return each client's numbers, in the order of acceptance.
 
-        A message that came under two ids is there twice.
+        A message that arrived with two ids is there twice.
         """
         heard: dict[str, list[int]] = defaultdict(list)
         for attempt in self.of("message"):
@@ -139,7 +138,7 @@ class Book:
         return heard
 
     def names(self) -> dict[str, str]:
-        """The client's name of each connection that has had a message here."""
+        """Return the client's name of each connection that has sent a message."""
         return {
             attempt.connection_id: attempt.event["message"].split()[0]
             for attempt in self.attempts
@@ -147,9 +146,9 @@ class Book:
         }
 
     def disconnects(self) -> dict[str, dict[str, Any]]:
-        """`meta` of the last disconnect event of each connection.
+        """Return `meta` of the last disconnect event of each connection.
 
-        The last, since one that came again tells of what failed in between.
+        The last one also counts the messages that failed after the first.
         """
         return {
             attempt.connection_id: attempt.event["meta"]
@@ -165,11 +164,11 @@ class Book:
 class Reply:
     """How to answer one request: `status` after `delay` seconds, or a fault.
 
-    `reset` ends the connection with RST before an answer, `cut` ends it in the
-    answer's body, `hold` leaves the request open until `FaultyBackend.release`.
-    `raw` is the whole answer where it is of an odd form; %d in it is the status.
-    With `closes` the connection ends behind the answer. `retry_after` is what the
-    headers say, in seconds, for the book.
+    `reset` ends the connection with RST before a response, `cut` ends it in the
+    response's body, `hold` leaves the request open until `FaultyBackend.release`. `raw`
+    is a whole response in an unusual form; %d in it is the status. With `closes` the
+    connection ends after the response. `retry_after` is the value of that header in
+    seconds, for the record.
     """
 
     status: int = 200
@@ -185,10 +184,10 @@ OK = Reply()
 
 
 class FaultyBackend(Book):
-    """An HTTP backend that answers each request as `decide` says.
+    """An HTTP backend that answers each request with the result of `decide`.
 
-    Its port stays its own while it is away: a bound socket keeps it, which
-    refuses connections as long as no other one listens there.
+    While it is unreachable, a bound socket reserves its port; that refuses connections
+    while no other socket listens there.
     """
 
     def __init__(
@@ -204,7 +203,7 @@ class FaultyBackend(Book):
         self.largest_body = 0  # bytes written to an endless body, at most
 
     async def listen(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        """Take a port, and serve."""
+        """Bind a port, and serve."""
         self._reserved = _bound(host, port)
         self.host, self.port = self._reserved.getsockname()[:2]
         await self._serve()
@@ -237,7 +236,7 @@ class FaultyBackend(Book):
         return flags_for(self.url, kinds)
 
     def go_away(self, how: Absence) -> None:
-        """From now on no event is taken, nor those that are being answered."""
+        """Accept no events from now on, nor those that are being answered."""
         self.absence = how
         if how == "refused":
             self._server.close()
@@ -257,7 +256,7 @@ class FaultyBackend(Book):
         chosen: Callable[[Attempt], bool] = lambda attempt: True,
         reply: Reply = OK,
     ) -> None:
-        """Answer the requests that are held, or those that are chosen."""
+        """Answer the held requests for which `chosen` returns true."""
         for connection in list(self.connections):
             connection.answer_held(chosen, reply)
 
@@ -288,15 +287,15 @@ class _BackendConnection(asyncio.Protocol):
         self._backend = backend
         self._buffer = bytearray()
         self._attempt: Attempt | None = None
-        self._latest: Attempt | None = None  # of those that are over
+        self._latest: Attempt | None = None  # the last one with an outcome
         self._timer: asyncio.TimerHandle | None = None
-        self._endless: int | None = None  # bytes of an endless body, so far
+        self._endless: int | None = None  # bytes of an endless body that were written
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         if self._backend.absence in ("refused", "reset"):
-            # It may have waited to be accepted, with a request on it.
+            # It may have waited in the kernel, with a request on it.
             self._backend.resets.append(time.monotonic())
             self.reset()
         else:
@@ -309,8 +308,8 @@ class _BackendConnection(asyncio.Protocol):
         self._settle("let go")
         latest = self._latest
         if error is not None and latest is not None and latest.outcome.isdigit():
-            # The relay reset it, so with an answer that it had not read; which of
-            # the two was first on its way nobody knows.
+            # The relay reset it, possibly with an unread response on it: which of the
+            # two was sent first is unknown.
             latest.doubtful = True
             if not latest.accepted:
                 latest.outcome = "let go"
@@ -344,37 +343,37 @@ class _BackendConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._paused = False
         if self._endless is not None:
-            # Not at once: asyncio can't bear a write that fails in here.
+            # Later: asyncio does not support a failing write in this callback.
             asyncio.get_running_loop().call_soon(self._go_on_forever)
 
     def answer_held(self, chosen: Callable[[Attempt], bool], reply: Reply) -> None:
-        """Answer what is unanswered, if it is chosen."""
+        """Answer the current request if it is held and `chosen` returns true."""
         if self._attempt is not None and chosen(self._attempt):
             self._answer(reply)
 
     def reset(self) -> None:
-        """End the connection with RST.
+        """End the connection with RST, at once.
 
-        At once: a transport closes its socket only in the loop's next turn, and
-        until then the relay could let go of what is in the book as lost.
+        A transport closes its socket only in the loop's next turn; until then the relay
+        could abandon a request that is recorded as lost.
         """
         self._settle("let go" if self._has_been_left() else "lost")
         if self._latest is not None:
             self._latest.doubtful = True
         sock = self._transport.get_extra_info("socket")
-        # Where the peer has ended it already, there may be none.
+        # If the peer has ended it already, there may be no socket.
         with contextlib.suppress(OSError, AttributeError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         drop(self._transport)
-        # What is the transport's to close is another socket from now on.
+        # From now on the transport's descriptor is another socket, for it to close.
         with contextlib.suppress(OSError, AttributeError), socket.socket() as blank:
             os.dup2(blank.fileno(), sock.fileno(), inheritable=False)
 
     def _has_been_left(self) -> bool:
-        """Whether the relay has closed the connection, unheard so far.
+        """Whether the relay has closed the connection, which the loop has not seen yet.
 
-        While a request is unanswered it sends nothing else: by TLS its farewell,
-        close_notify, which is as good as the end.
+        While a request is unanswered, the relay sends nothing else. With TLS it sends
+        close_notify, which counts as the end.
         """
         own = self._transport.get_extra_info("socket")
         if own is None or own.fileno() < 0:
@@ -411,7 +410,7 @@ class _BackendConnection(asyncio.Protocol):
                 return
             case "reset":
                 self.reset()
-            case "cut":  # its status stands all the same
+            case "cut":  # its status counts nevertheless
                 self._settle(str(reply.status))
                 self._transport.write(f"{start}Content-Length: 9\r\n\r\nOK".encode())
                 self._transport.close()
@@ -419,7 +418,7 @@ class _BackendConnection(asyncio.Protocol):
                 self._settle("garbage")
                 self._transport.write(bytes(range(256)) + b"\r\n\r\n")
                 self._transport.close()
-            case "endless":  # likewise
+            case "endless":  # its status counts, too
                 self._settle(str(reply.status))
                 start += "Transfer-Encoding: chunked\r\n\r\n"
                 self._transport.write(start.encode())
@@ -445,8 +444,8 @@ class _BackendConnection(asyncio.Protocol):
 class BackendProcess(Book):
     """A backend in its own process, which answers 200 or, with `--hold`, never.
 
-    What it does is in this book as soon as it has written it down; `command`
-    comes before it, to start it elsewhere.
+    It prints what it does, which is recorded here. `command` precedes its command line,
+    to start it in another place.
     """
 
     def __init__(self, *flags: str, command: Iterable[str] = ()) -> None:
@@ -456,7 +455,7 @@ class BackendProcess(Book):
     async def __aenter__(self) -> Self:
         self.process = await asyncio.create_subprocess_exec(
             *self._command,
-            stdin=asyncio.subprocess.PIPE,  # its end is the process's end
+            stdin=asyncio.subprocess.PIPE,  # the process exits at its end
             stdout=asyncio.subprocess.PIPE,
             limit=2**24,
         )
@@ -491,20 +490,20 @@ class BackendProcess(Book):
         return flags_for(self.url, kinds)
 
     def stop(self) -> None:
-        """Freeze it: the kernel goes on taking what is sent to it."""
+        """Stop the process; its kernel still accepts connections and bytes."""
         self.process.send_signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
-        """Thaw it."""
+        """Continue the process."""
         self.process.send_signal(signal.SIGCONT)
 
 
 class _WritingBackend(FaultyBackend):
-    """The one inside a `BackendProcess`: its book goes to standard output."""
+    """The backend in a `BackendProcess`: prints its record to standard output."""
 
     def __init__(self, decide: Callable[[Attempt], Reply]) -> None:
         super().__init__(decide)
-        self._numbers: dict[int, int] = {}  # of attempts under way, by id()
+        self._numbers: dict[int, int] = {}  # of unfinished attempts, by id()
         self._next = 0
 
     def enter(self, attempt: Attempt) -> None:
@@ -523,9 +522,9 @@ class _WritingBackend(FaultyBackend):
 class ScriptedBackend:
     """A TCP server that reads requests as HTTP, and answers with given bytes.
 
-    `script` is asked for each request, by its kind: connect, message or
-    disconnect. What it returns is written as it stands; where it ends with
-    `CUT`, or is empty, the connection is closed then.
+    `script` is called for each request, with its kind: connect, message or disconnect.
+    Its result is written unchanged; if it ends with `CUT`, or is empty, the connection
+    is closed afterwards.
     """
 
     CUT = b"\0cut"
@@ -533,7 +532,7 @@ class ScriptedBackend:
     def __init__(self, script: Callable[[str], bytes]) -> None:
         self.script = script
         self.events: list[tuple[str, dict[str, Any]]] = []
-        self.largest_answer = 0  # bytes written as one, at most
+        self.largest_answer = 0  # bytes of the largest response
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> Self:
@@ -555,11 +554,11 @@ class ScriptedBackend:
         return flags_for(self.url, kinds or ("connect", "message", "disconnect"))
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        """The events of a kind, each attempt of it, in the order they came."""
+        """Return each attempt of the events of a kind, in the order of arrival."""
         return [event for name, event in self.events if name == kind]
 
     async def wait_for(self, kind: str, number: int) -> list[dict[str, Any]]:
-        """The events of a kind, once there are `number` of them."""
+        """Wait for `number` events of a kind, and return them."""
         await eventually(lambda: len(self.of(kind)) >= number)
         return self.of(kind)
 
@@ -588,10 +587,10 @@ class ScriptedBackend:
 
 @dataclass
 class Talker:
-    """A client that says its name and numbers from 0, until it is told to stop.
+    """A client that sends its name and numbers from 0.
 
-    `sent` counts what its socket has taken; `closed` is the code of the close
-    frame that it was sent, or None while it is open.
+    `sent` counts the messages that its socket has taken; `closed` is the code of the
+    close frame that it received, or None while it is open.
     """
 
     url: str
@@ -608,13 +607,13 @@ class Talker:
         return self
 
     async def say(self, count: int = 1) -> None:
-        """Send that many numbers."""
+        """Send `count` numbers."""
         for _ in range(count):
             await self.client.send(f"{self.name} {self.sent}{self.padding}")
             self.sent += 1
 
     async def talk(self, pause: float, enough: asyncio.Event) -> None:
-        """Send a number every `pause` seconds until `enough`, or closed."""
+        """Send a number every `pause` seconds until `enough` is set, or closed."""
         while not enough.is_set():
             try:
                 await self.say()
@@ -624,7 +623,7 @@ class Talker:
                 await asyncio.wait_for(enough.wait(), pause)
 
     async def until_closed(self) -> int:
-        """The close code, once the relay has closed."""
+        """Wait until the relay has closed, and return the close code."""
         with contextlib.suppress(websockets.ConnectionClosed):
             while True:
                 await self.client.recv()
@@ -637,12 +636,12 @@ class Talker:
 
     @property
     def close_code(self) -> int:
-        """1006 where no close frame came."""
+        """The close code; 1006 without a close frame."""
         return self.client.close_code or 1006
 
 
 async def talkers(url: str, number: int, prefix: str = "client") -> list[Talker]:
-    """That many clients, connected a hundred at a time."""
+    """Connect `number` clients, a hundred at a time."""
     room = asyncio.Semaphore(100)
 
     async def connect(index: int) -> Talker:
@@ -655,7 +654,7 @@ async def talkers(url: str, number: int, prefix: str = "client") -> list[Talker]
 def assert_complete(
     book: Book, clients: list[Talker], *, in_order: bool = True
 ) -> None:
-    """Every number of every client came, each under one webhook-id."""
+    """Assert that each number of each client arrived, with one webhook-id."""
     heard = book.numbers()
     for client in clients:
         numbers = heard[client.name]
@@ -665,19 +664,19 @@ def assert_complete(
 
 
 async def leave(clients: Iterable[Talker]) -> None:
-    """Close them all, by the book."""
+    """Close all clients with a closing handshake."""
     await asyncio.gather(*(talker.client.close() for talker in clients))
 
 
 class RawClient:
-    """A WebSocket on a bare socket, which reads only when it is asked to."""
+    """A WebSocket on a plain socket, which reads only on request."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
 
     @classmethod
     async def connect(cls, url: str, receive_buffer: int = 64 * 1024) -> Self:
-        """Shake hands. The kernel takes about `receive_buffer` bytes unread."""
+        """Connect. The kernel holds about `receive_buffer` bytes that are not read."""
         parts = urlsplit(url)
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -703,7 +702,7 @@ class RawClient:
         await self.send_frames(masked(text))
 
     async def send_frames(self, frames: bytes) -> None:
-        """Send bytes as they are; waits while the relay takes none."""
+        """Send bytes unchanged; wait while the relay reads none."""
         await asyncio.get_running_loop().sock_sendall(self._socket, frames)
 
     def close(self) -> None:
@@ -712,7 +711,7 @@ class RawClient:
 
 
 def masked(text: str) -> bytes:
-    """A text frame of a client whose masking key is zero."""
+    """Make a client's text frame with a masking key of zero."""
     payload = text.encode()
     size = len(payload)
     if size < 126:
@@ -726,15 +725,15 @@ def masked(text: str) -> bytes:
 
 @dataclass(slots=True)
 class Heard:
-    """What a peer on a bare socket was answered, and whether it was hung up on."""
+    """What a plain socket received, and whether the relay closed the connection."""
 
     data: bytes = b""
     ended: bool = False
 
     def answers(self) -> list[tuple[int, dict[str, str], bytes]]:
-        """Status, headers and body of each final answer.
+        """Return status, headers and body of each final response.
 
-        Raises `ValueError` where the bytes are not answers one after the other.
+        Raises `ValueError` if the bytes are not a sequence of responses.
         """
         found = []
         rest = self.data
@@ -765,7 +764,7 @@ class Heard:
 async def upgraded(
     url: str,
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A bare connection that is a WebSocket from now on; frames are the caller's."""
+    """Make a plain connection a WebSocket; the caller sends and reads frames."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     writer.write(handshake())
@@ -782,15 +781,15 @@ async def tell(
     deadline: float = DEADLINE,
     source: str | None = None,
 ) -> Heard:
-    """Send bytes on a bare connection, and hear what comes back.
+    """Send bytes on a plain connection, and return what is received.
 
-    Until the peer hangs up, or has given that many final answers; at most for
-    `deadline` seconds. `source` is the address that it comes from.
+    Ends when the relay closes the connection, or has sent `answers` final responses; at
+    the latest after `deadline` seconds. `source` is the local address.
     """
     parts = urlsplit(url)
     heard = Heard()
     loop = asyncio.get_running_loop()
-    # No stream, which would forget what came before a reset.
+    # Not a StreamReader, which drops received bytes at a reset.
     family = socket.AF_INET6 if ":" in (parts.hostname or "") else socket.AF_INET
     sock = socket.socket(family)
     sock.setblocking(False)
@@ -830,15 +829,15 @@ async def tell(
 
 
 def drop(transport: asyncio.WriteTransport) -> None:
-    """End a connection at once, with whatever waits."""
+    """Close a connection at once; bytes that wait are lost."""
     with contextlib.suppress(ABORTED_LATE):
         transport.abort()
 
 
 class SilentProxy:
-    """A TCP proxy that can fall silent: both ends stay open, nothing passes.
+    """A TCP proxy that can stop forwarding, while both ends stay open.
 
-    To the relay, a client behind it has then vanished without FIN.
+    For the relay, a client behind it has then vanished without FIN.
     """
 
     def __init__(self, url: str) -> None:
@@ -864,7 +863,7 @@ class SilentProxy:
             drop(writer.transport)
 
     def fall_silent(self) -> None:
-        """Pass nothing on from now on, on any connection."""
+        """Forward nothing from now on, on any connection."""
         self._passing.clear()
 
     async def _on_client(
@@ -893,7 +892,7 @@ class SilentProxy:
 
 
 def memory(pid: int, field: Literal["VmRSS", "VmHWM"] = "VmRSS") -> int:
-    """Bytes that a process holds in memory, or held at most (proc(5))."""
+    """Return the resident memory of a process in bytes, or its maximum (proc(5))."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
 

@@ -1,4 +1,4 @@
-"""Ports for programs that must be told one, and can't say which one they took."""
+"""Free ports for programs that cannot choose one and report it."""
 
 import contextlib
 import secrets
@@ -6,19 +6,19 @@ import socket
 from pathlib import Path
 
 LOWEST = 10_000
-# From here on, the kernel gives ports to whoever asks for any, and to all clients.
+# The range from which the kernel assigns ports to sockets without a chosen one.
 RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_ports(number: int) -> int:
-    """The first of so many in a row that nobody uses.
+    """Return the first of `number` consecutive free ports.
 
-    None is of those that the kernel gives away: other tests take hundreds of these
-    before a program is there to use its own.
+    They are outside of the kernel's range: other tests use hundreds of ports of that
+    before the program binds its own.
     """
     given_away = int(RANGE.read_text("ascii").split()[0])
     while True:
-        # Where the kernel gives away nearly all, it is one of those after all.
+        # If the kernel's range is nearly all ports, the result is inside of it.
         first = LOWEST + secrets.randbelow(max(given_away - LOWEST, LOWEST) - number)
         with contextlib.ExitStack() as held, contextlib.suppress(OSError):
             for port in range(first, first + number):

@@ -1,4 +1,4 @@
-"""Programs that others wrote, which a machine may lack."""
+"""Programs of others that tests use, and that may be missing on a machine."""
 
 import asyncio
 import contextlib
@@ -14,14 +14,14 @@ INTEROP = Path(__file__).resolve().parent / "interop"
 
 
 def leave_out(reason: str) -> NoReturn:
-    """Skip this test; fail where everything has to be there."""
+    """Skip this test; fail if TEST_ALL requires every program."""
     if os.environ.get("TEST_ALL"):
         pytest.fail(f"{reason} (TEST_ALL is set)", pytrace=False)
     pytest.skip(reason)
 
 
 def program(package: str, *names: str) -> str:
-    """The path of the first of these programs that is installed."""
+    """Return the path of the first of these programs that is installed."""
     for name in names:
         if path := shutil.which(name):
             return path
@@ -31,7 +31,7 @@ def program(package: str, *names: str) -> str:
 async def by_node(
     script: str, module: str, said: bytes, deadline: float = DEADLINE
 ) -> bytes:
-    """What a script of `interop/` answers to `said`; it needs npm's `module`."""
+    """Run a script of `interop/` with `said` as input; it needs npm's `module`."""
     node = program("nodejs npm", "node")
     if not (INTEROP / "node_modules" / module).is_dir():
         leave_out(f"npm's {module} is missing: npm ci --prefix test/interop")

@@ -1,4 +1,4 @@
-"""SocketDock as a process, and the backends that it talks to in tests."""
+"""SocketDock as a process, and the backends that it uses in tests."""
 
 import asyncio
 import contextlib
@@ -18,16 +18,16 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
 
 PROJECT = Path(__file__).resolve().parent.parent
-DEADLINE = 30.0  # seconds for anything that should be quick, on a busy machine too
+DEADLINE = 30.0  # seconds for each quick step, also on a busy machine
 
 STARTED = re.compile(r"clients at (wss?://\S+), callbacks at (https?://\S+), backend")
 
 
 class Service:
-    """`python socketdock.py` on free ports, for as long as the block runs.
+    """`python socketdock.py` on free ports, during the block.
 
-    At its end it is stopped with SIGTERM; it must exit 0 without a traceback,
-    unless the test took it down itself. Its log is text, unless it is told else.
+    At the end of the block it gets SIGTERM, and must exit with 0 and without a
+    traceback, unless the test has ended it. By default its log is text.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Service:
         self.flags = list(flags)
         if not any(flag.startswith("--bindport") for flag in flags):
             self.flags += ["--bindport=0"]
-        # The whole relay once more on what its defaults leave unused; see Makefile.
+        # TEST_FLAGS: the whole relay again with other than the defaults; see Makefile.
         if not command:
             self.flags[:0] = os.environ.get("TEST_FLAGS", "").split()
-        # A developer's own settings must not reach what is tested.
+        # A developer's own settings must not change the tested relay.
         inherited = {
             name: value
             for name, value in os.environ.items()
@@ -71,7 +71,7 @@ class Service:
         self._reader = asyncio.create_task(self._read_log())
         try:
             await asyncio.wait_for(self._started.wait(), DEADLINE)
-        except BaseException:  # nothing outlives its test, a start that fails neither
+        except BaseException:  # end the process also after a failed start
             self.process.kill()
             await self.process.wait()
             await self._reader
@@ -98,7 +98,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def stalled(self, seconds: float) -> AsyncIterator[None]:
-        """Stop it as a suspended machine would, for so long and for the block."""
+        """Stop the process with SIGSTOP for the block, and for at least `seconds`."""
         self.process.send_signal(signal.SIGSTOP)
         state = Path(f"/proc/{self.process.pid}/stat")
         await eventually(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
@@ -110,7 +110,7 @@ class Service:
 
     @property
     def tracebacks(self) -> list[str]:
-        """Lines of the log that begin a traceback."""
+        """Return the lines of the log that begin a traceback."""
         return [line for line in self.log if "Traceback" in line]
 
     async def _read_log(self) -> None:
@@ -130,7 +130,7 @@ def ended(
     cwd: Path = PROJECT,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """A service that ends by itself, in time."""
+    """Run a relay that exits by itself."""
     return subprocess.run(
         [*command, *flags],
         cwd=cwd,
@@ -146,9 +146,9 @@ def ended(
 def refusal(
     *flags: str, cwd: Path = PROJECT, status: int = 2, **environment: str
 ) -> str:
-    """The one sentence of a start that ends by itself, without a traceback.
+    """Return the one-line error of a relay that does not start.
 
-    `status` is 2 for options that cannot be right, 1 for what may pass.
+    `status` is 2 for invalid options, 1 for a reason that may end.
     """
     service = ended("--bindport=0", *flags, cwd=cwd, **environment)
     assert service.returncode == status, service.stderr
@@ -158,10 +158,10 @@ def refusal(
 
 
 class RecordingBackend:
-    """A real HTTP server that keeps every event, and answers as it is told.
+    """A real HTTP server that records every event.
 
-    `on_connect`, `on_message` and `on_disconnect` are given the handler and the
-    event; what they leave unanswered is answered with 200.
+    `on_connect`, `on_message` and `on_disconnect` get the handler and the event; if
+    they do not answer, the response is 200.
     """
 
     def __init__(self) -> None:
@@ -210,19 +210,19 @@ class RecordingBackend:
     KINDS = ("message", "disconnect", "connect")
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        """The events of a kind, in the order in which they came."""
+        """Return the events of a kind, in the order of arrival."""
         return [event for name, event, _ in self.events if name == kind]
 
     async def wait_for(
         self, kind: str, number: int, deadline: float = DEADLINE
     ) -> list[dict[str, Any]]:
-        """The events of a kind, once there are `number` of them."""
+        """Wait for `number` events of a kind, and return them."""
         async with asyncio.timeout(deadline), self.changed:
             await self.changed.wait_for(lambda: len(self.of(kind)) >= number)
         return self.of(kind)
 
     async def call(self, url: str, method: str = "POST", **rest: Any) -> HTTPResponse:
-        """A callback; any status is an answer."""
+        """Send a callback; return the response with any status."""
         body = rest.pop("body", b"" if method == "POST" else None)
         return await self.http.fetch(
             HTTPRequest(url, method, body=body, **rest), raise_error=False
@@ -242,7 +242,7 @@ async def tcp_server(
     host: str = "127.0.0.1",
     **options: Any,
 ) -> AsyncIterator[int]:
-    """The port of a server that runs `serve` on every connection."""
+    """Run a server that calls `serve` for each connection; yield its port."""
     served: set[asyncio.Task[None] | None] = set()
 
     async def on_client(
@@ -263,7 +263,7 @@ async def tcp_server(
 
 
 def withhold(backend: RecordingBackend, kind: str) -> asyncio.Event:
-    """Have it answer no event of that kind until what is returned is set."""
+    """Make `backend` answer no event of `kind` until the returned event is set."""
     let_go = asyncio.Event()
 
     async def wait(handler: RequestHandler, event: Any) -> None:

@@ -1,7 +1,6 @@
-"""Clients that read as slowly as they are told, plain and by TLS.
+"""Clients that read at a given rate, plain and over TLS.
 
-Each is a blocking socket in a thread, so that neither the pace nor the buffers are
-those of a library.
+Each is a blocking socket in a thread, so that no library changes rate and buffers.
 """
 
 import asyncio
@@ -21,22 +20,22 @@ from wire import handshake
 T = TypeVar("T")
 
 STEP = 0.05  # seconds between two reads
-# Of their own: asyncio's few are for looking up names.
+# Separate from asyncio's few threads, which look up names.
 THREADS = ThreadPoolExecutor(64)
 
 
 async def in_thread(act: Callable[..., T], *arguments: object) -> T:
-    """What `act` returns, which may block."""
+    """Call `act`, which may block, in a thread, and return its result."""
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(THREADS, act, *arguments)
 
 
 class SlowClient:
-    """A WebSocket client of which each byte is the test's own.
+    """A WebSocket client whose bytes the test makes.
 
-    Its kernel takes about `receive_buffer` bytes that are not read; 0: as many as it
-    likes. `data` is what
-    was read after the handshake; `end` is how the connection ended, or None.
+    Its kernel accepts about `receive_buffer` bytes that are not read; 0: its default.
+    `data` is what was read after the handshake; `end` is how the connection ended, or
+    None.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -66,7 +65,7 @@ class SlowClient:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.connect((parts.hostname, parts.port))
         if tls is not None:
-            # An end without close_notify is an error, and not taken for one.
+            # An end without close_notify raises an error instead of an empty read.
             sock = tls.wrap_socket(
                 sock, server_hostname=parts.hostname, suppress_ragged_eofs=False
             )
@@ -87,7 +86,7 @@ class SlowClient:
         self.sock.close()
 
     async def send(self, data: bytes) -> None:
-        """Send bytes as they are."""
+        """Send bytes unchanged."""
         await in_thread(self.sock.sendall, data)
 
     async def read(
@@ -96,11 +95,11 @@ class SlowClient:
         rate: float = float("inf"),
         seconds: float = 60.0,
     ) -> None:
-        """Read at `rate` bytes a second, until the end, `until(data)` or `stop`."""
+        """Read `rate` bytes per second until the end, `until(data)` or `stop`."""
         await in_thread(self._read, until, rate, seconds)
 
     def stop(self) -> None:
-        """Have `read` return."""
+        """Make `read` return."""
         self._enough.set()
 
     def _read(
@@ -133,7 +132,7 @@ class SlowClient:
             read += len(data)
 
     def frames(self) -> list[tuple[int, bytes]]:
-        """Opcode and payload of each frame that was read whole."""
+        """Return opcode and payload of each frame that was read completely."""
         found, rest = [], memoryview(self.data)
         with contextlib.suppress(IndexError):
             while rest:

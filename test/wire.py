@@ -1,11 +1,11 @@
-"""A client's handshake and frames, byte by byte, the right and the wrong ones."""
+"""A client's handshakes and frames as bytes, valid and invalid ones."""
 
 import zlib
 
 from tornado.util import _websocket_mask as unmask
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
-MASK = b"\x37\xfa\x21\x3d"  # that of RFC 6455, section 5.7
+MASK = b"\x37\xfa\x21\x3d"  # the example of RFC 6455, section 5.7
 DEFLATE = ("Sec-WebSocket-Extensions: permessage-deflate",)
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
@@ -17,7 +17,7 @@ def handshake(
     line: str = "GET /ws HTTP/1.1",
     end: bytes = b"\r\n",
 ) -> bytes:
-    """A request for a WebSocket; `without` the header of that name, with `more`."""
+    """Make a handshake request, `without` the header of that name, with `more`."""
     headers = [
         "Host: relay.example",
         "Upgrade: websocket",
@@ -38,10 +38,10 @@ def frame(
     length_size: int | None = None,
     length: int | None = None,
 ) -> bytes:
-    """One frame. `rsv` are its reserved bits, 4 for RSV1.
+    """Make one frame. `rsv` are its reserved bits, 4 for RSV1.
 
-    The length is written in 0, 2 or 8 bytes more (`length_size`), by default in
-    as few as can be, and may be a lie (`length`).
+    `length_size` is the number of extended length bytes, 0, 2 or 8, by default the
+    least. `length` is a false length.
     """
     length = len(payload) if length is None else length
     if length_size is None:
@@ -55,13 +55,13 @@ def frame(
 
 
 def deflated(message: bytes) -> bytes:
-    """A compressed message's payload (RFC 7692, section 7.2.1)."""
+    """Return a compressed message's payload (RFC 7692, section 7.2.1)."""
     deflater = zlib.compressobj(9, wbits=-15)
     return (deflater.compress(message) + deflater.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
 
 def bomb(size: int) -> bytes:
-    """A compressed message of `size` zeros, a multiple of 64 KiB, made cheaply."""
+    """Make a compressed message of `size` zeros, a multiple of 64 KiB."""
     deflater = zlib.compressobj(9, wbits=-15)
     block = deflater.compress(bytes(65536)) + deflater.flush(zlib.Z_FULL_FLUSH)
     return (block * (size // 65536))[:-4]
