@@ -43,9 +43,9 @@ class Relay:
         return await tell(self.service.callback_url, *pieces, **options)
 
     async def frames(self) -> list[str | bytes]:
-        """What the client was sent until now; after this nothing is left.
+        """Return the frames that the client has received so far.
 
-        A callback by the book is the proof that all is well.
+        Sends a valid callback, which shows that the relay still works.
         """
         url = f"{self.service.callback_url}/socket/{self.id}/send"
         answer = await self.backend.call(url, body=b"mark")

@@ -227,7 +227,7 @@ async def test_visits_to_a_dead_backend_are_bounded_and_accounted_for(io_loop):
             await talker.say()
             await eventually(lambda: talker.name in backend.numbers())
             await leave([talker])
-        # It has stopped, and waited for every farewell.
+        # It has stopped, and waited for every disconnect event.
         lost = sum(meta["undelivered"] for meta in backend.disconnects().values())
         assert lost == 0
         assert set(backend.numbers()) == {*accepted, talker.name}

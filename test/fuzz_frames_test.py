@@ -1,7 +1,7 @@
 """For any frames, the parser and the relay work, in bounded memory.
 
-Frames made by hypothesis: messages by the book, cut into fragments and pieces
-anywhere, and mutations of them. `make fuzz` tries many more.
+Hypothesis makes the frames: valid messages, split into fragments and pieces at any
+place, and mutations of them. `make fuzz` tries many more.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """For any bytes over HTTP, the relay works, and other clients are not affected.
 
-Callback requests and the backend's answers, made by hypothesis: valid ones, cut
-into pieces anywhere, and mutations of them. `make fuzz` tries many more.
+Hypothesis makes callback requests and backend's responses: valid ones, split at any
+place, and mutations of them. `make fuzz` tries many more.
 """
 
 import asyncio
@@ -152,7 +152,7 @@ class Relay:
         return await tell(url, *cut, deadline=DEADLINE, **options)
 
     async def frames(self) -> list[str | bytes]:
-        """What the client was sent until now; a callback by the book is the proof."""
+        """Return the frames received so far; a valid callback marks the end."""
         mark = b"mark of this test"
         length = b"Content-Length: %d\r\n\r\n" % len(mark)
         heard = await self.tell([SEND + length + mark], answers=1)
@@ -322,15 +322,15 @@ def test_any_responses_to_messages_keep_their_order(relay, no_growth, todo):
             todo.pop() + ScriptedBackend.CUT if kind == "message" and todo else OK
         )
         await asyncio.gather(*(talk() for _ in range(4)))
-        farewells = await relay.backend.wait_for("disconnect", 4)
-        for farewell in farewells:
+        disconnects = await relay.backend.wait_for("disconnect", 4)
+        for disconnect in disconnects:
             came = [
                 event["message"]
                 for event in relay.backend.of("message")
-                if event["meta"]["connection_id"] == farewell["connection_id"]
+                if event["meta"]["connection_id"] == disconnect["connection_id"]
             ]
             assert came == sorted(came) and set(came) == {"one", "two"}
-            assert farewell["meta"]["undelivered"] == 0
+            assert disconnect["meta"]["undelivered"] == 0
         assert await relay.frames() == []
 
     relay.run(check())

@@ -552,8 +552,8 @@ async def test_incomplete_messages_are_bounded(io_loop):
             if number < 2:  # the pong shows that the fragment has been read
                 await asyncio.wait_for(reader.readexactly(2), DEADLINE)
         (first, _), second, third = clients
-        farewell = await asyncio.wait_for(first.read(), DEADLINE)
-        assert farewell[:4] == b"\x88" + bytes([len(farewell) - 2]) + b"\x03\xf5"
+        close_frame = await asyncio.wait_for(first.read(), DEADLINE)
+        assert close_frame[:4] == b"\x88" + bytes([len(close_frame) - 2]) + b"\x03\xf5"
         await asyncio.wait_for(third[0].readexactly(2), DEADLINE)
         for reader, writer in (second, third):
             writer.write(b"\x80\xff" + len(rest).to_bytes(8) + bytes(4) + rest)

@@ -49,7 +49,7 @@ class Visitors:
         self.backend = backend
 
     async def visits(self) -> None:
-        """Say something, hear something, and go by the book."""
+        """Send a message, receive one, and close with a handshake."""
         for _ in range(TIMES):
             async with websockets.connect(self.service.ws_url) as client:
                 await client.send("hello")
@@ -69,7 +69,7 @@ class Visitors:
         await self.backend.wait_for("disconnect", TIMES)
 
     async def failures(self) -> None:
-        """Messages that go again."""
+        """Messages that are retried."""
         answered = 0
 
         async def every_other(handler: RequestHandler, event: Any) -> None:
@@ -91,7 +91,7 @@ class Visitors:
         await self.backend.wait_for("disconnect", TIMES)
 
     async def refused(self) -> None:
-        """By the backend's verdict, for want of one, and by the relay itself."""
+        """Handshakes rejected by the backend, without a decision, and by the relay."""
         for status in (403, 500):
 
             async def refuse(

@@ -412,12 +412,12 @@ async def test_held_messages_are_counted(io_loop):
 
 async def test_handshakes_are_counted_by_outcome(io_loop):
     """Each has one outcome."""
-    async def verdict(handler, event):
+    async def decide(handler, event):
         handler.set_status({"": 200, "sick": 500, "no": 401}[event["meta"]["query"]])
 
     async with RecordingBackend() as backend:
         async with Service(*backend.flags("connect", "message")) as service:
-            backend.answers["connect"] = verdict
+            backend.answers["connect"] = decide
             await tell(service.ws_url, SHAKE % b"12", answers=1)
             for query, headers in (
                 ("?", {"Origin": "http://evil.example"}), ("?sick", {}), ("?no", {})
@@ -437,7 +437,7 @@ async def test_client_that_left_counts_as_left(io_loop):
     """Before its handshake was answered; it has no connection and no close."""
     asked, answer = asyncio.Event(), asyncio.Event()
 
-    async def verdict(handler, event):
+    async def decide(handler, event):
         asked.set()
         await answer.wait()
 
@@ -446,7 +446,7 @@ async def test_client_that_left_counts_as_left(io_loop):
             Service(*backend.flags("connect", "message")) as service,
             Caller(service) as caller,
         ):
-            backend.answers["connect"] = verdict
+            backend.answers["connect"] = decide
 
             async def descriptors() -> float:
                 body = (await caller.ask("GET", "/metrics")).body
@@ -684,14 +684,14 @@ async def test_sends_are_counted_by_status(io_loop, server):
              "--max_send_buffer=1000")
     held, early = asyncio.Event(), asyncio.Event()
 
-    async def verdict(handler, event):
+    async def decide(handler, event):
         if event["meta"]["query"] == "hold":
             early.set()
             await held.wait()
 
     async with RecordingBackend() as backend:
         async with Service(*backend.flags("connect", "message"), *flags) as service:
-            backend.answers["connect"] = verdict
+            backend.answers["connect"] = decide
 
             async def send(number: int, *headers: str, body: bytes = b"x") -> int:
                 meta = backend.of("connect")[number]["meta"]

@@ -296,10 +296,10 @@ def test_alerts_have_severity_relay_and_runbook(rules):
         assert set(notes) == {"summary", "description", "runbook"}
         assert "{{ $labels.instance }}" in notes["summary"]
         path, _, heading = notes["runbook"].partition("#")
-        paper = (PROJECT / path).read_text("utf-8")
+        page = (PROJECT / path).read_text("utf-8")
         headings = {
             re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
-            for title in re.findall(r"^#+ (.+)$", paper, flags=re.MULTILINE)
+            for title in re.findall(r"^#+ (.+)$", page, flags=re.MULTILINE)
         }
         assert heading in headings, f"{name}: {notes['runbook']}"
 

@@ -72,12 +72,12 @@ def number_of(attempt: Attempt) -> float:
 
 
 def failed(attempt: Attempt) -> bool:
-    """Whether the attempt has ended, and the event has to go again."""
+    """Whether the attempt has ended, and the event must be retried."""
     return attempt.outcome in ("lost", "429") or attempt.outcome.startswith("5")
 
 
 def overtakes(backend: TimedBackend, events: list[Attempt]) -> list[str]:
-    """Which of a connection's events came while one before them waited to go again."""
+    """Return the events that arrived while an earlier one waited for its retry."""
     found = []
     for index, attempt in enumerate(events):
         if not failed(attempt):

@@ -1,30 +1,30 @@
-"""Random faults for minutes, and an account of every message and connection.
+"""Random faults for minutes, and a check of every message and connection.
 
     python test/soak.py --seconds=300 --seed=N
     python test/soak.py --seconds=600 --one-relay
 
-Rounds of about ten seconds: a relay with options drawn from the seed, clients
-that come, talk, read and go in every way that they can (`soaking.visits`),
-callers that push to them or read no answers, a backend that fails and answers in
-every way that it can (`soaking.answers`). The relay is frozen now and then; in the
-end it is stopped, or killed and started again. After each round the books must
-balance (`soaking.books`):
+Each round takes about ten seconds: a relay with options drawn from the seed, clients
+that connect, send, read and leave in every possible way (`soaking.visits`), callers
+that send to them or read no responses, a backend that fails and answers in every
+possible way (`soaking.answers`). The relay is stopped by SIGSTOP at times; at the end
+it is stopped by SIGTERM, or killed and started again. After each round
+`soaking.books` checks:
 
-- each connection that was accepted has one disconnect event, and its code is the
-  one that the client saw where the relay closed;
-- each message that a client sent, and could expect to be read, has been accepted
-  under one webhook-id, or refused, or let go, or counts as undelivered;
-- nothing overtakes a message that failed and waits for its retry; with strict
-  order, a client's messages are accepted in their order;
-- what was answered does not go again, and what failed not before its Retry-After;
-- pushes that were answered 200 came, none behind a close frame;
-- whoever reads and answers pings is neither cut nor called too slow.
+- each accepted connection has one disconnect event, and its code is the one that the
+  client got if the relay closed;
+- each message that a client sent, and could expect to be read, was accepted under one
+  webhook-id, or refused, or abandoned, or counts as undelivered;
+- no message overtakes one that failed and waits for its retry; with strict order, a
+  client's messages are accepted in order;
+- an answered event is not sent again, and a failed one not before its Retry-After;
+- sends that were answered 200 arrived, none behind a close frame;
+- a client that reads and answers pings is neither cut off nor reported as too slow.
 
-What came too late behind something else is judged by round trips between soak and
-relay (`soaking.pulse`), not by seconds: a busy machine makes the books less strict
-for a while, and nothing a violation. With one comes what the backend and the relay's
-log saw of its connection. With --one-relay one relay lives for all the seconds; its
-resident memory is printed over time, and must be flat. What the seed can't repeat is
+Round trips between soak and relay (`soaking.pulse`), not seconds, decide whether an
+event came too late after another one: on a busy machine the checks are less strict for
+a while, but report no false violation. Each violation is printed with what the backend
+and the relay's log have about its connection. With --one-relay one relay runs all the
+time; its resident memory is printed, and must not grow. The seed does not repeat the
 timing. Exit status 1 on a violation.
 """
 
@@ -172,7 +172,7 @@ class Backend(FaultyBackend):
             self.told[attempt.event["message"].split()[0]] += 1
 
     def reply_to(self, attempt: Attempt) -> Reply:
-        # A verdict by 503 is one; those are in the tests of handshakes.
+        # A decision of 503 would be one; the tests of handshakes have those.
         return Reply() if attempt.kind == "connect" else super().reply_to(attempt)
 
 
@@ -254,7 +254,7 @@ class Round:
                 await asyncio.gather(*living[1:3])
                 self.status = await self._end(service, backend, moods, over)
                 await asyncio.gather(*living)
-                proxy.fall_silent()  # whoever vanishes has done so by now
+                proxy.fall_silent()  # clients that vanish have done so by now
                 ends = (visit.end() for visit in self.visits if not visit.refused)
                 async with asyncio.timeout(SETTLED):
                     await asyncio.gather(*ends)
@@ -287,7 +287,7 @@ class Round:
         return status
 
     async def _tell_the_rest(self, flags: list[str], backend: Backend) -> None:
-        """The next run tells of what this one could not."""
+        """The next run sends the disconnect events that this one could not."""
         deadline = time.monotonic() + SETTLED
         async with Service(*flags):
             while time.monotonic() < deadline:

@@ -192,8 +192,8 @@ async def test_disconnects_of_a_dead_run_begin_traces(io_loop, tmp_path):
                 await client.wait_closed()
         async with Service(*flags):
             await backend.wait_for("disconnect", 2)
-        farewells = [trace for trace in traces(backend) if trace[0] == "disconnect"]
-        assert are_new(farewells)
+        disconnects = [trace for trace in traces(backend) if trace[0] == "disconnect"]
+        assert are_new(disconnects)
 
 
 def test_parent_span_is_kept():

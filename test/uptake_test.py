@@ -421,16 +421,16 @@ async def test_silence_begins_when_the_last_byte_is_taken(io_loop):
 @LOOPS
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_all_kinds_of_clients_at_once(io_loop, loop, seed):
-    """Each message that was sent before a close frame comes once and in order.
+    """Each message that was sent before a close frame arrives once and in order.
 
-    Of clients that read slowly, never, or quickly, that are fed all the time or not,
-    and that leave by the book, without a word, or stay until the relay stops.
+    Clients read slowly, never or quickly; get frames all the time or not; and close
+    with a handshake, disconnect, or stay until the relay stops.
     """
     chance = random.Random(seed)
     flags = ("--ping_interval=1", "--ping_timeout=2", "--send_timeout=2",
              "--connection_queue_messages=8", "--order_wait=10",
              f"--event_loop={loop}")
-    orderly: set[str] = set()  # those that left by the book
+    orderly: set[str] = set()  # those that left with a closing handshake
     over = asyncio.Event()
 
     async def feed(backend: RecordingBackend, url: str, pause: float) -> None:

@@ -1,4 +1,4 @@
-"""How a backend answers: every fault, every odd form, every Retry-After."""
+"""Responses of the soak's backend: each fault, each unusual form, each Retry-After."""
 
 import random
 from dataclasses import replace
@@ -31,7 +31,7 @@ READABLE = (
     b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
     b"HTTP/1.1 %d OK\r\nContent-Length: 2\r\n\r\nOK",
 )
-# Likewise, of which nothing says where they end but the end of the connection.
+# The same, but they end only with the connection.
 READABLE_TO_THE_END = (
     b"HTTP/1.0 %d OK\r\n\r\nOK",
     b"HTTP/1.1 %d OK\r\nConnection: close\r\n\r\nOK",
@@ -66,7 +66,7 @@ ABSURD_RETRY_AFTERS = (
     "9" * 5000,
 )
 
-# Answered so, an event goes again.
+# Statuses after which an event is retried.
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 DELAYS = (0.0, 0.0, 0.05, 0.3, 0.8)  # seconds
 SOME = 8  # kinds of failure in one round

@@ -1,4 +1,4 @@
-"""What clients, callers and the backend saw, held against the contract."""
+"""Compares what clients, callers and the backend saw with the contract."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -12,35 +12,34 @@ from soaking.answers import PASSING
 from soaking.pulse import Pulse
 from soaking.visits import Babbling, Closing, Sipping, Visit
 
-# Beats after which the relay has read what the backend answered, and the backend
-# what the relay had sent by then: one for either would do on connections that are
-# open, and a new one takes a few, by TLS most.
+# Beats after which the relay has read what the backend answered, and the backend what
+# the relay had sent: one each on open connections; a new one takes more, TLS most.
 KNOWN = 10
 EARLY = 0.05  # seconds that a retry may come early: clocks are read in turns of a loop
 MAX_UNANSWERED = 16  # messages of one connection; the relay's default
-HELD_AFTERWARDS = 5.0  # seconds; an answer is held so long behind the farewell
-LIFE = 6.0  # seconds in which the relay finds that a client is not alive
-ALIVE = 0.5  # seconds that the soak may stand still meanwhile: its clients do, too
-LOST = "instance lost"  # what the next run of a relay says of the dead one
+HELD_AFTERWARDS = 5.0  # seconds for held responses after the disconnect event
+LIFE = 6.0  # seconds in which the relay detects a dead client
+ALIVE = 0.5  # seconds that the soak, with its clients, may stand still meanwhile
+LOST = "instance lost"  # the reason in events of the next run for a dead one
 TOLD = ("code", "initiator", "reason", "undelivered", "refused")  # in `meta`
-SLOW = 1008  # the close code of who takes nothing
+SLOW = 1008  # the close code of a client that reads nothing
 DISCONNECT_TIMEOUT = 300.0  # seconds; the relay's default
 
 
 @dataclass(frozen=True)
 class Violation:
-    """A sentence for people; `connection_id` is empty where it is of no connection."""
+    """A description; `connection_id` is empty if it concerns no connection."""
 
     what: str
     connection_id: str = ""
 
 
 class Audit:
-    """One round's books.
+    """The checks of one round.
 
-    `strict`: one message at a time, and no answer is held. `cut_off`: the relay
-    lost what was in its memory, such as messages that failed behind the farewell.
-    Whether one thing came too late behind another is judged by `pulse`.
+    `strict`: one message at a time, and no response is held. `cut_off`: the relay lost
+    its memory, such as messages that failed after the disconnect event. `pulse` decides
+    whether an event came too late after another one.
     """
 
     def __init__(
@@ -68,10 +67,10 @@ class Audit:
     def violations(
         self, visits: Iterable[Visit], *, reads_at_once: bool
     ) -> Iterator[Violation]:
-        """Yield each that there is.
+        """Yield each violation.
 
-        `reads_at_once`: nothing but its own queue keeps a client's close frame
-        from being read.
+        `reads_at_once`: only its own queue delays the reading of a client's close
+        frame.
         """
         for visit in visits:
             connection_id = self._ids.get(visit.name, "")
@@ -108,7 +107,7 @@ class Audit:
         return accepted <= self._disconnects.keys()
 
     def _flaws(self, visit: Visit, reads_at_once: bool) -> Iterator[str]:
-        """Compare what a client did and saw with what the backend was told."""
+        """Compare what a client did and saw with what the backend got."""
         yield from visit.flaws
         if visit.refused or visit.name not in self._ids:
             return
@@ -128,8 +127,8 @@ class Audit:
             return  # and so is what was in memory
         yield from self._lost_messages(visit, meta, attempts)
         yield from self._lost_pushes(visit, meta, reads_at_once)
-        # A close frame has no room behind what a slow client does not take, and
-        # comes too late behind what it takes slowly.
+        # A slow client gets no close frame, or too late, behind the bytes that it has
+        # not read.
         unseen = visit.close_code is None and (
             meta["code"] == SLOW
             or (isinstance(visit, Sipping) and meta["initiator"] == "relay")
@@ -152,14 +151,14 @@ class Audit:
     def _lost_messages(
         self, visit: Visit, meta: dict[str, Any], attempts: list[Attempt]
     ) -> Iterator[str]:
-        """Each message came to an end of which the backend or the event knows."""
+        """Each message was settled with the backend, or is counted in the event."""
         told = next(
             a
             for a in self._by_connection[meta["connection_id"]]
             if a.kind == "disconnect" and a.accepted
         )
         let_go = told.ended + HELD_AFTERWARDS
-        if self._cut_off:  # what failed as the event was sent goes again, or is lost
+        if self._cut_off:  # what failed as the event was sent is retried, or lost
             let_go = self._pulse.ago(KNOWN, told.arrived)
         latest = {spoken(a): a for a in attempts}
         settled = {spoken(a) for a in attempts if self._is_settled(a)} | {
@@ -179,10 +178,10 @@ class Audit:
             yield f"{visit.sent} messages sent, {len(settled)} settled, {meta}"
 
     def _crossed(self, failed: Attempt) -> bool:
-        """Whether the relay may have let go of a message just as it failed.
+        """Whether the relay may have abandoned a message just as it failed.
 
-        It does so to send one more while so many are open, and which of the two came
-        first only the relay knows. Some of them the backend had not read by then.
+        It abandons one to send another while so many are open; only the relay knows
+        which of the two came first. The backend may not have read some of them.
         """
         if self._strict:
             return False
@@ -206,9 +205,9 @@ class Audit:
     def _lost_pushes(
         self, visit: Visit, meta: dict[str, Any], reads_at_once: bool
     ) -> Iterator[str]:
-        """What was answered 200 reached a client that read to the end, in order."""
+        """Sends with status 200 reached a client that read to the end, in order."""
         if visit.received != sorted(set(visit.received)):
-            # Pushes that are under way together have no order.
+            # Concurrent sends have no order.
             again = [n for n, count in Counter(visit.received).items() if count > 1]
             if again:
                 yield f"pushes came twice: {again}"
@@ -233,7 +232,7 @@ class Audit:
                     )
 
     def delivery_flaws(self, attempts: list[Attempt]) -> Iterator[str]:
-        """Replay one connection's attempts in the order in which they came."""
+        """Replay one connection's attempts in the order of arrival."""
         replay = _Replay(attempts)
         for attempt in attempts:
             if attempt.kind == "connect":
@@ -255,7 +254,7 @@ class Audit:
                 yield f"out of order: {numbers}"
 
     def _needless(self, attempt: Attempt, same: list[Attempt]) -> Iterator[str]:
-        """What was answered for good does not go again."""
+        """A finally answered event is not sent again."""
         for earlier in same:
             if (
                 self._is_settled(earlier)
@@ -269,7 +268,7 @@ class Audit:
                 break
 
     def _swapped(self, attempt: Attempt, replay: "_Replay") -> Iterator[str]:
-        """First attempts come in order, unless one was lost before it was read."""
+        """First attempts arrive in order, unless one was lost before it was read."""
         highest = replay.highest
         if (
             not replay.by_id[attempt.webhook_id]
@@ -281,13 +280,13 @@ class Audit:
             yield f"{label(attempt)} came first after {label(highest)}"
 
     def _early_retry(self, attempt: Attempt, replay: "_Replay") -> Iterator[str]:
-        """Retry-After is honoured, though never beyond the deadline."""
+        """Retry-After is respected, but not beyond the deadline."""
         same = replay.by_id[attempt.webhook_id]
         if not same or not self._is_failed(same[-1]) or same[-1].doubtful:
             return
         latest = same[-1]
         if is_of_next_run(attempt) and not is_of_next_run(latest):
-            return  # which does not know what the dead one was told
+            return  # a new run does not know the responses that the dead one got
         wait = attempt.arrived - latest.ended
         if attempt.kind == "message":
             failed_at = self._may_have_failed(attempt, replay)
@@ -317,7 +316,7 @@ class Audit:
         return self._book.first_reset(begin, end) < float("inf")
 
     def _overtaken(self, attempt: Attempt, replay: "_Replay") -> Iterator[str]:
-        """Nothing goes past a message that has failed and waits for its retry."""
+        """No message overtakes one that has failed and waits for its retry."""
         waiting = [
             a
             for a in replay.failed.values()
@@ -342,12 +341,12 @@ class Audit:
             if spoken(other) > spoken(attempt):
                 continue
             if replay.next_of(other) < float("inf"):
-                # It may have gone again beside this one, and been lost unread.
+                # It may have been retried at the same time, and lost unread.
                 is_wrong = (
                     self._book.first_reset(other.ended, attempt.arrived) == float("inf")
                 )
             else:
-                # It was given up; what was open by then goes on, but nothing new.
+                # It was given up; open requests continue, but no new ones are sent.
                 is_wrong = is_first and not self._is_doubtful(
                     other.ended, attempt.arrived
                 )
@@ -355,14 +354,14 @@ class Audit:
                 yield f"{label(attempt)} overtook {label(other)}, which had failed"
 
     def _went_later(self, failed: Attempt, other: Attempt, replay: "_Replay") -> bool:
-        """Whether what had failed went again well behind `other`, or never."""
+        """Whether the failed message was retried well after `other`, or never."""
         again = replay.next_of(failed)
         if again == float("inf"):
             return not self._crossed(failed)
         return self._pulse.count(other.arrived, again) > KNOWN
 
     def _is_failed(self, attempt: Attempt) -> bool:
-        """Whether the event goes again after this attempt."""
+        """Whether the event is retried after this attempt."""
         outcome = attempt.outcome
         if outcome.isdigit():
             return int(outcome) in PASSING or int(outcome) >= 500
@@ -371,7 +370,7 @@ class Audit:
         )
 
     def _is_settled(self, attempt: Attempt) -> bool:
-        """Whether that was the end of the message: taken, refused or let go."""
+        """Whether the attempt ended the message: accepted, refused or abandoned."""
         return attempt.outcome != "hold" and not self._is_failed(attempt)
 
 
@@ -393,7 +392,7 @@ class _Replay:
         self.disconnected = float("inf")  # when the first disconnect event came
 
     def came_first(self, attempt: Attempt) -> float:
-        """When that message came for the first time."""
+        """Return when that message arrived for the first time."""
         return self._came_first[spoken(attempt)]
 
     def came_before(self, attempt: Attempt) -> float:
@@ -401,7 +400,7 @@ class _Replay:
         return self._came_first.get(spoken(attempt) - 1, self.began)
 
     def next_of(self, attempt: Attempt) -> float:
-        """When the event came again; for ever where it did not."""
+        """Return when the event arrived again; infinite if it did not."""
         arrivals = self._arrivals[attempt.webhook_id]
         later = (at for at in arrivals if at > attempt.arrived)
         return min(later, default=float("inf"))
