@@ -30,10 +30,10 @@ UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 CHUNK = b"%x\r\n" % PIECE + b"x" * PIECE + b"\r\n"
 FLOOD = b"x" * PIECE
-# What a healthy caller sends: several reads of the relay, and one answer.
+# The request of a normal caller: it needs several reads, and has one response.
 HEALTHY = SEND + b"Content-Length: 150000\r\n\r\n" + bytes(150_000)
 
-# What a peer says first, and then again and again, without reading an answer.
+# What a peer sends first, and then repeatedly, without reading a response.
 PEERS = {
     "pipelined requests": (b"", GET * (PIECE // len(GET))),
     "pipelined requests in one line": (b"", b"GET / HTTP/1.1\r\n\r\n" * 3640),
@@ -67,7 +67,7 @@ class Figures:
 
 
 class Peer:
-    """Says what it has to say as fast as it is taken, and reads nothing."""
+    """Sends its bytes at full speed, and reads nothing."""
 
     def __init__(self, address: tuple[str, int], kind: str) -> None:
         self._address = address
@@ -75,12 +75,12 @@ class Peer:
         self.sent = 0
 
     async def stay(self) -> None:
-        """Until it is cancelled; when it is thrown out it comes again."""
+        """Send until cancelled; connect again when the relay has closed."""
         loop = asyncio.get_running_loop()
         while True:
             with socket.socket() as sock:
                 sock.setblocking(False)
-                # Small, so that bytes are kept by the relay or by nobody.
+                # Small, so that only the relay can store many bytes.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE)
                 with contextlib.suppress(OSError):
@@ -97,7 +97,7 @@ class Peer:
 async def attack(
     service: Service, url: str, kind: str, peers: int, seconds: float
 ) -> Figures:
-    """Have so many peers of a kind at `url` for so long."""
+    """Run `peers` of a kind at `url` for `seconds`."""
     process = service.process.pid
     parts = urlsplit(url)
     address = (parts.hostname or "", parts.port or 0)
@@ -120,14 +120,14 @@ async def attack(
                 assert heard.statuses == [410], heard
                 longest_call = max(longest_call, time.monotonic() - began)
                 during = max(during, memory(process))
-                await asyncio.sleep(0.05)  # between two looks
+                await asyncio.sleep(0.05)  # between two measurements
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         await client.send("after")
         assert await asyncio.wait_for(client.recv(), DEADLINE) == "after"
-        # What they had is given back when the relay has seen that they are gone.
+        # The relay frees their memory when it has seen that they disconnected.
         after = memory(process)
         until = time.monotonic() + seconds
         while after > before and time.monotonic() < until:
@@ -138,14 +138,14 @@ async def attack(
 
 
 def doors(service: Service) -> dict[str, str]:
-    """The listeners by name."""
+    """Return the listeners' URLs by name."""
     return {"clients": service.ws_url, "callbacks": service.callback_url}
 
 
 async def main(
     peers: int, seconds: float, servers: Sequence[str], kinds: Sequence[str]
 ) -> None:
-    """A row for each attack."""
+    """Run each attack, and print a row for it."""
     print(f"{peers} peers, {seconds:g} s each; MB: before, during, after; taken;"
           " longest echo and call")
     for server in servers:

@@ -47,7 +47,7 @@ GROUPS = {
     "13": "compression: its parameters",
 }
 
-# Why a case is less than OK. Autobahn judges none of these as wrong.
+# Why a case is less than OK. For Autobahn none of these is a failure.
 EXPLAINED = {
     r"7\.1\.6": "INFORMATIONAL: a ping after the close frame. The standard leaves it"
     " open what becomes of the messages before; the relay has delivered them.",
@@ -60,7 +60,7 @@ LESS_THAN_OK = {"INFORMATIONAL", "UNIMPLEMENTED"}
 
 
 async def run(cases: Sequence[str], flags: Iterable[str]) -> list[Case]:
-    """The results of `cases` against a relay of its own."""
+    """Run `cases` against a new relay, and return the results."""
     limits = (f"--max_message_size={LARGEST}", f"--max_send_buffer={2 * LARGEST}")
     async with Service(*limits, *flags) as service:
         try:
@@ -70,7 +70,7 @@ async def run(cases: Sequence[str], flags: Iterable[str]) -> list[Case]:
 
 
 def verdict(case: Case) -> str:
-    """What Autobahn says of the case, its closing included."""
+    """Return Autobahn's result of the case, including its closing."""
     closing = case.behavior_close.value
     if closing in ("OK", case.behavior.value):
         return case.behavior.value
@@ -78,7 +78,7 @@ def verdict(case: Case) -> str:
 
 
 def unexplained(cases: Iterable[Case], compressed: bool) -> Iterator[str]:
-    """A line for each case that failed, or is less than OK for no known reason."""
+    """Return a line for each case that failed, or is less than OK without a reason."""
     for case in cases:
         found = verdict(case)
         known = any(re.match(pattern, case.case_id) for pattern in EXPLAINED)
@@ -92,7 +92,7 @@ def unexplained(cases: Iterable[Case], compressed: bool) -> Iterator[str]:
 
 
 def table(results: Sequence[Sequence[Case]]) -> str:
-    """One row for each group, one column for each of `RUNS`."""
+    """Return a table with a row for each group and a column for each of `RUNS`."""
     lines = [
         f"| group | | {' | '.join(RUNS)} |",
         "|---|---|" + "---|" * len(RUNS),
@@ -109,7 +109,7 @@ def table(results: Sequence[Sequence[Case]]) -> str:
 
 
 def explanations(results: Iterable[Iterable[Case]]) -> str:
-    """A list of the reasons that were needed."""
+    """Return a list of the reasons that apply."""
     ids = [c.case_id for cases in results for c in cases if verdict(c) != "OK"]
     lines = []
     for pattern, why in EXPLAINED.items():
@@ -124,7 +124,7 @@ def explanations(results: Iterable[Iterable[Case]]) -> str:
 
 
 def write(text: str) -> None:
-    """Put the result between its marks."""
+    """Write the result between its marks in the document."""
     before, rest = REPORT.read_text("utf-8").split(BEGIN)
     after = rest.split(END)[1]
     REPORT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", "utf-8")

@@ -1,4 +1,4 @@
-"""What the property tests share: how many examples, and bytes that come in pieces."""
+"""Shared by the property tests: the number of examples, and splitting of bytes."""
 
 import os
 from typing import TypeVar
@@ -13,7 +13,7 @@ Whole = TypeVar("Whole", bytes, str)
 
 
 def examples(number: int) -> settings:
-    """That many; the same ones each time, unless more are asked for."""
+    """Settings with that many examples, the same each time unless FUZZ is set."""
     return settings(
         max_examples=number * MORE,
         deadline=None,
@@ -28,7 +28,7 @@ def examples(number: int) -> settings:
 def in_pieces(
     draw: st.DrawFn, data: st.SearchStrategy[Whole], cuts: int = 5
 ) -> list[Whole]:
-    """`data`, cut anywhere, up to so many times."""
+    """Draw `data`, split at up to `cuts` places."""
     whole = draw(data)
     at = sorted(draw(st.lists(st.integers(0, len(whole)), max_size=cuts)))
     return [whole[a:b] for a, b in zip([0, *at], [*at, len(whole)], strict=True)]

@@ -1,4 +1,4 @@
-"""The project as files: a copy of its checkout, and what an installation puts down."""
+"""The project's files: a copy of its checkout, and an installation."""
 
 import contextlib
 import fcntl
@@ -14,7 +14,7 @@ from service import PROJECT
 
 
 def copy_project(to: Path) -> Path:
-    """The tree that a clone would have, without tests and what is made in it."""
+    """Copy the files of a clone, without tests and generated files."""
     shutil.copytree(
         PROJECT,
         to,
@@ -26,20 +26,20 @@ def copy_project(to: Path) -> Path:
 
 
 def wheel(temporary: Path) -> Path:
-    """The project's wheel, built in a folder below, once per run."""
+    """Return the project's wheel, built once per run."""
     with _alone(temporary) as shared:
         return _wheel(shared)
 
 
 def installation(temporary: Path) -> Path:
-    """Where the wheel is installed, with `bin` and `share` in it, once per run."""
+    """Return the folder of the installed wheel, made once per run."""
     with _alone(temporary) as shared:
         prefix = shared / "installation"
         if not prefix.exists():
             built = _wheel(shared)
             made = shared / "installation-being-made"
             _pip("install", f"--prefix={made}", str(built))
-            # Its scripts name Python's folder, not their own: it can be renamed.
+            # It can be renamed, since its scripts contain only Python's path.
             made.rename(prefix)
         return prefix
 
@@ -57,7 +57,7 @@ def _wheel(shared: Path) -> Path:
 
 @contextlib.contextmanager
 def _alone(temporary: Path) -> Iterator[Path]:
-    """The folder that all processes of a run share, while no other one is here."""
+    """Lock and return the folder that all processes of a run share."""
     shared = temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary
     with open(shared / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

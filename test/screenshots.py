@@ -136,7 +136,7 @@ async def backend() -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def talking(service: Service, seconds: float) -> AsyncIterator[None]:
-    """Clients that come and go, and talk more and less; some are refused."""
+    """Clients that connect, send and leave; some are rejected."""
     async with contextlib.AsyncExitStack() as stack:
         clients: list[websockets.ClientConnection] = []
         loop = asyncio.get_running_loop()

@@ -1,7 +1,7 @@
-"""A DNS server that never answers, and a relay that wants to stop all the same.
+"""A DNS server that never answers, and a relay that must stop nevertheless.
 
-`resolver_test.py` runs it in namespaces of its own, where it says who is asked;
-it is collected only where it is named.
+`resolver_test.py` runs it in its own namespaces, where it sets the DNS server; pytest
+collects it only by name.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gen_test(timeout=120)
 
 @pytest.fixture
 def dns(tmp_path: Path):
-    """A server at 127.0.0.1, the only one that there is, and says nothing."""
+    """The only DNS server, at 127.0.0.1, which sends nothing."""
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     resolv = tmp_path / "resolv.conf"
     resolv.write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:5\n")
@@ -31,7 +31,7 @@ def dns(tmp_path: Path):
 
 @pytest.mark.parametrize("loop_name", ["uvloop", "asyncio"])
 async def test_silent_dns_does_not_delay_the_stop(io_loop, dns, loop_name):
-    """The drain takes its time, and the process ends with it."""
+    """The process exits at the end of the drain, during a look-up."""
     loop = asyncio.get_running_loop()
     async with Service(
         "--backend=http",

@@ -1,7 +1,6 @@
-"""A host that vanishes without a word: a backend's, which comes back, or a client's.
+"""A host that vanishes without FIN: a backend's, which is replaced, or a client's.
 
-`faults_test.py` runs it in a network namespace of its own; it is collected only
-where it is named.
+`faults_test.py` runs it in its own network namespace; pytest collects it only by name.
 """
 
 import asyncio
@@ -32,7 +31,7 @@ while data := sys.stdin.buffer.read1(65536): sock.sendall(data)
 
 @contextlib.asynccontextmanager
 async def far_host() -> AsyncIterator[list[str]]:
-    """A host at `FAR`: a namespace at the end of a cable; how to run things there."""
+    """A host at `FAR`, a network namespace; yields the prefix of commands."""
     host = await asyncio.create_subprocess_exec("unshare", "--net", "sleep", "infinity")
     there = ["nsenter", f"--target={host.pid}", "--net"]
     ours = os.readlink("/proc/self/ns/net")
@@ -57,7 +56,7 @@ async def run(*command: str) -> None:
 
 
 async def test_vanished_host_is_noticed_and_its_successor_told(io_loop):
-    """Held requests fail within --backend_dead_after, and go to who comes next."""
+    """Held requests fail within --backend_dead_after, and are sent to its successor."""
     await run("ip", "link", "set", "lo", "up")
     loop = asyncio.get_running_loop()
     async with contextlib.AsyncExitStack() as stack:

@@ -1,6 +1,5 @@
-"""What soak.py is made of.
+"""The parts of soak.py.
 
-`answers` is how a backend answers, `visits` are clients of every kind, `callers`
-call back, `pulse` says who has seen what by when, `books` compares what all of them
-saw.
+`answers` has the backend's responses, `visits` the clients, `callers` send callbacks,
+`pulse` measures round trips, `books` compares what all of them saw.
 """

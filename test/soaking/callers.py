@@ -1,4 +1,4 @@
-"""Those who call back: the pushes of a backend, and peers that read no answers."""
+"""The soak's callers: sends of a backend, and peers that read no responses."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ class Caller:
             drop(self._writer.transport)
 
     async def request(self, method: str, body: bytes = b"") -> int:
-        """The answer's status; 0 where the listener hung up, -1 where none came."""
+        """Return the status; 0 if the listener closed, -1 if there was no response."""
         parts = self._parts
         head = (
             f"{method} {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
@@ -66,7 +66,7 @@ class Caller:
 
 
 class Pusher:
-    """Sends numbers to one client, and keeps what was answered."""
+    """Sends numbers to one client, and records the responses."""
 
     def __init__(self, url: str, size: int) -> None:
         self._url = url
@@ -74,7 +74,7 @@ class Pusher:
         self.pushes: list[Push] = []
 
     async def push(self, caller: Caller) -> int:
-        """Send the next number; its status."""
+        """Send the next number; return the status."""
         push = Push(len(self.pushes), time.monotonic())
         self.pushes.append(push)
         push.status = await caller.request(
@@ -84,7 +84,7 @@ class Pusher:
         return push.status
 
     async def feed(self, over: asyncio.Event, pause: float) -> None:
-        """Push without end, until the connection is not open any more."""
+        """Send numbers until the connection has closed."""
         async with Caller(self._url) as caller:
             while not over.is_set():
                 status = await self.push(caller)
@@ -94,7 +94,7 @@ class Pusher:
 
 
 async def read_no_answers(url: str, over: asyncio.Event) -> None:
-    """Pipeline requests and read nothing, again and again."""
+    """Pipeline requests and read nothing, repeatedly."""
     parts = urlsplit(url)
     path = "/socket/" + "0" * 32 + "/send"
     body = b"x" * 4000

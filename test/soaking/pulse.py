@@ -1,6 +1,6 @@
-"""What the relay and the soak have done by when: the clock that the books judge by.
+"""Round trips between soak and relay: the clock of `books`.
 
-Seconds say how quick the machine is, round trips say who has seen what.
+Seconds depend on the machine's speed; round trips show what each side has read.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from soaking.callers import Caller
 
 PAUSE = 0.05  # seconds between two beats
 TICK = 0.05  # seconds
-LATE = 0.2  # seconds between two ticks: something held the soak up
+LATE = 0.2  # seconds between two ticks: something delayed the soak
 
 
 class Pulse:
@@ -32,13 +32,13 @@ class Pulse:
         self._own: list[tuple[float, float]] = []  # when the soak itself stood still
 
     def add(self, begin: float, end: float) -> None:
-        """Note a beat, which is later than all before."""
+        """Record a beat, which is later than all before."""
         self._begins.append(begin)
         self._ends.append(end)
 
     @contextlib.asynccontextmanager
     async def taken(self, url: str) -> AsyncIterator[None]:
-        """Take it, for the block; `url` is one that the relay answers at once."""
+        """Measure during the block; `url` is one that the relay answers at once."""
         tasks = (self._beat(url), self._watch())
         taking = [asyncio.create_task(task) for task in tasks]
         try:
@@ -57,7 +57,7 @@ class Pulse:
                 await asyncio.sleep(PAUSE)
 
     async def _watch(self) -> None:
-        """Notice when the soak itself is late."""
+        """Record when the soak itself is late."""
         before = time.monotonic()
         while True:
             await asyncio.sleep(TICK)
@@ -67,18 +67,18 @@ class Pulse:
             before = now
 
     def count(self, begin: float, end: float) -> int:
-        """How many beats lie in that time as a whole."""
+        """Return the number of beats that lie completely in that time."""
         first = bisect_left(self._begins, begin)
         behind = bisect_left(self._ends, end)
         return max(0, behind - first)
 
     def ago(self, beats: int, at: float) -> float:
-        """When so many beats before `at` began; for ever ago, if there were fewer."""
+        """Return when the beat began that is `beats` before `at`; -inf: too few."""
         first = bisect_left(self._ends, at) - beats
         return self._begins[first] if first >= 0 else float("-inf")
 
     def longest_own(self, begin: float, end: float) -> float:
-        """Seconds that the soak itself stood still then, at most, without a break."""
+        """Return the longest time, in seconds, for which the soak stood still."""
         stalls = (stop - start for start, stop in self._own
                   if stop > begin and start < end)
         return max(stalls, default=0.0)

@@ -1,4 +1,4 @@
-"""Clients of every kind; each keeps what it did, and what it saw."""
+"""The soak's clients of every kind; each records what it did and saw."""
 
 import asyncio
 import contextlib
@@ -31,12 +31,12 @@ from soaking.callers import Caller, Push, Pusher
 
 NUMBER = re.compile(rb"push (\d+)")
 PATIENCE = 60.0  # seconds for a handshake, and for an end, on a busy machine
-SEND_PATIENCE = 5.0  # seconds: where the relay has stopped reading, nothing leaves
-LARGE = 300_000  # bytes of a push that fills buffers
-HUGE = 4_000_000  # bytes of one that is as long as can be
+SEND_PATIENCE = 5.0  # seconds for a send; the relay may have stopped reading
+LARGE = 300_000  # bytes of a send that fills buffers
+HUGE = 4_000_000  # bytes of the longest send
 NORMAL = struct.pack("!H", 1000)  # payload of a close frame (RFC 6455, section 7.4.1)
 CLOSE_READ = 1.2  # seconds in which the relay, if it runs, has read a close frame
-CATCHING_UP = 0.5  # seconds that a slow reader may be behind its rate to make it good
+CATCHING_UP = 0.5  # seconds by which a slow reader may be late and still catch up
 
 
 class Refused(Exception):
@@ -44,13 +44,13 @@ class Refused(Exception):
 
 
 class Pace:
-    """Keeps a rate on a busy machine: who was late goes on at once."""
+    """Keeps a rate on a busy machine: after a delay it continues at once."""
 
     def __init__(self) -> None:
-        self._next = 0.0  # when it may go on (`time.monotonic()`)
+        self._next = 0.0  # when it may continue (`time.monotonic()`)
 
     async def rest(self, seconds: float) -> None:
-        """Wait until so many seconds behind the end of the rest before."""
+        """Wait until `seconds` after the end of the previous wait."""
         now = time.monotonic()
         self._next = max(self._next, now - CATCHING_UP) + seconds
         if self._next > now:
@@ -94,11 +94,11 @@ class Visit:
         raise NotImplementedError
 
     async def stay(self, over: asyncio.Event) -> None:
-        """What it does; until it leaves, is closed, or the round is over."""
+        """Send and read until it leaves, is closed, or the round ends."""
         raise NotImplementedError
 
     async def end(self) -> None:
-        """Wait until the connection has ended, whoever ends it."""
+        """Wait until the client or the relay has ended the connection."""
         raise NotImplementedError
 
     @property
@@ -113,13 +113,13 @@ class Visit:
         return ""
 
     def pusher(self, size: int = 0) -> Pusher:
-        """Whoever sends to it; its book is this visit's."""
+        """Return a caller that sends to this client; its sends are recorded here."""
         pusher = Pusher(self.send_url(), size)
         self.pushes = pusher.pushes
         return pusher
 
     def leave(self) -> None:
-        """It ends the connection now."""
+        """Record that it ends the connection now."""
         self.left, self.left_at = True, time.monotonic()
 
 
@@ -128,7 +128,7 @@ class Visit:
 
 @dataclass
 class Talker(Visit):
-    """Talks for some seconds, and hears pushes; subclasses say how it leaves."""
+    """Sends for some seconds, and reads; subclasses decide how it leaves."""
 
     client: websockets.ClientConnection = field(init=False)
 
@@ -172,7 +172,7 @@ class Talker(Visit):
         await self.go()
 
     async def go(self) -> None:
-        """Leave, or do not."""
+        """Leave, or stay."""
 
     async def end(self) -> None:
         await self._reading
@@ -180,7 +180,7 @@ class Talker(Visit):
 
 @dataclass
 class Polite(Talker):
-    """Leaves by the book, but does not wait for long where the relay has paused."""
+    """Leaves with a closing handshake, but does not wait long for a paused relay."""
 
     @property
     def certain(self) -> bool:  # type: ignore[override]
@@ -195,7 +195,7 @@ class Polite(Talker):
 
 @dataclass
 class Dropped(Talker):
-    """Its process dies."""
+    """Resets the connection, as a killed process does."""
 
     async def go(self) -> None:
         self.leave()
@@ -204,7 +204,7 @@ class Dropped(Talker):
 
 @dataclass
 class Vanishing(Talker):
-    """Its host goes without a word, at the end of the round."""
+    """Its host vanishes at the end of the round, without FIN."""
 
     async def end(self) -> None:
         self.leave()
@@ -214,14 +214,14 @@ class Vanishing(Talker):
 
 @dataclass
 class Staying(Talker):
-    """Is there until the relay closes."""
+    """Stays until the relay closes."""
 
     living = True
 
 
 @dataclass
 class Fed(Talker):
-    """Is sent to all the time: there are always frames that wait for it."""
+    """Gets frames all the time: some always wait for it."""
 
     living = True
 
@@ -246,7 +246,7 @@ class Fed(Talker):
 
 @dataclass
 class Bare(Visit):
-    """Frames are its own, and it reads as fast as it likes."""
+    """Makes its own frames, and reads at its own rate."""
 
     # Bytes that its kernel takes unread, about.
     receive_buffer: ClassVar[int] = 64 * 1024
@@ -282,7 +282,7 @@ class Bare(Visit):
             raise Refused(head[:100])
 
     async def say(self, frames: bytes) -> bool:
-        """Write; whether the kernel took it within some seconds."""
+        """Write; return whether the kernel took it within `SEND_PATIENCE`."""
         try:
             self.writer.write(frames)
             async with asyncio.timeout(SEND_PATIENCE):
@@ -294,7 +294,7 @@ class Bare(Visit):
         return not self.writer.transport.is_closing()
 
     async def read(self) -> None:
-        """Read all frames, and answer pings, until the relay hangs up."""
+        """Read all frames, and answer pings, until the relay closes the connection."""
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             while True:
                 first, second = await self.reader.readexactly(2)
@@ -318,7 +318,7 @@ class Bare(Visit):
                 self.writer.write(frame(CLOSE, payload))
 
     async def _payload(self, size: int) -> bytes:
-        """The frame's payload, or its beginning; as slowly as it reads."""
+        """Read a frame's payload at the client's rate; return it, or its beginning."""
         start = b""
         while size:
             part = await self.reader.read(min(size, 8192))
@@ -339,7 +339,7 @@ class Bare(Visit):
 
 @dataclass
 class Dashing(Bare):
-    """Sends, says goodbye and is gone, all at once; pushes to it fail meanwhile."""
+    """Sends, closes and disconnects at once; sends to it fail meanwhile."""
 
     certain = True
 
@@ -350,7 +350,7 @@ class Dashing(Bare):
         async with Caller(self.send_url()) as caller:
             pushing = asyncio.create_task(self._push(pusher, caller))
             self.writer.write(b"".join(messages) + frame(CLOSE, NORMAL))
-            # What has not left the process would be lost by this side.
+            # Bytes that are still in this process would be lost by the client.
             if not self.writer.transport.get_write_buffer_size():
                 self.sent = count
             self.leave()
@@ -368,7 +368,7 @@ class Dashing(Bare):
 
 @dataclass
 class Babbling(Bare):
-    """Goes on sending behind its close frame."""
+    """Continues to send after its close frame."""
 
     certain = True
 
@@ -382,7 +382,7 @@ class Babbling(Bare):
         messages.insert(count, frame(CLOSE, NORMAL))
         self.leave()
         if await self.say(b"".join(messages)):
-            self.sent = count  # else they need not have been read
+            self.sent = count  # otherwise the relay need not have read them
 
 
 @dataclass
@@ -414,13 +414,13 @@ class Fragmenting(Bare):
 
 @dataclass
 class Closing(Bare):
-    """Says goodbye while frames wait for it, and only then reads."""
+    """Sends a close frame while frames wait for it, and only then reads."""
 
     async def stay(self, over: asyncio.Event) -> None:
         if not await self.say(frame(TEXT, self.text(0).encode())):
             return
         self.sent = 1
-        # So that the relay does not put off reading the close frame.
+        # Otherwise the relay would delay reading the close frame.
         with contextlib.suppress(TimeoutError):
             await eventually(lambda: self.is_told() or over.is_set(), PATIENCE)
         pusher = self.pusher(HUGE)
@@ -438,7 +438,7 @@ class Closing(Bare):
 
 @dataclass
 class Sipping(Bare):
-    """Reads slowly but steadily what is much; sends now and then."""
+    """Reads many bytes slowly but steadily; sends at times."""
 
     living = True
     # Small, so that what it takes from the kernel shows outside several times a second.
@@ -458,7 +458,7 @@ class Sipping(Bare):
         await self._stop(feeding)
 
     async def _stop(self, feeding: asyncio.Task[None]) -> None:
-        """From here on it reads as fast as it can."""
+        """Read at full speed from now on."""
         self.rate = float("inf")
         await feeding
 
@@ -470,7 +470,7 @@ class Sipping(Bare):
 
 @dataclass
 class Mute(Bare):
-    """Sends, and never reads; is fed until it is closed for it."""
+    """Sends, and never reads; gets frames until the relay closes it."""
 
     async def stay(self, over: asyncio.Event) -> None:
         pusher = self.pusher(LARGE)
@@ -487,7 +487,7 @@ class Mute(Bare):
         pass
 
 
-# Those that stay for the whole round, and those that come and go.
+# Clients that stay for the whole round; the others connect and leave.
 GUESTS: tuple[type[Visit], ...] = (Fed, Sipping, Mute)
 PASSERS_BY: dict[type[Visit], int] = {
     Polite: 6, Dropped: 2, Vanishing: 1, Staying: 2, Dashing: 3, Babbling: 1,
@@ -496,12 +496,12 @@ PASSERS_BY: dict[type[Visit], int] = {
 
 
 def number_of(payload: bytes) -> int:
-    """Which push that is."""
+    """Return the number of a send."""
     match = NUMBER.match(payload)
     return int(match[1]) if match else -1
 
 
 async def pause_until(over: asyncio.Event, seconds: float) -> None:
-    """Wait for so long, or until the round is over."""
+    """Wait for `seconds`, or until the round ends."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(over.wait(), seconds)
