@@ -140,7 +140,7 @@ async def test_untrusted_backend_certificate_counts_as_unreachable(
 
 
 def retries(service: Service) -> list[str]:
-    """What the log has about messages that go again."""
+    """Return the log's lines about messages that are retried."""
     return [line for line in service.log if "is retried" in line]
 
 

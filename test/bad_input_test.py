@@ -178,7 +178,7 @@ REFUSED_LINES = {
     "websocket-frames": b"\x81\x85\0\0\0\0hello\r\n\r\n",
 }
 
-# An error with an end, of whoever speaks something else than HTTP/1.1.
+# One error response, then the end, for a peer that does not use HTTP/1.1.
 ERRORS = {400, 405, 411, 413, 414, 417, 431, 501, 505}
 
 
@@ -447,7 +447,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
 EMPTY = b"Content-Length: 0\r\n\r\n"
 CUT_OFF = ScriptedBackend.CUT
 
-# Nothing that could be believed: the event goes again, and a handshake gets 503.
+# Malformed responses: the event is retried, and a handshake gets 503.
 NO_ANSWER = {
     "nothing": b"",
     "no-http": b"SSH-2.0-OpenSSH_9.2\r\n",
@@ -632,7 +632,7 @@ async def test_bad_response_to_a_connect_event(answered, row):
     times = 2 if row == "nothing" else 1
     answered.answer("connect", ANSWERS[row], times)
     status, *_ = await shake_hands(answered)
-    # A verdict that cannot be decoded is none, though its status is one.
+    # A body that cannot be decoded is not a decision, in spite of its status.
     is_verdict = row in ACCEPTED and row != "compressed-garbage"
     assert status == (101 if is_verdict else 503)
     (event,) = await answered.backend.wait_for("disconnect", 1)

@@ -339,7 +339,7 @@ async def test_playground_with_an_http_backend_and_two_listeners(io_loop, browse
         async def answer(handler: RequestHandler, event: Any) -> None:
             nonlocal answers
             answers += 1
-            if answers == 1:  # it goes again
+            if answers == 1:  # it is retried
                 handler.set_status(503)
                 return
             await backend.call(

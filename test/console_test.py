@@ -119,7 +119,7 @@ async def post(
         return await caller.ask("POST", path, own, *headers, body=body)
 
 
-# Whom it answers.
+# Authorization.
 
 
 async def test_page_has_a_policy_with_both_listeners(io_loop):

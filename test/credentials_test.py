@@ -83,7 +83,7 @@ async def test_all_files_are_read_again_or_none(io_loop, tmp_path):
 
 
 def reads(service: Service) -> list[str]:
-    """The lines of the log that tell of SIGHUP."""
+    """Return the log's lines about SIGHUP."""
     return [line for line in service.log if "reloaded: " in line]
 
 

@@ -120,7 +120,7 @@ async def test_unreachable_backend_can_end_readiness(io_loop):
                 assert not told["ready"]
                 assert told["state"] == "serving"
                 assert told["backend"]["away"] >= 0.5
-                for _ in range(50):  # its message goes again, and finds out
+                for _ in range(50):  # the retry of its message finds out
                     assert await readyz(service)
                 backend.script = lambda kind: OK
                 async with asyncio.timeout(DEADLINE):

@@ -397,7 +397,7 @@ async def test_held_messages_are_counted(io_loop):
                 async with asyncio.timeout(DEADLINE):
                     while (await scrape(service))["events_held"] != 2:
                         pass
-                # A sign of life: for the next message, the oldest is let go.
+                # A sign of life: for the next message, the oldest is abandoned.
                 assert (await backend.call(event["meta"]["send"], body="x")).code == 200
                 await client.send("2")
                 await backend.wait_for("message", 3)

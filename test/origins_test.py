@@ -127,7 +127,7 @@ async def test_same_origin_uses_the_forwarded_host(io_loop):
                      "X-Forwarded-Host: evil.example"], 403),
             (PROXY, [], 403),
             (PROXY, ["X-Forwarded-Host:"], 403),
-            # Two in a row: the first is whom the client asked.
+            # Of two in a row, the first is the host that the client asked.
             (PROXY, ["X-Forwarded-Host: app.example, inner.example",
                      "X-Forwarded-Proto: https, http",
                      "X-Forwarded-For: 203.0.113.7, 10.0.0.9"], 101),

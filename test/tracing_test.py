@@ -536,7 +536,7 @@ def made_here(
 
 
 def failure(number: int) -> Attempt:
-    """Of an event that may go again."""
+    """Make an attempt of an event that may be retried."""
     traceparent = f"00-{number:032x}-{number:016x}-01"
     return Attempt(
         "message", "c", f"c-{number}", traceparent, "unreachable", None, 0.0, "http://a/b"

@@ -98,7 +98,7 @@ def side_by_side(acts: list, peers: list[Peer]) -> Iterator[None]:
 
 
 def processor_time(service: Service) -> float:
-    """Seconds for which the relay has run: whoever else runs here counts for none."""
+    """Return the seconds for which the relay's process has run, without others."""
     told = Path(f"/proc/{service.process.pid}/schedstat").read_text()
     return int(told.split()[0]) / 1e9
 

@@ -190,15 +190,15 @@ class SocketConnection:
     def close_socket(self) -> None:
         """Close at once; bytes that were not sent are dropped."""
         if not self.closed:
-            self._let_go()
+            self._detach()
             self._sock.close()
 
     def take_socket(self) -> socket.socket:
         """Return the socket, which belongs to the caller from now on."""
-        self._let_go()
+        self._detach()
         return self._sock
 
-    def _let_go(self) -> None:
+    def _detach(self) -> None:
         self.closed = True
         self.stop_reading()
         if self._unsent is not None or self._shaking_hands:
