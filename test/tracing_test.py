@@ -590,7 +590,7 @@ async def test_queued_spans_are_bounded(io_loop, monkeypatch, caplog):
 
 async def test_warnings_of_the_sdk_are_logged_once(io_loop, monkeypatch, caplog):
     """Without their arguments; the number of different warnings is limited."""
-    monkeypatch.setattr("handlers.telemetry.exporter.MAX_TOLD", 3)
+    monkeypatch.setattr("handlers.telemetry.exporter.MAX_WARNINGS", 3)
     tracing = made_here(monkeypatch, otel(9))
     sdk_logger = logging.getLogger("opentelemetry.sdk.trace")
     try:
