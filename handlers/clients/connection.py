@@ -23,7 +23,7 @@ from backends import (
 )
 from backends.deadlines import after_reading
 from handlers.clients.heartbeat import Heartbeat
-from handlers.clients.inbox import NEVER, Inbox, size_of
+from handlers.clients.inbox import Inbox, size_of
 from handlers.clients.lifetimes import Lifetimes
 from handlers.clients.policy import ClientPolicy
 from handlers.clients.reception import DELAYED_ACK, Reception
@@ -134,8 +134,7 @@ class ClientConnection:
         self.messages_in = self.messages_out = self.bytes_in = self.bytes_out = 0
         self.subprotocol: str | None = None
         self._protocol: ClientProtocol | None = None
-        # Created for the first message: many clients are silent.
-        self._inbox: Inbox | None = None
+        self._inbox = Inbox(self, context)
         self._reception = Reception(self._began)
         self._stall_timer: asyncio.TimerHandle | None = None
 
@@ -155,7 +154,7 @@ class ClientConnection:
         self.subprotocol = subprotocol
         policy = self._context.policy
         if policy.rates:
-            self._opened_inbox().throttle = Throttle(policy.rates, policy.stalls)
+            self._inbox.throttle = Throttle(policy.rates, policy.stalls)
         self._protocol = ClientProtocol(
             self, policy.max_message_size, compression, policy.rates.bytes
         )
@@ -189,9 +188,9 @@ class ClientConnection:
     def on_heard(self, size: int, at_once: bool) -> None:
         """Record `size` received bytes; `at_once` if they had already arrived."""
         self.last_heard = self._context.loop.time()
-        inbox = self._inbox
-        if inbox is not None and inbox.throttle is not None:
-            inbox.throttle.on_bytes(size, at_once, self.last_heard)
+        throttle = self._inbox.throttle
+        if throttle is not None:
+            throttle.on_bytes(size, at_once, self.last_heard)
 
     def on_pong(self) -> None:
         """Record a pong: the client has read everything sent before the ping."""
@@ -205,25 +204,13 @@ class ClientConnection:
         self._last_received = self.last_heard
         self._context.observer.received(self, message, size)
         inbox = self._inbox
-        if inbox is None:
-            inbox = self._opened_inbox()
-        elif inbox.throttle is not None:
+        if inbox.throttle is not None:
             inbox.throttle.on_message(self._now())
         inbox.put(message, size, self.last_heard)
 
-    def _opened_inbox(self) -> Inbox:
-        if self._inbox is None:
-            self._inbox = Inbox(self, self._context)
-        return self._inbox
-
     def room(self) -> "asyncio.Future[None] | None":
         """Return None if another message may be read, else a future to wait for."""
-        inbox = self._inbox
-        if inbox is None:
-            if not self._context.backlog.full:
-                return None
-            inbox = self._opened_inbox()
-        return inbox.room()
+        return self._inbox.room()
 
     @property
     def send_timeout(self) -> float:
@@ -239,18 +226,17 @@ class ClientConnection:
     @property
     def reading_paused(self) -> bool:
         """Whether the backlog or a rate limit has paused reading."""
-        return self._inbox is not None and self._inbox.reading_paused
+        return self._inbox.reading_paused
 
     @property
     def waiting_since(self) -> float:
         """When the oldest waiting event was read, on the loop's clock."""
-        return NEVER if self._inbox is None else self._inbox.waiting_since
+        return self._inbox.waiting_since
 
     @property
     def read_ahead(self) -> int:
         """Bytes that may be read ahead while reading is paused; 0 with rate limits."""
-        inbox = self._inbox
-        return READ_AHEAD if inbox is None or inbox.throttle is None else 0
+        return 0 if self._inbox.throttle is not None else READ_AHEAD
 
     @property
     def turns(self) -> Turns:
@@ -266,8 +252,8 @@ class ClientConnection:
     @property
     def busy(self) -> bool:
         """Whether messages wait for the backend, for the client, or to be read."""
-        inbox, protocol = self._inbox, self._protocol
-        return (inbox is not None and (inbox.busy or inbox.reading_paused)) or (
+        protocol = self._protocol
+        return self._inbox.busy or self._inbox.reading_paused or (
             protocol is not None and protocol.bytes_waiting > 0
         )
 
@@ -330,7 +316,7 @@ class ClientConnection:
         logger.warning("connection %s: delivery failed: %s", self.id, error, extra={
             "event": "give_up", "connection_id": self.id, "undelivered": messages
         })
-        self._opened_inbox().give_up(messages)
+        self._inbox.give_up(messages)
         self.close(CloseCode.TRY_AGAIN_LATER, "backend unavailable", "relay")
 
     async def drained(self) -> None:
@@ -479,7 +465,7 @@ class ClientConnection:
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
-        if self._inbox is not None and self._inbox.throttle is not None:
+        if self._inbox.throttle is not None:
             self._inbox.throttle.release()
 
     def end(self, close: Close | None = None, initiator: Initiator = "relay") -> None:
@@ -490,8 +476,7 @@ class ClientConnection:
         context.backlog.keep_part(self, 0)
         context.connections.remove(self)
         if close is None:
-            if self._inbox is not None:
-                self._inbox.close()
+            self._inbox.close()
             return
         duration = self._now() - self._began
         if self._protocol is not None:
@@ -519,8 +504,8 @@ class ClientConnection:
             "messages_out": self.messages_out,
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
-            "undelivered": 0 if self._inbox is None else self._inbox.undelivered,
-            "waiting": 0 if self._inbox is None else len(self._inbox),
+            "undelivered": self._inbox.undelivered,
+            "waiting": len(self._inbox),
         })
 
     async def _notify_backend(
@@ -529,11 +514,10 @@ class ClientConnection:
         """Notify the backend of the end, after all messages that were read before."""
         # It may wait for long, with thousands of others: keep only what it needs.
         self._protocol = None
-        inbox = self._opened_inbox()
-        await inbox.delivered()
-        inbox.waiting_since = self._began + duration
+        await self._inbox.delivered()
+        self._inbox.waiting_since = self._began + duration
         closure = Closure(
-            close.code, close.reason, initiator, duration, inbox.undelivered
+            close.code, close.reason, initiator, duration, self._inbox.undelivered
         )
         try:
             await self._context.backend.disconnect(self, closure)
@@ -545,7 +529,7 @@ class ClientConnection:
                 extra={"event": "disconnect_failed", "connection_id": self.id},
             )
         finally:
-            inbox.close()
+            self._inbox.close()
 
     def _now(self) -> float:
         return self._context.loop.time()

@@ -130,7 +130,7 @@ class FrameParser:
         # The message whose fragments are being collected; None between messages.
         self._opcode: int | None = None
         self._size = 0  # bytes received of it
-        self._fragments: bytearray | None = None
+        self._fragments = bytearray()
         self._decompress = False
         # Uncompressed text is decoded as it arrives, so that bad UTF-8 fails at once.
         self._utf8: codecs.IncrementalDecoder | None = None
@@ -267,8 +267,6 @@ class FrameParser:
                 self._text = io.StringIO()
         self._size += len(payload)
         if self._utf8 is None or self._text is None:
-            if self._fragments is None:
-                self._fragments = bytearray()
             self._fragments += payload
         else:
             try:
@@ -286,7 +284,7 @@ class FrameParser:
             self._utf8 = self._text = None
             return text
         assert opcode is not None
-        payload, self._fragments = bytes(self._fragments or b""), None
+        payload, self._fragments = bytes(self._fragments), bytearray()
         return self._message(opcode, payload, self._decompress)
 
     def _message(self, opcode: int, payload: bytes, compressed: bool) -> str | bytes:
