@@ -8,13 +8,12 @@ from typing import Protocol
 from backends import Backend, BackendError, Connection, Observer
 from handlers.backlog import Backlog
 from handlers.clients.policy import ClientPolicy
+from handlers.connections import NEVER
 from handlers.rates import Throttle
 from handlers.websocket.frames import CloseCode
 from handlers.websocket.turns import TURN, Turns, clock
 
 logger = logging.getLogger(__name__)
-
-NEVER = float("inf")  # on the loop's clock
 
 
 class InboxContext(Protocol):
