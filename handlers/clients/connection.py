@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from datetime import UTC, datetime, timedelta
 
 from tornado.iostream import IOStream
@@ -92,9 +93,9 @@ class ClientConnection:
     __slots__ = (
         "_began",
         "_closing",
+        "_connected_at",
         "_context",
         "_early",
-        "_early_close",
         "_inbox",
         "_last_received",
         "_protocol",
@@ -102,7 +103,6 @@ class ClientConnection:
         "_stall_timer",
         "bytes_in",
         "bytes_out",
-        "connected_at",
         "id",
         "last_heard",
         "messages_in",
@@ -129,7 +129,7 @@ class ClientConnection:
         self._context = context
 
         self.state: State = "connecting"
-        self.connected_at = datetime.now(UTC)
+        self._connected_at = time.time()  # as a number, since it takes less memory
         self._began = self.last_heard = self._last_received = self._now()
         self.messages_in = self.messages_out = self.bytes_in = self.bytes_out = 0
         self.subprotocol: str | None = None
@@ -140,8 +140,7 @@ class ClientConnection:
 
         # Frames sent by callbacks while the handshake is being decided.
         self._early: list[str | bytes] | None = None
-        self._early_close: tuple[int, str, Initiator] | None = None
-        # The first close of this side: code, reason, initiator.
+        # The first close of this side, maybe before the 101: code, reason, initiator.
         self._closing: tuple[int, str, Initiator] | None = None
 
     def begin(
@@ -175,8 +174,8 @@ class ClientConnection:
         for message in early or ():
             with contextlib.suppress(ConnectionClosed):  # the client has gone
                 self.send(message)
-        if self._early_close is not None:
-            self.close(*self._early_close)
+        if self._closing is not None:
+            self.close(*self._closing)
         elif self._context.connections.draining:
             self.drain()
 
@@ -216,6 +215,11 @@ class ClientConnection:
     def send_timeout(self) -> float:
         """Longest time in seconds without progress while frames wait."""
         return self._context.policy.send_timeout
+
+    @property
+    def connected_at(self) -> datetime:
+        """When the handshake began, in UTC."""
+        return datetime.fromtimestamp(self._connected_at, UTC)
 
     @property
     def last_active_at(self) -> datetime:
@@ -288,7 +292,7 @@ class ClientConnection:
 
     def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
         """Send one frame; see `backends.Connection.send`."""
-        if self.state == "connecting" and self._early_close is None:
+        if self.state == "connecting" and self._closing is None:
             early = self._early = self._early or []
             size = sum(map(size_of, early)) + size_of(message)
             if early and size > self._context.policy.max_send_buffer:
@@ -336,7 +340,7 @@ class ClientConnection:
     ) -> None:
         """Start the closing handshake; see `backends.Connection.close`."""
         if self.state == "connecting":
-            self._early_close = self._early_close or (code, reason, initiator)
+            self._closing = self._closing or (code, reason, initiator)
             return
         protocol = self._protocol
         if self.state != "open" or protocol is None:

@@ -190,17 +190,22 @@ class SocketConnection:
     def close_socket(self) -> None:
         """Close at once; bytes that were not sent are dropped."""
         if not self.closed:
-            self._detach()
+            self.stop_reading()
+            self._stop_writing()
             self._sock.close()
 
     def take_socket(self) -> socket.socket:
-        """Return the socket, which belongs to the caller from now on."""
-        self._detach()
+        """Return the socket, which belongs to the caller from now on.
+
+        Its reader stays registered if there is one: for the loop it is cheaper to
+        replace a reader than to forget the socket and to register it again.
+        """
+        self._reading = False
+        self._stop_writing()
         return self._sock
 
-    def _detach(self) -> None:
+    def _stop_writing(self) -> None:
         self.closed = True
-        self.stop_reading()
         if self._unsent is not None or self._shaking_hands:
             self._unsent = None
             self.loop.remove_writer(self._sock)

@@ -92,6 +92,38 @@ class Pong(NamedTuple):
 Received = str | bytes | Close | Ping | Pong
 
 
+class Fragments:
+    """The payloads of an incomplete message.
+
+    Uncompressed text is decoded as it arrives, so that bad UTF-8 fails at once.
+    """
+
+    __slots__ = ("_payload", "_text", "_utf8", "compressed", "opcode")
+
+    def __init__(self, opcode: int, compressed: bool) -> None:
+        self.opcode = opcode
+        self.compressed = compressed
+        self._payload = bytearray()
+        self._text: io.StringIO | None = None
+        if opcode == Opcode.TEXT and not compressed:
+            self._text = io.StringIO()
+            self._utf8 = codecs.getincrementaldecoder("utf-8")()
+
+    def add(self, payload: bytes, final: bool) -> None:
+        """Add the next payload. Raises `FrameError` if it is not UTF-8 but must be."""
+        if self._text is None:
+            self._payload += payload
+            return
+        try:
+            self._text.write(self._utf8.decode(payload, final))
+        except UnicodeDecodeError:
+            raise _not_utf8() from None
+
+    def message(self) -> str | bytes:
+        """Return all payloads: text, or bytes of any message that was not decoded."""
+        return bytes(self._payload) if self._text is None else self._text.getvalue()
+
+
 class FrameParser:
     """Parses a client's bytes into messages and control frames.
 
@@ -102,39 +134,29 @@ class FrameParser:
 
     __slots__ = (
         "_buffer",
-        "_decompress",
         "_first",
         "_fragments",
         "_inflater",
         "_mask",
         "_max_message_size",
         "_needed",
-        "_opcode",
         "_remaining",
         "_size",
-        "_text",
-        "_utf8",
     )
 
     def __init__(self, max_message_size: int, inflater: Inflater | None = None) -> None:
         self._max_message_size = max_message_size
         self._inflater = inflater
         # An incomplete header, or an incomplete control frame.
-        self._buffer = bytearray()
+        self._buffer = b""
         self._needed = 2  # length of `_buffer` at which it can be parsed
         # An incomplete data frame: its first byte, the number of payload bytes that
         # are missing, and its mask, rotated to the next of them.
         self._first = 0
         self._remaining = 0
         self._mask = b""
-        # The message whose fragments are being collected; None between messages.
-        self._opcode: int | None = None
-        self._size = 0  # bytes received of it
-        self._fragments = bytearray()
-        self._decompress = False
-        # Uncompressed text is decoded as it arrives, so that bad UTF-8 fails at once.
-        self._utf8: codecs.IncrementalDecoder | None = None
-        self._text: io.StringIO | None = None
+        self._fragments: Fragments | None = None  # None between messages
+        self._size = 0  # bytes in `_fragments`
 
     @property
     def kept(self) -> int:
@@ -154,13 +176,12 @@ class FrameParser:
 
         So the caller can stop after any number of frames, even empty ones.
         """
-        buffer = self._buffer
-        if buffer:
-            buffer += data
-            if len(buffer) < self._needed:
+        if self._buffer:
+            data = self._buffer + data
+            if len(data) < self._needed:
+                self._buffer = data
                 return
-            data = bytes(buffer)
-            buffer.clear()
+            self._buffer = b""
         position, end = 0, len(data)
         if self._remaining:
             position = min(self._remaining, end)
@@ -203,7 +224,7 @@ class FrameParser:
             position += length
             yield self._take(first, payload)
         if position < end:
-            buffer += data[position:] if position else data
+            self._buffer = data[position:]
 
     def _take_part(self, part: bytes) -> Received | None:
         """Handle the received part of a data frame as if it were a fragment.
@@ -225,7 +246,8 @@ class FrameParser:
         A compressed message may be larger than the original, if that was
         incompressible.
         """
-        compressed = first & RSV1 if self._opcode is None else self._decompress
+        fragments = self._fragments
+        compressed = first & RSV1 if fragments is None else fragments.compressed
         if not compressed or size > deflate_bound(self._max_message_size):
             raise FrameError(CloseCode.MESSAGE_TOO_BIG, "message too big")
 
@@ -249,43 +271,29 @@ class FrameParser:
             raise FrameError(CloseCode.PROTOCOL_ERROR, "unknown opcode")
         if first & RSV1 and (self._inflater is None or opcode == Opcode.CONTINUATION):
             raise FrameError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
-        if (opcode == Opcode.CONTINUATION) != (self._opcode is not None):
+        if (opcode == Opcode.CONTINUATION) != (self._fragments is not None):
             raise FrameError(CloseCode.PROTOCOL_ERROR, "wrong continuation")
 
     def _take(self, first: int, payload: bytes) -> Received | None:
         opcode = first & 0x0F
         if opcode >= Opcode.CLOSE:
             return _control(opcode, payload)
-        if self._opcode is None:
+        final = bool(first & FIN)
+        fragments = self._fragments
+        if fragments is None:
             compressed = bool(first & RSV1)
-            if first & FIN:
+            if final:
                 return self._message(opcode, payload, compressed)
-            self._opcode = opcode
-            self._decompress = compressed
-            if opcode == Opcode.TEXT and not compressed:
-                self._utf8 = codecs.getincrementaldecoder("utf-8")()
-                self._text = io.StringIO()
+            fragments = self._fragments = Fragments(opcode, compressed)
         self._size += len(payload)
-        if self._utf8 is None or self._text is None:
-            self._fragments += payload
-        else:
-            try:
-                self._text.write(self._utf8.decode(payload, final=bool(first & FIN)))
-            except UnicodeDecodeError:
-                raise FrameError(
-                    CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8"
-                ) from None
-        return self._collected() if first & FIN else None
-
-    def _collected(self) -> str | bytes:
-        opcode, self._opcode, self._size = self._opcode, None, 0
-        if self._text is not None:
-            text = self._text.getvalue()
-            self._utf8 = self._text = None
-            return text
-        assert opcode is not None
-        payload, self._fragments = bytes(self._fragments), bytearray()
-        return self._message(opcode, payload, self._decompress)
+        fragments.add(payload, final)
+        if not final:
+            return None
+        self._fragments, self._size = None, 0
+        message = fragments.message()
+        if isinstance(message, str):
+            return message
+        return self._message(fragments.opcode, message, fragments.compressed)
 
     def _message(self, opcode: int, payload: bytes, compressed: bool) -> str | bytes:
         if compressed:
@@ -295,9 +303,7 @@ class FrameParser:
         try:
             return payload.decode()
         except UnicodeDecodeError:
-            raise FrameError(
-                CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8"
-            ) from None
+            raise _not_utf8() from None
 
     def _inflate(self, payload: bytes) -> bytes:
         """Decompress one message; produce at most one byte above the maximum."""
@@ -311,6 +317,10 @@ class FrameParser:
         if len(message) > self._max_message_size:
             raise FrameError(CloseCode.MESSAGE_TOO_BIG, "message too big")
         return message
+
+
+def _not_utf8() -> FrameError:
+    return FrameError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8")
 
 
 def _check_length(length: int, extended: int) -> None:

@@ -154,9 +154,7 @@ class ClientProtocol:
             self._on_bug("opening a connection")
         if self._stream.closed:
             self.abort()
-            return
-        self._stream.start_reading()
-        if self._stream.pending:
+        elif self._stream.pending:
             self._on_readable()
 
     # Reading.

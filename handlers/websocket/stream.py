@@ -38,6 +38,7 @@ def client_stream(
 class ClientStream:
     """Calls `on_readable` when there is something to read, while reading is on.
 
+    Reading is on at first; the loop reports what there is in its next turn.
     When a write has failed, `lost` is set, and the loop calls `on_lost` later. From
     then on nothing is sent, but what arrived before can still be read. Only `close`
     closes the socket.
@@ -93,6 +94,7 @@ class ClientStream:
         stream.socket = None  # type: ignore[assignment] # as IOStream.close_fd does
         stream._closed = True
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.start_reading()  # replaces the reader of the HTTP server
 
     @property
     def waiting(self) -> int:
