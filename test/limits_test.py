@@ -416,9 +416,7 @@ async def test_idle_client_is_closed_with_1001(io_loop):
         assert (meta["code"], meta["reason"], meta["initiator"]) == (
             1001, "idle", "relay",
         )
-        # A ping that is unacknowledged when the relay looks may count as a download,
-        # more often on a busy machine.
-        assert 1 <= meta["duration"] < DEADLINE
+        assert 1 <= meta["duration"] < 8
 
 
 @pytest.mark.parametrize("way", ["to the backend", "from the backend"])

@@ -17,7 +17,7 @@ from certificates import Authority
 from service import DEADLINE, RecordingBackend, Service, withhold
 from slow import SlowClient
 from tornado.web import RequestHandler
-from wire import BINARY, CLOSE, CONTINUATION, TEXT, frame
+from wire import BINARY, CLOSE, CONTINUATION, PING, TEXT, frame
 
 from handlers.websocket.uptake import Outgoing, outgoing
 
@@ -413,6 +413,28 @@ async def test_silence_begins_when_the_last_byte_is_taken(io_loop):
                 await reading
     assert client.frames() == [(BINARY, bytes(size)), (CLOSE, b"\x03\xe9idle")]
     assert took > idle + 3  # seconds, of more than four that it reads
+
+
+@pytest.mark.parametrize("pinged_by", ["relay", "client"])
+async def test_pings_and_pongs_are_no_activity(io_loop, pinged_by):
+    """Nor are their acknowledgments, which the client's kernel delays."""
+    interval = 0.03 if pinged_by == "relay" else 0
+    flags = ("--idle_timeout=0.5", f"--ping_interval={interval}", "--ping_timeout=0")
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            with await SlowClient.connect(service.ws_url) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                await backend.call(event["meta"]["send"], body=b"a")
+                reading = asyncio.create_task(client.read())
+                while not reading.done():
+                    client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+                    if pinged_by == "client":
+                        with contextlib.suppress(OSError):  # it has been closed
+                            await client.send(frame(PING, b""))
+                    await asyncio.sleep(0.1)  # longer than an acknowledgment takes
+            (event,) = await backend.wait_for("disconnect", 1)
+    assert client.frames()[-1] == (CLOSE, b"\x03\xe9idle")
+    assert event["meta"]["duration"] < 10
 
 
 # All of them.

@@ -97,7 +97,7 @@ class ClientConnection:
         "_context",
         "_early",
         "_inbox",
-        "_last_received",
+        "_last_message",
         "_protocol",
         "_reception",
         "_stall_timer",
@@ -130,7 +130,7 @@ class ClientConnection:
 
         self.state: State = "connecting"
         self._connected_at = time.time()  # as a number, since it takes less memory
-        self._began = self.last_heard = self._last_received = self._now()
+        self._began = self.last_heard = self._last_message = self._now()
         self.messages_in = self.messages_out = self.bytes_in = self.bytes_out = 0
         self.subprotocol: str | None = None
         self._protocol: ClientProtocol | None = None
@@ -164,7 +164,7 @@ class ClientConnection:
     def on_open(self) -> None:
         """Send the frames of callbacks that came before the 101."""
         self.state = "open"
-        self._last_received = self._now()
+        self._last_message = self._now()
         self._context.heartbeat.add(self)
         self._context.lifetimes.add(self)
         self._context.observer.opened(self)
@@ -200,7 +200,8 @@ class ClientConnection:
         size = size_of(message)
         self.messages_in += 1
         self.bytes_in += size
-        self._last_received = self.last_heard
+        if self.last_heard > self._last_message:  # else it was read ahead
+            self._last_message = self.last_heard
         self._context.observer.received(self, message, size)
         inbox = self._inbox
         if inbox.throttle is not None:
@@ -224,7 +225,7 @@ class ClientConnection:
     @property
     def last_active_at(self) -> datetime:
         """Time of the last byte from the client or message to it."""
-        active = max(self.last_heard, self._reception.last_sent) - self._began
+        active = max(self.last_heard, self._last_message) - self._began
         return self.connected_at + timedelta(seconds=active)
 
     @property
@@ -251,7 +252,7 @@ class ClientConnection:
     def last_message_at(self) -> float:
         """Time of the last message, or part of one, in or out, on the loop's clock."""
         self._look_at_uptake()
-        return max(self._last_received, self._reception.last_active_at)
+        return max(self._last_message, self._reception.taken_at)
 
     @property
     def busy(self) -> bool:
@@ -264,7 +265,7 @@ class ClientConnection:
     def on_kept(self, size: int) -> None:
         """Record that an incomplete message holds `size` bytes."""
         if size:
-            self._last_received = self.last_heard
+            self._last_message = self.last_heard
         self._context.backlog.keep_part(self, size)
 
     def on_leaving(self) -> None:
@@ -308,7 +309,7 @@ class ClientConnection:
         sent = protocol.send(message)
         self.messages_out += 1
         self.bytes_out += size
-        self._reception.last_sent = self._now()
+        self._last_message = self._now()
         self._context.observer.sent(self, message, size)
         if sent is not None and self._stall_timer is None:
             self._look_at_uptake()
@@ -387,7 +388,7 @@ class ClientConnection:
             return False
         stalled, reception = self._look_at_uptake(), self._reception
         if stalled is None:
-            taken_at = max(reception.taken_at, reception.last_sent)
+            taken_at = max(reception.taken_at, self._last_message)
             if taken_at >= since or self.reading_paused or protocol.is_held:
                 return False
             reading_time = reception.reading_time(self.bytes_out)
@@ -414,7 +415,7 @@ class ClientConnection:
         if self._protocol is None:
             return None
         return self._reception.look(
-            self._protocol.outgoing(), self._now(), self.bytes_out, self.last_heard
+            self._protocol.outgoing(), self._now(), self.bytes_out
         )
 
     def _watch_for_stall(self) -> None:
