@@ -3,12 +3,16 @@
 import asyncio
 import shutil
 import signal
+import socket
 import ssl
+from functools import partial
 
 import pytest
 import websockets
 from certificates import Authority, encrypted_key
 from service import DEADLINE, RecordingBackend, Service, eventually, refusal
+from slow import in_thread
+from wire import handshake
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +253,67 @@ async def test_plain_bytes_at_a_tls_port_end_the_connection(io_loop, authority, 
         ) as client:
             await client.send("hello")
             assert await asyncio.wait_for(client.recv(), DEADLINE) == "hello"
+
+
+LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
+ENDS = {  # what a client sends, until it closes or waits for the end
+    "closing answer": LIVEZ + b"Connection: close\r\n\r\n",
+    "rejected handshake": handshake().replace(b"Version: 13", b"Version: 12"),
+    "no HTTP": b"no HTTP\r\n\r\n",
+    "half a head": LIVEZ,  # until --header_timeout
+    "nothing": b"",
+    "half a body": b"POST /socket/%b/send HTTP/1.1\r\nHost: x\r\n"
+    b"Content-Length: 2\r\n\r\na" % (b"0" * 32),
+    "client closes": LIVEZ + b"\r\n",
+    "stop": LIVEZ + b"\r\n",
+}
+
+
+def tls_end(port, context, how, answered=None):
+    """Connect, send, and return how TLS ends: empty, or the error."""
+    with (
+        socket.create_connection(("127.0.0.1", port), DEADLINE) as plain,
+        context.wrap_socket(
+            plain, server_hostname="127.0.0.1", suppress_ragged_eofs=False
+        ) as sock,
+    ):
+        try:
+            sock.sendall(ENDS[how])
+            if how in ("client closes", "stop"):
+                assert b" 200 OK" in sock.recv(65536)
+            if how == "client closes":
+                sock.unwrap()  # waits for the relay's close_notify
+                return ""
+            if how == "stop":
+                answered()
+            while sock.recv(65536):
+                pass
+        except OSError as error:
+            return repr(error)
+    return ""
+
+
+@pytest.mark.gen_test(timeout=90)
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+async def test_https_ends_with_close_notify(io_loop, authority, server):
+    """However it ends, so that the peer can distinguish the end from a cut."""
+    flags = (f"--http_server={server}", "--header_timeout=1", "--body_timeout=1")
+    certificate = f"--tls_cert={authority.server().both}"
+    loop = asyncio.get_running_loop()
+    async with Service(*flags, certificate) as service:
+        stop = partial(service.process.send_signal, signal.SIGTERM)
+        found = {
+            how: await in_thread(
+                tls_end,
+                int(service.ws_url.split(":")[2].partition("/")[0]),
+                trusting(authority),
+                how,
+                partial(loop.call_soon_threadsafe, stop),
+            )
+            for how in ENDS
+        }
+        assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
+    assert found == dict.fromkeys(ENDS, "")
 
 
 @pytest.mark.parametrize(

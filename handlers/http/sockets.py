@@ -20,6 +20,20 @@ NOT_NOW = (
 )
 
 
+def send_close_notify(sock: ssl.SSLSocket) -> bool:
+    """Send close_notify (RFC 8446, section 6.1) without blocking.
+
+    Returns False if the kernel has no room for it. The peer's is not waited for.
+    """
+    try:
+        sock.unwrap()
+    except ssl.SSLWantWriteError:
+        return False
+    except (OSError, ValueError):
+        pass  # the peer's has not arrived, or TLS has ended
+    return True
+
+
 class SocketConnection:
     """Reads and writes one socket; a subclass handles the bytes.
 
@@ -177,11 +191,7 @@ class SocketConnection:
 
     def shut_down(self) -> None:
         """End the writing side, with close_notify on TLS."""
-        with contextlib.suppress(OSError, ValueError):
-            if self._tls is not None and not self._shaking_hands:
-                # Sends close_notify (RFC 8446, section 6.1). It raises since the
-                # peer's has not arrived, which is not waited for.
-                self._tls.unwrap()
+        self._end_tls()
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
 
@@ -191,6 +201,7 @@ class SocketConnection:
         """Close at once; bytes that were not sent are dropped."""
         if not self.closed:
             self.stop_reading()
+            self._end_tls()
             self._stop_writing()
             self._sock.close()
 
@@ -203,6 +214,11 @@ class SocketConnection:
         self._reading = False
         self._stop_writing()
         return self._sock
+
+    def _end_tls(self) -> None:
+        """Send close_notify, unless a part of what was written is not sent."""
+        if self._tls is not None and not self._shaking_hands and not self.sending:
+            send_close_notify(self._tls)
 
     def _stop_writing(self) -> None:
         self.closed = True

@@ -47,6 +47,7 @@ from handlers.http.bounds import (
 )
 from handlers.http.deadlines import Deadlines
 from handlers.http.response import SWITCHING_PROTOCOLS, add_option
+from handlers.http.sockets import send_close_notify
 
 TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n"
@@ -163,7 +164,12 @@ class _Stream(_Bounded, IOStream):
 
 
 class _TLSStream(_Bounded, SSLIOStream):
-    """A TLS connection."""
+    """A TLS connection, which ends with close_notify."""
+
+    def close_fd(self) -> None:
+        if not self._ssl_accepting and not self.writing():
+            send_close_notify(self.socket)
+        super().close_fd()
 
 
 class _Connection(HTTP1ServerConnection):

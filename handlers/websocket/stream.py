@@ -15,15 +15,9 @@ from collections.abc import Callable
 from tornado.iostream import IOStream
 
 from backends import ConnectionClosed
+from handlers.http.sockets import NOT_NOW, send_close_notify
 from handlers.websocket.uptake import Outgoing, outgoing
 
-# Raised by a socket that has nothing to read, or accepts nothing, now.
-NOT_NOW = (
-    BlockingIOError,
-    InterruptedError,
-    ssl.SSLWantReadError,
-    ssl.SSLWantWriteError,
-)
 RECORD = 16 * 1024  # bytes; the largest TLS record (RFC 8446, section 5.1)
 
 
@@ -270,24 +264,14 @@ class TLSClientStream(ClientStream):
 
         What arrives afterwards can only be discarded.
         """
-        if self._send_close_notify():
+        if send_close_notify(self._sock):
             super().shut_down()
 
     def close(self) -> None:
         """Close the socket at once; send close_notify if the kernel has room for it."""
         if not self.closed and not self.lost and not self._unsent:
-            self._send_close_notify()
+            send_close_notify(self._sock)
         super().close()
-
-    def _send_close_notify(self) -> bool:
-        """Send close_notify without blocking; False: the kernel has no room for it."""
-        try:
-            self._sock.unwrap()
-        except ssl.SSLWantWriteError:
-            return False
-        except (OSError, ValueError):
-            pass  # the peer's has not arrived, or TLS has ended
-        return True
 
     def _send(self, data: bytes | bytearray | memoryview) -> int:
         sent = 0
