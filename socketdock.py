@@ -56,7 +56,7 @@ from handlers.operators.routes import operator_routes
 from handlers.operators.status import Status
 from handlers.probes import Readiness, probe
 from handlers.process.command_line import words_of
-from handlers.process.event_loop import loop_factory, save_collecting
+from handlers.process.event_loop import collect_garbage_less_often, loop_factory
 from handlers.process.findings import (
     certificate_finding,
     descriptors_finding,
@@ -315,7 +315,7 @@ class Service:
         )
         self._log_start()
         self.readiness.started = True
-        save_collecting()
+        collect_garbage_less_often()
         self.systemd.ready()
 
     def _log_start(self) -> None:

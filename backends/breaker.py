@@ -150,15 +150,16 @@ class Breaker:
         )
 
     def _open(self, now: float) -> None:
-        logger.error("the backend is away: probing", extra={"event": "away"})
+        logger.error("backend unavailable: probing",
+                     extra={"event": "backend_unavailable"})
         self.open, self.opened_at = True, now
         self._between = self._settings.first_probe
         self._schedule_probe()
 
     def _close(self) -> None:
         now = self._loop.time()
-        logger.warning("the backend is back after %.1f s", now - self.opened_at,
-                       extra={"event": "back"})
+        logger.warning("backend available again after %.1f s", now - self.opened_at,
+                       extra={"event": "backend_available"})
         self.open = self._permit = False
         self._buckets.clear()
         if self._probe_timer is not None:

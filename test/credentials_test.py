@@ -105,10 +105,10 @@ def reads(service: Service) -> list[str]:
         ("X-Key: s3cr3t é".encode(), "others than ASCII"),
         ("X-Key: s3cr3t\u2028Host: evil".encode(), "others than ASCII"),
         (b"X-Key: s3cr3t \xff", "not UTF-8"),
-        (b"X-Key: 1\nx-key: s3cr3t", "line 2: x-key was there before"),
+        (b"X-Key: 1\nx-key: s3cr3t", "line 2: x-key is there twice"),
         (b"X-Key: " + b"s3cr3t" * 2731, "larger than 16384 bytes"),
         *(
-            (f"{name}: s3cr3t".encode(), f"line 1: {name} is for the relay to set")
+            (f"{name}: s3cr3t".encode(), f"line 1: {name} is set by the relay")
             for name in (
                 "host", "Content-Length", "Transfer-Encoding", "CONNECTION", "Expect",
                 "Content-Type", "Content-Encoding", "Upgrade", "TE", "Trailer",
@@ -206,7 +206,7 @@ def test_invalid_files_exit_with_an_error(tmp_path):
     headers.write_text("Host: s3cr3t")
     http = ("--backend=http", "--messageuri=http://127.0.0.1:9/")
     for flag, why, status in (
-        (f"--backend_headers_file={headers}", "Host is for the relay to set", 2),
+        (f"--backend_headers_file={headers}", "Host is set by the relay", 2),
         ("--webhook_secret=whsec_s3cr3t", "--webhook_secret, number 1", 2),
         (f"--backend_ca={headers}", "no PEM certificate", 1),
     ):

@@ -317,10 +317,10 @@ async def test_level_of_flag_or_environment_stays(io_loop, tmp_path, source):
         path.write_text("logging = 'debug'\n")
         service.process.send_signal(signal.SIGHUP)
         await eventually(lambda: "reloaded: " in service.log[-1])
-        (line,) = [r for r in records(service) if "not heard" in r["message"]]
+        (line,) = [r for r in records(service) if "overridden" in r["message"]]
         place = flags[0].partition("=")[0] if flags else "SOCKETDOCK_LOGGING"
         assert line["message"] == (
-            f"{path}, line 1: logging says debug, and is not heard: {place} says info"
+            f"{path}, line 1: logging says debug, and is overridden: {place} says info"
         )
         async with websockets.connect(service.ws_url):
             pass
@@ -467,8 +467,8 @@ WRONG = {
     "json": (b'{"version": 1,}', "not JSON"),
     "yaml": (b"version: [1\n", "not YAML"),
     "ini": (b"[loggers]\nkeys=root\n", "not YAML"),
-    "list": (b"- version: 1\n", "holds no names and values"),
-    "empty": (b"", "holds no names and values"),
+    "list": (b"- version: 1\n", "not a mapping of names to values"),
+    "empty": (b"", "not a mapping of names to values"),
     "version": (b'{"version": 2}', "version"),
     "class": (b'{"version": 1, "handlers": {"a": {"class": "no.such"}}}', "'a'"),
     "shape": (b'{"version": 1, "handlers": [1]}', ""),
@@ -553,7 +553,7 @@ async def test_flood_of_a_warning_is_counted(io_loop):
     assert counted.endswith("was refused by the backend with %d: POST %s%s")
     refused = next(line for line in service.log if "was refused by" in line)
     url = backend.url("message")
-    assert refused.endswith(f"with 404: POST {url}; is there that path?")
+    assert refused.endswith(f"with 404: POST {url}; check that this path exists")
 
 
 async def test_flood_is_counted_with_log_config_too(io_loop, tmp_path):
@@ -678,7 +678,7 @@ def test_log_line_with_wrong_arguments_is_still_logged():
     """A bug in a logging call does not lose the line."""
     record = logging.LogRecord("here", 30, "", 0, "of %d %s", ("x",), None)
     for formatter in (JSONFormatter(), TextFormatter(color=False)):
-        assert "of %d %s (can't be filled in)" in formatter.format(record)
+        assert "of %d %s (can't be formatted)" in formatter.format(record)
 
 
 @pytest.mark.gen_test

@@ -197,7 +197,9 @@ async def test_messages_that_failed_before_a_stall_are_retried(
             ]
             for client in clients:
                 await client.send("hello")
-            await eventually(lambda: any("is away" in line for line in service.log))
+            await eventually(
+                lambda: any("backend unavailable" in line for line in service.log)
+            )
             await asyncio.sleep(1)  # longer than until they are in line for a probe
             async with Stopped(service, 5):
                 is_back = True

@@ -140,7 +140,7 @@ async def test_lost_systemd_socket_is_a_warning(io_loop, tmp_path):
             await systemd.hears("READY=1")
             systemd.close()
             await assert_echoes(service.ws_url)
-    assert any("can't tell systemd STOPPING" in line for line in service.log)
+    assert any("can't notify systemd of STOPPING" in line for line in service.log)
 
 
 # The unit.

@@ -184,8 +184,8 @@ class PooledConnection(asyncio.Protocol):
         if self._why_lost:
             return self._why_lost
         if self._response.started:
-            return "connection lost in the answer's middle"
-        return "connection lost before an answer"
+            return "connection lost during the response"
+        return "connection lost before the response"
 
     def _may_be_rejected(self) -> bool:
         """Whether the peer may have rejected our certificate without an alert.
@@ -279,6 +279,7 @@ class PooledConnection(asyncio.Protocol):
             exchange.finish(kind(f"POST {exchange.target}: {why}"))
 
     def _on_no_progress(self) -> None:
-        self._fail(BackendAway, f"not taken in {self._origin.client.dead_after:g} s")
+        dead_after = self._origin.client.dead_after
+        self._fail(BackendAway, f"no bytes accepted in {dead_after:g} s")
         if self._transport is not None:
             self._transport.abort()

@@ -135,7 +135,7 @@ class Exchange:
             return  # the response was read meanwhile
         self.timer = None
         connection = self.connection
-        self.finish(BackendError(f"POST {self.target}: no answer in {timeout:g} s"))
+        self.finish(BackendError(f"POST {self.target}: no response in {timeout:g} s"))
         if connection is not None:
             connection.close()
 

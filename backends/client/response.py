@@ -126,7 +126,7 @@ class ResponseReader:
             self._head = self._head[: self._head.rfind(b"\n") + 1]
             self.complete = self.cut()
             if not self.complete:
-                raise MalformedResponse("the answer's headers are too long")
+                raise MalformedResponse("the response headers are too long")
 
     def cut(self) -> bool:
         """Handle the end of the connection; return whether there is a status.
@@ -150,7 +150,7 @@ class ResponseReader:
             if line is None:
                 begun = left[: len(BEGINNING)].upper()
                 if b"\n" in left or not BEGINNING.startswith(begun):
-                    raise MalformedResponse("not an HTTP answer")
+                    raise MalformedResponse("not an HTTP response")
                 return
             end = HEAD_END.search(left)
             if end is None:
@@ -175,7 +175,7 @@ class ResponseReader:
 
     def on_message_begin(self) -> None:
         if self.complete:  # bytes behind the response, which nobody requested
-            raise ValueError("a second response, which nobody asked for")
+            raise ValueError("a second response, which was not requested")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.has_head:

@@ -93,9 +93,9 @@ class HTTPCheck(Check):
             why = f"no connection in {self._connect_timeout:g} s"
             if not resolved:
                 why += ": DNS has not answered"
-                remedy = "look at this machine's DNS servers"
+                remedy = "check this machine's DNS servers"
             else:
-                remedy = NO_TLS if connected else "look at firewalls, and the address"
+                remedy = NO_TLS if connected else "check firewalls and the address"
         except (socket.gaierror, UnicodeError) as error:
             why = "the name is unknown here"
             if error.__class__ is socket.gaierror:
@@ -103,7 +103,7 @@ class HTTPCheck(Check):
             remedy = "correct it, or this machine's DNS"
         except HangUp:
             why = TLS_HANG_UP
-            remedy = f"{NO_TLS}, or look at the log of who ends TLS there"
+            remedy = f"{NO_TLS}, or check the log of what terminates TLS"
         except ssl.SSLError as error:
             why, remedy = tls_failure(error), tls_remedy(error)
         except OSError as error:
@@ -146,7 +146,7 @@ def tls_remedy(error: ssl.SSLError) -> str:
     if not isinstance(error, ssl.SSLCertVerificationError):
         if error.reason == "WRONG_VERSION_NUMBER":
             return NO_TLS
-        return "look at the backend's TLS, and at --backend_cert if it asks for one"
+        return "check the backend's TLS, and --backend_cert if it requires one"
     if error.verify_code == CERT_HAS_EXPIRED:
         return "renew the backend's certificate"
     if error.verify_code in (HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH):

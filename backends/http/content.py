@@ -33,7 +33,7 @@ def decoded(headers: Mapping[str, str], body: bytes, limit: int) -> bytes:
     if not body:
         return body
     if len(names) > MAX_CODINGS:
-        raise MalformedResponse("the answer has too many content codings")
+        raise MalformedResponse("the response has too many content codings")
     for name in reversed(names):
         if name in ("gzip", "x-gzip"):
             body = _inflated(body, GZIP, limit)
@@ -41,7 +41,7 @@ def decoded(headers: Mapping[str, str], body: bytes, limit: int) -> bytes:
             has_header = body[0] & 0x0F == 8 and int.from_bytes(body[:2]) % 31 == 0
             body = _inflated(body, ZLIB if has_header else RAW, limit)
         else:
-            raise MalformedResponse("the answer has an unknown content coding")
+            raise MalformedResponse("the response has an unknown content coding")
     return body
 
 
@@ -50,11 +50,11 @@ def _inflated(data: bytes, window_bits: int, limit: int) -> bytes:
     try:
         inflated = inflater.decompress(data, limit + 1)
     except zlib.error:
-        raise MalformedResponse("the answer is not coded as it says") from None
+        raise MalformedResponse("the response is not in its content coding") from None
     if len(inflated) > limit:
-        raise MalformedResponse(f"the answer decodes to more than {limit} bytes")
+        raise MalformedResponse(f"the decoded response is larger than {limit} bytes")
     if not inflater.eof:
-        raise MalformedResponse("the answer's coded body is cut off")
+        raise MalformedResponse("the coded response body is incomplete")
     return inflated
 
 

@@ -129,9 +129,9 @@ def _header_lines(path: str) -> Iterator[bytes]:
             raise OptionError(f"{where}: not Name: value")
         name = named[1]
         if name.lower() in OWN_HEADERS or name.lower().startswith(OWN_PREFIX):
-            raise OptionError(f"{where}: {name} is for the relay to set")
+            raise OptionError(f"{where}: {name} is set by the relay")
         if name.lower() in names:
-            raise OptionError(f"{where}: {name} was there before")
+            raise OptionError(f"{where}: {name} is there twice")
         names.add(name.lower())
         value = line[named.end() :]
         if VALUE.fullmatch(value) is None:

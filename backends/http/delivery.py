@@ -505,7 +505,7 @@ class Delivery:
                 if now >= self._room_deadline():
                     self._give_up(self._error("too many are unanswered"))
             elif self._line is self._deliveries.breaker and now >= self._deadline():
-                self._give_up(self._error("the backend is away"))
+                self._give_up(self._error("backend unavailable"))
         self._pump()
 
     def _error(self, why: str) -> BackendError:

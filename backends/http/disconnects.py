@@ -163,7 +163,7 @@ class DisconnectDelivery:
                 if await self._wait_for_breaker(notification, deadline):
                     break
                 if loop.time() >= deadline:
-                    raise BackendAway(f"POST {target}: the backend is away")
+                    raise BackendAway(f"POST {target}: backend unavailable")
                 await notification.wait_until_ready()
             try:
                 response = await self._attempts.make(

@@ -84,7 +84,8 @@ class OpenConnections:
         async with asyncio.TaskGroup() as tasks:
             for run in runs:
                 logger.warning(
-                    "telling of %d connections lost by %s", len(run.ids), run.instance
+                    "sending disconnect events of %d connections lost by %s",
+                    len(run.ids), run.instance,
                 )
                 for connection_id in run.ids:
                     tasks.create_task(self._notify(run, connection_id, limit))

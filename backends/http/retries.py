@@ -36,11 +36,11 @@ RETRYABLE = frozenset(
 
 # What an operator should check if an event is refused.
 HINTS = {
-    401: "; look at --backend_headers_file and --webhook_secret",
-    403: "; look at --backend_headers_file and --webhook_secret",
-    404: "; is there that path?",
-    405: "; is it a path for POST?",
-    413: "; it takes less than --max_message_size",
+    401: "; check --backend_headers_file and --webhook_secret",
+    403: "; check --backend_headers_file and --webhook_secret",
+    404: "; check that this path exists",
+    405: "; check that this path accepts POST",
+    413: "; it accepts less than --max_message_size",
 }
 
 

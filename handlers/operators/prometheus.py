@@ -74,7 +74,9 @@ class RelayCollector(Collector):
         self._lag.close()
 
     def collect(self) -> Iterator[Metric]:
-        yield InfoMetricFamily("socketdock_build", "What is running.", self._build)
+        yield InfoMetricFamily(
+            "socketdock_build", "Version and backend of this process.", self._build
+        )
         yield from self._gauges()
         yield from self._counters()
         yield self._histogram()
@@ -82,24 +84,24 @@ class RelayCollector(Collector):
     def _gauges(self) -> Iterator[Metric]:
         connections, condition = self._connections, self._backend.condition()
         for name, help_text, value in (
-            ("connections_open", "WebSockets that are open.", connections.open),
-            ("connections_limit", "Most connections at once (--max_connections).",
+            ("connections_open", "Open client connections.", connections.open),
+            ("connections_limit", "Limit of open connections (--max_connections).",
              self._limits["connections"]),
             ("events_pending", "Events that wait for the backend.",
              connections.backlog.events),
-            ("events_pending_limit", "Most events that may wait (--max_pending).",
+            ("events_pending_limit", "Limit of waiting events (--max_pending).",
              self._limits["pending"]),
             ("pending_bytes", "Bytes of the messages that wait for the backend.",
              connections.backlog.bytes),
-            ("oldest_pending_seconds", "How long the oldest event has waited.",
+            ("oldest_pending_seconds", "Time for which the oldest event has waited.",
              connections.oldest_pending),
-            ("events_held", "Messages whose answer is overdue, and still awaited.",
+            ("events_held", "Messages whose response is overdue and still expected.",
              condition.held),
             ("backend_connections", "Connections to the backend.",
              condition.connections),
-            ("breaker_open", "1 while the backend is taken for unreachable.",
+            ("breaker_open", "1 while the breaker is open: backend unreachable.",
              condition.away is not None),
-            ("stopping", "1 from the stop signal on.", connections.stopping),
+            ("stopping", "1 during the shutdown.", connections.stopping),
             ("loop_lag_seconds", "Worst delay of the event loop in the last minute.",
              self._lag.seconds),
         ):
@@ -108,11 +110,11 @@ class RelayCollector(Collector):
     def _counters(self) -> Iterator[Metric]:
         seen = self._metrics
         yield _counter(
-            "connections", "Handshakes, by what became of them.", ["outcome"],
+            "connections", "Handshakes, by outcome.", ["outcome"],
             [((outcome,), count) for outcome, count in seen.handshakes.items()],
         )
         yield _counter(
-            "messages", "Messages, in from clients and out to them.",
+            "messages", "Messages from clients (in) and to clients (out).",
             ["direction", "type"],
             [
                 (("in", "text"), seen.texts_in),
@@ -126,29 +128,29 @@ class RelayCollector(Collector):
             [(("in",), seen.bytes_in), (("out",), seen.bytes_out)],
         )
         yield _counter(
-            "events", "Events for the backend, by what became of them.",
+            "events", "Events for the backend, by outcome.",
             ["event", "outcome"], _pairs(seen.events),
         )
         yield _counter(
-            "event_attempts", "Attempts to deliver events.",
+            "event_attempts", "Attempts to deliver events, by outcome.",
             ["event", "outcome"], _pairs(seen.attempts),
         )
         yield _counter(
-            "sends", "Sends by callback, by the status of the answer.", ["status"],
+            "sends", "Send callbacks, by the status of the response.", ["status"],
             [
                 ((str(status or "other"),), count)
                 for status, count in seen.sends.items()
             ],
         )
         yield _counter(
-            "closes", "WebSockets that have ended, by code and who began.",
+            "closes", "Closed client connections, by close code and initiator.",
             ["code", "initiator"], _pairs(seen.closes),
         )
 
     def _histogram(self) -> Metric:
         family = HistogramMetricFamily(
             "socketdock_event_seconds",
-            "How long the backend took for one attempt.",
+            "Duration of an attempt to deliver an event.",
             labels=["event"],
         )
         bounds = [*map(floatToGoString, BOUNDS), "+Inf"]
@@ -202,12 +204,12 @@ class _ProcessCollector(Collector):
             "process_cpu_seconds", "Processor time.", usage.ru_utime + usage.ru_stime
         )
         for name, help_text, value in (
-            ("start_time_seconds", "When it was started, since 1970.",
+            ("start_time_seconds", "Start time, in seconds since 1970.",
              self._started_at),
-            ("resident_memory_bytes", "Memory that it has.", int(resident) * page),
-            ("virtual_memory_bytes", "Addresses that it has.", int(pages) * page),
-            ("open_fds", "Descriptors that are open.", open_descriptors()),
-            ("max_fds", "Descriptors that may be open.",
+            ("resident_memory_bytes", "Resident memory.", int(resident) * page),
+            ("virtual_memory_bytes", "Virtual memory.", int(pages) * page),
+            ("open_fds", "Open file descriptors.", open_descriptors()),
+            ("max_fds", "Limit of open file descriptors.",
              float("inf") if soft == resource.RLIM_INFINITY else soft),
         ):
             yield GaugeMetricFamily(f"process_{name}", help_text, value)

@@ -35,7 +35,7 @@ def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def save_collecting() -> None:
+def collect_garbage_less_often() -> None:
     """Make the garbage collector run less often, and traverse fewer objects.
 
     A collection stops everything: 10 ms for the objects made at the start, which

@@ -47,7 +47,7 @@ def _end(status: int) -> None:
     # In a thread, since the code that hangs may hold the log's lock.
     last_line = threading.Thread(
         target=logger.error,
-        args=("the process has not ended in time: it is cut off",),
+        args=("the process has not ended in time: exiting now",),
         daemon=True,
     )
     last_line.start()

@@ -14,7 +14,7 @@ import orjson
 from tornado.log import LogFormatter
 
 MAX_LINE = 16 * 1024  # bytes; Docker and containerd split longer lines
-UNFILLED = " (can't be filled in)"  # follows a message with the wrong arguments
+UNFORMATTED = " (can't be formatted)"  # follows a message with the wrong arguments
 SILENT = logging.CRITICAL + 1  # the level of `none`
 
 # Fields that every record has, or that are internal. The others came in `extra`.
@@ -82,7 +82,7 @@ def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
     except Exception:  # of the `str()` of any argument
-        return f"{record.msg}{UNFILLED}"
+        return f"{record.msg}{UNFORMATTED}"
 
 
 def _dumped(fields: Mapping[str, Any]) -> bytes:
@@ -129,7 +129,7 @@ class TextFormatter(LogFormatter):
         if (
             not message.isprintable()
             or len(message) > MAX_LINE
-            or message.endswith(UNFILLED)
+            or message.endswith(UNFORMATTED)
         ):
             record = logging.makeLogRecord(record.__dict__)
             record.msg, record.args = _printable(message), None

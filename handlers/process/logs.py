@@ -136,7 +136,7 @@ class Log:
         self._apply()
         self._attach()
         logging.captureWarnings(True)
-        logging.getLogger("tornado.general").addFilter(hush_peers)
+        logging.getLogger("tornado.general").addFilter(hide_peer_details)
 
     def _apply(self) -> Sequence[tuple[str, str]]:
         settings = self._settings()
@@ -195,7 +195,7 @@ class Log:
             for other, unheard in others:
                 if unheard.lower() != level.lower() and other != place:
                     logger.info(
-                        "%s says %s, and is not heard: %s says %s",
+                        "%s says %s, and is overridden: %s says %s",
                         other, unheard, place, level,
                     )
 
@@ -242,7 +242,7 @@ def file_channels(settings: Mapping[str, Any]) -> list[logging.Handler]:
             )
     except (OSError, ValueError) as error:
         kind = Unavailable if isinstance(error, OSError) else OptionError
-        raise kind(f"can't log as --log_* say: {error}") from None
+        raise kind(f"can't open the log file (--log_*): {error}") from None
     return owner.handlers
 
 
@@ -288,7 +288,7 @@ def read_log_config(path: str) -> dict[str, Any]:
     else:
         config = _of_yaml(text, where)
     if not isinstance(config, dict):
-        raise OptionError(f"{where}: it holds no names and values")
+        raise OptionError(f"{where}: it is not a mapping of names to values")
     # By default, `dictConfig` disables the loggers of all modules.
     config.setdefault("disable_existing_loggers", False)
     return config
@@ -321,7 +321,7 @@ def _why(error: BaseException) -> str:
     return " ".join(text.split())
 
 
-def hush_peers(record: logging.LogRecord) -> bool:
+def hide_peer_details(record: logging.LogRecord) -> bool:
     """Filter Tornado's log: log faults of peers at `debug` only, and without details.
 
     Tornado quotes header values of malformed requests.
@@ -344,7 +344,7 @@ def make_log(levels: Callable[[], list[tuple[str, Any]]]) -> Log:
     if options.log_config:
         for name in ("log_format", "log_to_stderr", "log_file_prefix"):
             if options[name] not in (None, "", "auto"):
-                raise OptionError(f"--log_config leaves nothing for --{name} to say")
+                raise OptionError(f"--{name} has no effect with --log_config")
     return Log(
         levels,
         options.log_format,

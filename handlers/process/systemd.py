@@ -65,7 +65,8 @@ class SystemdNotifier:
         try:
             self._socket.send(state.encode())
         except OSError as error:
-            logger.warning("can't tell systemd %s: %s", state.partition("=")[0], error)
+            name = state.partition("=")[0]
+            logger.warning("can't notify systemd of %s: %s", name, error)
 
 
 def _connect(address: str) -> socket.socket | None:
@@ -78,7 +79,7 @@ def _connect(address: str) -> socket.socket | None:
         to_systemd.connect("\0" + address[1:] if address[0] == "@" else address)
     except OSError as error:
         to_systemd.close()
-        logger.warning("can't tell systemd anything: NOTIFY_SOCKET: %s", error)
+        logger.warning("can't notify systemd: NOTIFY_SOCKET: %s", error)
         return None
     return to_systemd
 

@@ -33,7 +33,9 @@ class GuardedHandler(OperatorHandler):
         sites = self.request.headers.get_list("Sec-Fetch-Site")
         if not self._finished and any(site not in OWN_SITE for site in sites):
             # Another site could not read the response, but could use up the viewers.
-            self.problem(HTTPStatus.FORBIDDEN, "Only the console's page may ask this.")
+            self.problem(
+                HTTPStatus.FORBIDDEN, "Only the console's page may request this."
+            )
 
     def take_json(self) -> dict[str, Any] | None:
         """Return the body, a JSON object; None if it was rejected and answered."""

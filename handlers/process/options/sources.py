@@ -65,7 +65,7 @@ def read_flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not word.startswith("--") or word == "--":
             if is_secret(option):  # the rest of the line may be another secret
                 raise OptionError(
-                    "what stands after a secret is not an option: options start"
+                    "the argument after a secret is not an option: options start"
                     " with --, and several secrets are separated by commas"
                 )
             raise OptionError(f"{word!r} is not an option: options start with --")
