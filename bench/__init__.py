@@ -3,6 +3,6 @@
     make bench ARGS="--modes=up,echo --sizes=1024 --rounds=5"
 
 `wire` makes the bytes, `load` has clients and backend, `modes` runs and measures them,
-`relays` starts the relays, `report` makes tables and a plot, `verdict` compares two
+`relays` starts the relays, `report` makes tables and a plot, `comparison` compares two
 checkouts. docs/performance.md explains the figures.
 """

@@ -14,7 +14,7 @@ from typing import Any
 
 import uvloop
 
-from bench import relays, report, verdict
+from bench import comparison, relays, report
 from bench.load import BenchError
 from bench.modes import ALL_SIZES, MODES, ONE_SIZE, Cell, Figures, measure
 
@@ -60,7 +60,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--against", type=checkout, metavar="PATH",
         help="compare with SocketDock in that checkout: the ratio of each round, its "
              "median and what the median's 95 %% interval is; exit status 1 where "
-             f"that lies above {verdict.TOLERANCE:g}. {described(COMPARED)}")
+             f"that lies above {comparison.TOLERANCE:g}. {described(COMPARED)}")
     arguments, _ = parser.parse_known_args(words)
     if arguments.against is not None:
         parser.set_defaults(**COMPARED, peers=["socketdock", arguments.against])
@@ -175,9 +175,9 @@ def main() -> None:
     results = {"machine": machine(), "runs": runs}
     print(f"\n{report.tables(results)}")
     if arguments.against is not None:
-        compared = list(verdict.comparisons(runs, "socketdock", arguments.against))
+        compared = list(comparison.comparisons(runs, "socketdock", arguments.against))
         print(*compared, sep="\n")
-        if any(comparison.is_slower for comparison in compared):
+        if any(pair.is_slower for pair in compared):
             sys.exit(1)
     if arguments.profile is not None or arguments.results is None:
         return

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import websockets
-from faults import memory, tell
+from faults import memory, send_raw
 from service import DEADLINE, Service
 from wire import handshake
 
@@ -114,10 +114,10 @@ async def attack(
                 assert await asyncio.wait_for(client.recv(), DEADLINE) == "hello"
                 longest = max(longest, time.monotonic() - began)
                 began = time.monotonic()
-                heard = await tell(
+                received = await send_raw(
                     service.callback_url, HEALTHY, answers=1, deadline=DEADLINE
                 )
-                assert heard.statuses == [410], heard
+                assert received.statuses == [410], received
                 longest_call = max(longest_call, time.monotonic() - began)
                 during = max(during, memory(process))
                 await asyncio.sleep(0.05)  # between two measurements

@@ -385,10 +385,12 @@ async def test_tokens_change_on_sighup(io_loop, tmp_path):
 
         async def read_again(text: str) -> list[int]:
             """What OLD, NEW and no token get after a SIGHUP."""
-            told = len(service.log)
+            before = len(service.log)
             path.write_text(text)
             service.process.send_signal(signal.SIGHUP)
-            await eventually(lambda: any("reloaded: " in x for x in service.log[told:]))
+            await eventually(
+                lambda: any("reloaded: " in line for line in service.log[before:])
+            )
             lines = [[f"Authorization: Bearer {token}"] for token in (OLD, NEW)]
             return [
                 (await ask(service, "GET", UNKNOWN, *line)).status
@@ -410,16 +412,16 @@ async def test_no_token_is_ever_shown(io_loop):
     """Not in the debug log, /status, a response or --help."""
     tokens = f"--callback_token={OLD}"
     async with Service(tokens, "--logging=debug") as service:
-        told = b""
+        answers = b""
         for token in (OLD, NEW):
             for path in ("/status", f"{UNKNOWN}/send", "/nothing"):
                 header = f"Authorization: Bearer {token}"
-                told += (await ask(service, "GET", path, header)).body
+                answers += (await ask(service, "GET", path, header)).body
         await eventually(lambda: sum("/nothing" in line for line in service.log) == 2)
     text = subprocess.check_output(
         [sys.executable, "socketdock.py", tokens, "--help-all"], cwd=PROJECT, timeout=30
     )
-    shown = told + text + "\n".join(service.log).encode()
+    shown = answers + text + "\n".join(service.log).encode()
     assert OLD.encode() not in shown
     assert NEW.encode() not in shown
 

@@ -85,7 +85,7 @@ def of_another_host(authority: Authority) -> ssl.SSLContext:
     return authority.server("backend.example", "127.0.0.2").server_context()
 
 
-def vouching_for_itself(authority: Authority) -> ssl.SSLContext:
+def self_signed_context(authority: Authority) -> ssl.SSLContext:
     return self_signed(authority.folder).server_context()
 
 
@@ -97,7 +97,7 @@ def a_client(authority: Authority) -> ssl.SSLContext:
     return authority.client("localhost").server_context()
 
 
-def speaking_tls_1_1(authority: Authority) -> ssl.SSLContext:
+def tls_1_1_context(authority: Authority) -> ssl.SSLContext:
     return outdated(authority.server())
 
 
@@ -110,10 +110,10 @@ def speaking_tls_1_1(authority: Authority) -> ssl.SSLContext:
          "Hostname mismatch, certificate is not valid for 'localhost'"),
         (of_another_host, "127.0.0.1",
          "IP address mismatch, certificate is not valid for '127.0.0.1'"),
-        (vouching_for_itself, "localhost", "self-signed certificate"),
+        (self_signed_context, "localhost", "self-signed certificate"),
         (of_another_authority, "localhost", "unable to get local issuer certificate"),
         (a_client, "localhost", "unsuitable certificate purpose"),
-        (speaking_tls_1_1, "localhost", "alert protocol version"),
+        (tls_1_1_context, "localhost", "alert protocol version"),
     ],
 )
 async def test_untrusted_backend_certificate_counts_as_unreachable(

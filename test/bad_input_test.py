@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import websockets
-from faults import Heard, ScriptedBackend, memory, tell
+from faults import Received, ScriptedBackend, memory, send_raw
 from service import DEADLINE, RecordingBackend, Service, eventually, refusal, withhold
 from tornado.ioloop import IOLoop
 
@@ -37,10 +37,10 @@ class Relay:
     client: websockets.ClientConnection
     id: str
 
-    async def tell(self, *pieces: bytes, **options: object) -> Heard:
+    async def send_raw(self, *pieces: bytes, **options: object) -> Received:
         """Speak on a bare connection to the callbacks; {id} is the client's."""
         pieces = tuple(piece.replace(b"{id}", self.id.encode()) for piece in pieces)
-        return await tell(self.service.callback_url, *pieces, **options)
+        return await send_raw(self.service.callback_url, *pieces, **options)
 
     async def frames(self) -> list[str | bytes]:
         """Return the frames that the client has received so far.
@@ -142,7 +142,7 @@ REFUSED = {
     "chunk-above-64-bits": HOST + CHUNKED + b"10000000000000005\r\nhello\r\n" + LAST,
     "chunk-of-31-digits": HOST + CHUNKED + b"1" + b"0" * 30 + b"\r\nhello\r\n" + LAST,
     "chunk-without-its-end": HOST + CHUNKED + b"5\r\nhelloX\r\n" + LAST,
-    "chunk-longer-than-told": HOST + CHUNKED + b"4\r\nhello\r\n" + LAST,
+    "chunk-longer-than-announced": HOST + CHUNKED + b"4\r\nhello\r\n" + LAST,
     "chunk-with-endless-extension": (
         HOST + CHUNKED + b"5;" + b"x" * 2_000_000 + b"\r\nhello\r\n" + LAST
     ),
@@ -186,10 +186,10 @@ ERRORS = {400, 405, 411, 413, 414, 417, 431, 501, 505}
 async def test_ambiguous_request_is_rejected(relay, row):
     """At most one response, an error, then the end; no further request is read."""
     request = LINE + REFUSED[row] if row in REFUSED else REFUSED_LINES[row]
-    heard = await relay.tell(request + SMUGGLED)
-    assert heard.ended, heard
-    assert len(heard.statuses) <= 1, heard
-    assert ERRORS.issuperset(heard.statuses), heard
+    received = await relay.send_raw(request + SMUGGLED)
+    assert received.ended, received
+    assert len(received.statuses) <= 1, received
+    assert ERRORS.issuperset(received.statuses), received
     assert await relay.frames() == []
 
 
@@ -218,15 +218,15 @@ TOLERATED = {
 @pytest.mark.parametrize("row", TOLERATED)
 async def test_request_with_one_interpretation_is_served_or_rejected(relay, row):
     """It is rejected, or read with the only length that it can have."""
-    heard = await relay.tell(LINE + TOLERATED[row] + SMUGGLED, answers=2)
+    received = await relay.send_raw(LINE + TOLERATED[row] + SMUGGLED, answers=2)
     frames = await relay.frames()
     if frames:
-        assert heard.statuses == [200, 200], heard
+        assert received.statuses == [200, 200], received
         assert frames == ["hello", "smuggled"]  # then it was a request like any
     else:
-        assert heard.ended, heard
-        assert len(heard.statuses) <= 1, heard
-        assert ERRORS.issuperset(heard.statuses), heard
+        assert received.ended, received
+        assert len(received.statuses) <= 1, received
+        assert ERRORS.issuperset(received.statuses), received
 
 
 CUT = {
@@ -242,9 +242,9 @@ CUT = {
 @pytest.mark.parametrize("row", CUT)
 async def test_incomplete_request_is_not_served(relay, row):
     """The connection is closed, and the client gets nothing."""
-    heard = await relay.tell(CUT[row], half_close=True)
-    assert heard.ended
-    assert {400}.issuperset(heard.statuses), heard
+    received = await relay.send_raw(CUT[row], half_close=True)
+    assert received.ended
+    assert {400}.issuperset(received.statuses), received
     assert await relay.frames() == []
 
 
@@ -283,9 +283,9 @@ ANSWERED = {
 async def test_unusual_target_is_answered(relay, row):
     """Paths are not normalized; an unknown path reaches no client."""
     line, statuses = ANSWERED[row]
-    heard = await relay.tell(line + b"\r\n" + HOST + SENT, answers=1)
-    ((status, *_),) = heard.answers()
-    assert status in statuses, heard
+    received = await relay.send_raw(line + b"\r\n" + HOST + SENT, answers=1)
+    ((status, *_),) = received.answers()
+    assert status in statuses, received
     assert await relay.frames() == []
 
 
@@ -293,20 +293,20 @@ async def test_connection_id_in_capitals_is_rejected(relay):
     """An id has one spelling, in lower case."""
     for spelling in (relay.id.upper(), f"%{ord(relay.id[0]):02X}{relay.id[1:]}"):
         line = f"POST /socket/{spelling}/send HTTP/1.1\r\n".encode()
-        heard = await relay.tell(line + HOST + SENT, answers=1)
+        received = await relay.send_raw(line + HOST + SENT, answers=1)
         # One id in some millions has no letter, and so no capitals.
-        assert heard.statuses == [404] or spelling == relay.id
+        assert received.statuses == [404] or spelling == relay.id
     assert await relay.frames() == []
 
 
 async def test_absolute_target_is_routed_by_its_path_or_rejected(relay):
     """Its host is ignored (RFC 9112, section 3.2.2), and nothing is fetched."""
     line = b"POST http://other.example/socket/{id}/send?type=text HTTP/1.1\r\n"
-    heard = await relay.tell(line + HOST + SENT, answers=1)
+    received = await relay.send_raw(line + HOST + SENT, answers=1)
     if await relay.frames():
-        assert heard.statuses == [200]
+        assert received.statuses == [200]
     else:
-        assert heard.statuses in ([400], [404])
+        assert received.statuses in ([400], [404])
 
 
 async def test_pipelined_requests_are_answered_in_order(relay):
@@ -316,8 +316,8 @@ async def test_pipelined_requests_are_answered_in_order(relay):
     ]
     requests.insert(3, b"POST /nothing HTTP/1.1\r\n" + HOST + SENT)
     requests.insert(6, LINE.replace(b"{id}", b"0" * 32) + HOST + SENT)
-    heard = await relay.tell(b"".join(requests), answers=11)
-    assert heard.statuses == [200, 200, 200, 404, 200, 200, 410, *[200] * 4]
+    received = await relay.send_raw(b"".join(requests), answers=11)
+    assert received.statuses == [200, 200, 200, 404, 200, 200, 410, *[200] * 4]
     assert await relay.frames() == [str(number) for number in range(9)]
 
 
@@ -335,9 +335,9 @@ LAST_ONES = {
 async def test_nothing_is_read_behind_the_last_request(relay, row):
     """After `Connection: close` no request is processed (RFC 9112, section 9.6)."""
     request, status = LAST_ONES[row]
-    heard = await relay.tell(LINE + request + SMUGGLED)
-    assert heard.ended
-    assert heard.statuses == [status]
+    received = await relay.send_raw(LINE + request + SMUGGLED)
+    assert received.ended
+    assert received.statuses == [status]
     assert await relay.frames() == (["hello"] if status == 200 else [])
 
 
@@ -345,14 +345,14 @@ async def test_request_in_single_bytes_is_served(relay):
     """For every way to split it, the result is the same."""
     request = (LINE + HOST + SENT).replace(b"{id}", relay.id.encode())
     pieces = [request[index : index + 1] for index in range(len(request))]
-    assert (await relay.tell(*pieces, answers=1)).statuses == [200]
+    assert (await relay.send_raw(*pieces, answers=1)).statuses == [200]
     assert await relay.frames() == ["hello"]
 
 
 async def test_half_closed_connection_gets_its_response(relay):
     """A peer may shut down its writing side after the request."""
-    heard = await relay.tell(LINE + HOST + SENT, half_close=True)
-    assert heard.statuses == [200]
+    received = await relay.send_raw(LINE + HOST + SENT, half_close=True)
+    assert received.statuses == [200]
     assert await relay.frames() == ["hello"]
 
 
@@ -360,8 +360,8 @@ async def test_upgrade_to_http_2_is_ignored(relay):
     """The request is served as HTTP/1.1 (RFC 9110, section 7.8)."""
     upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
     settings = b"HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
-    heard = await relay.tell(LINE + HOST + upgrade + settings + SENT, answers=1)
-    assert heard.statuses == [200]
+    received = await relay.send_raw(LINE + HOST + upgrade + settings + SENT, answers=1)
+    assert received.statuses == [200]
     assert await relay.frames() == ["hello"]
 
 
@@ -408,8 +408,8 @@ async def test_bad_closing_is_400(relay, row):
     """The error does not quote the input, and the client stays connected."""
     head = b"POST /socket/{id}/disconnect HTTP/1.1\r\n" + HOST
     head += lengths(b"%d" % len(NO_CLOSING[row])) + b"\r\n"
-    heard = await relay.tell(head + NO_CLOSING[row], answers=1)
-    ((status, headers, document),) = heard.answers()
+    received = await relay.send_raw(head + NO_CLOSING[row], answers=1)
+    ((status, headers, document),) = received.answers()
     assert status == 400
     assert headers["content-type"] == "application/problem+json"
     assert len(json.loads(document)["detail"]) < 100
@@ -425,10 +425,10 @@ async def test_line_breaks_in_a_reason_stay_in_the_close_frame(relay):
         path = event["meta"]["disconnect"].removeprefix(relay.service.callback_url)
         body = json.dumps({"code": 3000, "reason": reason}).encode()
         head = f"POST {path} HTTP/1.1\r\n".encode() + HOST
-        heard = await relay.tell(
+        received = await relay.send_raw(
             head + lengths(b"%d" % len(body)) + b"\r\n" + body, answers=1
         )
-        ((status, headers, document),) = heard.answers()
+        ((status, headers, document),) = received.answers()
         assert (status, document) == (200, b"OK")
         assert "x-injected" not in headers
         with pytest.raises(websockets.ConnectionClosed):
@@ -511,7 +511,7 @@ ACCEPTED = {
         b"HTTP/1.1 200 OK\r\n" + CHUNKED + b"0\r\n" + b"X: x\r\n" * 1_000_000
     ),
     "body-cut-short": b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nOK" + CUT_OFF,
-    "body-longer-than-told": OK + b"OK",
+    "body-longer-than-announced": OK + b"OK",
     "second-answer": OK + b"HTTP/1.1 500 No\r\n" + EMPTY,
     "body-without-length": b"HTTP/1.1 200 OK\r\n\r\nOK" + CUT_OFF,
     "gigantic-body": (
@@ -616,11 +616,11 @@ HANDSHAKE = (
 )
 
 
-async def shake_hands(answered: Answered) -> tuple[int, dict[str, str], bytes]:
+async def handshake_answer(answered: Answered) -> tuple[int, dict[str, str], bytes]:
     """The one answer to a handshake, from its first byte to its last."""
     url = answered.service.ws_url
-    heard = await tell(url, HANDSHAKE, answers=1, deadline=DEADLINE)
-    (answer,) = heard.answers()
+    received = await send_raw(url, HANDSHAKE, answers=1, deadline=DEADLINE)
+    (answer,) = received.answers()
     return answer
 
 
@@ -631,10 +631,10 @@ async def test_bad_response_to_a_connect_event(answered, row):
     # closed before the event came: that one may come twice.
     times = 2 if row == "nothing" else 1
     answered.answer("connect", ANSWERS[row], times)
-    status, *_ = await shake_hands(answered)
+    status, *_ = await handshake_answer(answered)
     # A body that cannot be decoded is not a decision, in spite of its status.
-    is_verdict = row in ACCEPTED and row != "compressed-garbage"
-    assert status == (101 if is_verdict else 503)
+    is_decision = row in ACCEPTED and row != "compressed-garbage"
+    assert status == (101 if is_decision else 503)
     (event,) = await answered.backend.wait_for("disconnect", 1)
     assert event["meta"]["code"] == 1006
     assert len(answered.backend.of("connect")) <= times
@@ -669,7 +669,7 @@ async def test_bad_body_of_an_accepting_response(answered, row):
     body, expected = VERDICTS[row]
     head = b"HTTP/1.1 200 OK\r\n" + lengths(b"%d" % len(body)) + b"\r\n"
     answered.answer("connect", head + body)
-    status, headers, _ = await shake_hands(answered)
+    status, headers, _ = await handshake_answer(answered)
     assert status == expected
     assert "sec-websocket-protocol" not in headers
     assert "x-injected" not in headers
@@ -703,7 +703,7 @@ async def test_refusal_injects_nothing(answered, row, name):
     answered.answer(
         "connect", head + INJECTIONS[row] + b"\r\nContent-Length: 2\r\n\r\nno"
     )
-    status, headers, body = await shake_hands(answered)
+    status, headers, body = await handshake_answer(answered)
     assert status in (401, 503)
     ours = {"content-type", "date", "content-length", "connection",
             "www-authenticate", "retry-after"}
@@ -717,7 +717,7 @@ async def test_body_of_a_refusal_is_cut(answered):
     for body, length in ((b"x" * 2**23, b"8388608"), (b"x" * 5000, b"5000")):
         head = b"HTTP/1.1 403 No\r\n" + lengths(length) + b"\r\n"
         answered.answer("connect", head + body)
-        status, headers, got = await shake_hands(answered)
+        status, headers, got = await handshake_answer(answered)
         assert (status, headers["content-length"], got) == (403, "4096", b"x" * 4096)
     answered.is_well()
 

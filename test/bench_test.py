@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from service import PROJECT
 
-from bench.verdict import Comparison, comparisons
+from bench.comparison import Comparison, comparisons
 
 pytestmark = pytest.mark.gen_test(timeout=120)
 

@@ -45,7 +45,7 @@ async def test_probes_are_sent_one_at_a_time_in_turn(io_loop):
     fail(breaker, 20, 5)
     turns: list[int] = []
 
-    def stand_in_line(number: int) -> None:
+    def wait_in_line(number: int) -> None:
         def call() -> None:
             if breaker.take():
                 turns.append(number)
@@ -53,18 +53,18 @@ async def test_probes_are_sent_one_at_a_time_in_turn(io_loop):
                 assert len(under_way) == 1
                 asyncio.get_running_loop().call_later(0.01, answer, number)
             else:
-                stand_in_line(number)
+                wait_in_line(number)
 
         breaker.wait(call)
 
     def answer(number: int) -> None:
         under_way.remove(number)
-        stand_in_line(number)
+        wait_in_line(number)
         breaker.record(str(number), away=True)
 
     under_way: list[int] = []
     for number in range(3):
-        stand_in_line(number)
+        wait_in_line(number)
     await eventually(lambda: len(turns) == 7)
     assert turns == [0, 1, 2, 0, 1, 2, 0]
 

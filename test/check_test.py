@@ -150,10 +150,10 @@ async def test_check_reports_untrusted_certificate(io_loop, tmp_path):
 async def test_check_reports_server_that_closes_during_tls(io_loop):
     """The server sends no alert, so the finding explains the end."""
 
-    async def hang_up(reader, writer):
+    async def disconnect(reader, writer):
         await reader.read(1)
 
-    async with tcp_server(hang_up) as port:
+    async with tcp_server(disconnect) as port:
         lines = await check(*to(f"https://127.0.0.1:{port}/"), status=1)
     assert "TLS: the connection was closed in the handshake; " in only("error", lines)
 
@@ -260,8 +260,8 @@ async def test_check_reports_state_dir_that_is_not_a_folder(io_loop):
     """The check creates nothing, and takes no lock of a running relay."""
     async with RecordingBackend() as backend:
         url = backend.url("message")
-        told = f"--disconnecturi={url}"
-        lines = await check(*to(url), told, "--state_dir=README.md/x", status=1)
+        disconnects = f"--disconnecturi={url}"
+        lines = await check(*to(url), disconnects, "--state_dir=README.md/x", status=1)
     assert "README.md is no folder" in only("error", lines)
 
 

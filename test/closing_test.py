@@ -77,7 +77,7 @@ async def test_nothing_behind_a_close_frame_is_delivered(io_loop, loop):
         flags = ("--connection_queue_messages=1", "--order_wait=inf",
                  "--backend_timeout=60", f"--event_loop={loop}")
         async with Service(*backend.flags(), *flags) as service:
-            let_go = withhold(backend, "message")
+            release = withhold(backend, "message")
             with await SlowClient.connect(service.ws_url) as client:
                 (event,) = await backend.wait_for("connect", 1)
                 large = asyncio.create_task(
@@ -88,7 +88,7 @@ async def test_nothing_behind_a_close_frame_is_delivered(io_loop, loop):
                 await client.send(b"".join(before) + NORMAL + frame(TEXT, b"behind"))
                 await backend.wait_for("message", 1)
                 await client.send(frame(TEXT, b"far behind") * 1000)
-                let_go.set()
+                release.set()
                 await backend.wait_for("message", 5)
                 await client.read()
                 await large
@@ -151,7 +151,7 @@ async def test_large_message_and_close_reach_a_slow_client(
                   "--backend_timeout=60"]
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), *flags) as service:
-            let_go = withhold(backend, "message") if how == "paused" else None
+            release = withhold(backend, "message") if how == "paused" else None
             with await SlowClient.connect(service.ws_url, tls=context) as client:
                 (event,) = await backend.wait_for("connect", 1)
                 send = event["meta"]["send"]
@@ -176,8 +176,8 @@ async def test_large_message_and_close_reach_a_slow_client(
                 if how != "1002":
                     await client.send(frame(CLOSE, code[:2]))
                 await reading
-                if let_go is not None:
-                    let_go.set()
+                if release is not None:
+                    release.set()
             (event,) = await backend.wait_for("disconnect", 1)
             if how == "SIGTERM":
                 assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0

@@ -5,7 +5,7 @@ import os
 import zlib
 
 import pytest
-from faults import tell
+from faults import send_raw
 from service import DEADLINE, RecordingBackend, Service
 from wire import CLOSE, DEFLATE, TEXT, deflated, frame, handshake
 
@@ -18,7 +18,7 @@ NORMAL = frame(CLOSE, b"\x03\xe8")
 
 
 class KeepingClient:
-    """Compresses as Mojolicious does: one stream, whatever it was told."""
+    """Compresses as Mojolicious does: one stream, whatever was negotiated."""
 
     def __init__(self) -> None:
         self._deflater = zlib.compressobj(8, zlib.DEFLATED, -15)
@@ -41,15 +41,15 @@ async def test_client_that_keeps_its_context_is_understood(io_loop):
                           for text in texts]
                 # What is not compressed is no part of the context.
                 frames.insert(1, frame(TEXT, b"hello"))
-                heard = await tell(
+                received = await send_raw(
                     service.ws_url,
                     handshake(*DEFLATE),
                     b"".join(frames),
                     NORMAL,
                     deadline=DEADLINE,
                 )
-                assert b"client_no_context_takeover" in heard.data
-                assert heard.data.endswith(b"\x88\x02\x03\xe8")
+                assert b"client_no_context_takeover" in received.data
+                assert received.data.endswith(b"\x88\x02\x03\xe8")
                 ends = await backend.wait_for("disconnect", visit)
                 assert ends[-1]["meta"]["code"] == 1000
                 got = [event["message"] for event in backend.of("message")]
@@ -64,14 +64,14 @@ async def test_stream_that_is_invalid_with_its_context_is_1007(io_loop):
     late = client.payload(b"something that the relay does not get to see")
     async with Service("--compression") as service:
         for bad in (late, b"\x07\xff"):
-            heard = await tell(
+            received = await send_raw(
                 service.ws_url,
                 handshake(*DEFLATE),
                 frame(TEXT, first, rsv=RSV1),
                 frame(TEXT, bad, rsv=RSV1),
                 deadline=DEADLINE,
             )
-            assert b"\x88\x15\x03\xefbad compressed data" in heard.data
+            assert b"\x88\x15\x03\xefbad compressed data" in received.data
 
 
 def test_context_is_kept_only_for_clients_that_need_it():
@@ -134,7 +134,9 @@ async def test_without_compression_extensions_are_ignored(io_loop):
             "x; y=\xb2",
         ):
             request = handshake(f"Sec-WebSocket-Extensions: {offer}")
-            heard = await tell(service.ws_url, request, answers=1, deadline=DEADLINE)
-            ((status, headers, _),) = heard.answers()
+            received = await send_raw(
+                service.ws_url, request, answers=1, deadline=DEADLINE
+            )
+            ((status, headers, _),) = received.answers()
             assert status == 101, offer
             assert "sec-websocket-extensions" not in headers

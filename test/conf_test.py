@@ -35,16 +35,16 @@ def options_in_help():
 
 
 @pytest.fixture(scope="module")
-def all_helped():
+def all_options():
     return list(options_in_help())
 
 
 @pytest.fixture(scope="module")
-def helped(all_helped):
+def conf_options(all_options):
     """Those that are worth a line in the file."""
     return [
         option
-        for option in all_helped
+        for option in all_options
         if option[0] in LOG or not option[0].startswith(("log_", "help", "config"))
     ]
 
@@ -54,31 +54,32 @@ def conf():
     return (PROJECT / "conf" / "socketdock.conf").read_text("utf-8")
 
 
-def test_conf_names_every_option_in_the_order_of_help(helped, conf):
+def test_conf_names_every_option_in_the_order_of_help(conf_options, conf):
     """With the same groups; each new option needs a line there."""
-    assert [name for name, _ in OPTION.findall(conf)] == [name for name, *_ in helped]
-    assert len(helped) > 30
+    names = [name for name, *_ in conf_options]
+    assert [name for name, _ in OPTION.findall(conf)] == names
+    assert len(conf_options) > 30
 
 
-def test_conf_has_every_option_at_its_default(helped, conf):
+def test_conf_has_every_option_at_its_default(conf_options, conf):
     """None and [] mean that the value is empty."""
     values = {name: ast.literal_eval(value) for name, value in OPTION.findall(conf)}
     written = {
         name: None if value in (None, []) else str(value)
         for name, value in values.items()
     }
-    assert written == {name: default for name, _, default in helped}
+    assert written == {name: default for name, _, default in conf_options}
 
 
-def test_conf_names_each_unit(helped, conf):
+def test_conf_names_each_unit(conf_options, conf):
     """For example seconds, not milliseconds."""
-    told = {
+    help_texts = {
         OPTION.search(paragraph)[1]: paragraph
         for paragraph in conf.split("\n\n")
         if OPTION.search(paragraph)
     }
-    for name, metavar, _ in helped:
-        assert UNITS.get(metavar, "") in told[name].lower(), name
+    for name, metavar, _ in conf_options:
+        assert UNITS.get(metavar, "") in help_texts[name].lower(), name
 
 
 def test_conf_sets_nothing_as_it_ships(conf):
@@ -105,7 +106,7 @@ def default_in(cell):
     """A default as --help prints it, of a table's cell; None where it has none.
 
     `20 s` and `0: forever` are numbers; words, such as `none: no TLS` and `the
-    host's name`, tell what is done without a value.
+    host's name`, say what happens without a value.
     """
     if (quoted := re.fullmatch(r"`([^-/]+|/\w+)`", cell)) is not None:
         return quoted[1]
@@ -123,11 +124,11 @@ def as_value(default):
 
 
 @pytest.mark.parametrize("path", ["docs/options.md", "README.md"])
-def test_tables_have_options_at_their_defaults(all_helped, path):
+def test_tables_have_options_at_their_defaults(all_options, path):
     """docs/options.md has each one once; README.md has some of them."""
     rows = ROW.findall((PROJECT / path).read_text("utf-8"))
     written = {name: as_value(default_in(cell)) for name, cell in rows}
-    defaults = {name: as_value(default) for name, _, default in all_helped}
+    defaults = {name: as_value(default) for name, _, default in all_options}
     del defaults["help"]
     assert len(written) == len(rows) >= 10
     if path == "README.md":

@@ -69,7 +69,7 @@ async def run(cases: Sequence[str], flags: Iterable[str]) -> list[Case]:
             return failure.results
 
 
-def verdict(case: Case) -> str:
+def result_of(case: Case) -> str:
     """Return Autobahn's result of the case, including its closing."""
     closing = case.behavior_close.value
     if closing in ("OK", case.behavior.value):
@@ -80,7 +80,7 @@ def verdict(case: Case) -> str:
 def unexplained(cases: Iterable[Case], compressed: bool) -> Iterator[str]:
     """Return a line for each case that failed, or is less than OK without a reason."""
     for case in cases:
-        found = verdict(case)
+        found = result_of(case)
         known = any(re.match(pattern, case.case_id) for pattern in EXPLAINED)
         if found == "OK" or (
             known
@@ -101,7 +101,7 @@ def table(results: Sequence[Sequence[Case]]) -> str:
         cells = []
         for cases in results:
             counts = Counter(
-                verdict(case) for case in cases if case.case_id.split(".")[0] == group
+                result_of(case) for case in cases if case.case_id.split(".")[0] == group
             )
             cells.append(", ".join(f"{n} {found}" for found, n in counts.most_common()))
         lines.append(f"| {group} | {title} | {' | '.join(cells)} |")
@@ -110,7 +110,7 @@ def table(results: Sequence[Sequence[Case]]) -> str:
 
 def explanations(results: Iterable[Iterable[Case]]) -> str:
     """Return a list of the reasons that apply."""
-    ids = [c.case_id for cases in results for c in cases if verdict(c) != "OK"]
+    ids = [c.case_id for cases in results for c in cases if result_of(c) != "OK"]
     lines = []
     for pattern, why in EXPLAINED.items():
         found = sorted(

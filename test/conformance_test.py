@@ -37,8 +37,8 @@ def test_conformance_document_has_no_failure():
     """docs/conformance.md is the output of `make conformance`."""
     text = (PROJECT / "docs" / "conformance.md").read_text("utf-8")
     rows = [x.split("|") for x in text.splitlines() if re.match(r"\| \d+ \|", x)]
-    verdicts = "".join(cell for row in rows for cell in row[3:])
+    results = "".join(cell for row in rows for cell in row[3:])
     assert len(rows) == 11
-    assert set(re.findall(r"[A-Z][A-Z-]+", verdicts)) == {
+    assert set(re.findall(r"[A-Z][A-Z-]+", results)) == {
         "OK", "INFORMATIONAL", "UNIMPLEMENTED",
     }

@@ -33,13 +33,13 @@ class HoldingBackend(Backend):
 
     def __init__(self) -> None:
         self.release = asyncio.Event()
-        self.told: list[int] = []
+        self.close_codes: list[int] = []
 
     async def message(self, connection, message) -> None:
         await self.release.wait()
 
     async def disconnect(self, connection, closure) -> None:
-        self.told.append(closure.code)
+        self.close_codes.append(closure.code)
 
 
 async def make_application(**bounds: int) -> Application:
@@ -126,7 +126,7 @@ async def test_listeners_share_one_connection_map(
     assert await client.recv() == b"x"
     await http_client.fetch(f"{url}/disconnect", method="POST", body=b"")
     assert await close_code(client) == 1000
-    await eventually(lambda: app.settings["backend"].told == [1000])
+    await eventually(lambda: app.settings["backend"].close_codes == [1000])
     assert len(connections) == connections.backlog.events == 0
 
 
@@ -140,7 +140,7 @@ async def test_nothing_is_kept_of_clients_that_have_left(
     assert len(lifetimes._turn_of) == sum(map(len, lifetimes._turns.values())) == 3
     for client in clients:
         await client.close()
-    await eventually(lambda: len(app.settings["backend"].told) == 3)
+    await eventually(lambda: len(app.settings["backend"].close_codes) == 3)
     assert admission._present == 0
     assert not (admission._present_from or lifetimes._turn_of or lifetimes._turns)
     lifetimes.close()
@@ -178,7 +178,7 @@ async def test_full_backlog_stops_reading(
     await eventually(lambda: connections.backlog.events == 0)
     for client in clients:
         await client.close()
-    await eventually(lambda: len(backend.told) == 2)
+    await eventually(lambda: len(backend.close_codes) == 2)
     assert connections.backlog.events == 0
 
 
@@ -198,7 +198,7 @@ async def test_bug_in_reading_closes_with_1011(
     client = await connect(http_port)
     await client.send("boom")
     assert await close_code(client) == 1011
-    await eventually(lambda: backend.told == [1011])
+    await eventually(lambda: backend.close_codes == [1011])
     assert len(connections) == 1
     backend.release.set()
     await other.send("fine")

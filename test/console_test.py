@@ -87,9 +87,9 @@ class Stream:
         """The next line, or the next event in one, that is like that."""
         async with asyncio.timeout(DEADLINE):
             async for line in self.lines():
-                for told in [line, *line.get("events", ())]:
-                    if told["kind"] == kind and wanted.items() <= told.items():
-                        return told
+                for item in [line, *line.get("events", ())]:
+                    if item["kind"] == kind and wanted.items() <= item.items():
+                        return item
         raise AssertionError(f"the stream ended without {kind} {wanted}")
 
     def events(self) -> list[dict[str, Any]]:
@@ -622,9 +622,9 @@ async def test_operator_sends_and_closes(io_loop):
                 assert (await post(service, f"{one}/close", closing)).status == 200
                 await client.wait_closed()
                 assert (client.close_code, client.close_reason) == (4001, "by hand")
-            (told,) = await backend.wait_for("disconnect", 1)
-            assert told["meta"]["initiator"] == "relay"
-            assert told["meta"]["code"] == 4001
+            (event,) = await backend.wait_for("disconnect", 1)
+            assert event["meta"]["initiator"] == "relay"
+            assert event["meta"]["code"] == 4001
             assert (await post(service, f"{one}/send", b"x")).status == 410
             assert (await post(service, f"{one}/close", b"")).status == 410
 

@@ -72,7 +72,7 @@ def answer(body: bytes, *lines: str, status: int = 200) -> bytes:
     )
 
 
-async def verdict(said: bytes) -> tuple[int, str | bytes | None]:
+async def decision(said: bytes) -> tuple[int, str | bytes | None]:
     """What a client gets of it: a status, and a subprotocol or a body."""
     async with ScriptedBackend(lambda kind: said) as backend:
         async with Service(*backend.flags("connect", "message")) as service:
@@ -88,17 +88,17 @@ async def verdict(said: bytes) -> tuple[int, str | bytes | None]:
 async def test_encoded_decision_is_decoded(io_loop):
     """An acceptance, and a refusal."""
     coded = gzip.compress(JSON)
-    assert await verdict(answer(coded, "Content-Encoding: gzip")) == (101, "b")
-    assert await verdict(answer(b"\xef\xbb\xbf" + JSON)) == (101, "b")
+    assert await decision(answer(coded, "Content-Encoding: gzip")) == (101, "b")
+    assert await decision(answer(b"\xef\xbb\xbf" + JSON)) == (101, "b")
     no = answer(gzip.compress(b"no"), "Content-Encoding: gzip", status=403)
-    assert await verdict(no) == (403, b"no")
+    assert await decision(no) == (403, b"no")
 
 
 async def test_undecodable_response_is_no_decision(io_loop):
     """But a refusal without its body is still a refusal."""
-    assert (await verdict(answer(JSON, "Content-Encoding: br")))[0] == 503
+    assert (await decision(answer(JSON, "Content-Encoding: br")))[0] == 503
     no = answer(b"no", "Content-Encoding: br", status=403)
-    assert await verdict(no) == (403, b"")
+    assert await decision(no) == (403, b"")
 
 
 async def test_request_asks_for_no_coding(io_loop):

@@ -241,12 +241,12 @@ def test_certificates_are_verified_equally_on_every_python(tmp_path, monkeypatch
     ours = sources.read().tls
     assert ours is not None
     theirs = authority.server(names_signer=False).server_context()
-    shake_hands(ours, theirs, "localhost")
+    tls_handshake(ours, theirs, "localhost")
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake_hands(ours, theirs, "elsewhere.example")
+        tls_handshake(ours, theirs, "elsewhere.example")
 
 
-def shake_hands(ours: ssl.SSLContext, theirs: ssl.SSLContext, name: str) -> None:
+def tls_handshake(ours: ssl.SSLContext, theirs: ssl.SSLContext, name: str) -> None:
     """Between a client and a server, in memory."""
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = ours.wrap_bio(down, up, server_hostname=name)

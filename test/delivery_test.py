@@ -49,11 +49,11 @@ async def test_a_thousand_clients_in_order(io_loop):
             await asyncio.gather(*talks)
             await backend.wait_for("disconnect", clients, 60)
             assert len(backend.events) == clients * (each + 1)
-            heard = defaultdict(list)
+            received = defaultdict(list)
             for kind, event, _ in backend.events:
                 words = event["message"] if kind == "message" else kind
-                heard[event["meta"]["connection_id"]].append(words)
-            spoken = sorted(tuple(words) for words in heard.values())
+                received[event["meta"]["connection_id"]].append(words)
+            spoken = sorted(tuple(words) for words in received.values())
             assert spoken == sorted(
                 (*(f"{number} {count}" for count in range(each)), "disconnect")
                 for number in range(clients)
@@ -685,8 +685,8 @@ async def test_retry_after_is_not_shortened_by_another_message_s_failure(io_loop
             await backend.wait_for("message", 2)
             await leave([talker])
     assert [number for number, _ in times] == [0, 1, 0, 1]
-    told = times[0][1] + 1
-    assert times[2][1] - told >= 3
+    answered_at = times[0][1] + 1
+    assert times[2][1] - answered_at >= 3
 
 
 # After a stall.

@@ -44,7 +44,7 @@ ENDLESS_CHUNK = b"10000\r\n" + bytes(0x10000) + b"\r\n"
 # What a backend does instead of a response with a status.
 Fault = Literal["hold", "reset", "cut", "garbage", "endless"]
 # How a backend is unreachable: no listener, reset connections, or 503.
-Absence = Literal["refused", "reset", "503"]
+Outage = Literal["refused", "reset", "503"]
 
 
 # What the backend got.
@@ -57,9 +57,9 @@ class Attempt:
     kind: str  # connect, message or disconnect
     webhook_id: str
     event: dict[str, Any]
-    # The status of the response, such as "200"; "hold" while there is none; "let go" if
-    # the relay then closed the connection, or did not read the response; "lost" if the
-    # backend closed it.
+    # The status of the response, such as "200"; "hold" while there is none; "abandoned"
+    # if the relay then closed the connection, or did not read the response; "lost" if
+    # the backend closed it.
     outcome: str = "hold"
     # When it arrived, and when it got its outcome (`time.monotonic()`).
     arrived: float = field(default_factory=time.monotonic)
@@ -131,11 +131,11 @@ class Book:
 
         A message that arrived with two ids is there twice.
         """
-        heard: dict[str, list[int]] = defaultdict(list)
+        received: dict[str, list[int]] = defaultdict(list)
         for attempt in self.of("message"):
             name, number = attempt.event["message"].split()[:2]
-            heard[name].append(int(number))
-        return heard
+            received[name].append(int(number))
+        return received
 
     def names(self) -> dict[str, str]:
         """Return the client's name of each connection that has sent a message."""
@@ -198,7 +198,7 @@ class FaultyBackend(Book):
         super().__init__()
         self.decide = decide
         self._tls = tls
-        self.absence: Absence | None = None
+        self.outage: Outage | None = None
         self.connections: set[_BackendConnection] = set()
         self.largest_body = 0  # bytes written to an endless body, at most
 
@@ -235,9 +235,9 @@ class FaultyBackend(Book):
         """The relay's flags for this backend; messages and disconnects by default."""
         return flags_for(self.url, kinds)
 
-    def go_away(self, how: Absence) -> None:
+    def make_unreachable(self, how: Outage) -> None:
         """Accept no events from now on, nor those that are being answered."""
-        self.absence = how
+        self.outage = how
         if how == "refused":
             self._server.close()
         if how != "503":
@@ -245,9 +245,9 @@ class FaultyBackend(Book):
             for connection in list(self.connections):
                 connection.reset()
 
-    async def come_back(self) -> None:
+    async def make_reachable(self) -> None:
         """Serve again, on the same port."""
-        how, self.absence = self.absence, None
+        how, self.outage = self.outage, None
         if how == "refused":
             await self._serve()
 
@@ -261,7 +261,7 @@ class FaultyBackend(Book):
             connection.answer_held(chosen, reply)
 
     def reply_to(self, attempt: Attempt) -> Reply:
-        if self.absence == "503":
+        if self.outage == "503":
             return Reply(503)
         return self.decide(attempt)
 
@@ -294,7 +294,7 @@ class _BackendConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        if self._backend.absence in ("refused", "reset"):
+        if self._backend.outage in ("refused", "reset"):
             # It may have waited in the kernel, with a request on it.
             self._backend.resets.append(time.monotonic())
             self.reset()
@@ -305,14 +305,14 @@ class _BackendConnection(asyncio.Protocol):
         self._backend.connections.discard(self)
         if self._timer is not None:
             self._timer.cancel()
-        self._settle("let go")
+        self._settle("abandoned")
         latest = self._latest
         if error is not None and latest is not None and latest.outcome.isdigit():
             # The relay reset it, possibly with an unread response on it: which of the
             # two was sent first is unknown.
             latest.doubtful = True
             if not latest.accepted:
-                latest.outcome = "let go"
+                latest.outcome = "abandoned"
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -357,7 +357,7 @@ class _BackendConnection(asyncio.Protocol):
         A transport closes its socket only in the loop's next turn; until then the relay
         could abandon a request that is recorded as lost.
         """
-        self._settle("let go" if self._has_been_left() else "lost")
+        self._settle("abandoned" if self._has_been_left() else "lost")
         if self._latest is not None:
             self._latest.doubtful = True
         sock = self._transport.get_extra_info("socket")
@@ -400,7 +400,7 @@ class _BackendConnection(asyncio.Protocol):
         if self._attempt is not None:
             self._attempt.retry_after = reply.retry_after
         if self._has_been_left():
-            self._settle("let go")
+            self._settle("abandoned")
             self._transport.abort()
             return
         head = "".join(f"{line}\r\n" for line in reply.headers)
@@ -655,9 +655,9 @@ def assert_complete(
     book: Book, clients: list[Talker], *, in_order: bool = True
 ) -> None:
     """Assert that each number of each client arrived, with one webhook-id."""
-    heard = book.numbers()
+    received = book.numbers()
     for client in clients:
-        numbers = heard[client.name]
+        numbers = received[client.name]
         assert sorted(numbers) == list(range(client.sent)), client.name
         if in_order:
             assert numbers == sorted(numbers), client.name
@@ -724,7 +724,7 @@ def masked(text: str) -> bytes:
 
 
 @dataclass(slots=True)
-class Heard:
+class Received:
     """What a plain socket received, and whether the relay closed the connection."""
 
     data: bytes = b""
@@ -773,21 +773,21 @@ async def upgraded(
     return reader, writer
 
 
-async def tell(
+async def send_raw(
     url: str,
     *pieces: bytes,
     answers: int | None = None,
     half_close: bool = False,
     deadline: float = DEADLINE,
     source: str | None = None,
-) -> Heard:
+) -> Received:
     """Send bytes on a plain connection, and return what is received.
 
     Ends when the relay closes the connection, or has sent `answers` final responses; at
     the latest after `deadline` seconds. `source` is the local address.
     """
     parts = urlsplit(url)
-    heard = Heard()
+    received = Received()
     loop = asyncio.get_running_loop()
     # Not a StreamReader, which drops received bytes at a reset.
     family = socket.AF_INET6 if ":" in (parts.hostname or "") else socket.AF_INET
@@ -798,7 +798,7 @@ async def tell(
 
     def enough() -> bool:
         with contextlib.suppress(ValueError):
-            return answers is not None and len(heard.statuses) >= answers
+            return answers is not None and len(received.statuses) >= answers
         return False
 
     async def say() -> None:
@@ -814,18 +814,18 @@ async def tell(
             while not enough():
                 data = await loop.sock_recv(sock, 65536)
                 if not data:
-                    heard.ended = True
+                    received.ended = True
                     break
-                heard.data += data
+                received.data += data
     except TimeoutError:
         pass
     except ConnectionError:
-        heard.ended = True
+        received.ended = True
     finally:
         saying.cancel()
         await asyncio.gather(saying, return_exceptions=True)
         sock.close()
-    return heard
+    return received
 
 
 def drop(transport: asyncio.WriteTransport) -> None:
@@ -862,7 +862,7 @@ class SilentProxy:
         for writer in self._writers:
             drop(writer.transport)
 
-    def fall_silent(self) -> None:
+    def stop_forwarding(self) -> None:
         """Forward nothing from now on, on any connection."""
         self._passing.clear()
 

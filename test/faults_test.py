@@ -47,15 +47,15 @@ CONSTANT = 48 * MIB
 CLIENTS, PAUSE = 200, 0.2  # numbers of clients; seconds between two messages
 
 
-async def load_with_an_absence(
-    service: Service, book: Book, absence, *, in_order: bool
+async def load_with_an_outage(
+    service: Service, book: Book, outage, *, in_order: bool
 ) -> None:
-    """8 s of load, and what `absence` does in its middle."""
+    """8 s of load, and what `outage` does in its middle."""
     clients = await talkers(service.ws_url, CLIENTS)
     enough = asyncio.Event()
     talks = [asyncio.create_task(client.talk(PAUSE, enough)) for client in clients]
     await asyncio.sleep(3)
-    await absence()
+    await outage()
     await asyncio.sleep(3)
     enough.set()
     await asyncio.gather(*talks)
@@ -74,14 +74,14 @@ async def test_backend_restart_within_two_seconds_loses_nothing(io_loop, how):
     """Every number arrives, in order, and no client is closed."""
     async with FaultyBackend() as backend:
 
-        async def absence() -> None:
-            backend.go_away(how)
+        async def outage() -> None:
+            backend.make_unreachable(how)
             await asyncio.sleep(2)
-            await backend.come_back()
+            await backend.make_reachable()
 
         # A backend that a busy machine makes slow is no reason to go on.
         async with Service(*backend.flags(), "--order_wait=30") as service:
-            await load_with_an_absence(service, backend, absence, in_order=True)
+            await load_with_an_outage(service, backend, outage, in_order=True)
 
 
 @pytest.mark.parametrize("flags", [[], ["--order_wait=inf", "--backend_timeout=30"]])
@@ -90,14 +90,14 @@ async def test_stopped_backend_loses_nothing(io_loop, flags):
     where one message goes at a time."""
     async with BackendProcess() as backend:
 
-        async def absence() -> None:
+        async def outage() -> None:
             backend.stop()
             await asyncio.sleep(2)
             backend.go_on()
 
         async with Service(*backend.flags(), *flags) as service:
-            await load_with_an_absence(
-                service, backend, absence, in_order=bool(flags)
+            await load_with_an_outage(
+                service, backend, outage, in_order=bool(flags)
             )
 
 
@@ -113,11 +113,11 @@ async def test_each_client_of_a_lost_backend_is_closed_and_accounted_for(io_loop
             clients = await talkers(service.ws_url, 100)
             await asyncio.gather(*(client.say(5) for client in clients))
             await backend.wait_for("message", 500)
-            backend.go_away(how)
+            backend.make_unreachable(how)
             await asyncio.gather(*(client.say(20) for client in clients))
             ends = [client.until_closed() for client in clients]
             assert set(await asyncio.gather(*ends)) == {1013}
-            await backend.come_back()
+            await backend.make_reachable()
             await backend.wait_for("disconnect", 100)
             names = backend.names()
             assert len(backend.disconnects()) == 100
@@ -137,11 +137,11 @@ async def test_client_that_left_before_the_deadline_is_accounted_for(io_loop):
             clients = await talkers(service.ws_url, 20)
             await asyncio.gather(*(client.say() for client in clients))
             await backend.wait_for("message", 20)
-            backend.go_away("refused")
+            backend.make_unreachable("refused")
             await asyncio.gather(*(client.say(3) for client in clients))
             await leave(clients)
             await asyncio.sleep(3)  # beyond the deadline
-            await backend.come_back()
+            await backend.make_reachable()
             await backend.wait_for("disconnect", 20)
         for meta in backend.disconnects().values():
             assert (meta["code"], meta["initiator"]) == (1000, "client")
@@ -154,7 +154,7 @@ async def test_failing_backend_gets_one_probe_at_a_time(io_loop):
         async with Service(*backend.flags()) as service:
             clients = await talkers(service.ws_url, 100)
             poisoned = clients[0].name
-            backend.go_away("503")
+            backend.make_unreachable("503")
             await asyncio.gather(*(client.say(3) for client in clients))
             # Each has had its first attempt, and some a second one.
             await eventually(lambda: len(backend.attempts) >= 20)
@@ -164,7 +164,7 @@ async def test_failing_backend_gets_one_probe_at_a_time(io_loop):
             assert 1 <= len(backend.attempts) - before <= 12
             probes = backend.attempts[before:]
             assert len({probe.connection_id for probe in probes}) == len(probes)
-            await backend.come_back()
+            await backend.make_reachable()
             backend.decide = lambda attempt: Reply(
                 500
                 if attempt.kind == "message"
@@ -207,7 +207,7 @@ async def test_visits_to_a_dead_backend_are_bounded_and_accounted_for(io_loop):
         flags = [*backend.flags(), "--max_pending=2000", "--delivery_timeout=90"]
         async with Service(*flags) as service:
             before = memory(service.process.pid)
-            backend.go_away("refused")
+            backend.make_unreachable("refused")
             over = asyncio.Event()
             visitors = [
                 asyncio.create_task(visit_until(f"visitor-{index}", over))
@@ -220,7 +220,7 @@ async def test_visits_to_a_dead_backend_are_bounded_and_accounted_for(io_loop):
             growth = memory(service.process.pid, "VmHWM") - before
             assert growth < 2000 * 10_000 + CONSTANT
             assert len(accepted) >= 1000
-            await backend.come_back()
+            await backend.make_reachable()
             await backend.wait_for("disconnect", len(accepted), 90)
             # One more is relayed at once, so nothing is in its way.
             (talker,) = await talkers(service.ws_url, 1)
@@ -306,7 +306,7 @@ async def test_restart_after_sigkill_reports_each_connection_once(io_loop, tmp_p
             # The relay has the answers, too.
             (journal,) = tmp_path.glob("*.journal")
             await eventually(lambda: journal.read_bytes().count(b"\n-") == 50)
-            told = set(backend.disconnects())
+            reported = set(backend.disconnects())
             opened = {a.connection_id: a.event["meta"] for a in backend.of("connect")}
             await crash(service)
         ends = await asyncio.gather(*(client.until_closed() for client in clients))
@@ -328,7 +328,7 @@ async def test_restart_after_sigkill_reports_each_connection_once(io_loop, tmp_p
         )
         assert set(attempts.values()) == {1}
         assert len(attempts) == 552
-        for connection_id in opened.keys() - told:
+        for connection_id in opened.keys() - reported:
             meta = backend.disconnects()[connection_id]
             assert (meta["code"], meta["reason"]) == (1006, "instance lost")
             assert meta["initiator"] == "relay"
@@ -347,12 +347,12 @@ async def test_recovered_disconnects_survive_an_unreachable_backend(
             await asyncio.gather(*(client.say() for client in clients))
             await backend.wait_for("message", 50)
             await crash(service)
-        backend.go_away("refused")
+        backend.make_unreachable("refused")
         async with Service(*flags) as service:
             (late,) = await talkers(service.ws_url, 1)
             await crash(service)
         async with Service(*flags) as service:
-            await backend.come_back()
+            await backend.make_reachable()
             await backend.wait_for("disconnect", 50)
         assert {meta["reason"] for meta in backend.disconnects().values()} == {
             "instance lost"
@@ -362,12 +362,12 @@ async def test_recovered_disconnects_survive_an_unreachable_backend(
         await asyncio.gather(*(client.until_closed() for client in clients))
 
 
-def tear(file: Path) -> None:
+def truncate(file: Path) -> None:
     """As a full disk would leave it."""
     file.write_bytes(file.read_bytes()[: -(file.stat().st_size // 2) - 1])
 
 
-def scribble(file: Path) -> None:
+def corrupt(file: Path) -> None:
     """As a bad disk would leave it."""
     file.write_bytes(bytes(range(255, -1, -1)) * (file.stat().st_size // 256 + 1))
 
@@ -377,7 +377,7 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
-@pytest.mark.parametrize("spoil", [tear, scribble, empty])
+@pytest.mark.parametrize("spoil", [truncate, corrupt, empty])
 async def test_corrupt_journal_is_reported_and_never_fatal(io_loop, tmp_path, spoil):
     """The relay starts, logs one error, and serves."""
     async with FaultyBackend() as backend:
@@ -499,7 +499,7 @@ async def test_client_that_vanishes_is_reported(io_loop):
             for client in (*vanishing, *staying):
                 await client.say(3)
             await backend.wait_for("message", 120)
-            proxy.fall_silent()
+            proxy.stop_forwarding()
             await backend.wait_for("disconnect", 20)
             names = backend.names()
             for connection_id, meta in backend.disconnects().items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import pytest
-from faults import memory, tell
+from faults import memory, send_raw
 from service import RecordingBackend, Service
 from tornado.ioloop import IOLoop
 from wire import (
@@ -50,16 +50,16 @@ class Relay:
         Its disconnect event has come by then, and is the last one.
         """
         self.visits += 1
-        heard = await tell(
+        received = await send_raw(
             self.service.ws_url,
             handshake(*(DEFLATE if compressed else ())),
             *frames,
             deadline=SOON,
         )
-        head, _, answer = heard.data.partition(b"\r\n\r\n")
+        head, _, answer = received.data.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 101 ")
         assert (b"permessage-deflate" in head) is compressed
-        assert heard.ended, f"open after {SOON} s, with {answer[:100]!r}"
+        assert received.ended, f"open after {SOON} s, with {answer[:100]!r}"
         await self.backend.wait_for("disconnect", self.visits)
         return answer
 
@@ -190,10 +190,10 @@ INVALID_DATA_WITH_COMPRESSION = {
 }
 
 TOO_BIG = {
-    "told": frame(BINARY, length=LIMIT + 1),
-    "told-and-no-mask-yet": frame(BINARY, length=LIMIT + 1)[:-4],
-    "told-2-to-the-62": frame(TEXT, length=2**62),
-    "told-by-a-fragment": frame(TEXT, bytes(10), fin=False)
+    "announced": frame(BINARY, length=LIMIT + 1),
+    "announced-and-no-mask-yet": frame(BINARY, length=LIMIT + 1)[:-4],
+    "announced-2-to-the-62": frame(TEXT, length=2**62),
+    "announced-by-a-fragment": frame(TEXT, bytes(10), fin=False)
     + frame(CONTINUATION, length=LIMIT - 9),
     "many-fragments": frame(BINARY, bytes(2**18), fin=False)
     + frame(CONTINUATION, bytes(2**18), fin=False) * 4,
@@ -204,8 +204,8 @@ TOO_BIG_WITH_COMPRESSION = {
     "bomb-of-text": frame(TEXT, bomb(64 * 2**20), rsv=RSV1),
     "bomb-in-fragments": fragments(BINARY, *[bomb(2**22)] * 8, rsv=RSV1),
     "one-byte-too-many": frame(BINARY, deflated(bytes(LIMIT + 1)), rsv=RSV1),
-    "told-and-compressed": frame(BINARY, rsv=RSV1, length=2 * LIMIT),
-    "told-and-not-compressed": frame(BINARY, length=LIMIT + 1),
+    "announced-and-compressed": frame(BINARY, rsv=RSV1, length=2 * LIMIT),
+    "announced-and-not-compressed": frame(BINARY, length=LIMIT + 1),
 }
 
 ROWS = [

@@ -270,7 +270,7 @@ async def converse(url: str, opening: bytes, pieces: list[bytes]) -> bytes:
             return rest
 
 
-def last_words(answer: bytes) -> int | None:
+def close_code_of(answer: bytes) -> int | None:
     """The close code of the relay's frames; None where there is no close frame.
 
     Raises `ValueError` where they are no frames of a server.
@@ -304,7 +304,7 @@ def test_any_frames_are_echoed_or_rejected(relay, no_growth, data, compressed):
     async def check() -> None:
         offers = DEFLATE if compressed else ()
         answer = await converse(relay.service.ws_url, handshake(*offers), pieces)
-        code = last_words(answer)
+        code = close_code_of(answer)
         if close is not None:
             assert code == close.code
         elif violation is not None:

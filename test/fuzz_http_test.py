@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import websockets
-from faults import Heard, ScriptedBackend, memory, tell
+from faults import Received, ScriptedBackend, memory, send_raw
 from fuzzing import GROWTH, examples, in_pieces
 from hypothesis import given
 from hypothesis import strategies as st
@@ -142,7 +142,7 @@ class Relay:
     client: websockets.ClientConnection
     id: bytes
 
-    async def tell(self, pieces: list[bytes], **options: object) -> Heard:
+    async def send_raw(self, pieces: list[bytes], **options: object) -> Received:
         """Speak on a bare connection to the callbacks; `ID` is the client's."""
         whole = b"".join(pieces).replace(ID, self.id)
         start, cut = 0, []
@@ -150,14 +150,14 @@ class Relay:
             cut.append(whole[start : start + len(piece)])
             start += len(piece)
         url = self.service.callback_url
-        return await tell(url, *cut, deadline=DEADLINE, **options)
+        return await send_raw(url, *cut, deadline=DEADLINE, **options)
 
     async def frames(self) -> list[str | bytes]:
         """Return the frames received so far; a valid callback marks the end."""
         mark = b"mark of this test"
         length = b"Content-Length: %d\r\n\r\n" % len(mark)
-        heard = await self.tell([SEND + length + mark], answers=1)
-        assert heard.statuses == [200]
+        received = await self.send_raw([SEND + length + mark], answers=1)
+        assert received.statuses == [200]
         frames = []
         while (frame := await asyncio.wait_for(self.client.recv(), DEADLINE)) != mark:
             frames.append(frame)
@@ -225,8 +225,8 @@ def test_valid_requests_are_executed_for_every_split(
     pieces = data.draw(in_pieces(st.just(b"".join(whole))))
 
     async def check() -> None:
-        heard = await relay.tell(pieces, answers=len(bodies))
-        assert heard.statuses == [200] * len(bodies)
+        received = await relay.send_raw(pieces, answers=len(bodies))
+        assert received.statuses == [200] * len(bodies)
         assert await relay.frames() == bodies
 
     relay.run(check())
@@ -247,9 +247,9 @@ def test_mutated_requests_are_answered_or_ended(relay, no_growth, pieces):
     """Each response is complete, none is a 500, and no frame is sent without one."""
 
     async def check() -> None:
-        heard = await relay.tell(pieces, half_close=True)
-        assert heard.ended
-        assert not {500, 502, 503}.intersection(heard.statuses)
+        received = await relay.send_raw(pieces, half_close=True)
+        assert received.ended
+        assert not {500, 502, 503}.intersection(received.statuses)
         assert len(await relay.frames()) <= b"".join(pieces).count(b"send")
 
     relay.run(check())
@@ -259,9 +259,10 @@ def test_garbage_behind_a_rejected_request_delays_nothing(relay):
     """A request without Host, then other bytes: one response, and the end."""
 
     async def check() -> None:
-        heard = await relay.tell([b"GET /livez HTTP/1.1\r\nX: y\r\n\r\n\xfcA\x8a"])
-        assert heard.ended
-        assert heard.statuses == [400]
+        request = b"GET /livez HTTP/1.1\r\nX: y\r\n\r\n"
+        received = await relay.send_raw([request + b"\xfcA\x8a"])
+        assert received.ended
+        assert received.statuses == [400]
 
     relay.run(check())
 
@@ -291,10 +292,10 @@ def test_any_response_to_a_connect_event_is_a_decision_or_none(
         relay.backend.script = lambda kind: (
             todo.pop() if kind == "connect" and todo else OK
         )
-        heard = await tell(
+        received = await send_raw(
             relay.service.ws_url, HANDSHAKE, answers=1, deadline=DEADLINE
         )
-        ((status, headers, body),) = heard.answers()
+        ((status, headers, body),) = received.answers()
         assert status in (101, 401, 403, 404, 429, 503)
         assert headers.keys() <= PASSED_ON | OURS
         assert len(body) <= 4096

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import websockets
-from faults import tell
+from faults import send_raw
 from service import DEADLINE, RecordingBackend, Service, eventually
 from tornado.ioloop import IOLoop
 from wire import DEFLATE, KEY, TEXT, frame, handshake
@@ -33,10 +33,10 @@ class Relay:
 
     async def status(self, request: bytes) -> int:
         """What a request is answered, or END, within 3 s."""
-        heard = await tell(self.service.ws_url, request, answers=1)
-        if heard.data:
-            return heard.statuses[0]
-        assert heard.ended, "neither an answer nor the end"
+        received = await send_raw(self.service.ws_url, request, answers=1)
+        if received.data:
+            return received.statuses[0]
+        assert received.ended, "neither an answer nor the end"
         return END
 
 
@@ -223,8 +223,8 @@ async def test_bad_handshake_is_answered_or_closed(
 ):
     """The right status, or the end, within 3 s; the backend gets no event."""
     asked = len(relay.backend.of("connect"))
-    heard = await relay.status(request_)
-    assert heard in (status if isinstance(status, tuple) else (status,))
+    received = await relay.status(request_)
+    assert received in (status if isinstance(status, tuple) else (status,))
     assert len(relay.backend.of("connect")) == asked
     assert await relay.status(handshake()) == 101
     assert not relay.service.tracebacks, "\n".join(relay.service.log)
@@ -236,15 +236,15 @@ async def test_426_says_what_is_served(io_loop, relay):
         (handshake(without="Upgrade"), "upgrade", "websocket"),
         (instead("Sec-WebSocket-Version: 8"), "sec-websocket-version", "13"),
     ):
-        heard = await tell(relay.service.ws_url, request, answers=1)
-        ((status, headers, _),) = heard.answers()
+        received = await send_raw(relay.service.ws_url, request, answers=1)
+        ((status, headers, _),) = received.answers()
         assert (status, headers[name]) == (426, value)
 
 
 async def test_accept_is_made_of_the_key(io_loop, relay):
     """As in the example of RFC 6455, section 1.3."""
-    heard = await tell(relay.service.ws_url, handshake(), answers=1)
-    ((status, headers, _),) = heard.answers()
+    received = await send_raw(relay.service.ws_url, handshake(), answers=1)
+    ((status, headers, _),) = received.answers()
     assert status == 101
     assert headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 
@@ -275,7 +275,7 @@ ODD = """
             pass
 
         async def disconnect(self, connection, closure):
-            print("told", closure.code, closure.initiator, file=sys.stderr)
+            print("end", closure.code, closure.initiator, file=sys.stderr)
 
     def make_backend(relay):
         return OddBackend()
@@ -296,17 +296,19 @@ async def test_bug_in_a_handshake_leaves_nothing(io_loop, tmp_path):
         offer = "Sec-WebSocket-Protocol: a"
         for number, target in enumerate(("/ws", "/ws?fail", "/ws"), 1):
             request = handshake(offer, line=f"GET {target} HTTP/1.1")
-            heard = await tell(service.ws_url, request, answers=1, deadline=DEADLINE)
-            ((status, headers, _),) = heard.answers()
+            received = await send_raw(
+                service.ws_url, request, answers=1, deadline=DEADLINE
+            )
+            ((status, headers, _),) = received.answers()
             assert status == 500
             assert headers["content-type"] == "application/problem+json"
-            await eventually(lambda n=number: service.log.count("told 1006 relay") == n)
+            await eventually(lambda n=number: service.log.count("end 1006 relay") == n)
             assert len(service.tracebacks) == number
         service.log.clear()  # of these bugs
         # What of a refusal can be passed on, is.
         request = handshake(line="GET /ws?refuse HTTP/1.1")
-        heard = await tell(service.ws_url, request, answers=1, deadline=DEADLINE)
-        ((status, headers, body),) = heard.answers()
+        received = await send_raw(service.ws_url, request, answers=1, deadline=DEADLINE)
+        ((status, headers, body),) = received.answers()
         assert (status, headers["retry-after"], body) == (401, "7", b"no")
         assert "www-authenticate" not in headers
 
@@ -331,27 +333,29 @@ async def test_headers_are_spelt_as_in_their_standards(io_loop, server):
         f"--http_server={server}", "--compression", "--callback_token=0123456789abcdef",
     )
     async with Service(*flags) as service:
-        heard = await tell(
+        received = await send_raw(
             service.ws_url,
             handshake("Sec-WebSocket-Protocol: a", *DEFLATE),
             answers=1,
             deadline=DEADLINE,
         )
         for name in ("Accept", "Protocol", "Extensions"):
-            assert f"\r\nSec-WebSocket-{name}: ".encode() in heard.data
-        assert heard.data.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
-        assert b"\r\nUpgrade: websocket\r\n" in heard.data
-        assert b"\r\nConnection: Upgrade\r\n" in heard.data
-        heard = await tell(
+            assert f"\r\nSec-WebSocket-{name}: ".encode() in received.data
+        assert received.data.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
+        assert b"\r\nUpgrade: websocket\r\n" in received.data
+        assert b"\r\nConnection: Upgrade\r\n" in received.data
+        received = await send_raw(
             service.ws_url,
             instead("Sec-WebSocket-Version: 8"),
             answers=1,
             deadline=DEADLINE,
         )
-        assert b"\r\nSec-WebSocket-Version: 13\r\n" in heard.data
+        assert b"\r\nSec-WebSocket-Version: 13\r\n" in received.data
         get = b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        heard = await tell(service.callback_url, get, answers=1, deadline=DEADLINE)
-        assert b"\r\nWWW-Authenticate: Bearer" in heard.data
+        received = await send_raw(
+            service.callback_url, get, answers=1, deadline=DEADLINE
+        )
+        assert b"\r\nWWW-Authenticate: Bearer" in received.data
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
@@ -361,10 +365,10 @@ async def test_query_is_passed_on_unchanged(io_loop, server):
         flags = (*backend.flags(), f"--http_server={server}")
         async with Service(*flags) as service:
             for query in ("a=b&" * 5000, "&" * 60_000, "a=%zz&b=%00;c", "?a?"):
-                heard = await tell(
+                received = await send_raw(
                     service.ws_url, asking(f"/ws?{query}"), answers=1, deadline=DEADLINE
                 )
-                assert heard.statuses == [101], query[:20]
+                assert received.statuses == [101], query[:20]
                 assert backend.of("connect")[-1]["meta"]["query"] == query
             many = "&x" * 20_000
             for method, target, status in [
@@ -462,8 +466,8 @@ async def test_compression_is_negotiated_for_a_valid_offer(
     io_loop, relay, offers, answer
 ):
     """The first acceptable offer is accepted; without one there is none."""
-    heard = await tell(relay.service.ws_url, extended_by(offers), answers=1)
-    ((status, headers, _),) = heard.answers()
+    received = await send_raw(relay.service.ws_url, extended_by(offers), answers=1)
+    ((status, headers, _),) = received.answers()
     assert status == 101
     extension = headers.get("sec-websocket-extensions")
     if answer is None:

@@ -66,15 +66,17 @@ async def test_starting_relay_is_not_ready(
     io_loop, app, http_server, http_client, base_url
 ):
     """But alive; it is ready when all parts have started."""
-    told = app.settings["status"]
+    current = app.settings["status"]
     answer = await http_client.fetch(f"{base_url}/readyz", raise_error=False)
     assert answer.code == 503
     assert json.loads(answer.body)["detail"] == "This instance is starting."
     assert (await http_client.fetch(f"{base_url}/livez")).code == 200
-    assert (told.describe()["state"], told.describe()["ready"]) == ("starting", False)
+    described = current.describe()
+    assert (described["state"], described["ready"]) == ("starting", False)
     app.settings["readiness"].started = True
     assert (await http_client.fetch(f"{base_url}/readyz")).code == 200
-    assert (told.describe()["state"], told.describe()["ready"]) == ("serving", True)
+    described = current.describe()
+    assert (described["state"], described["ready"]) == ("serving", True)
 
 
 async def test_stopping_relay_is_not_ready(io_loop):
@@ -110,16 +112,16 @@ async def test_unreachable_backend_can_end_readiness(io_loop):
             async with websockets.connect(service.ws_url) as client:
                 await client.send("anybody there?")
                 async with asyncio.timeout(DEADLINE):
-                    while not (told := await status(service))["backend"]["away"]:
+                    while not (current := await status(service))["backend"]["away"]:
                         pass
-                    assert told["ready"] is (told["backend"]["away"] < 0.5)
+                    assert current["ready"] is (current["backend"]["away"] < 0.5)
                     while (reason := await readyz(service)) is None:
                         pass
                 assert reason.startswith("The backend has been unreachable for ")
-                told = await status(service)
-                assert not told["ready"]
-                assert told["state"] == "serving"
-                assert told["backend"]["away"] >= 0.5
+                current = await status(service)
+                assert not current["ready"]
+                assert current["state"] == "serving"
+                assert current["backend"]["away"] >= 0.5
                 for _ in range(50):  # the retry of its message finds out
                     assert await readyz(service)
                 backend.script = lambda kind: OK

@@ -105,7 +105,7 @@ async def test_held_messages_take_as_much_memory_as_they_are_long(io_loop):
             assert memory(service.process.pid) - before < 30 * MIB
 
 
-@pytest.mark.parametrize("how", ["answered", "let go"])
+@pytest.mark.parametrize("how", ["answered", "abandoned"])
 async def test_reading_resumes_when_held_bytes_are_released(io_loop, how):
     """At once, not at a deadline."""
     async with FaultyBackend(lambda attempt: HOLD) as backend:
@@ -250,14 +250,14 @@ async def test_held_requests_after_a_disconnect_are_abandoned_one_by_one(io_loop
             await backend.wait_for("disconnect", 1)
             await other.say(2)
             await eventually(lambda: bool(outcomes))
-            assert outcomes == ["let go", "hold"]
+            assert outcomes == ["abandoned", "hold"]
             backend.release()
             await leave([other])
 
 
 async def test_failing_request_does_not_affect_others(io_loop, caplog):
     """Requests that become overdue by one timer are all reported."""
-    told = []
+    overdue = []
 
     class OneOfMany:
         def __init__(self, number: int) -> None:
@@ -269,12 +269,12 @@ async def test_failing_request_does_not_affect_others(io_loop, caplog):
             pass
 
         def on_overdue(self) -> None:
-            told.append(self.number)
+            overdue.append(self.number)
             if self.number == 1:
                 raise OverflowError("of its own")
 
     line = OverdueLine(0.01, asyncio.get_running_loop())
     for number in range(4):
         line.add(OneOfMany(number))
-    await eventually(lambda: told == [0, 1, 2, 3])
+    await eventually(lambda: overdue == [0, 1, 2, 3])
     assert caplog.text.count("OverflowError: of its own") == 1

@@ -110,14 +110,14 @@ def full(path: Path):
         yield
 
 
-def left_by(number: int) -> bytes:
+def journal_of(number: int) -> bytes:
     return f"socketdock journal 1 host/{number}\n+{number:032x}\n".encode()
 
 
 def test_journals_of_dead_runs_take_no_descriptors(tmp_path):
     """There may be more than the descriptor limit; empty ones are deleted."""
     for number in range(300):
-        content = left_by(number)
+        content = journal_of(number)
         if number % 2:
             content = content[: content.index(b"+")]
         (tmp_path / f"{number:03}.journal").write_bytes(content)
@@ -212,7 +212,7 @@ def test_unusable_journal_does_not_stop_the_start(tmp_path, caplog, kind):
     """It is logged and left unchanged; no file is opened that blocks."""
     path = tmp_path / "a.journal"
     target = tmp_path / "elsewhere"
-    target.write_bytes(left_by(1))
+    target.write_bytes(journal_of(1))
     if kind == "folder":
         path.mkdir()
     elif kind == "pipe":
@@ -330,8 +330,8 @@ async def test_full_disk_with_room_again_loses_nothing(io_loop, tmp_path):
             service.process.kill()
             await service.process.wait()
         async with Service(*backend.flags(), f"--state_dir={left}"):
-            told = await backend.wait_for("disconnect", 150)
-        assert len({event["connection_id"] for event in told}) == 150
+            events = await backend.wait_for("disconnect", 150)
+        assert len({event["connection_id"] for event in events}) == 150
         assert [path.name for path in left.iterdir()] == ["lock"]
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import websockets
-from faults import tell
+from faults import send_raw
 from service import DEADLINE, RecordingBackend, Service, eventually, refusal, withhold
 from tornado.web import RequestHandler
 from wire import handshake
@@ -185,12 +185,12 @@ async def test_handshakes_that_waited_during_a_stall_are_accepted(io_loop, loop)
         async with service.stalled(seconds):
             began = time.monotonic()
             waiting = [
-                asyncio.create_task(tell(service.ws_url, request, answers=1))
+                asyncio.create_task(send_raw(service.ws_url, request, answers=1))
                 for _ in range(count)
             ]
-        heard = await asyncio.gather(*waiting)
+        received = await asyncio.gather(*waiting)
         took = time.monotonic() - began
-    admitted = sum(each.statuses == [101] for each in heard)
+    admitted = sum(each.statuses == [101] for each in received)
     assert rate * seconds <= admitted <= rate * (took + 2)
 
 
@@ -216,9 +216,9 @@ async def test_flood_of_refusals_does_not_flood_the_log(io_loop):
         async with connect(service.ws_url):
             for _ in range(50):
                 await refused(service.ws_url)
-    told = [line for line in service.log if "rejected with 429" in line]
-    assert len(told) == 20
-    assert "127.0.0.1" in told[0] and "Connection limit of this address" in told[0]
+    lines = [line for line in service.log if "rejected with 429" in line]
+    assert len(lines) == 20
+    assert "127.0.0.1" in lines[0] and "Connection limit of this address" in lines[0]
     (counted,) = [line for line in service.log if "more handshakes" in line]
     assert "30 more handshakes were rejected: 30 with 429" in counted
 
@@ -382,7 +382,7 @@ async def test_stall_does_not_count_for_rates(io_loop, loop, flag, message):
 async def test_slow_backend_does_not_count_for_rates(io_loop, flag, message):
     """Reading stops for longer than --rate_patience, and then continues."""
     async with RecordingBackend() as backend:
-        let_go = withhold(backend, "message")
+        release = withhold(backend, "message")
         flags = (*backend.flags("message", "disconnect"), flag, "--rate_patience=1",
                  "--order_wait=inf", "--backend_timeout=60",
                  "--connection_queue_messages=1")
@@ -391,7 +391,7 @@ async def test_slow_backend_does_not_count_for_rates(io_loop, flag, message):
                 sending = asyncio.create_task(keep_rate(client, message))
                 await backend.wait_for("message", 1)
                 await asyncio.sleep(4)  # for which the backend thinks
-                let_go.set()
+                release.set()
                 await backend.wait_for("message", 140)
                 assert not sending.done()
                 sending.cancel()

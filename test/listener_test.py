@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import websockets
-from faults import tell
+from faults import send_raw
 from service import DEADLINE, RecordingBackend, Service, eventually
 from tornado.web import Application, RequestHandler
 from websockets.protocol import State
@@ -158,8 +158,10 @@ async def test_clients_leave_descriptors_to_callbacks_and_probes(
             for url, path in itertools.product(urls, (b"/livez", b"/readyz")):
                 if path == b"/livez" or url == service.callback_url:
                     request = LIVEZ.replace(b"/livez", path)
-                    heard = await tell(url, request, answers=1, deadline=DEADLINE)
-                    assert heard.statuses == [200]
+                    received = await send_raw(
+                        url, request, answers=1, deadline=DEADLINE
+                    )
+                    assert received.statuses == [200]
             answer = await backend.call(event["meta"]["send"], body=b"two")
             assert answer.code == 200
             assert await asyncio.wait_for(client.recv(), DEADLINE) == b"two"
@@ -172,8 +174,8 @@ async def test_start_warns_of_a_file_limit_below_the_connections(io_loop):
     """With both numbers."""
     async with limited(400, "--max_connections=1000") as service:
         await echo(service)
-    (told,) = [line for line in service.log if "ulimit" in line]
-    assert "400" in told and "--max_connections=1000" in told
+    (warning,) = [line for line in service.log if "ulimit" in line]
+    assert "400" in warning and "--max_connections=1000" in warning
 
 
 @pytest.mark.gen_test

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 import pytest
 import websockets
 import yaml
-from faults import ScriptedBackend, tell
+from faults import ScriptedBackend, send_raw
 from service import DEADLINE, PROJECT, RecordingBackend, Service, eventually, refusal
 from systemd_test import Systemd
 from tornado.web import RequestHandler
@@ -43,7 +43,7 @@ def records(service, **fields):
     return [record for record in found if fields.items() <= record.items()]
 
 
-async def told(service, **fields):
+async def record_with(service, **fields):
     """The first line with these fields, once it is there."""
     await eventually(lambda: records(service, **fields))
     return records(service, **fields)[0]
@@ -164,8 +164,9 @@ async def test_each_line_of_a_busy_log_is_json(io_loop):
         async with Service(*flags, environment=AUTO) as service:
             for path in (b"/\x85[I]", b"/\x9b2J\xc2\x9b", b"/%0a%1b[2J", b"/\xe2\x80"):
                 request = b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path
-                await tell(service.callback_url, request, answers=1)
-            await tell(service.callback_url, b"GET / HTTP/9.9\r\nHost: \n\r\n\x00\n\n")
+                await send_raw(service.callback_url, request, answers=1)
+            malformed = b"GET / HTTP/9.9\r\nHost: \n\r\n\x00\n\n"
+            await send_raw(service.callback_url, malformed)
             for _ in range(5):
                 async with websockets.connect(service.ws_url) as client:
                     await client.send("{}\n\x1b[2J")
@@ -192,17 +193,17 @@ async def test_open_and_close_have_a_line_each(io_loop):
                 await client.send(message)
                 assert await client.recv() == message
             await client.close(4001, "our reason")
-        closed = await told(service, event="close")
+        closed = await record_with(service, event="close")
     (opened,) = records(service, event="open")
     identity = opened["connection_id"]
     assert re.fullmatch(r"[0-9a-f]{32}", identity)
     assert opened["level"] == closed["level"] == "info"
     assert opened["remote_ip"] == "127.0.0.1"
     assert opened["message"] == f"connection {identity} opened by 127.0.0.1"
-    told_at = [datetime.fromisoformat(r["time"]) for r in (opened, closed)]
+    times = [datetime.fromisoformat(r["time"]) for r in (opened, closed)]
     seconds = closed.pop("seconds")
     assert 0 <= seconds < 60
-    assert abs((told_at[1] - told_at[0]).total_seconds() - seconds) < 1
+    assert abs((times[1] - times[0]).total_seconds() - seconds) < 1
     message = re.fullmatch(
         rf"connection {identity} closed with 4001 by client after (\d+\.\d) s:"
         r" 2 messages in, 2 out",
@@ -236,13 +237,13 @@ async def test_close_line_says_who_closed(io_loop):
                 (event,) = await backend.wait_for("connect", 1)
                 await backend.call(event["meta"]["disconnect"])
                 await client.wait_closed()
-            ended = await told(service, initiator="backend")
+            ended = await record_with(service, initiator="backend")
             assert (ended["event"], ended["code"]) == ("close", 1000)
             async with websockets.connect(service.ws_url) as client:
                 client.transport.abort()
-            assert (await told(service, initiator="client"))["code"] == 1006
+            assert (await record_with(service, initiator="client"))["code"] == 1006
             stays = await websockets.connect(service.ws_url)
-    assert (await told(service, initiator="relay"))["code"] == 1001
+    assert (await record_with(service, initiator="relay"))["code"] == 1001
     await stays.wait_closed()
     assert len(records(service, event="close")) == 3
 
@@ -262,7 +263,7 @@ async def test_close_line_counts_what_was_not_delivered(io_loop):
                 for _ in range(3):
                     await client.send("x")
                 await backend.wait_for("message", 1)
-            closed = await told(service, event="close")
+            closed = await record_with(service, event="close")
             decided.set()
             await backend.wait_for("disconnect", 1)
     counts = [closed[name] for name in ("messages_in", "waiting", "undelivered")]
@@ -290,7 +291,7 @@ async def test_level_changes_on_sighup(io_loop, tmp_path):
             async with websockets.connect(service.ws_url) as client:
                 await client.send("x")
                 await client.recv()
-            await tell(service.callback_url, LIVEZ, answers=1)
+            await send_raw(service.callback_url, LIVEZ, answers=1)
             return {record["level"] for record in records(service)[before:]}
 
         assert "debug" in await at_level("debug")
@@ -298,7 +299,7 @@ async def test_level_changes_on_sighup(io_loop, tmp_path):
         assert await at_level("info") == {"info"}
         path.write_text("logging = 'loud'\n")
         service.process.send_signal(signal.SIGHUP)
-        wrong = await told(service, level="error")
+        wrong = await record_with(service, level="error")
         assert "logging must be one of debug, info" in wrong["message"]
         assert "values stay" in wrong["message"]
         assert await at_level("debug") >= {"debug", "info"}
@@ -339,7 +340,7 @@ async def test_level_none_logs_nothing(io_loop, tmp_path):
             env={**os.environ, "NOTIFY_SOCKET": address, "SOCKETDOCK_NOTHING": "x"},
             stderr=asyncio.subprocess.PIPE,
         )
-        await systemd.hears("READY=1")
+        await systemd.wait_for("READY=1")
         path.write_text("logging = 'info'\n")
         process.send_signal(signal.SIGHUP)
         line = await asyncio.wait_for(process.stderr.readline(), DEADLINE)
@@ -430,7 +431,7 @@ async def test_log_config_is_read_again_on_sighup(io_loop, tmp_path):
 
 @contextlib.asynccontextmanager
 async def quiet_service(*flags):
-    """A relay that has started, by what systemd is told: its log may be empty."""
+    """A relay that has started, as it notified systemd: its log may be empty."""
     with tempfile.TemporaryDirectory() as folder:
         address = f"{folder}/notify"
         with Systemd(address) as systemd:
@@ -440,7 +441,7 @@ async def quiet_service(*flags):
                 env={**os.environ, "NOTIFY_SOCKET": address},
                 stderr=asyncio.subprocess.DEVNULL,
             )
-            await systemd.hears("READY=1")
+            await systemd.wait_for("READY=1")
             yield process
             process.send_signal(signal.SIGTERM)
             assert await asyncio.wait_for(process.wait(), DEADLINE) == 0
@@ -455,7 +456,7 @@ async def test_level_option_overrides_that_of_log_config(io_loop, tmp_path):
             written(path, "ERROR", **more)
             service.process.send_signal(signal.SIGHUP)
             await eventually(lambda: "reloaded: " in service.log[-1])
-            await tell(service.callback_url, LIVEZ, answers=1)
+            await send_raw(service.callback_url, LIVEZ, answers=1)
             await eventually(
                 lambda n=number: sum("mine DEBUG" in line for line in service.log) == n
             )

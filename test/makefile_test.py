@@ -89,7 +89,7 @@ def put(environment: Path, tree: Path) -> None:
     pip.write_text(pip.read_text().replace(str(environment.parent), str(tree)))
 
 
-def half_made(environment: Path, tree: Path) -> None:
+def incomplete(environment: Path, tree: Path) -> None:
     put(environment, tree)
     (tree / VENV).unlink()
 
@@ -105,7 +105,7 @@ def without_its_python(environment: Path, tree: Path) -> None:
         name.symlink_to("/nowhere/python3")
 
 
-@pytest.mark.parametrize("spoil", [half_made, moved, without_its_python])
+@pytest.mark.parametrize("spoil", [incomplete, moved, without_its_python])
 def test_broken_environment_is_recreated(tree, environment, spoil):
     """And everything is installed again, independent of the stamps."""
     spoil(environment, tree)

@@ -108,7 +108,7 @@ class Visitors:
             await self.raw(b"GET /no HTTP/1.1\r\nHost: here\r\n\r\n", b"404")
             await self.raw(b"no HTTP\r\n\r\n", b"400")
 
-    async def left_mid_verdict(self) -> None:
+    async def left_before_the_decision(self) -> None:
         """Gone before they were let in."""
         decided = withhold(self.backend, "connect")
         for number in range(TIMES):
@@ -133,11 +133,11 @@ class Visitors:
         async with asyncio.timeout(DEADLINE):
             for said, wanted in zip(exchange[::2], exchange[1::2], strict=True):
                 writer.write(said)
-                heard = b""
-                while wanted not in heard:
+                received = b""
+                while wanted not in received:
                     part = await reader.read(4096)
-                    assert part, (said, heard)
-                    heard += part
+                    assert part, (said, received)
+                    received += part
         writer.close()
         await writer.wait_closed()
 
@@ -150,7 +150,7 @@ class Visitors:
         Visitors.failures,
         Visitors.bad_frames,
         Visitors.refused,
-        Visitors.left_mid_verdict,
+        Visitors.left_before_the_decision,
     ],
 )
 async def test_closed_connections_leave_no_cycles(
@@ -162,18 +162,18 @@ async def test_closed_connections_leave_no_cycles(
         async with Service(*backend.flags(), command=counting) as service:
             await doing(Visitors(service, backend))
             async with asyncio.timeout(DEADLINE):
-                while not (told := await counted(service)).endswith("left: 0"):
-                    assert told.startswith("garbage: {} ")
-            assert told == "garbage: {} left: 0"
+                while not (line := await counted(service)).endswith("left: 0"):
+                    assert line.startswith("garbage: {} ")
+            assert line == "garbage: {} left: 0"
 
 
 async def counted(service: Service) -> str:
     """What has been found, and what there is."""
     before = len(service.log)
 
-    def told() -> list[str]:
+    def new_lines() -> list[str]:
         return [line for line in service.log[before:] if line.startswith("garbage: ")]
 
     service.process.send_signal(signal.SIGUSR2)
-    await eventually(lambda: bool(told()))
-    return told()[0]
+    await eventually(lambda: bool(new_lines()))
+    return new_lines()[0]

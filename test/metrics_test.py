@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import websockets
 from authorization_test import BEARER, TOKENS, Caller, ask
-from faults import ScriptedBackend, tell
+from faults import ScriptedBackend, send_raw
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from service import DEADLINE, PROJECT, RecordingBackend, Service, withhold
@@ -54,7 +54,7 @@ GAUGES = {
 }
 LIMITS = {"connections_limit": 15000, "events_pending_limit": 100_000}
 
-SHAKE = (
+HANDSHAKE = (
     b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Version: %b\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
 )
@@ -99,40 +99,32 @@ async def counted(service: Service, expected: Mapping[str, float]) -> dict[str, 
     return found
 
 
-def events(event: str, **outcomes: int) -> dict[str, float]:
-    """That became of events."""
+def series(metric: str, label: str, values: dict[str, int], **others: str) -> dict:
+    """The series of `metric`, by `label`; `others` are labels that precede it."""
+    before = "".join(f'{name}="{value}",' for name, value in others.items())
     return {
-        f'events_total{{event="{event}",outcome="{outcome}"}}': count
-        for outcome, count in outcomes.items()
+        f'{metric}_total{{{before}{label}="{value}"}}': count
+        for value, count in values.items()
     }
+
+
+def events(event: str, **outcomes: int) -> dict[str, float]:
+    return series("events", "outcome", outcomes, event=event)
 
 
 def attempts(event: str, **outcomes: int) -> dict[str, float]:
-    """That became of attempts."""
-    return {
-        f'event_attempts_total{{event="{event}",outcome="{outcome}"}}': count
-        for outcome, count in outcomes.items()
-    }
+    return series("event_attempts", "outcome", outcomes, event=event)
 
 
 def connections(**outcomes: int) -> dict[str, float]:
-    """Handshakes that ended so."""
-    return {
-        f'connections_total{{outcome="{outcome}"}}': count
-        for outcome, count in outcomes.items()
-    }
+    return series("connections", "outcome", outcomes)
 
 
 def messages(direction: str, **types: int) -> dict[str, float]:
-    """Messages of these types."""
-    return {
-        f'messages_total{{direction="{direction}",type="{kind}"}}': count
-        for kind, count in types.items()
-    }
+    return series("messages", "type", types, direction=direction)
 
 
 def closes(code: object, initiator: str, count: int = 1) -> dict[str, float]:
-    """Connections that ended so."""
     return {f'closes_total{{code="{code}",initiator="{initiator}"}}': count}
 
 
@@ -307,13 +299,13 @@ async def test_retried_events_are_counted_once(io_loop):
     """Each attempt has its outcome, and the event has one."""
     asked = []
 
-    async def sick(handler, event):
+    async def fail_all(handler, event):
         asked.append(event)
         if len(asked) in (1, 2, 4):
             handler.set_status(500)
 
     async with RecordingBackend() as backend, Service(*backend.flags()) as service:
-        backend.answers["message"] = backend.answers["disconnect"] = sick
+        backend.answers["message"] = backend.answers["disconnect"] = fail_all
         async with websockets.connect(service.ws_url) as client:
             await client.send("again")
             await backend.wait_for("message", 3)
@@ -330,13 +322,13 @@ async def test_retried_events_are_counted_once(io_loop):
 
 async def test_given_up_events_are_counted(io_loop):
     """Of messages, also those that waited behind; the client gets 1013."""
-    async def sick(handler, event):
+    async def fail_all(handler, event):
         handler.set_status(500)
 
     flags = ("--delivery_timeout=0.3", "--disconnect_timeout=0.3")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), *flags) as service:
-            backend.answers["message"] = backend.answers["disconnect"] = sick
+            backend.answers["message"] = backend.answers["disconnect"] = fail_all
             async with websockets.connect(service.ws_url) as client:
                 for number in range(3):
                     await client.send(f"{number}")
@@ -418,7 +410,7 @@ async def test_handshakes_are_counted_by_outcome(io_loop):
     async with RecordingBackend() as backend:
         async with Service(*backend.flags("connect", "message")) as service:
             backend.answers["connect"] = decide
-            await tell(service.ws_url, SHAKE % b"12", answers=1)
+            await send_raw(service.ws_url, HANDSHAKE % b"12", answers=1)
             for query, headers in (
                 ("?", {"Origin": "http://evil.example"}), ("?sick", {}), ("?no", {})
             ):
@@ -455,7 +447,7 @@ async def test_client_that_left_counts_as_left(io_loop):
                 return found["process_open_fds"]
 
             _, writer = await asyncio.open_connection(caller.address, caller.port)
-            writer.write(SHAKE % b"13")
+            writer.write(HANDSHAKE % b"13")
             await asyncio.wait_for(asked.wait(), DEADLINE)
             before = await descriptors()
             writer.transport.abort()
@@ -561,7 +553,7 @@ async def test_accepted_events_are_no_longer_pending(io_loop):
 async def test_disconnect_events_are_pending(io_loop):
     """Of a connection that has closed."""
     async with RecordingBackend() as backend, Service(*backend.flags()) as service:
-        told = withhold(backend, "disconnect")
+        release = withhold(backend, "disconnect")
         async with websockets.connect(service.ws_url):
             pass
         await backend.wait_for("disconnect", 1)
@@ -571,7 +563,7 @@ async def test_disconnect_events_are_pending(io_loop):
                 found = await scrape(service)
         assert (found["events_pending"], found["pending_bytes"]) == (1, 0)
         assert found["connections_open"] == 0
-        told.set()
+        release.set()
         await counted(service, events("disconnect", delivered=1)
                       | events("connect", delivered=1))
 
@@ -766,7 +758,7 @@ async def test_closes_are_counted_by_code_and_initiator(io_loop):
         async with websockets.connect(service.ws_url) as client:
             client.transport.abort()
         empty_close = b"\x88\x80\0\0\0\0"
-        await tell(service.ws_url, SHAKE % b"13" + empty_close)
+        await send_raw(service.ws_url, HANDSHAKE % b"13" + empty_close)
         found = await counted(
             service,
             closes(1000, "client")
@@ -850,13 +842,13 @@ async def test_metrics_can_be_off(io_loop):
 async def test_counts_do_not_depend_on_who_asks(io_loop):
     """A scrape changes nothing, and no label has text of a client."""
     async with Service() as service:
-        url = f"{service.ws_url}?secret=hush"
+        url = f"{service.ws_url}?secret=leak"
         async with websockets.connect(
-            url, subprotocols=["hush"], user_agent_header="hush"
+            url, subprotocols=["leak"], user_agent_header="leak"
         ) as client:
-            await client.send("hush")
+            await client.send("leak")
             await client.recv()
-            await client.close(4242, "hush")
+            await client.close(4242, "leak")
         before = await counted(service, closes("4xxx", "client"))
         after = await scrape(service)
         counts = [
@@ -866,5 +858,5 @@ async def test_counts_do_not_depend_on_who_asks(io_loop):
         assert len(counts) > 80
         assert [before[name] for name in counts] == [after[name] for name in counts]
         answer = await ask(service, "GET", "/metrics")
-        assert b"hush" not in answer.body
+        assert b"leak" not in answer.body
         assert len(answer.body) < 20_000

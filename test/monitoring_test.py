@@ -253,7 +253,7 @@ def test_each_alert_is_raised_in_time_and_only_then(rules, tmp_path):
         firing = f'ALERTS{{alertname="{alert}",alertstate="firing"}}'
         labels = {"instance": "relay-1:8766", "severity":
                   rules[alert]["labels"]["severity"]}
-        told = f"count by (instance, severity) ({firing})"
+        alerts_firing = f"count by (instance, severity) ({firing})"
         wanted = "{" + ", ".join(f'{k}="{v}"' for k, v in labels.items()) + "}"
         tests.append(
             {
@@ -261,8 +261,8 @@ def test_each_alert_is_raised_in_time_and_only_then(rules, tmp_path):
                 "name": alert,
                 "input_series": series,
                 "promql_expr_test": [
-                    {"expr": told, "eval_time": before, "exp_samples": []},
-                    {"expr": told, "eval_time": after,
+                    {"expr": alerts_firing, "eval_time": before, "exp_samples": []},
+                    {"expr": alerts_firing, "eval_time": after,
                      "exp_samples": [{"labels": wanted, "value": 1}]},
                 ],
             }

@@ -120,7 +120,7 @@ def unaccounted(events: list[Attempt], sent: int, abandoned: set[str]) -> list[s
         return ["a message came last"]
     taken = sum(bool(outcomes & {"200", "400"}) for outcomes in ends.values())
     settled = sum(
-        bool(outcomes & {"200", "400", "let go"}) or webhook_id in abandoned
+        bool(outcomes & {"200", "400", "abandoned"}) or webhook_id in abandoned
         for webhook_id, outcomes in ends.items()
     )
     undelivered = metas[-1]["undelivered"]
@@ -128,7 +128,7 @@ def unaccounted(events: list[Attempt], sent: int, abandoned: set[str]) -> list[s
         return [f"{sent} sent, {taken} to {settled} settled, {undelivered} undelivered"]
     refused = sum("400" in outcomes for outcomes in ends.values())
     if refused != metas[-1]["refused"]:
-        return [f"{refused} refused, {metas[-1]['refused']} told"]
+        return [f"{refused} refused, {metas[-1]['refused']} reported"]
     return []
 
 

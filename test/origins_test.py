@@ -1,7 +1,7 @@
 """Which pages may connect: origins of websites, apps and extensions."""
 
 import pytest
-from faults import tell
+from faults import send_raw
 from service import DEADLINE, Service, refusal
 from wire import handshake
 
@@ -18,8 +18,8 @@ async def status(
     request = handshake(
         f"Host: {host}", f"Origin: {origin}", *more, without="Host"
     )
-    heard = await tell(service.ws_url, request, answers=1, deadline=DEADLINE)
-    return heard.statuses[0]
+    received = await send_raw(service.ws_url, request, answers=1, deadline=DEADLINE)
+    return received.statuses[0]
 
 
 async def test_same_origin_only_without_the_option(io_loop):
@@ -139,18 +139,18 @@ async def test_same_origin_uses_the_forwarded_host(io_loop):
             ("127.0.0.1", ["X-Forwarded-Host: app.example"], 403),
         ]:
             request = handshake(f"Origin: {app}", *headers)
-            heard = await tell(
+            received = await send_raw(
                 service.ws_url, request, answers=1, source=source, deadline=DEADLINE
             )
-            assert heard.statuses[0] == expected, (source, headers)
+            assert received.statuses[0] == expected, (source, headers)
         for said in ("", "a b", "x/y", "[::1", "relay.example:99999"):
             request = handshake(
                 "Origin: http://relay.example", f"X-Forwarded-Host: {said}"
             )
-            heard = await tell(
+            received = await send_raw(
                 service.ws_url, request, answers=1, source=PROXY, deadline=DEADLINE
             )
-            assert heard.statuses[0] == 101, said  # what is no host says nothing
+            assert received.statuses[0] == 101, said  # what is no host says nothing
 
 
 @pytest.mark.parametrize(

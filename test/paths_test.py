@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from faults import tell
+from faults import send_raw
 from service import DEADLINE, RecordingBackend, Service, refusal
 from wire import handshake
 
@@ -17,7 +17,7 @@ async def status(url: str, target: str, *more: str, upgrade: bool = True) -> int
     line = f"GET {target} HTTP/1.1"
     plain = f"{line}\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
     request = handshake(*more, line=line) if upgrade else plain
-    return (await tell(url, request, answers=1, deadline=DEADLINE)).statuses[0]
+    return (await send_raw(url, request, answers=1, deadline=DEADLINE)).statuses[0]
 
 
 async def test_trailing_slash_and_query_are_accepted(io_loop):
@@ -78,9 +78,9 @@ async def test_console_knows_where_clients_connect(io_loop):
             f"{service.callback_url}/console/playground",
             headers={"Origin": service.callback_url},
         )
-        told = json.loads(answer.body)
-        assert told["path"] == "/a/b"
-        target = f"{told['path']}?console={told['ticket']}"
+        permission = json.loads(answer.body)
+        assert permission["path"] == "/a/b"
+        target = f"{permission['path']}?console={permission['ticket']}"
         origin = f"Origin: {service.callback_url}"
         assert await status(service.ws_url, target, origin) == 101
 

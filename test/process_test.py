@@ -186,8 +186,8 @@ async def test_full_disk_under_the_log_is_one_line(io_loop, tmp_path, source):
             await client.send("hello")
             assert await client.recv() == "hello"
     relay.send_signal(signal.SIGTERM)
-    _, told = await asyncio.wait_for(relay.communicate(), DEADLINE)
+    _, stderr = await asyncio.wait_for(relay.communicate(), DEADLINE)
     assert relay.returncode == 0
-    (line,) = told.decode().splitlines()
+    (line,) = stderr.decode().splitlines()
     assert line.startswith("socketdock: can't write to the log, lines are lost: ")
     assert line.endswith("No space left on device")

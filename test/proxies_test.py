@@ -176,8 +176,8 @@ async def test_connect_event_omits_internal_headers(io_loop):
                 assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
                 writer.close()
                 (event,) = backend.of("connect")
-        told = {"host", "authorization", "cookie", "x-mine", "x-secret"}
-        assert set(event["meta"]["headers"]) == told - withheld
+        forwarded = {"host", "authorization", "cookie", "x-mine", "x-secret"}
+        assert set(event["meta"]["headers"]) == forwarded - withheld
         assert event["meta"]["subprotocols"] == ["a"]
 
 

@@ -65,7 +65,7 @@ DOUBTFUL = {
     "identity": OK + b"Transfer-Encoding: identity\r\n" + BODY,
     "end": OK + b"Connection: close\r\n" + BODY,
     "odd-end": OK + b"Connection : close\r\n" + BODY,
-    "more-than-was-told": OK + BODY + b"OK",
+    "more-than-announced": OK + BODY + b"OK",
     "second-response": OK + BODY + b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n",
     "second-behind-an-odd-one": OK + b"a b: c\r\n" + BODY + OK + BODY,
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import websockets
 from certificates import Authority
-from faults import ScriptedBackend, tell
+from faults import ScriptedBackend, send_raw
 from service import Service, ended, eventually, refusal
 
 pytestmark = pytest.mark.gen_test(timeout=60)
@@ -30,7 +30,7 @@ class Marks:
         self.made: list[str] = []
 
     def __call__(self, name: str) -> str:
-        self.made.append(f"hush0hush0{name}0hush")
+        self.made.append(f"leak0leak0{name}0leak")
         return self.made[-1]
 
     def found_in(self, text: str) -> set[str]:
@@ -49,7 +49,7 @@ def as_webhook_secret(mark: str) -> str:
 
 
 @contextlib.contextmanager
-def ignoring_the_end():
+def ignoring_disconnects():
     """Of connections that the relay ends, as it should."""
     with contextlib.suppress(websockets.WebSocketException, OSError):
         yield
@@ -95,12 +95,12 @@ async def test_no_log_at_any_level_holds_a_secret(io_loop, tmp_path, log_format)
             await answered_badly(service, backend, mark)
             await by_signal(service, tmp_path, mark)
             authorization = f"Authorization: Bearer {other_token}\r\n\r\n".encode()
-            heard = await tell(
+            received = await send_raw(
                 service.callback_url,
                 b"GET /status HTTP/1.1\r\nHost: x\r\n" + authorization,
                 answers=1,
             )
-            ((status, _, body),) = heard.answers()
+            ((status, _, body),) = received.answers()
             assert status == 200
             assert json.loads(body)["limits"]
             assert mark.found_in(body.decode()) == set()
@@ -159,8 +159,8 @@ async def callback(service: Service, token: str, path: str, body: str) -> int:
     """The status of a callback."""
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
     request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
-    heard = await tell(service.callback_url, request, answers=1)
-    return heard.statuses[0]
+    received = await send_raw(service.callback_url, request, answers=1)
+    return received.statuses[0]
 
 
 async def against_the_book(
@@ -205,7 +205,7 @@ async def against_the_book(
         shake + host + f"X: {mark('large')}{'x' * 200_000}\r\n".encode(),
         shake + host + line("Expect", "expect"),
     ):
-        await tell(service.ws_url, request + b"\r\n", half_close=True)
+        await send_raw(service.ws_url, request + b"\r\n", half_close=True)
     good = f"Authorization: Bearer {token}\r\n".encode()
     chunked = b"Transfer-Encoding: chunked\r\n\r\n"
     send = b"POST /socket/" + b"0" * 32 + b"/send?%b HTTP/1.1\r\n" + host
@@ -233,12 +233,12 @@ async def against_the_book(
         send.replace(b"send", b"disconnect") % b"" + good
         + b"Content-Length: 30\r\n\r\n{" + mark("badjson").encode() + b"x" * 30,
     ):
-        await tell(service.callback_url, request + b"\r\n", half_close=True)
+        await send_raw(service.callback_url, request + b"\r\n", half_close=True)
     for frame in (
         f"x{mark('largetext')}" * 1000,
         b"x" * 6000 + mark("largebinary").encode(),
     ):
-        with ignoring_the_end():
+        with ignoring_disconnects():
             async with websockets.connect(service.ws_url) as client:
                 await client.send(frame)
                 await client.recv()
@@ -250,7 +250,7 @@ async def against_the_book(
         b"\x81\x20" + mark("unmasked").encode() + b"x" * 32,
     ):
         request = shake + host + upgrade + key + version + b"\r\n" + frames
-        await tell(service.ws_url, request, half_close=True)
+        await send_raw(service.ws_url, request, half_close=True)
 
 
 async def answered_badly(
@@ -290,7 +290,7 @@ async def answered_badly(
                 answer if asked == kind else OK
             )
             backend.events.clear()
-            with ignoring_the_end():
+            with ignoring_disconnects():
                 async with websockets.connect(
                     service.ws_url, additional_headers=headers(mark, kind)
                 ) as client:
@@ -331,13 +331,13 @@ async def test_path_cannot_forge_a_log_line(io_loop, server):
         statuses = []
         for path in odd:
             request = b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path
-            heard = await tell(service.callback_url, request, answers=1)
-            statuses += heard.statuses
+            received = await send_raw(service.callback_url, request, answers=1)
+            statuses += received.statuses
         await eventually(lambda: sum(": 404" in line for line in service.log) == 2)
-        told = [line for line in service.log if " at http:" not in line]  # the start's
+        lines = [line for line in service.log if " at http:" not in line]  # the start's
     assert statuses == [400, 400, 404, 404]
-    assert len(told) <= len(odd)
-    assert all(line.isascii() and line.isprintable() for line in told)
+    assert len(lines) <= len(odd)
+    assert all(line.isascii() and line.isprintable() for line in lines)
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
@@ -350,7 +350,7 @@ async def test_bad_peers_do_not_flood_the_log(io_loop, tmp_path, server):
         before = len(service.log)
         for url in (service.ws_url, service.callback_url):
             for _ in range(10):
-                await asyncio.gather(*(tell(url, bad) for _ in range(10)))
+                await asyncio.gather(*(send_raw(url, bad) for _ in range(10)))
         # Its line comes behind all that was told of them.
         service.process.send_signal(signal.SIGHUP)
         await eventually(lambda: "reloaded: " in service.log[-1])

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 import websockets
 from certificates import Authority
-from faults import Heard, memory, tell
+from faults import Received, memory, send_raw
 from service import DEADLINE, RecordingBackend, Service, eventually
 from tornado.ioloop import IOLoop
 from wire import KEY, TEXT, frame, handshake
@@ -94,11 +94,11 @@ REFUSED_UPGRADES = {
 @pytest.mark.parametrize("row", REFUSED_UPGRADES)
 async def test_response_to_a_rejected_upgrade_ends_the_connection(relay, row):
     """Nothing behind it is read: a proxy may tunnel bytes of a client."""
-    heard = await tell(relay.ws_url, REFUSED_UPGRADES[row] + STATUS + LIVEZ)
-    assert heard.ended
-    assert b'"uptime"' not in heard.data
-    assert len(re.findall(rb"HTTP/1\.1 \d{3} ", heard.data)) == 1, heard
-    head = heard.data.partition(b"\r\n\r\n")[0].decode().lower()
+    received = await send_raw(relay.ws_url, REFUSED_UPGRADES[row] + STATUS + LIVEZ)
+    assert received.ended
+    assert b'"uptime"' not in received.data
+    assert len(re.findall(rb"HTTP/1\.1 \d{3} ", received.data)) == 1, received
+    head = received.data.partition(b"\r\n\r\n")[0].decode().lower()
     if " 400 " not in head.partition("\r\n")[0]:
         options = [x for x in head.split("\r\n") if x.startswith("connection:")]
         assert len(options) == 1 and "close" in options[0], head
@@ -126,10 +126,10 @@ async def test_frame_in_the_packet_of_a_request_and_a_handshake_is_kept(relay):
         SEND + b"Content-Length: 2\r\n\r\nhi" + handshake() + hello,
     ):
         for cut in (0, 40, len(data) - 8, len(data) - 2):
-            heard = await tell(
+            received = await send_raw(
                 relay.ws_url, data[:cut], data[cut:], answers=99, deadline=0.5
             )
-            assert heard.data.endswith(b"\x81\x05hello"), (cut, heard)
+            assert received.data.endswith(b"\x81\x05hello"), (cut, received)
 
 
 EXPECT = ("100-continue", "100-Continue", "100-CONTINUE")
@@ -154,8 +154,8 @@ async def test_bytes_outside_of_urls_are_400(relay, target, encoding):
     """In the query too: the client must escape them (RFC 3986, section 2)."""
     line = b"GET " + target.encode(encoding) + b" HTTP/1.1"
     request = handshake().replace(b"GET /ws HTTP/1.1", line)
-    heard = await tell(relay.ws_url, request)
-    assert heard.ended and heard.statuses == [400]
+    received = await send_raw(relay.ws_url, request)
+    assert received.ended and received.statuses == [400]
 
 
 # What both have to take, and what both have to refuse, made at random.
@@ -198,10 +198,10 @@ def anything(dice: random.Random) -> bytes:
     return head + b"\r\n\r\n" + dice.choice(BODIES)
 
 
-def outcome(heard: Heard) -> tuple[bytes, bool]:
+def outcome(received: Received) -> tuple[bytes, bool]:
     """What has to be the same: the first final answer's status, and the end."""
-    head, _, rest = heard.data.partition(b"\r\n\r\n")
-    return (rest if head.startswith(b"HTTP/1.1 100 ") else head)[:12], heard.ended
+    head, _, rest = received.data.partition(b"\r\n\r\n")
+    return (rest if head.startswith(b"HTTP/1.1 100 ") else head)[:12], received.ended
 
 
 async def test_both_servers_send_the_same_responses(relays):
@@ -211,8 +211,8 @@ async def test_both_servers_send_the_same_responses(relays):
     differing = []
 
     async def ask(request: bytes) -> None:
-        heard = [
-            await tell(
+        received = [
+            await send_raw(
                 relays[server].ws_url,
                 request + LIVEZ,
                 # Who asks for another protocol and hangs up has left.
@@ -221,8 +221,8 @@ async def test_both_servers_send_the_same_responses(relays):
             )
             for server in SERVERS
         ]
-        if outcome(heard[0]) != outcome(heard[1]):
-            differing.append((request, *(h.data[:200] for h in heard)))
+        if outcome(received[0]) != outcome(received[1]):
+            differing.append((request, *(h.data[:200] for h in received)))
 
     for start in range(0, len(requests), 10):
         await asyncio.gather(*map(ask, requests[start : start + 10]))
@@ -257,24 +257,24 @@ async def test_head_above_the_limit_is_rejected_for_every_split(relay, pieces):
     head = LIVEZ[:-2] + b"".join(b"X-%05d: %b\r\n" % (n, b"y" * 89) for n in range(700))
     request = head + b"\r\n"
     size = -(-len(request) // pieces)
-    heard = await tell(
+    received = await send_raw(
         relay.ws_url, *(request[at : at + size] for at in range(0, len(request), size))
     )
-    assert heard.ended and heard.statuses == [431]
+    assert received.ended and received.statuses == [431]
 
 
 async def test_too_many_headers_are_rejected(relay):
     """With 431, even if they are short."""
     head = LIVEZ[:-2] + b"".join(b"X-%d: y\r\n" % number for number in range(1100))
-    heard = await tell(relay.ws_url, head + b"\r\n")
-    assert heard.ended and heard.statuses == [431]
+    received = await send_raw(relay.ws_url, head + b"\r\n")
+    assert received.ended and received.statuses == [431]
 
 
 async def test_chunk_extension_above_the_limit_is_rejected(relay):
     """With 431, like a head, if a line has 64 KiB."""
     request = SEND + b"Transfer-Encoding: chunked\r\n\r\n5;" + b"x" * 200_000
-    heard = await tell(relay.callback_url, request)
-    assert heard.ended and heard.statuses == [431]
+    received = await send_raw(relay.callback_url, request)
+    assert received.ended and received.statuses == [431]
 
 
 # Bodies of all requests together.
@@ -302,7 +302,7 @@ async def test_bodies_of_all_requests_together_are_bounded(io_loop, server, more
     async with Service(*flags) as service, asyncio.timeout(3 * DEADLINE):
         first = await begin_body(service.ws_url, more, BIG, 25 * 2**20)
         # The relay has read some of it before this answer.
-        assert (await tell(service.ws_url, LIVEZ, answers=1)).statuses == [200]
+        assert (await send_raw(service.ws_url, LIVEZ, answers=1)).statuses == [200]
         streams = [
             await begin_body(service.ws_url, more, BIG, 25 * 2**20) for _ in range(2)
         ]
@@ -311,8 +311,8 @@ async def test_bodies_of_all_requests_together_are_bounded(io_loop, server, more
         assert b"\r\nConnection: close\r\n" in head
         small = SEND + b"Content-Length: 100000\r\n\r\n" + bytes(100_000)
         for _ in range(3):
-            heard = await tell(service.ws_url, small, answers=1)
-            assert heard.statuses == [410]
+            received = await send_raw(service.ws_url, small, answers=1)
+            assert received.statuses == [410]
         for reader, writer in streams:
             writer.write(bytes(BIG - 25 * 2**20))
             assert b" 410 " in await reader.readline()
@@ -324,7 +324,7 @@ async def test_more_of_a_rejected_body_affects_no_other(io_loop):
     """More of it may be read in the turn in which it is rejected."""
     budget = BodyBudget(max_size=100)
     refused: list[str] = []
-    heard = asyncio.Event()
+    received = asyncio.Event()
 
     class Holder:
         def __init__(self, name: str) -> None:
@@ -333,13 +333,13 @@ async def test_more_of_a_rejected_body_affects_no_other(io_loop):
         def on_over_budget(self) -> None:
             budget.release(self)
             refused.append(self.name)
-            heard.set()
+            received.set()
 
     first, second = Holder("first"), Holder("second")
     budget.hold(first, 60)
     budget.hold(second, 60)
     budget.hold(first, 61)
-    await asyncio.wait_for(heard.wait(), DEADLINE)
+    await asyncio.wait_for(received.wait(), DEADLINE)
     budget.hold(second, 100)  # nothing of the first one counts any more
     assert refused == ["first"]
 
@@ -350,7 +350,7 @@ async def test_body_in_tiny_chunks_takes_no_more_than_its_bytes(io_loop, server)
     size = 2**19
     async with Service(f"--http_server={server}") as service:
         begun = SEND + b"Transfer-Encoding: chunked\r\n\r\n"
-        assert (await tell(service.ws_url, LIVEZ, answers=1)).statuses == [200]
+        assert (await send_raw(service.ws_url, LIVEZ, answers=1)).statuses == [200]
         before = memory(service.process.pid, "VmHWM")
         parts = urlsplit(service.ws_url)
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
@@ -368,7 +368,7 @@ async def test_body_that_no_route_uses_is_discarded(io_loop, server):
     size = 4 * 2**20 - 1
     lines = (b"POST /livez HTTP/1.1", b"GET /ws HTTP/1.1")
     async with Service(f"--http_server={server}") as service:
-        assert (await tell(service.ws_url, LIVEZ, answers=1)).statuses == [200]
+        assert (await send_raw(service.ws_url, LIVEZ, answers=1)).statuses == [200]
         before = memory(service.process.pid)
         parts = urlsplit(service.ws_url)
         writers = []
@@ -379,7 +379,7 @@ async def test_body_that_no_route_uses_is_discarded(io_loop, server):
                 head = b"\r\nHost: relay\r\nContent-Length: %d\r\n\r\n" % size
                 writer.write(line + head + bytes(size - 1))
                 await writer.drain()
-            assert (await tell(service.ws_url, LIVEZ, answers=1)).statuses == [200]
+            assert (await send_raw(service.ws_url, LIVEZ, answers=1)).statuses == [200]
         assert memory(service.process.pid) - before < 3 * size
         for writer in writers:
             writer.close()
@@ -422,7 +422,7 @@ async def test_requests_completed_during_a_stall_are_served(
             await writer.drain()
             streams.append((reader, writer, rest, expected))
         # The relay has read what came before this answer.
-        assert (await tell(service.ws_url, LIVEZ, answers=1)).statuses == [200]
+        assert (await send_raw(service.ws_url, LIVEZ, answers=1)).statuses == [200]
         async with stopped(service):
             for _, writer, rest, _ in streams:
                 writer.write(rest)
@@ -471,8 +471,8 @@ async def test_single_bytes_do_not_extend_the_deadline(io_loop):
 async def test_half_closed_connection_gets_every_response(relays):
     """In the order of the requests, for any number."""
     url = relays["fast"].ws_url
-    heard = await tell(url, LIVEZ * 40, half_close=True, deadline=DEADLINE)
-    assert heard.ended and heard.statuses == [200] * 40
+    received = await send_raw(url, LIVEZ * 40, half_close=True, deadline=DEADLINE)
+    assert received.ended and received.statuses == [200] * 40
 
 
 async def test_https_and_wss_on_one_connection(io_loop, tmp_path):

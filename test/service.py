@@ -264,10 +264,10 @@ async def tcp_server(
 
 def withhold(backend: RecordingBackend, kind: str) -> asyncio.Event:
     """Make `backend` answer no event of `kind` until the returned event is set."""
-    let_go = asyncio.Event()
+    release = asyncio.Event()
 
     async def wait(handler: RequestHandler, event: Any) -> None:
-        await let_go.wait()
+        await release.wait()
 
     backend.answers[kind] = wait
-    return let_go
+    return release

@@ -44,21 +44,21 @@ class Signed(NamedTuple):
         return self.headers["webhook-id"]
 
 
-class Ears:
+class Recorder:
     """Keeps each attempt of a backend's events with the bytes of its body."""
 
     def __init__(self, backend: RecordingBackend) -> None:
         self.attempts: list[Signed] = []
-        self.to_be_told: list[int] = []  # statuses for the next messages
+        self.next_statuses: list[int] = []  # statuses for the next messages
         for kind in backend.KINDS:
-            backend.answers[kind] = self.hear
+            backend.answers[kind] = self.record
 
-    async def hear(self, handler: RequestHandler, event: dict) -> None:
+    async def record(self, handler: RequestHandler, event: dict) -> None:
         fields = handler.request.headers.items()
         headers = {name.lower(): value for name, value in fields}
         self.attempts.append(Signed(headers, handler.request.body))
-        if "message" in event and self.to_be_told:
-            handler.set_status(self.to_be_told.pop(0))
+        if "message" in event and self.next_statuses:
+            handler.set_status(self.next_statuses.pop(0))
             handler.set_header("Retry-After", "1")
 
 
@@ -103,7 +103,7 @@ async def test_every_event_is_verified(
 ):
     """Of each kind, with any content; a modified one is rejected."""
     async with RecordingBackend() as backend:
-        ears = Ears(backend)
+        recorder = Recorder(backend)
         async with Service(*backend.flags(), f"--webhook_secret={FIRST}") as service:
             async with websockets.connect(service.ws_url, compression=None) as client:
                 for message in MESSAGES:
@@ -111,22 +111,22 @@ async def test_every_event_is_verified(
             await backend.wait_for("disconnect", 1)
     kinds = [kind for kind, _, _ in backend.events]
     assert kinds == ["connect", *["message"] * len(MESSAGES), "disconnect"]
-    assert await verify(ears.attempts) == [True] * len(kinds)
-    for attempt in (ears.attempts[0], ears.attempts[1], ears.attempts[-1]):
+    assert await verify(recorder.attempts) == [True] * len(kinds)
+    for attempt in (recorder.attempts[0], recorder.attempts[1], recorder.attempts[-1]):
         assert await verify(tampered(attempt)) == [False] * 5
 
 
 async def test_several_secrets_sign_each_event(io_loop):
     """A backend verifies with any one of them, with `whsec_` or without."""
     async with RecordingBackend() as backend:
-        ears = Ears(backend)
+        recorder = Recorder(backend)
         secrets = f"--webhook_secret={FIRST},{SECOND}"
         async with Service(*backend.flags(), secrets) as service:
             async with websockets.connect(service.ws_url) as client:
                 await client.send("hello")
             await backend.wait_for("disconnect", 1)
-    assert len(ears.attempts) == 3
-    for attempt in ears.attempts:
+    assert len(recorder.attempts) == 3
+    for attempt in recorder.attempts:
         assert len(attempt.headers["webhook-signature"].split(" ")) == 2
         known = [attempt._replace(secret=secret) for secret in (FIRST, SECOND, OTHER)]
         assert await by_python(known) == [True, True, False]
@@ -135,13 +135,13 @@ async def test_several_secrets_sign_each_event(io_loop):
 async def test_each_attempt_is_signed_anew(io_loop):
     """A retry has the same id, the current time, and a signature of both."""
     async with RecordingBackend() as backend:
-        ears = Ears(backend)
-        ears.to_be_told = [503]
+        recorder = Recorder(backend)
+        recorder.next_statuses = [503]
         flags = (*backend.flags("message"), f"--webhook_secret={FIRST}")
         async with Service(*flags) as service:
             async with websockets.connect(service.ws_url) as client:
                 await client.send("hello")
-                first, again = await attempts_of(ears, 2)
+                first, again = await attempts_of(recorder, 2)
     assert first.event_id == again.event_id
     assert first.body == again.body
     times = [int(attempt.headers["webhook-timestamp"]) for attempt in (first, again)]
@@ -153,22 +153,22 @@ async def test_each_attempt_is_signed_anew(io_loop):
 async def test_event_is_signed_when_it_is_sent(io_loop):
     """Its timestamp is the time of sending, also after a wait in a queue."""
     async with RecordingBackend() as backend:
-        ears = Ears(backend)
+        recorder = Recorder(backend)
         answer = asyncio.Event()
 
-        async def hear_late(handler: RequestHandler, event: dict) -> None:
-            await ears.hear(handler, event)
+        async def record_late(handler: RequestHandler, event: dict) -> None:
+            await recorder.record(handler, event)
             if event["message"] == "first":
                 await answer.wait()
 
-        backend.answers["message"] = hear_late
+        backend.answers["message"] = record_late
         flags = (*backend.flags(), f"--webhook_secret={FIRST}", "--order_wait=30")
         async with Service(*flags, "--max_backend_connections=1") as service:
             async with websockets.connect(service.ws_url) as client:
                 other = await websockets.connect(service.ws_url)
                 third = await websockets.connect(service.ws_url)
                 await client.send("first")
-                await attempts_of(ears, 4)
+                await attempts_of(recorder, 4)
                 await other.send("second")
                 await third.close()
                 joining = asyncio.ensure_future(connect(service))
@@ -176,9 +176,9 @@ async def test_event_is_signed_when_it_is_sent(io_loop):
                 await eventually(lambda: time.time() > in_line + 2)
                 released = int(time.time())
                 answer.set()
-                await attempts_of(ears, 7)
+                await attempts_of(recorder, 7)
                 await asyncio.gather(other.close(), (await joining).close())
-    late = ears.attempts[4:]
+    late = recorder.attempts[4:]
     assert {attempt.event_id.partition("-")[2] for attempt in late[:3]} == {
         "1", "connect", "disconnect"
     }
@@ -191,7 +191,7 @@ async def test_secrets_are_read_again_on_sighup(io_loop, tmp_path):
     path = tmp_path / "secrets"
     path.write_text(f"# the old one\n\n  {FIRST}\n")
     async with RecordingBackend() as backend:
-        ears = Ears(backend)
+        recorder = Recorder(backend)
         flags = (*backend.flags("message"), f"--webhook_secret_file={path}")
         async with Service(*flags) as service:
             async with websockets.connect(service.ws_url) as client:
@@ -203,10 +203,10 @@ async def test_secrets_are_read_again_on_sighup(io_loop, tmp_path):
                     (f"{OTHER}\r\n{FIRST}", FIRST),
                 ):
                     path.write_text(text)
-                    ears.attempts.clear()
+                    recorder.attempts.clear()
                     await reload(service)
                     await client.send("hello")
-                    (attempt,) = await attempts_of(ears, 1)
+                    (attempt,) = await attempts_of(recorder, 1)
                     known = [attempt._replace(secret=s) for s in (FIRST, SECOND)]
                     assert await by_python(known) == [
                         secret == signed_by for secret in (FIRST, SECOND)
@@ -221,11 +221,11 @@ async def test_secrets_are_read_again_on_sighup(io_loop, tmp_path):
 async def test_without_a_secret_nothing_is_signed(io_loop):
     """There is no signature header."""
     async with RecordingBackend() as backend:
-        ears = Ears(backend)
+        recorder = Recorder(backend)
         async with Service(*backend.flags("message")) as service:
             async with websockets.connect(service.ws_url) as client:
                 await client.send("hello")
-                (attempt,) = await attempts_of(ears, 1)
+                (attempt,) = await attempts_of(recorder, 1)
     assert "webhook-signature" not in attempt.headers
 
 
@@ -234,10 +234,10 @@ async def connect(service: Service) -> websockets.ClientConnection:
     return await websockets.connect(service.ws_url)
 
 
-async def attempts_of(ears: Ears, number: int) -> list[Signed]:
+async def attempts_of(recorder: Recorder, number: int) -> list[Signed]:
     """All, once there are so many of them."""
-    await eventually(lambda: len(ears.attempts) >= number)
-    return ears.attempts
+    await eventually(lambda: len(recorder.attempts) >= number)
+    return recorder.attempts
 
 
 async def reload(service: Service) -> None:

@@ -79,7 +79,7 @@ def slow_in_its_body() -> SlowConnection:
 
 
 @contextlib.asynccontextmanager
-async def besieged(url: str, slow: list[SlowConnection]) -> AsyncIterator[None]:
+async def attacked(url: str, slow: list[SlowConnection]) -> AsyncIterator[None]:
     """All of them stay for as long as the block runs."""
     tasks = [asyncio.create_task(one.stay(url)) for one in slow]
     try:
@@ -129,12 +129,12 @@ async def test_slow_connections_do_not_block_others(io_loop, listener):
                 )
             ]
             # A body has a time of its own, which is longer.
-            mortal = [one for one in slow if not one.has_asked]
-            async with besieged(url, slow):
+            expiring = [one for one in slow if not one.has_asked]
+            async with attacked(url, slow):
                 began = time.monotonic()
                 while time.monotonic() < began + 2 * HEADER_TIMEOUT:
                     await exchange(service, EXCHANGES)
-                await eventually(lambda: all(one.ended for one in mortal), DEADLINE)
+                await eventually(lambda: all(one.ended for one in expiring), DEADLINE)
             await exchange(service, 1)
 
 
@@ -145,7 +145,7 @@ async def test_body_has_its_own_deadline(io_loop, server):
         flags = ("--body_timeout=1", f"--http_server={server}")
         async with Service(*backend.flags("message"), *flags) as service:
             slow = slow_in_its_body()
-            async with besieged(service.callback_url, [slow]):
+            async with attacked(service.callback_url, [slow]):
                 await eventually(lambda: slow.ended > 0, DEADLINE)
             async with websockets.connect(service.ws_url) as client:
                 await client.send("hello")

@@ -61,7 +61,7 @@ from soaking.visits import (
     pause_until,
 )
 
-SETTLED = 120.0  # seconds, at most, until all is told
+SETTLED = 120.0  # seconds, at most, until all is delivered
 MIB = 2**20
 ENOUGH_MEMORY = 300 * MIB
 MEMORY_PERIOD = 5.0  # seconds between two looks at it
@@ -155,7 +155,7 @@ class Backend(FaultyBackend):
     def __init__(self, moods: Moods, tls: ssl.SSLContext | None) -> None:
         super().__init__(moods.decide, tls)
         self.send_urls: dict[str, str] = {}  # by name
-        self.told: Counter[str] = Counter()  # messages accepted first, by name
+        self.messages: Counter[str] = Counter()  # first accepted ones, by client
 
     def enter(self, attempt: Attempt) -> None:
         if attempt.kind == "message":
@@ -169,7 +169,7 @@ class Backend(FaultyBackend):
         super().settle(attempt, outcome)
         first = self.accepted.get(attempt.webhook_id) is attempt
         if attempt.kind == "message" and first:
-            self.told[attempt.event["message"].split()[0]] += 1
+            self.messages[attempt.event["message"].split()[0]] += 1
 
     def reply_to(self, attempt: Attempt) -> Reply:
         # A decision of 503 would be one; the tests of handshakes have those.
@@ -233,7 +233,7 @@ class Round:
                 self.pulse.taken(f"{service.callback_url}/livez"),
             ):
                 around = [
-                    self._come_back_and_go(backend, over),
+                    self._fail_now_and_then(backend, over),
                     self._freeze(service, stopping),
                     self._look_at_memory(service, stopping),
                     read_no_answers(f"{service.callback_url}/", over),
@@ -254,13 +254,13 @@ class Round:
                 await asyncio.gather(*living[1:3])
                 self.status = await self._end(service, backend, moods, over)
                 await asyncio.gather(*living)
-                proxy.fall_silent()  # clients that vanish have done so by now
+                proxy.stop_forwarding()  # clients that vanish have done so by now
                 ends = (visit.end() for visit in self.visits if not visit.refused)
                 async with asyncio.timeout(SETTLED):
                     await asyncio.gather(*ends)
         backend.release()
         if self.status != 0:
-            await self._tell_the_rest(flags, backend)
+            await self._recover_events(flags, backend)
         return service.log
 
     async def _end(
@@ -278,31 +278,31 @@ class Round:
         await asyncio.sleep(1)
         over.set()
         moods.failing = False
-        if backend.absence is not None:
-            await backend.come_back()
+        if backend.outage is not None:
+            await backend.make_reachable()
         backend.release()
         status = await asyncio.wait_for(process.wait(), SETTLED)
         if status != (0 if plan.ending == "stop" else status & 1):
             self.blame(f"exit status {status}: {'; '.join(complaints(service.log))}")
         return status
 
-    async def _tell_the_rest(self, flags: list[str], backend: Backend) -> None:
+    async def _recover_events(self, flags: list[str], backend: Backend) -> None:
         """The next run sends the disconnect events that this one could not."""
         deadline = time.monotonic() + SETTLED
         async with Service(*flags):
             while time.monotonic() < deadline:
-                if self._book(backend).told_of_all():
+                if self._book(backend).all_are_reported():
                     return
                 await asyncio.sleep(0.1)
 
-    async def _come_back_and_go(self, backend: Backend, over: asyncio.Event) -> None:
+    async def _fail_now_and_then(self, backend: Backend, over: asyncio.Event) -> None:
         """The backend is away now and then, and there at the end."""
         while not over.is_set():
             await pause_until(over, self.rng.uniform(0.5, 4))
-            backend.go_away(self.rng.choice(["refused", "reset", "503"]))
+            backend.make_unreachable(self.rng.choice(["refused", "reset", "503"]))
             await pause_until(over, self.rng.uniform(0.1, 2))
-            if backend.absence is not None:
-                await backend.come_back()
+            if backend.outage is not None:
+                await backend.make_reachable()
 
     async def _freeze(self, service: Service, stopping: asyncio.Event) -> None:
         """Now and then the relay does not run: a paused machine."""
@@ -346,7 +346,9 @@ class Round:
             if self.plan.client_tls:
                 visit.tls = ssl.create_default_context(cafile=str(self.authority.path))
             visit.send_url = lambda name=name: backend.send_urls[name]
-            visit.is_told = lambda visit=visit: backend.told[visit.name] >= visit.sent
+            visit.is_delivered = (
+                lambda visit=visit: backend.messages[visit.name] >= visit.sent
+            )
             self.visits.append(visit)
             try:
                 await visit.connect()

@@ -76,7 +76,7 @@ def flaws(
     """What the books say of one connection's attempts."""
     book = book_of(*attempts, resets=resets)
     audit = Audit(book, pulse or steady(), strict, delivery_timeout)
-    return list(audit.delivery_flaws(book.attempts))
+    return list(audit.delivery_violations(book.attempts))
 
 
 def lost(sent: int, *attempts: Attempt, cut_off: bool = False) -> list[str]:
@@ -93,7 +93,7 @@ FAULTLESS = {
     "one after the other": [message(0, 0), message(1, 1), disconnect(2)],
     "again after a failure": [message(0, 0, "503"), message(0, 1), message(1, 2)],
     "held, then answered": [message(0, 0, took=9), message(1, 2), disconnect(3)],
-    "held, and let go": [message(0, 0, "let go", took=9), message(1, 2)],
+    "held, and abandoned": [message(0, 0, "abandoned", took=9), message(1, 2)],
     "failed behind the event": [
         message(0, 0, "503", took=4), disconnect(3), message(0, 5), disconnect(9),
     ],
@@ -254,7 +254,7 @@ async def test_backend_that_resets_a_connection_does_so_at_once(io_loop) -> None
     async with FaultyBackend() as backend:
         with socket.create_connection((backend.host, backend.port)) as relay:
             await eventually(lambda: backend.connections)
-            backend.go_away("reset")
+            backend.make_unreachable("reset")
             with pytest.raises(ConnectionResetError):
                 relay.recv(1)
 
@@ -263,7 +263,7 @@ async def test_backend_that_resets_a_connection_does_so_at_once(io_loop) -> None
 async def test_reset_of_a_waiting_connection_is_recorded(io_loop) -> None:
     """Nobody has read what was sent on it."""
     async with FaultyBackend() as backend:
-        backend.go_away("reset")
+        backend.make_unreachable("reset")
         before = len(backend.resets)
         with socket.create_connection((backend.host, backend.port)):
             await eventually(lambda: len(backend.resets) > before)

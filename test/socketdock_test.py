@@ -573,8 +573,8 @@ def test_log_config_fifo_without_a_reader_is_rejected(tmp_path):
     config.write_text(json.dumps(
         {"version": 1, "handlers": {"file": file}, "root": {"handlers": ["file"]}}
     ))
-    told = refusal(f"--log_config={config}", status=1)
-    assert str(path) in told and "nobody reads this FIFO" in told
+    error = refusal(f"--log_config={config}", status=1)
+    assert str(path) in error and "nobody reads this FIFO" in error
 
 
 # --help.

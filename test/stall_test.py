@@ -232,7 +232,7 @@ async def test_held_request_that_was_reset_during_a_stall_is_retried(
             await leave([talker])
             await backend.wait_for("disconnect", 1)
             async with Stopped(service, 6):
-                backend.go_away("reset")
-                await backend.come_back()
+                backend.make_unreachable("reset")
+                await backend.make_reachable()
             await eventually(lambda: len(kinds) == 4)
     assert kinds == ["message", "disconnect", "message", "disconnect"]

@@ -39,7 +39,7 @@ class Supervisor:
         self.process = process
         self.said = ""
 
-    async def hears(self, pattern: re.Pattern[str], times: int = 1) -> list[str]:
+    async def wait_for(self, pattern: re.Pattern[str], times: int = 1) -> list[str]:
         """What `pattern` matched, once it was said that many times."""
         assert self.process.stdout is not None
         async with asyncio.timeout(LONG):
@@ -141,15 +141,15 @@ async def test_starts_relays_restarts_and_stops(
     conf, environment = place(tmp_path, tmp_path_factory.getbasetemp())
     environment |= {"SOCKETDOCK_BINDPORT": "0"}
     async with supervisord(adapted(conf, control), environment) as supervisor:
-        (pid,) = await supervisor.hears(SPAWNED)
-        (url,) = await supervisor.hears(STARTED)
+        (pid,) = await supervisor.wait_for(SPAWNED)
+        (url,) = await supervisor.wait_for(STARTED)
         await assert_echoes(url)
         # Until then it counts as a failed start, which is tried again anyway.
-        await supervisor.hears(RUNNING)
+        await supervisor.wait_for(RUNNING)
 
         os.kill(int(pid), signal.SIGKILL)
-        _, pid = await supervisor.hears(SPAWNED, 2)
-        _, url = await supervisor.hears(STARTED, 2)
+        _, pid = await supervisor.wait_for(SPAWNED, 2)
+        _, url = await supervisor.wait_for(STARTED, 2)
         await assert_echoes(url)
 
         client = await websockets.connect(url)
@@ -175,9 +175,9 @@ async def test_processes_share_the_clients_port(io_loop, control, tmp_path):
             "SOCKETDOCK_MESSAGEURI": backend.url("message"),
         }
         async with supervisord(adapted(conf, control, 2), environment) as supervisor:
-            url, same = await supervisor.hears(STARTED, 2)
+            url, same = await supervisor.wait_for(STARTED, 2)
             assert url == same
-            assert len(set(await supervisor.hears(CALLBACKS, 2))) == 2
+            assert len(set(await supervisor.wait_for(CALLBACKS, 2))) == 2
 
             clients = [await websockets.connect(url) for _ in range(60)]
             for client in clients:
@@ -202,7 +202,7 @@ async def test_invalid_option_ends_fatal(io_loop, control, tmp_path):
     conf.write_text(conf.read_text().replace("startsecs=5\n", "startsecs=60\n"))
     environment |= {"SOCKETDOCK_BINDPORT": "nine"}
     async with supervisord(conf, environment) as supervisor:
-        await supervisor.hears(FATAL)
+        await supervisor.wait_for(FATAL)
         assert len(SPAWNED.findall(supervisor.said)) == 4
         assert not RUNNING.search(supervisor.said)
         assert supervisor.said.count("SOCKETDOCK_BINDPORT must be") == 4
@@ -246,7 +246,7 @@ async def test_no_line_of_the_log_is_overwritten_in_a_file(
         ["from before"] if mode == "a" else []
     )
     text = "\n".join(lines)
-    told = [
+    expected = [
         "supervisord started with pid",
         "spawned: ",
         '"message":"SocketDock ',
@@ -255,8 +255,8 @@ async def test_no_line_of_the_log_is_overwritten_in_a_file(
         '"message":"stopped"',
         "(exit status 0)",
     ]
-    assert [text.count(words) for words in told] == [1] * len(told)
-    assert sorted(told, key=text.index) == told
+    assert [text.count(words) for words in expected] == [1] * len(expected)
+    assert sorted(expected, key=text.index) == expected
 
 
 def test_waits_longer_than_the_drain_before_it_kills(tmp_path):

@@ -27,7 +27,7 @@ class Systemd:
     """The other end of `NOTIFY_SOCKET`, which keeps all that it is told."""
 
     def __init__(self, address: str) -> None:
-        self.told: list[str] = []
+        self.received: list[str] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.bind("\0" + address[1:] if address[0] == "@" else address)
@@ -42,22 +42,23 @@ class Systemd:
         """Hear nothing more: from then on nobody is there."""
         self._socket.close()
 
-    async def hears(self, state: str) -> None:
+    async def wait_for(self, state: str) -> None:
         """Read until the next `state`, which must be a whole line."""
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(DEADLINE):
             while True:
-                self.told.append((await loop.sock_recv(self._socket, 4096)).decode())
-                if state in self.told[-1].splitlines():
+                datagram = await loop.sock_recv(self._socket, 4096)
+                self.received.append(datagram.decode())
+                if state in self.received[-1].splitlines():
                     return
 
     def rest(self) -> list[str]:
         """All that it was told, when nobody is there any more."""
         while True:
             try:
-                self.told.append(self._socket.recv(4096).decode())
+                self.received.append(self._socket.recv(4096).decode())
             except BlockingIOError:
-                return self.told
+                return self.received
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -78,12 +79,12 @@ async def test_systemd_is_notified_of_start_reload_and_stop(io_loop, address):
     with Systemd(address) as systemd:
         environment = {"NOTIFY_SOCKET": address}
         async with Service("--drain_delay=60", environment=environment) as service:
-            await systemd.hears("READY=1")
+            await systemd.wait_for("READY=1")
             await assert_echoes(service.ws_url)
             service.process.send_signal(signal.SIGHUP)
-            await systemd.hears("READY=1")
+            await systemd.wait_for("READY=1")
             service.process.send_signal(signal.SIGTERM)
-            await systemd.hears("STOPPING=1")  # long before the end
+            await systemd.wait_for("STOPPING=1")  # long before the end
             service.process.send_signal(signal.SIGTERM)
             await service.process.wait()
         started, reloading, ready, stopping = systemd.rest()
@@ -98,15 +99,15 @@ async def test_watchdog_is_fed_by_the_loop_until_the_end(io_loop, tmp_path):
     with Systemd(address) as systemd:
         async with Service("--drain_delay=60", environment=environment) as service:
             for _ in range(5):
-                await systemd.hears("WATCHDOG=1")
+                await systemd.wait_for("WATCHDOG=1")
             service.process.send_signal(signal.SIGTERM)
-            await systemd.hears("STOPPING=1")
+            await systemd.wait_for("STOPPING=1")
             for _ in range(3):
-                await systemd.hears("WATCHDOG=1")
+                await systemd.wait_for("WATCHDOG=1")
             service.process.send_signal(signal.SIGTERM)
             await service.process.wait()
-        told = systemd.rest()
-    assert told[:2] == ["READY=1", "WATCHDOG=1"]
+        received = systemd.rest()
+    assert received[:2] == ["READY=1", "WATCHDOG=1"]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ async def test_watchdog_of_another_process_is_not_fed(io_loop, tmp_path, watchdo
     environment = {"NOTIFY_SOCKET": address, **watchdog}
     with Systemd(address) as systemd:
         async with Service("--drain_delay=0.3", environment=environment):
-            await systemd.hears("READY=1")
+            await systemd.wait_for("READY=1")
         assert systemd.rest() == ["READY=1", "STOPPING=1"]
 
 
@@ -137,7 +138,7 @@ async def test_lost_systemd_socket_is_a_warning(io_loop, tmp_path):
     address = str(tmp_path / "notify")
     with Systemd(address) as systemd:
         async with Service(environment={"NOTIFY_SOCKET": address}) as service:
-            await systemd.hears("READY=1")
+            await systemd.wait_for("READY=1")
             systemd.close()
             await assert_echoes(service.ws_url)
     assert any("can't notify systemd of STOPPING" in line for line in service.log)
@@ -174,7 +175,7 @@ async def test_unit_starts_the_installed_relay(io_loop, tmp_path, tmp_path_facto
         async with Service(
             *http, command=command.split(), environment=environment
         ) as service:
-            await systemd.hears("READY=1")
+            await systemd.wait_for("READY=1")
             assert any(state.iterdir())
     assert not [line for line in service.log if "unknown variable" in line]
 

@@ -84,14 +84,14 @@ async def visit(
     service: Service, backend: RecordingBackend, *traceparents: str
 ) -> list[tuple[str, str, str, str]]:
     """The traces of the events of a client that sends two messages and leaves."""
-    before, told = len(backend.events), len(backend.of("disconnect"))
+    before, ended = len(backend.events), len(backend.of("disconnect"))
     headers = [("traceparent", value) for value in traceparents]
     async with websockets.connect(
         service.ws_url, additional_headers=headers, compression=None
     ) as client:
         await client.send("one")
         await client.send("two")
-    await backend.wait_for("disconnect", told + 1)
+    await backend.wait_for("disconnect", ended + 1)
     found = traces(backend)[before:]
     assert [kind for kind, *_ in found] == [
         "connect", "message", "message", "disconnect",
@@ -117,8 +117,8 @@ async def test_valid_trace_is_continued(io_loop):
             assert {(trace_id, f) for _, trace_id, _, f in found} == {(TRACE_ID, flags)}
             spans = {span_id for _, _, span_id, _ in found}
             assert len(spans - {SPAN_ID, "0" * 16}) == 4
-        told = backend.of("connect")[0]["meta"]["headers"]
-        assert told["traceparent"] == GOOD  # as any other header
+        headers = backend.of("connect")[0]["meta"]["headers"]
+        assert headers["traceparent"] == GOOD  # as any other header
 
 
 async def test_malformed_traceparent_is_ignored(io_loop):

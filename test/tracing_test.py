@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import websockets
-from faults import tell
+from faults import send_raw
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -145,7 +145,7 @@ def otel(port: int, **more: str) -> dict[str, str]:
     }
 
 
-def told(backend: RecordingBackend) -> dict[str, tuple[str, str, str]]:
+def traces_at(backend: RecordingBackend) -> dict[str, tuple[str, str, str]]:
     """What the backend got with each event, by webhook-id: trace, span and flags."""
     found = {}
     for _, _, headers in backend.events:
@@ -155,14 +155,14 @@ def told(backend: RecordingBackend) -> dict[str, tuple[str, str, str]]:
     return found
 
 
-def check_told(collector: Collector, backend: RecordingBackend) -> None:
+def check_traces(collector: Collector, backend: RecordingBackend) -> None:
     """Each event has one span, whose place is what its backend was told."""
     spans = {
         span.attributes["socketdock.event_id"]: (span.trace_id, span.span_id, "01")
         for span in collector.spans
         if "socketdock.event" in span.attributes
     }
-    assert spans == told(backend)
+    assert spans == traces_at(backend)
 
 
 async def visit(service: Service, *messages: str, **headers: str) -> None:
@@ -183,8 +183,8 @@ async def sent(url: str, body: bytes, content_type: str, *more: str) -> int:
         *more,
     )
     request = "\r\n".join((*lines, "", "")).encode() + body
-    heard = await tell(url, request, answers=1, deadline=DEADLINE)
-    return heard.statuses[0]
+    received = await send_raw(url, request, answers=1, deadline=DEADLINE)
+    return received.statuses[0]
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
@@ -217,7 +217,7 @@ async def test_one_trace_from_the_client_to_the_backend_and_back(io_loop, server
             await backend.wait_for("disconnect", 1)
             await eventually(lambda: len(collector.spans) == 7)
         assert len(collector.spans) == 7
-        check_told(collector, backend)
+        check_traces(collector, backend)
     (connect_event, *_) = backend.of("connect")
     connection_id = connect_event["meta"]["connection_id"]
 
@@ -276,10 +276,10 @@ async def test_one_trace_from_the_client_to_the_backend_and_back(io_loop, server
             "socketdock.connection_id": connection_id,
         }
     (resource,) = {json.dumps(span.resource) for span in collector.spans}
-    told_of = json.loads(resource)
-    assert told_of["service.name"] == "socketdock"
-    assert told_of["service.instance.id"].startswith("relay-7/")
-    assert told_of["service.version"]
+    attributes = json.loads(resource)
+    assert attributes["service.name"] == "socketdock"
+    assert attributes["service.instance.id"].startswith("relay-7/")
+    assert attributes["service.version"]
     assert len({span.span_id for span in collector.spans}) == 7
 
 
@@ -329,7 +329,7 @@ async def test_without_a_client_trace_each_event_begins_one(io_loop):
                 assert await sent(events[0]["meta"]["send"], b"", "text/plain") == 200
             await backend.wait_for("disconnect", 1)
             await eventually(lambda: len(collector.spans) == 6)
-        check_told(collector, backend)
+        check_traces(collector, backend)
     (handshake,), (connect,) = collector.named("GET /ws"), collector.of("connect")
     assert (connect.trace_id, connect.parent_id) == (
         handshake.trace_id,
@@ -360,7 +360,7 @@ async def test_retried_event_has_one_span(io_loop):
         ) as service:
             await visit(service, "one", "two", traceparent=SAMPLED)
             await eventually(lambda: len(collector.spans) == 5)
-        check_told(collector, backend)
+        check_traces(collector, backend)
         attempts = len(backend.of("disconnect"))
     first, second = collector.of("message")
     assert first.status == 0
@@ -432,7 +432,7 @@ async def test_rejected_handshakes_have_spans(io_loop):
                     await visit(service, **headers)
             await backend.wait_for("disconnect", 1)
             await eventually(lambda: len(collector.spans) == 6)
-        check_told(collector, backend)
+        check_traces(collector, backend)
     assert [
         (
             span.attributes["socketdock.outcome"],
@@ -447,8 +447,8 @@ async def test_rejected_handshakes_have_spans(io_loop):
         ("no_decision", 503, "503", ERROR, True),
         ("rejected", 403, None, 0, False),
     ]
-    verdict, failure = collector.of("connect")
-    assert (verdict.attributes["socketdock.outcome"], verdict.status) == ("refused", 0)
+    refusal, failure = collector.of("connect")
+    assert (refusal.attributes["socketdock.outcome"], refusal.status) == ("refused", 0)
     assert (failure.attributes["error.type"], failure.status) == ("500", ERROR)
 
 
@@ -484,7 +484,7 @@ async def test_unsampled_spans_are_not_exported(io_loop):
                 for more in ((), (traceparent,), (traceparent, "Connection: close")):
                     assert await sent(url, b"", "text/plain", *more) == 200
             await backend.wait_for("disconnect", 2)
-            found = list(told(backend).values())
+            found = list(traces_at(backend).values())
             assert {flags for *_, flags in found} == {"00"}
             assert [trace_id for trace_id, *_ in found].count(TRACE_ID) == 3
         assert not collector.bodies
@@ -499,7 +499,7 @@ async def test_client_sampling_decision_counts_by_default(io_loop):
             for count, flags in enumerate(("00", "02"), 1):
                 await visit(service, "one", traceparent=f"{SAMPLED[:-2]}{flags}")
                 await backend.wait_for("disconnect", count)
-            assert [flags for *_, flags in told(backend).values()] == [
+            assert [flags for *_, flags in traces_at(backend).values()] == [
                 "00", "00", "00", "02", "02", "02",
             ]
         assert not collector.spans
@@ -518,7 +518,7 @@ async def test_share_of_traces_is_sampled(io_loop):
             await backend.wait_for("disconnect", 1)
             sampled = {
                 (trace_id, span_id)
-                for trace_id, span_id, flags in told(backend).values()
+                for trace_id, span_id, flags in traces_at(backend).values()
                 if flags == "01"
             }
         events = [s for s in collector.spans if "socketdock.event" in s.attributes]
@@ -526,7 +526,7 @@ async def test_share_of_traces_is_sampled(io_loop):
         assert 30 < len(sampled) < 180  # 90, more or less
 
 
-def made_here(
+def tracing_in_process(
     monkeypatch: pytest.MonkeyPatch, environment: Mapping[str, str]
 ) -> Tracing:
     """In the test's own process; it has to be closed."""
@@ -547,7 +547,7 @@ async def test_events_that_may_be_retried_are_bounded(io_loop, monkeypatch):
     """The span of the oldest ends early; the remaining ones end at the stop."""
     monkeypatch.setattr("handlers.telemetry.spans.MAX_FAILED", 3)
     async with Collector() as collector:
-        tracing = made_here(monkeypatch, collector.environment())
+        tracing = tracing_in_process(monkeypatch, collector.environment())
         for number in range(1, 6):
             tracing.attempted(failure(number))
             tracing.attempted(failure(number))
@@ -566,7 +566,7 @@ async def test_failures_of_one_event_are_bounded(io_loop, monkeypatch):
     """All are counted, and the first ones are listed."""
     monkeypatch.setattr("handlers.telemetry.spans.MAX_FAILURES", 3)
     async with Collector() as collector:
-        tracing = made_here(monkeypatch, collector.environment())
+        tracing = tracing_in_process(monkeypatch, collector.environment())
         for _ in range(10):
             tracing.attempted(failure(1))
         tracing.attempted(failure(1)._replace(outcome="delivered", status=200))
@@ -580,7 +580,7 @@ async def test_queued_spans_are_bounded(io_loop, monkeypatch, caplog):
     """More spans at once are dropped, and counted."""
     monkeypatch.setattr("handlers.telemetry.spans.MAX_ENDED", 300)
     async with Collector() as collector:
-        tracing = made_here(monkeypatch, collector.environment())
+        tracing = tracing_in_process(monkeypatch, collector.environment())
         for number in range(1, 501):
             tracing.attempted(failure(number)._replace(outcome="delivered"))
         await eventually(lambda: len(collector.spans) == 300)
@@ -591,11 +591,11 @@ async def test_queued_spans_are_bounded(io_loop, monkeypatch, caplog):
 async def test_warnings_of_the_sdk_are_logged_once(io_loop, monkeypatch, caplog):
     """Without their arguments; the number of different warnings is limited."""
     monkeypatch.setattr("handlers.telemetry.exporter.MAX_WARNINGS", 3)
-    tracing = made_here(monkeypatch, otel(9))
+    tracing = tracing_in_process(monkeypatch, otel(9))
     sdk_logger = logging.getLogger("opentelemetry.sdk.trace")
     try:
         for number in range(5):
-            sdk_logger.warning("the value %-5.1f of %s is none", number, "hush")
+            sdk_logger.warning("the value %-5.1f of %s is none", number, "leak")
             sdk_logger.info("nobody needs to know")
         assert [record.getMessage() for record in caplog.records] == [
             "OpenTelemetry: the value … of … is none"
@@ -624,7 +624,7 @@ async def test_new_traces_are_sampled_as_the_sdk_would(
     io_loop, monkeypatch, name, argument
 ):
     """Without calling it for each; an unknown sampler is called."""
-    tracing = made_here(
+    tracing = tracing_in_process(
         monkeypatch,
         otel(9, OTEL_TRACES_SAMPLER=name, OTEL_TRACES_SAMPLER_ARG=argument),
     )
@@ -654,7 +654,7 @@ async def test_last_spans_are_exported_at_the_stop(io_loop):
                 await client.wait_closed()
             await asyncio.wait_for(service.process.wait(), DEADLINE)
             assert len(collector.spans) == 4
-        check_told(collector, backend)
+        check_traces(collector, backend)
 
 
 @pytest.mark.parametrize("status", [0, 401, 503])
@@ -758,36 +758,36 @@ async def test_no_span_holds_a_secret(io_loop):
     """No body, header value or query; and the log has no text of the collector."""
     async with Collector() as collector, RecordingBackend() as backend:
         flags = [
-            f"{flag}?key=hush-target" if "uri=" in flag else flag
+            f"{flag}?key=leak-target" if "uri=" in flag else flag
             for flag in backend.flags()
         ]
         environment = collector.environment(
             OTEL_EXPORTER_OTLP_ENDPOINT="",
             OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=(
-                f"http://127.0.0.1:{collector.port}/v1/traces?key=hush-endpoint"
+                f"http://127.0.0.1:{collector.port}/v1/traces?key=leak-endpoint"
             ),
-            OTEL_EXPORTER_OTLP_HEADERS="x-api-key=hush-key,hush-no-pair",
-            OTEL_TRACES_SAMPLER="hush-sampler",
-            SOCKETDOCK_CALLBACK_TOKEN="hush-token-0123456789",
+            OTEL_EXPORTER_OTLP_HEADERS="x-api-key=leak-key,leak-no-pair",
+            OTEL_TRACES_SAMPLER="leak-sampler",
+            SOCKETDOCK_CALLBACK_TOKEN="leak-token-0123456789",
         )
         async with Service(
             *flags, "--otel", "--logging=debug", environment=environment
         ) as service:
             async with websockets.connect(
-                f"{service.ws_url}?hush-query",
+                f"{service.ws_url}?leak-query",
                 additional_headers={
-                    "Cookie": "hush-cookie",
-                    "tracestate": "hush=state",
-                    "baggage": "hush=baggage",
-                    "User-Agent": "hush-agent",
+                    "Cookie": "leak-cookie",
+                    "tracestate": "leak=state",
+                    "baggage": "leak=baggage",
+                    "User-Agent": "leak-agent",
                 },
             ) as client:
-                await client.send("hush-message")
+                await client.send("leak-message")
                 (event,) = await backend.wait_for("message", 1)
-                for token in ("hush-token-0123456789", "hush-wrong"):
+                for token in ("leak-token-0123456789", "leak-wrong"):
                     await backend.call(
-                        f"{event['meta']['send']}?type=text&hush-key",
-                        body=b"hush-answer",
+                        f"{event['meta']['send']}?type=text&leak-key",
+                        body=b"leak-answer",
                         headers={"Authorization": f"Bearer {token}"},
                     )
                 # A stranger's path is not ours to show.
@@ -796,11 +796,11 @@ async def test_no_span_holds_a_secret(io_loop):
                 assert answer.code == 401
             await backend.wait_for("disconnect", 1)
             await eventually(lambda: len(collector.spans) == 6)
-        assert collector.headers[0]["x-api-key"] == "hush-key"
+        assert collector.headers[0]["x-api-key"] == "leak-key"
         exported = b"".join(collector.bodies)
-        assert b"hush" not in exported
+        assert b"leak" not in exported
         assert b"stranger" not in exported
-        assert "hush" not in "\n".join(service.log)
+        assert "leak" not in "\n".join(service.log)
         sdk = [line for line in service.log if "OpenTelemetry:" in line]
         assert len(sdk) == 2  # the header that is no pair, and the sampler
         statuses = [
@@ -836,7 +836,7 @@ async def test_disabled_sdk_records_nothing(io_loop):
         ) as service:
             await visit(service, "hello")
             await backend.wait_for("disconnect", 1)
-            assert {flags for *_, flags in told(backend).values()} == {"00"}
+            assert {flags for *_, flags in traces_at(backend).values()} == {"00"}
         assert not collector.bodies
 
 

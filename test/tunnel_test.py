@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 import websockets
 from certificates import Authority
-from faults import tell
+from faults import send_raw
 from service import DEADLINE, Service, tcp_server
 from wire import handshake
 
@@ -55,10 +55,12 @@ async def assert_only_one_answer(url, context, request, statuses):
     """To `request`, and nothing to what stands behind it or comes later."""
     async with tunnel(url, context) as port:
         for pieces in ((request + STATUS,), (request, STATUS)):
-            heard = await tell(f"http://127.0.0.1:{port}", *pieces, deadline=DEADLINE)
-            assert heard.ended and b'"uptime"' not in heard.data
-            assert heard.data.count(b"HTTP/1.1 ") == 1, heard
-            assert int(heard.data[9:12]) in statuses, heard
+            received = await send_raw(
+                f"http://127.0.0.1:{port}", *pieces, deadline=DEADLINE
+            )
+            assert received.ended and b'"uptime"' not in received.data
+            assert received.data.count(b"HTTP/1.1 ") == 1, received
+            assert int(received.data[9:12]) in statuses, received
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])

@@ -80,7 +80,7 @@ class Peer:
 
 
 @contextlib.contextmanager
-def side_by_side(acts: list, peers: list[Peer]) -> Iterator[None]:
+def in_threads(acts: list, peers: list[Peer]) -> Iterator[None]:
     """Do what blocks, each in a thread, until the peers' sockets are shut down."""
     threads = [threading.Thread(target=act, args=rest) for act, *rest in acts]
     for thread in threads:
@@ -99,8 +99,8 @@ def side_by_side(acts: list, peers: list[Peer]) -> Iterator[None]:
 
 def processor_time(service: Service) -> float:
     """Return the seconds for which the relay's process has run, without others."""
-    told = Path(f"/proc/{service.process.pid}/schedstat").read_text()
-    return int(told.split()[0]) / 1e9
+    text = Path(f"/proc/{service.process.pid}/schedstat").read_text()
+    return int(text.split()[0]) / 1e9
 
 
 def delays(service: Service, other: Peer, count: int = 30) -> list[float]:
@@ -128,7 +128,7 @@ async def test_flood_does_not_delay_others(io_loop, loop, name):
         acts = [(peer.flood, chunk) for peer in peers]
         acts += [(peer.discard,) for peer in peers]
         other = Peer(service)
-        with side_by_side(acts, peers):
+        with in_threads(acts, peers):
             found = await in_thread(delays, service, other)
         other.sock.close()
     assert statistics.median(found) < DELAY, sorted(found)
@@ -138,8 +138,8 @@ def waiting(service: Service) -> int:
     """How many messages wait."""
     url = service.callback_url + "/status"
     with urllib.request.urlopen(url, timeout=DEADLINE) as answer:
-        told = json.load(answer)
-    count: int = told["pending"]["events"]
+        status = json.load(answer)
+    count: int = status["pending"]["events"]
     return count
 
 
@@ -162,12 +162,12 @@ async def test_resumed_clients_do_not_delay_others(io_loop, loop):
         # The echo of a large one waits, and tiny ones stand behind.
         chunk = frame(BINARY, bytes(large)) + frame(BINARY, b"x") * 2**15
         other = Peer(service)
-        with side_by_side([(peer.sock.sendall, chunk) for peer in peers], peers):
+        with in_threads([(peer.sock.sendall, chunk) for peer in peers], peers):
             async with asyncio.timeout(DEADLINE):
                 while await in_thread(waiting, service) < count * queued:
                     await asyncio.sleep(0.01)  # until the next look
             acts = [(peer.discard,) for peer in peers]
-            with side_by_side(acts, peers):
+            with in_threads(acts, peers):
                 found = await in_thread(delays_while_some_wait, service, other)
         other.sock.close()
     assert max(found) < 5 * DELAY, sorted(found)

@@ -44,55 +44,52 @@ def under_way(client: SlowClient) -> int:
     return size
 
 
-# Who takes nothing.
+@contextlib.asynccontextmanager
+async def connected(authority: Authority, tls: bool, *flags: str):
+    """A backend, a slow client of its relay, and the URL for sends to the client."""
+    listener = ["--callbackport=0"]
+    context = None
+    if tls:
+        listener.append(f"--tls_cert={authority.server().both}")
+        context = ssl.create_default_context(cafile=str(authority.path))
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *listener, *flags) as service:
+            with await SlowClient.connect(service.ws_url, tls=context) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                yield backend, client, event["meta"]["send"]
+
+
+# Clients that read nothing, or slowly.
 
 
 @LOOPS
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 async def test_steady_slow_reader_is_not_closed(io_loop, authority, loop, tls):
     """In --send_timeout it reads less than makes its socket writable."""
-    flags = ["--send_timeout=2", "--callbackport=0", f"--event_loop={loop}"]
-    context = None
-    if tls:
-        flags.append(f"--tls_cert={authority.server().both}")
-        context = ssl.create_default_context(cafile=str(authority.path))
-    async with RecordingBackend() as backend:
-        async with Service(*backend.flags(), *flags) as service:
-            with await SlowClient.connect(service.ws_url, tls=context) as client:
-                (event,) = await backend.wait_for("connect", 1)
-                large = asyncio.create_task(
-                    backend.call(event["meta"]["send"], body=bytes(LARGE))
-                )
-                await client.read(rate=120_000, seconds=8)
-                await client.read(until=whole(LARGE + 10))
-                assert (await large).code in (200, 410)  # it took its time
-                await client.send(NORMAL)
-                await client.read()
-            (event,) = await backend.wait_for("disconnect", 1)
-    assert client.frames() == [(BINARY, bytes(LARGE)), (CLOSE, b"\x03\xe8")]
+    flags = ("--send_timeout=2", f"--event_loop={loop}")
+    async with connected(authority, tls, *flags) as (backend, client, send):
+        large = asyncio.create_task(backend.call(send, body=bytes(LARGE)))
+        await client.read(rate=120_000, seconds=8)
+        await client.read(until=whole(LARGE + 10))
+        assert (await large).code in (200, 410)  # 410: answered at --send_timeout
+        await client.send(NORMAL)
+        await client.read()
+        (event,) = await backend.wait_for("disconnect", 1)
+        assert client.frames() == [(BINARY, bytes(LARGE)), (CLOSE, b"\x03\xe8")]
     assert (event["meta"]["code"], event["meta"]["initiator"]) == (1000, "client")
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 async def test_reader_that_stops_is_closed_with_1008(io_loop, authority, tls):
-    """--send_timeout after it took the last bytes."""
-    flags = ["--send_timeout=1.5", "--callbackport=0"]
-    context = None
-    if tls:
-        flags.append(f"--tls_cert={authority.server().both}")
-        context = ssl.create_default_context(cafile=str(authority.path))
-    async with RecordingBackend() as backend:
-        async with Service(*backend.flags(), *flags) as service:
-            with await SlowClient.connect(service.ws_url, tls=context) as client:
-                (event,) = await backend.wait_for("connect", 1)
-                large = asyncio.create_task(
-                    backend.call(event["meta"]["send"], body=bytes(LARGE))
-                )
-                await client.read(rate=200_000, seconds=3)
-                stopped = time.monotonic()
-                (event,) = await backend.wait_for("disconnect", 1)
-                took = time.monotonic() - stopped
-                assert (await large).code == 410
+    """--send_timeout after its kernel took the last bytes."""
+    async with connected(authority, tls, "--send_timeout=1.5") as connection:
+        backend, client, send = connection
+        large = asyncio.create_task(backend.call(send, body=bytes(LARGE)))
+        await client.read(rate=200_000, seconds=3)
+        stopped = time.monotonic()
+        (event,) = await backend.wait_for("disconnect", 1)
+        took = time.monotonic() - stopped
+        assert (await large).code == 410
     assert (event["meta"]["code"], event["meta"]["initiator"]) == (1008, "relay")
     assert 1 < took < 10
 
@@ -103,45 +100,30 @@ async def test_messages_of_a_stopped_reader_are_delivered(
     io_loop, authority, loop, tls
 ):
     """It is closed with 1008 while its messages wait for the backend, unread."""
-    flags = ["--send_timeout=1", "--connection_queue_messages=1", "--order_wait=inf",
-             "--backend_timeout=60", "--callbackport=0", f"--event_loop={loop}"]
-    context = None
-    if tls:
-        flags.append(f"--tls_cert={authority.server().both}")
-        context = ssl.create_default_context(cafile=str(authority.path))
-    # More than is read ahead, and than the relay's kernel takes.
+    flags = ("--send_timeout=1", "--connection_queue_messages=1", "--order_wait=inf",
+             "--backend_timeout=60", f"--event_loop={loop}")
+    # More than the relay reads ahead, and than its kernel takes.
     sent = [frame(TEXT, b"%04d" % n + b"x" * 2000) for n in range(400)]
-    async with RecordingBackend() as backend:
-        let_go = withhold(backend, "message")
-        async with Service(*backend.flags(), *flags) as service:
-            with await SlowClient.connect(service.ws_url, tls=context) as client:
-                (event,) = await backend.wait_for("connect", 1)
-                sending = asyncio.create_task(client.send(b"".join(sent)))
-                await backend.wait_for("message", 1)
-                # It takes nothing.
-                answer = await backend.call(event["meta"]["send"], body=bytes(LARGE))
-                assert answer.code == 410
-                await sending
-                taken = sum(map(len, sent)) - under_way(client)
-                let_go.set()
-                (event,) = await backend.wait_for("disconnect", 1)
-    told = [event["message"][:4] for event in backend.of("message")]
-    assert told == [f"{n:04}" for n in range(len(told))]
-    # But for what TLS adds, and its last record, of which a part may have come.
-    assert len(told) >= (taken - (20_000 if tls else 0)) // len(sent[0])
+    async with connected(authority, tls, *flags) as (backend, client, send):
+        release = withhold(backend, "message")
+        sending = asyncio.create_task(client.send(b"".join(sent)))
+        await backend.wait_for("message", 1)
+        # The client reads nothing of it.
+        assert (await backend.call(send, body=bytes(LARGE))).code == 410
+        await sending
+        taken = sum(map(len, sent)) - under_way(client)
+        release.set()
+        (event,) = await backend.wait_for("disconnect", 1)
+    numbers = [event["message"][:4] for event in backend.of("message")]
+    assert numbers == [f"{n:04}" for n in range(len(numbers))]
+    # TLS adds bytes, and only a part of its last record may have arrived.
+    assert len(numbers) >= (taken - (20_000 if tls else 0)) // len(sent[0])
     assert (event["meta"]["code"], event["meta"]["undelivered"]) == (1008, 0)
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-async def test_stopped_reader_that_sends_is_closed(
-    io_loop, authority, tls
-):
-    """What it sends after the close is not read: it might never end."""
-    flags = ["--send_timeout=1", "--callbackport=0"]
-    context = None
-    if tls:
-        flags.append(f"--tls_cert={authority.server().both}")
-        context = ssl.create_default_context(cafile=str(authority.path))
+async def test_stopped_reader_that_sends_is_closed(io_loop, authority, tls):
+    """The relay does not read what it sends after the close: it might never end."""
     chunk = frame(TEXT, b"x" * 60_000) * 16
 
     async def push(client: SlowClient) -> None:
@@ -149,15 +131,12 @@ async def test_stopped_reader_that_sends_is_closed(
             while True:
                 await client.send(chunk)
 
-    async with RecordingBackend() as backend:
-        async with Service(*backend.flags(), *flags) as service:
-            with await SlowClient.connect(service.ws_url, tls=context) as client:
-                (event,) = await backend.wait_for("connect", 1)
-                pushing = asyncio.create_task(push(client))
-                answer = await backend.call(event["meta"]["send"], body=bytes(LARGE))
-                assert answer.code == 410
-                (event,) = await backend.wait_for("disconnect", 1)
-                await pushing
+    async with connected(authority, tls, "--send_timeout=1") as connection:
+        backend, client, send = connection
+        pushing = asyncio.create_task(push(client))
+        assert (await backend.call(send, body=bytes(LARGE))).code == 410
+        (event,) = await backend.wait_for("disconnect", 1)
+        await pushing
     assert event["meta"]["code"] == 1008
 
 
@@ -271,14 +250,14 @@ async def test_pings_of_clients_are_answered_while_the_backend_is_slow(io_loop, 
              "--backend_timeout=60", f"--event_loop={loop}")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), *flags) as service:
-            let_go = withhold(backend, "message")
+            release = withhold(backend, "message")
             async with websockets.connect(service.ws_url) as client:
                 for number in range(50):
                     await client.send(str(number))
                 for _ in range(3):
                     await asyncio.wait_for(await client.ping(), DEADLINE)
                 assert len(backend.of("message")) == 1
-                let_go.set()
+                release.set()
                 await backend.wait_for("message", 50)
     messages = [event["message"] for event in backend.of("message")]
     assert messages == [str(number) for number in range(50)]
@@ -292,7 +271,7 @@ async def test_messages_that_are_read_ahead_are_bounded(io_loop, loop):
     text, number = b"x" * 100_000, 80
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), *flags) as service:
-            let_go = withhold(backend, "message")
+            release = withhold(backend, "message")
             with await SlowClient.connect(service.ws_url) as client:
                 sending = asyncio.create_task(
                     client.send(frame(TEXT, text) * number + NORMAL)
@@ -300,7 +279,7 @@ async def test_messages_that_are_read_ahead_are_bounded(io_loop, loop):
                 await backend.wait_for("message", 1)
                 done, _ = await asyncio.wait({sending}, timeout=1)
                 assert not done  # 8 MB would be in the relay
-                let_go.set()
+                release.set()
                 (event,) = await backend.wait_for("disconnect", 1)
                 await sending
     assert len(backend.of("message")) == number

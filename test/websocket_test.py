@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import websockets
-from faults import tell, upgraded
+from faults import send_raw, upgraded
 from service import DEADLINE, RecordingBackend, Service, eventually, withhold
 from tornado.web import RequestHandler
 from wire import handshake
@@ -52,8 +52,8 @@ async def test_other_origins_need_an_option(io_loop, flags, origin, status):
     """Pages of other origins may connect only if an option allows it."""
     async with Service(*flags) as service:
         request = handshake(*([] if origin is None else [f"Origin: {origin}"]))
-        heard = await tell(service.ws_url, request, answers=1)
-        assert heard.statuses == [status]
+        received = await send_raw(service.ws_url, request, answers=1)
+        assert received.statuses == [status]
 
 
 async def test_client_listener_has_only_websockets_and_livez(io_loop):
@@ -160,13 +160,13 @@ async def test_disconnect_event_has_the_form_of_the_contract(io_loop):
 
 
 @pytest.mark.parametrize(
-    ("last_words", "code"), [(b"\x88\x80\x00\x00\x00\x00", 1005), (b"", 1006)]
+    ("close_frame", "code"), [(b"\x88\x80\x00\x00\x00\x00", 1005), (b"", 1006)]
 )
-async def test_close_without_a_code(io_loop, last_words, code):
+async def test_close_without_a_code(io_loop, close_frame, code):
     """An empty close frame is reported as 1005, none at all as 1006."""
     async with relay("message", "disconnect") as (service, backend):
         _, writer = await upgraded(service.ws_url)
-        writer.write(last_words)
+        writer.write(close_frame)
         writer.close()
         (event,) = await backend.wait_for("disconnect", 1)
     assert event["meta"]["code"] == code

@@ -21,7 +21,7 @@ HELD_AFTERWARDS = 5.0  # seconds for held responses after the disconnect event
 LIFE = 6.0  # seconds in which the relay detects a dead client
 ALIVE = 0.5  # seconds that the soak, with its clients, may stand still meanwhile
 LOST = "instance lost"  # the reason in events of the next run for a dead one
-TOLD = ("code", "initiator", "reason", "undelivered", "refused")  # in `meta`
+REPORTED = ("code", "initiator", "reason", "undelivered", "refused")  # in `meta`
 SLOW = 1008  # the close code of a client that reads nothing
 DISCONNECT_TIMEOUT = 300.0  # seconds; the relay's default
 
@@ -78,7 +78,7 @@ class Audit:
                 what = f"{type(visit).__name__.lower()} {visit.name}: {flaw}"
                 yield Violation(what, connection_id)
         for connection_id, attempts in self._by_connection.items():
-            for flaw in self.delivery_flaws(attempts):
+            for flaw in self.delivery_violations(attempts):
                 yield Violation(f"connection {connection_id}: {flaw}", connection_id)
 
     def timeline(self, connection_id: str) -> Iterator[str]:
@@ -94,14 +94,14 @@ class Audit:
                 f"{label(attempt)}: {attempt.outcome}",
                 *([f"retry after {attempt.retry_after:g}"] * (attempt.retry_after > 0)),
                 *(["(may be unread)"] * attempt.doubtful),
-                *(f"{name}={meta[name]}" for name in TOLD if name in meta),
+                *(f"{name}={meta[name]}" for name in REPORTED if name in meta),
             ])  # fmt: skip
         ends = (attempt.ended for attempt in attempts if attempt.ended < float("inf"))
         end = max(ends, default=began) + HELD_AFTERWARDS
         resets = {f"{at - began:.1f}" for at in self._book.resets if began < at < end}
         yield f"connections were reset at {', '.join(sorted(resets, key=float))}"
 
-    def told_of_all(self) -> bool:
+    def all_are_reported(self) -> bool:
         """Whether each connection that was accepted has had its disconnect event."""
         accepted = {attempt.connection_id for attempt in self._book.of("connect")}
         return accepted <= self._disconnects.keys()
@@ -137,7 +137,7 @@ class Audit:
         if not (visit.left or unseen) and (
             meta["code"] != (visit.close_code or 1006) or meta["initiator"] == "client"
         ):
-            yield f"saw {visit.close_code}, the backend was told {meta}"
+            yield f"saw {visit.close_code}, the backend got {meta}"
         cut = meta["initiator"] == "relay" and meta["code"] in (1006, SLOW)
         if visit.living and cut and not visit.left and self._was_alive(meta):
             yield f"was alive, but {meta}"
@@ -152,19 +152,19 @@ class Audit:
         self, visit: Visit, meta: dict[str, Any], attempts: list[Attempt]
     ) -> Iterator[str]:
         """Each message was settled with the backend, or is counted in the event."""
-        told = next(
+        event = next(
             a
             for a in self._by_connection[meta["connection_id"]]
             if a.kind == "disconnect" and a.accepted
         )
-        let_go = told.ended + HELD_AFTERWARDS
+        abandoned_at = event.ended + HELD_AFTERWARDS
         if self._cut_off:  # what failed as the event was sent is retried, or lost
-            let_go = self._pulse.ago(KNOWN, told.arrived)
+            abandoned_at = self._pulse.ago(KNOWN, event.arrived)
         latest = {spoken(a): a for a in attempts}
         settled = {spoken(a) for a in attempts if self._is_settled(a)} | {
             number
             for number, attempt in latest.items()
-            if attempt.ended > let_go or self._crossed(attempt)
+            if attempt.ended > abandoned_at or self._crossed(attempt)
         }
         known = len(settled) + meta["undelivered"]
         seen = {spoken(attempt) for attempt in attempts}
@@ -222,7 +222,7 @@ class Audit:
             } - set(visit.received)
             if missing:
                 yield f"pushes answered 200 did not come: {sorted(missing)}, {meta}"
-        if isinstance(visit, Closing) and reads_at_once and visit.is_told():
+        if isinstance(visit, Closing) and reads_at_once and visit.is_delivered():
             for push in visit.pushes:
                 beats = self._pulse.count(visit.left_at, push.posted)
                 if beats > KNOWN and push.status not in (410, 0):
@@ -231,7 +231,7 @@ class Audit:
                         f" frame got {push.status}"
                     )
 
-    def delivery_flaws(self, attempts: list[Attempt]) -> Iterator[str]:
+    def delivery_violations(self, attempts: list[Attempt]) -> Iterator[str]:
         """Replay one connection's attempts in the order of arrival."""
         replay = _Replay(attempts)
         for attempt in attempts:
@@ -366,7 +366,7 @@ class Audit:
         if outcome.isdigit():
             return int(outcome) in PASSING or int(outcome) >= 500
         return outcome in ("lost", "garbage") or (
-            outcome == "let go" and (self._strict or attempt.kind != "message")
+            outcome == "abandoned" and (self._strict or attempt.kind != "message")
         )
 
     def _is_settled(self, attempt: Attempt) -> bool:

@@ -87,7 +87,7 @@ class Visit:
     # Where the backend would call back; known once it is connected.
     send_url: Callable[[], str] = lambda: ""
     # Whether the backend has accepted all that it sent.
-    is_told: Callable[[], bool] = lambda: True
+    is_delivered: Callable[[], bool] = lambda: True
 
     async def connect(self) -> None:
         """Raises `Refused`, or `OSError`."""
@@ -422,7 +422,7 @@ class Closing(Bare):
         self.sent = 1
         # Otherwise the relay would delay reading the close frame.
         with contextlib.suppress(TimeoutError):
-            await eventually(lambda: self.is_told() or over.is_set(), PATIENCE)
+            await eventually(lambda: self.is_delivered() or over.is_set(), PATIENCE)
         pusher = self.pusher(HUGE)
         async with Caller(self.send_url()) as early, Caller(self.send_url()) as late:
             waiting = asyncio.create_task(pusher.push(early))

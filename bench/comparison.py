@@ -41,12 +41,12 @@ class Comparison(NamedTuple):
     def __str__(self) -> str:
         name = f"{self.mode} {self.size}" if self.size else self.mode
         rounds = " ".join(f"{ratio:.3f}" for ratio in self.ratios)
-        verdict = "too few rounds for a verdict"
+        result = "too few rounds to decide"
         if self.interval is not None:
             least, most = self.interval
-            verdict = f"95 % interval {least:.3f} to {most:.3f}: "
-            verdict += "SLOWER" if self.is_slower else "not slower"
-        return f"{name}: {rounds}\n  median {median(self.ratios):.3f}, {verdict}"
+            result = f"95 % interval {least:.3f} to {most:.3f}: "
+            result += "SLOWER" if self.is_slower else "not slower"
+        return f"{name}: {rounds}\n  median {median(self.ratios):.3f}, {result}"
 
 
 def lower_rank(count: int) -> int:
