@@ -7,16 +7,13 @@ from urllib.parse import urlsplit
 from tornado.options import Error as OptionError
 from tornado.options import define
 
-from backends.hosts import encoded_host
+from backends.hosts import encoded_host, is_host
 from handlers.http.listener import Listener, is_wildcard
 
 define("externalhostandport", type=str, metavar="HOST:PORT",
        help="how the backend reaches the callbacks of this instance: host:port, or a "
             "URL with scheme and optional path; none: the address of the callback "
             "listener")
-
-# A host name or address in a URL, without brackets.
-HOST = re.compile(r"[\w.:-]+", re.ASCII)
 
 
 def callback_url(external: str | None, listener: Listener) -> str | None:
@@ -41,11 +38,10 @@ def callback_url(external: str | None, listener: Listener) -> str | None:
             url = url.replace(parts.netloc, netloc, 1)
             parts = urlsplit(url)
         host = parts.hostname or ""
-        if ":" in host:
-            ipaddress.IPv6Address(host)
         wrong = (
             parts.scheme not in ("http", "https")
-            or not HOST.fullmatch(host)
+            or not is_host(host)
+            or "%" in host  # a zone is valid on one machine only
             or parts.netloc.endswith(":")
             or parts.port == 0
             or re.search(r"[@?#\\]", url)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.options import define
 
-from handlers.clients.origins import is_host
+from handlers.clients.origins import is_host_header
 from handlers.websocket.negotiation import extensions, subprotocols
 
 define("withhold_headers", multiple=True, metavar="NAMES",
@@ -86,7 +86,7 @@ def malformed_reason(request: HTTPServerRequest, extensible: bool) -> str | None
     headers = request.headers
     if request.body or "Transfer-Encoding" in headers:
         return "A WebSocket handshake must not have a body."
-    if not is_host(request.host):
+    if not is_host_header(request.host):
         return "Host must be a host with an optional port."
     try:
         subprotocols(headers.get_list("Sec-WebSocket-Protocol"))

@@ -96,7 +96,7 @@ def split_origin(text: str) -> Origin | None:
     return Origin(scheme, host, DEFAULT_PORTS.get(scheme) if port is None else port)
 
 
-def is_host(text: str) -> bool:
+def is_host_header(text: str) -> bool:
     """Return whether a Host header is a host with an optional port."""
     authority = _split_authority(text.lower())
     return authority is not None and bool(authority[0])

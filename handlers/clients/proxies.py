@@ -20,7 +20,7 @@ from typing import NamedTuple
 from tornado.httputil import HTTPHeaders
 from tornado.options import define
 
-from handlers.clients.origins import is_host
+from handlers.clients.origins import is_host_header
 
 define("trusted_proxies", multiple=True, metavar="NETWORKS",
        help="addresses and networks (10.0.0.0/8) of proxies whose X-Forwarded-For, "
@@ -87,7 +87,7 @@ class TrustedProxies:
         return Forwarded(
             str(address),
             _SCHEMES.get(forwarded_scheme, scheme),
-            forwarded_host if is_host(forwarded_host) else host,
+            forwarded_host if is_host_header(forwarded_host) else host,
         )
 
     def _trusts(self, address: IPv4Address | IPv6Address) -> bool:

@@ -1,15 +1,13 @@
 """Checks the values of options, independently of their source."""
 
-import ipaddress
 import re
 from typing import Any
 
 from tornado.options import Error as OptionError
 
+from backends.hosts import is_host
 from handlers.process.options.names import is_secret, option_of
 from handlers.process.options.sources import TRUTHS
-
-HOST_NAME = re.compile(r"[\w.-]+")
 
 # Surrogates represent bytes of the environment that are not UTF-8.
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
@@ -112,7 +110,7 @@ def _check(name: str, metavar: str, value: Any) -> None:
     """
     if type(value) is int and value > MAX_NUMBER:
         raise ValueError(f"at most {MAX_NUMBER}")
-    if metavar == "ADDRESS" and value is not None and not _is_host(value):
+    if metavar == "ADDRESS" and value is not None and not is_host(value):
         raise ValueError(
             "an address, such as 127.0.0.1 or ::1, or a host's name; 0.0.0.0 and ::"
             " are all addresses"
@@ -147,17 +145,3 @@ def _check(name: str, metavar: str, value: Any) -> None:
         raise ValueError(f"one of {', '.join(LOG_FORMATS)}")
     if name == "logging" and value.lower() not in LOG_LEVELS:
         raise ValueError(f"one of {', '.join(LOG_LEVELS)}")
-
-
-def _is_host(value: str) -> bool:
-    """Whether `value` has the form of one IP address or host name.
-
-    Without brackets or a port. An empty value would mean every address.
-    """
-    if ":" not in value:
-        return HOST_NAME.fullmatch(value) is not None
-    try:
-        ipaddress.IPv6Address(value)
-    except ValueError:
-        return False
-    return True
