@@ -390,7 +390,7 @@ async def report_stop(connections: Connections, backend: Backend) -> None:
         away = backend.condition().away
         logger.info(
             "stopping: waiting for %d connections and %d events for the backend%s;"
-            " a second signal stops at once",
+            " a second signal stops immediately",
             len(connections),
             connections.backlog.events,
             "" if away is None else f" (unreachable for {away:.0f} s)",

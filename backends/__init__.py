@@ -320,9 +320,9 @@ class Backend(abc.ABC):
     ) -> Awaitable[None] | None:
         """Take one message: `str` from a text frame, `bytes` from a binary one.
 
-        Returns None where the next message may follow at once, or an awaitable
+        Returns None where the next message may follow immediately, or an awaitable
         that completes when it may; write `async def` for the simple case.
-        Raises `BackendError`, at once or from the awaitable, where it can't be
+        Raises `BackendError`, immediately or from the awaitable, where it can't be
         delivered: the client is closed with 1013, and what it sent since
         counts as undelivered.
         """

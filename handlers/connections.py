@@ -52,7 +52,7 @@ class Listed(Protocol):
         """Close because this instance stops."""
 
     def abort(self) -> None:
-        """Cut the connection off at once."""
+        """Cut the connection off immediately."""
 
 
 C = TypeVar("C", bound=Listed)

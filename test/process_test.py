@@ -154,7 +154,7 @@ async def test_stop_says_what_it_waits_for(io_loop):
             assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
     assert said(service)[0].endswith(
         "stopping: waiting for 0 connections and 1 events for the backend;"
-        " a second signal stops at once"
+        " a second signal stops immediately"
     )
 
 

@@ -238,7 +238,7 @@ class PooledConnection(asyncio.Protocol):
             client.loop.call_soon(exchange.sent)
 
     def close(self) -> None:
-        """Close after sending what was written; at once if the kernel has no room."""
+        """Close after sending what was written, or now if the kernel has no room."""
         if self._transport is not None:
             if self._paused:
                 self._transport.abort()

@@ -63,7 +63,7 @@ class SendProgress:
 def set_keepalive(sock: socket.socket, dead_after: float) -> None:
     """Make the kernel detect a dead peer within `dead_after` seconds.
 
-    Also sets TCP_NODELAY, so that small writes are sent at once.
+    Also sets TCP_NODELAY, so that small writes are sent immediately.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

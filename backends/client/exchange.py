@@ -97,7 +97,7 @@ class Exchange:
 
     @property
     def may_resend(self) -> bool:
-        """Whether it may be sent again at once if its kept connection ends."""
+        """Whether it may be sent again immediately if its kept connection ends."""
         return (
             not self.resent and self.on_done is not None and self.write is not None
         )
@@ -112,7 +112,7 @@ class Exchange:
             self.connection.close()
 
     def forbid_resend(self) -> None:
-        """Never send it again at once, even if its kept connection ends."""
+        """Never send it again immediately, even if its kept connection ends."""
         self.write = None
 
     def limit(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:

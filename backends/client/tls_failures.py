@@ -3,7 +3,7 @@
 import ssl
 
 TLS_HANG_UP = "TLS: the connection was closed in the handshake"
-TLS_NO_RESPONSE = "TLS: connection lost at once: it may want a client certificate"
+TLS_NO_RESPONSE = "TLS: connection lost immediately: it may want a client certificate"
 
 
 def is_hang_up(error: BaseException) -> bool:

@@ -130,7 +130,7 @@ class HTTPCheck(Check):
                     await reader.read(1)
                 if reader.at_eof():
                     raise ConnectionResetError(
-                        0, "TLS: closed at once: it may want --backend_cert"
+                        0, "TLS: closed immediately: it may want --backend_cert"
                     )
             certificate = writer.get_extra_info("peercert")
         finally:

@@ -204,7 +204,7 @@ class DisconnectDelivery:
         turn: asyncio.Future[bool] = loop.create_future()
 
         def call() -> None:
-            # Take the permit at once: it is for the called one only.
+            # Take the permit immediately: it is for the called one only.
             if not turn.done():
                 turn.set_result(notification.ready and self._breaker.take())
 

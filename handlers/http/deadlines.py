@@ -18,7 +18,7 @@ class Expirable(Protocol):
     deadline: float  # on the loop's clock
 
     def abort(self) -> None:
-        """Close at once."""
+        """Close immediately."""
 
 
 class Deadlines:

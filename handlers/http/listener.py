@@ -157,7 +157,7 @@ class Server(Protocol):
 class Listener:
     """One address and port, served by one application.
 
-    Binds at once. Raises `OptionError` if it cannot. `is_loopback` says that only
+    Binds immediately. Raises `OptionError` if it cannot. `is_loopback` says that only
     this machine can reach it, `is_wildcard` that it is bound to every address.
     """
 

@@ -81,7 +81,7 @@ class Request:
         self.length = 0  # bytes of the body so far
         self.chunked = self.complete = self.keep_alive = self.upgrade = False
         self.fast: FastHandler | None = None  # answers it without a handler
-        self.response: Response | None = None  # None: not begun, or answered at once
+        self.response: Response | None = None  # None: not begun, or needs none
 
     def take_body(self) -> bytes:
         """Return the received part of the body, and keep nothing of it."""

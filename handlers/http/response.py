@@ -276,7 +276,7 @@ class HandlerResponse(HTTPConnection):
         return self._connection.take_stream()
 
     def abort(self) -> None:
-        """Close the connection at once."""
+        """Close the connection immediately."""
         if not self._is_over:
             self._connection.abort()
 

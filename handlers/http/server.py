@@ -311,7 +311,7 @@ class RequestConnection(SocketConnection):
     def _answer(
         self, request: Request, response: FastResponse | Awaitable[FastResponse]
     ) -> None:
-        """Answer without a handler, at once or later."""
+        """Answer without a handler, immediately or later."""
         if not isinstance(response, FastResponse):
             self.deadline = float("inf")
             request.response = PendingResponse(self, request, response)
@@ -414,7 +414,7 @@ class RequestConnection(SocketConnection):
     # Writing and closing.
 
     def write(self, data: bytes) -> "asyncio.Future[None]":
-        """Write; the future is done when more may be written, mostly at once."""
+        """Write; the future is done when more may be written, mostly immediately."""
         was_sending = self.sending
         self.send(data)
         if not self.sending:
@@ -464,7 +464,7 @@ class RequestConnection(SocketConnection):
         self.deadline = self.loop.time() + LINGER_TIMEOUT
 
     def abort(self) -> None:
-        """Close at once."""
+        """Close immediately."""
         if not self.closed:
             self.close_socket()
             self._forget()

@@ -198,7 +198,7 @@ class SocketConnection:
     # Closing.
 
     def close_socket(self) -> None:
-        """Close at once; bytes that were not sent are dropped."""
+        """Close immediately; bytes that were not sent are dropped."""
         if not self.closed:
             self.stop_reading()
             self._end_tls()

@@ -213,7 +213,7 @@ class _Connection(HTTP1ServerConnection):
         self._wanted_by = self._now() + timeout
 
     def abort(self) -> None:
-        """Close at once."""
+        """Close immediately."""
         self.stream.close()
 
     def _now(self) -> float:

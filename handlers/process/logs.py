@@ -50,7 +50,7 @@ LOG_FILE = ("log_file_prefix", "log_file_max_size", "log_file_num_backups",
 COMPLAINT_INTERVAL = 60.0  # seconds without a failure before the next complaint
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes each line at once; lines that cannot be written are lost."""
+    """Writes each line immediately; lines that cannot be written are lost."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)

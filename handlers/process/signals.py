@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def stop_signal() -> asyncio.Event:
-    """Return an event that SIGTERM or SIGINT sets; a second signal exits at once."""
+    """Return an event that SIGTERM or SIGINT sets; a second signal exits."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 logger = logging.getLogger(__name__)
 
-SEND_TIMEOUT = 1.0  # seconds; systemd normally reads at once
+SEND_TIMEOUT = 1.0  # seconds; systemd normally reads immediately
 
 
 class SystemdNotifier:

@@ -12,7 +12,7 @@ from handlers.process.options.sources import TRUTHS
 # Surrogates represent bytes of the environment that are not UTF-8.
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
-# Options for which 0 seconds would always expire at once.
+# Options for which 0 seconds would always expire immediately.
 NEVER_ZERO = frozenset({
     "backend_connect_timeout", "backend_dead_after", "body_timeout",
     "breaker_first_probe", "breaker_last_probe", "breaker_window", "handshake_timeout",
