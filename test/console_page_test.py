@@ -167,7 +167,7 @@ async def test_rejected_handshakes_are_shown(io_loop, browser):
                 "handshake from 127.0.0.1: rejected by the relay, 403"
             )
             await expect(page.locator("#errors-total")).to_contain_text("1 while")
-            await page.get_by_label("only what failed").check()
+            await page.get_by_label("failures only").check()
             await expect(tail.get_by_role("listitem")).to_have_count(0)
             with pytest.raises(websockets.InvalidStatus):
                 await websockets.connect(service.ws_url, origin="http://x.example")
@@ -190,7 +190,7 @@ async def test_tail_shows_no_bodies_and_can_be_paused(io_loop, browser):
             await client.send("12")
             await expect(page.locator("#skipped")).to_contain_text("3 since you paused")
             assert await tail.inner_text() == before
-            await page.get_by_role("button", name="Go on").click()
+            await page.get_by_role("button", name="Continue").click()
         await expect(tail).to_contain_text("with 1000, by the client")
         await page.get_by_label("Show", exact=True).select_option("frames")
         assert "marked" not in await page.content()
@@ -211,9 +211,9 @@ async def test_connection_is_found_sent_to_and_closed(io_loop, browser):
             await expect(rows).to_have_count(2)
             await page.get_by_label("Search").fill("alph")
             await expect(rows).to_have_count(1)
-            await expect(page.locator("#found")).to_have_text("1 of 2 in all.")
+            await expect(page.locator("#found")).to_have_text("1 of 2 connections.")
             await page.get_by_label("Search").fill("nobody")
-            await expect(page.locator("#found")).to_have_text("None of 2 is like that.")
+            await expect(page.locator("#found")).to_have_text("None of 2 matches.")
             await page.get_by_label("Search").fill("alpha")
             await rows.get_by_role("button").click()
             dialog = page.get_by_role("dialog")
@@ -410,7 +410,7 @@ async def test_page_asks_for_a_token(io_loop, browser):
     async with Service(*flags) as service:
         service.callback_url = service.callback_url.replace("0.0.0.0", "127.0.0.1")
         async with opened(browser, service, "401 (Unauthorized)") as page:
-            heading = page.get_by_role("heading", name="This relay asks for a token")
+            heading = page.get_by_role("heading", name="This relay requires a token")
             await expect(heading).to_be_visible()
             await expect(page.get_by_role("heading", name="Overview")).to_be_hidden()
             await expect(page.get_by_label("Token", exact=True)).to_be_focused()
@@ -503,7 +503,7 @@ async def test_page_works_by_keyboard(io_loop, browser):
         await expect(pairs(page).nth(3)).to_contain_text("by keyboard")
         await tab_to("Pause")
         await page.keyboard.press("Space")
-        pause = page.get_by_role("button", name="Go on")
+        pause = page.get_by_role("button", name="Continue")
         await expect(pause).to_have_attribute("aria-pressed", "true")
 
 

@@ -84,7 +84,7 @@ class Stream:
                 yield self.seen[-1]
 
     async def until(self, kind: str, **wanted: Any) -> dict[str, Any]:
-        """The next line, or the next event in one, that is like that."""
+        """The next line of that kind, or the next such event in one."""
         async with asyncio.timeout(DEADLINE):
             async for line in self.lines():
                 for item in [line, *line.get("events", ())]:

@@ -4,7 +4,7 @@
 
 A relay of its own at each shot, on the ports that the docs name, which must be free.
 What the pictures show has happened: clients that talk, a backend that answers and
-is away for a moment.
+is unreachable for a moment.
 """
 
 import argparse

@@ -37,7 +37,7 @@ export class Chart {
   /**
    * @param {HTMLCanvasElement} canvas
    * @param {{ring: Ring, color: string, dashed?: boolean, filled?: boolean}[]} lines
-   * @param {(value: number) => string} unit tells the highest value
+   * @param {(value: number) => string} unit formats the highest value
    */
   constructor(canvas, lines, unit) {
     this.canvas = canvas;

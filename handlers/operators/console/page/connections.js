@@ -92,9 +92,9 @@ export class Connections {
     write(
       by("found"),
       total === 0 ? ""
-        : found === 0 ? `None of ${count(total)} is like that.`
+        : found === 0 ? `None of ${count(total)} matches.`
           : rest ? `${count(connections.length)} of ${count(found)}; search to see others.`
-            : found < total ? `${count(found)} of ${count(total)} in all.`
+            : found < total ? `${count(found)} of ${count(total)} connections.`
               : found === 1 ? "1 connection." : `${count(found)} connections.`,
     );
   }

@@ -1,4 +1,4 @@
-/** The stream of what happens; it comes back by itself. */
+/** The stream of events and snapshots from the relay; reconnects by itself. */
 
 import { ask, post, Refused } from "./api.js";
 
@@ -9,8 +9,8 @@ const LONGEST_WAIT = 8000; // ms
 /** Emits "hello", "snapshot", "events", "lost" and "refused". */
 export class Live extends EventTarget {
   #viewer = "";
-  #wishes = {};
-  #telling = Promise.resolve();
+  #filter = {};
+  #sending = Promise.resolve();
   #again = () => {};
 
   /** Read for as long as the page is open. */
@@ -43,19 +43,19 @@ export class Live extends EventTarget {
    * @param {object} change of `kinds`, `connection`, `failures`, `followed`, `bodies`
    * @returns {Promise<boolean>}
    */
-  wish(change) {
-    Object.assign(this.#wishes, change);
-    const told = this.#telling.then(async () => {
-      if (!this.#viewer) return false; // they are told after the next hello
+  set(change) {
+    Object.assign(this.#filter, change);
+    const sent = this.#sending.then(async () => {
+      if (!this.#viewer) return false; // sent after the next hello
       try {
-        await post(`console/viewers/${this.#viewer}`, this.#wishes);
+        await post(`console/viewers/${this.#viewer}`, this.#filter);
         return true;
       } catch {
         return false;
       }
     });
-    this.#telling = told.then(() => {});
-    return told;
+    this.#sending = sent.then(() => {});
+    return sent;
   }
 
   /** @param {() => void} onHello */
@@ -74,14 +74,14 @@ export class Live extends EventTarget {
         const lines = (rest + value).split("\n");
         rest = lines.pop();
         for (const line of lines) {
-          const told = JSON.parse(line);
-          if (told.kind === "hello") {
+          const item = JSON.parse(line);
+          if (item.kind === "hello") {
             onHello();
-            this.#viewer = told.viewer;
-            this.#wishes.bodies = null; // whoever wants to see them asks again
-            this.wish({});
+            this.#viewer = item.viewer;
+            this.#filter.bodies = null; // must be requested again
+            this.set({});
           }
-          this.#emit(told.kind, told);
+          this.#emit(item.kind, item);
         }
       }
     } finally {

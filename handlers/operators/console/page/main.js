@@ -1,4 +1,4 @@
-/** The page: its parts, and who may see them. */
+/** The page: shows its parts, or the form for a token. */
 
 import { hasToken, useToken } from "./api.js";
 import { Connections } from "./connections.js";
@@ -17,7 +17,7 @@ const followed = { playground: null, one: null };
 /** @param {"playground" | "one"} who @returns {(id: string | null) => Promise<boolean>} */
 const follower = (who) => (id) => {
   followed[who] = id;
-  return live.wish({ followed: [...new Set(Object.values(followed).filter(Boolean))] });
+  return live.set({ followed: [...new Set(Object.values(followed).filter(Boolean))] });
 };
 
 new Overview(live);

@@ -1,4 +1,4 @@
-/** One connection: what is known of it, its events, sending to it and closing it. */
+/** The view of one connection: its state and events; sends to it, and closes it. */
 
 import { ask, post } from "./api.js";
 import { Tail } from "./tail.js";
@@ -54,7 +54,7 @@ export class One {
   leave() {
     clearTimeout(this.timer);
     this.tail.clear();
-    if (this.areBodiesOn) this.live.wish({ bodies: null });
+    if (this.areBodiesOn) this.live.set({ bodies: null });
     this.sayBodies(false);
     this.follow(null);
   }
@@ -68,7 +68,7 @@ export class One {
       if (id !== this.id || !this.dialog.open) return;
       this.show(connections[0], Date.parse(now));
     } catch {
-      // The page says that the relay is away, and this is tried again.
+      // The page reports that the relay is unreachable; this is retried later.
     }
     if (this.dialog.open) this.timer = setTimeout(() => this.refresh(), REFRESH);
   }
@@ -126,8 +126,8 @@ export class One {
 
   async turnBodies() {
     const isOn = !this.areBodiesOn;
-    const isTold = await this.live.wish({ bodies: isOn ? this.id : null });
-    this.sayBodies(isOn && isTold);
+    const isSet = await this.live.set({ bodies: isOn ? this.id : null });
+    this.sayBodies(isOn && isSet);
   }
 
   /** @param {boolean} isOn */

@@ -3,7 +3,7 @@
 import { Chart, Ring, SECONDS } from "./charts.js";
 import { by, bytes, count, duration, milliseconds, rate, write } from "./text.js";
 
-const LABEL_INTERVAL = 10; // snapshots between two texts of a chart for who can't see it
+const LABEL_INTERVAL = 10; // snapshots between two texts of a chart for screen readers
 
 const NAMES = ["open", "in", "out", "p50", "p95", "errors"];
 
@@ -56,7 +56,7 @@ export class Overview {
     const { away, held } = now.backend;
     write(
       by("backend"),
-      `${this.backend}${away === null ? "" : `, away for ${duration(away)}`}${held ? `, ${count(held)} answers overdue` : ""}`,
+      `${this.backend}${away === null ? "" : `, unreachable for ${duration(away)}`}${held ? `, ${count(held)} answers overdue` : ""}`,
     );
     by("backend").classList.toggle("bad", away !== null);
     if (before === null) return;

@@ -1,7 +1,7 @@
-/** A client in the page: its frames, and beside them what the relay did. */
+/** A WebSocket client in the page: shows its frames, and what the relay did with each. */
 
 import { ask } from "./api.js";
-import { by, bytes, fromHex, make, tell, toHex, write } from "./text.js";
+import { by, bytes, describe, fromHex, make, toHex, write } from "./text.js";
 
 const MOST = 200; // pairs
 const MOST_EVENTS = 20; // beside one frame
@@ -83,7 +83,7 @@ export class Playground {
       this.socket = null;
       by("frame-send").disabled = true;
       const how = `${code}${reason && `: ${reason}`}`;
-      const hint = code === ABNORMAL ? " The handshake was refused, or the connection cut." : "";
+      const hint = code === ABNORMAL ? " The handshake was refused, or the connection was cut." : "";
       this.pair("closing", line("×", `closed with ${how}`));
       this.say(`Closed with ${how}.${hint}`, "Connect");
     });
@@ -116,8 +116,8 @@ export class Playground {
 
   /** Put an event beside the frame that it belongs to. @param {any} event */
   onEvent(event) {
-    const { told, label, failed } = tell(event);
-    const item = make("li", { className: failed ? "bad" : "", textContent: `${label}: ${told}` });
+    const { text, label, failed } = describe(event);
+    const item = make("li", { className: failed ? "bad" : "", textContent: `${label}: ${text}` });
     const list = this.pair(this.place(event)).querySelector("ul");
     list.append(item);
     if (list.childElementCount > MOST_EVENTS) list.firstElementChild.remove();

@@ -1,6 +1,6 @@
-/** Lists of events, the newest first; never more than so many. */
+/** Lists of events, the newest first, of bounded length. */
 
-import { by, clock, count, make, tell, write } from "./text.js";
+import { by, clock, count, make, describe, write } from "./text.js";
 
 const MOST = 500; // rows
 const GROUPS = {
@@ -26,7 +26,7 @@ export class Tail {
     this.#put(rows);
   }
 
-  /** A line that is no event. @param {string} text */
+  /** Add a line that is not an event. @param {string} text */
   note(text) {
     this.#put([make("li", { className: "note", textContent: text })]);
   }
@@ -44,7 +44,7 @@ export class Tail {
 
 /** @param {any} event */
 function row(event) {
-  const { label, told, failed } = tell(event);
+  const { label, text, failed } = describe(event);
   const item = make(
     "li",
     { className: failed ? "failed" : "" },
@@ -53,7 +53,7 @@ function row(event) {
     event.id
       ? make("button", { className: "plain", textContent: event.id.slice(0, 8), value: event.id, title: event.id })
       : make("span"),
-    make("span", { className: "told", textContent: told }),
+    make("span", { className: "text", textContent: text }),
   );
   if (event.body !== undefined) {
     item.append(make("pre", { textContent: `${event.body}${event.cut ? " … (cut)" : ""}` }));
@@ -77,7 +77,7 @@ export class Events {
       if (this.instance && this.instance !== detail.instance) {
         this.tail.note("The relay was started again.");
       } else if (this.instance) {
-        this.tail.note("The stream was cut; what happened meanwhile is not here.");
+        this.tail.note("The stream was interrupted; the events in between are missing.");
       }
       this.instance = detail.instance;
     });
@@ -93,7 +93,7 @@ export class Events {
         connection: wrong ? "" : of,
         failures: by("failures").checked,
       };
-      live.wish(this.filter);
+      live.set(this.filter);
     };
     this.filter = { kinds: GROUPS.all, connection: "", failures: false };
     by("filter").addEventListener("input", onChange);
@@ -101,7 +101,7 @@ export class Events {
     by("pause").addEventListener("click", () => {
       const paused = by("pause").getAttribute("aria-pressed") !== "true";
       by("pause").setAttribute("aria-pressed", String(paused));
-      write(by("pause"), paused ? "Go on" : "Pause");
+      write(by("pause"), paused ? "Continue" : "Pause");
       this.missed = 0;
       this.said();
     });
@@ -116,13 +116,13 @@ export class Events {
     const { kinds, connection, failures } = this.filter;
     const wanted = events.filter(
       (event) =>
-        kinds.includes(event.kind) && event.id.startsWith(connection) && (!failures || tell(event).failed),
+        kinds.includes(event.kind) && event.id.startsWith(connection) && (!failures || describe(event).failed),
     );
     by("no-events").hidden ||= wanted.length > 0;
     if (by("pause").getAttribute("aria-pressed") === "true") {
       this.missed += wanted.length + skipped;
     } else {
-      // Bodies are shown where they were asked for, and nowhere else.
+      // Bodies are shown only in the view of the connection for which they were requested.
       this.tail.add(wanted.map(({ body, ...rest }) => rest));
       this.skipped += skipped;
     }
@@ -132,7 +132,7 @@ export class Events {
   said() {
     const parts = [];
     if (this.missed) parts.push(`${count(this.missed)} since you paused.`);
-    if (this.skipped) parts.push(`${count(this.skipped)} more came too fast to be shown; a filter helps.`);
+    if (this.skipped) parts.push(`${count(this.skipped)} more events came too fast to be shown; use a filter.`);
     write(by("skipped"), parts.join(" "));
   }
 }

@@ -1,6 +1,6 @@
-/** Elements, and things in words. */
+/** Finds and makes elements, and formats values as text. */
 
-/** @param {string} id @returns {any} the element, which is there */
+/** @param {string} id @returns {any} the element, which must exist */
 export const by = (id) => document.getElementById(id);
 
 /**
@@ -14,7 +14,7 @@ export function make(name, properties = {}, ...children) {
   return element;
 }
 
-/** Write a text where it has changed. @param {Node} node @param {string} text */
+/** Set the text of a node, if it has changed. @param {Node} node @param {string} text */
 export function write(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
@@ -76,7 +76,7 @@ export const toHex = (data) => Array.from(data, (byte) => byte.toString(16).padS
 const HANDSHAKES = {
   refused: "refused by the backend",
   rejected: "rejected by the relay",
-  no_decision: "no decision by the backend",
+  no_decision: "no decision of the backend",
   left: "the client left",
 };
 const OUTCOMES = {
@@ -84,44 +84,44 @@ const OUTCOMES = {
   refused: "refused by the backend",
   error: "failed",
   unreachable: "failed, the backend is unreachable",
-  timeout: "failed, no answer in time",
+  timeout: "failed, no response in time",
   abandoned: "abandoned, its response was overdue",
 };
 
 /**
- * An event of the tail in words.
+ * Describe an event of the tail.
  * @param {any} event
- * @returns {{label: string, told: string, failed: boolean}}
+ * @returns {{label: string, text: string, failed: boolean}}
  */
-export function tell(event) {
+export function describe(event) {
   switch (event.kind) {
     case "handshake":
       return {
         label: "refused",
-        told: `handshake from ${event.remote_ip || "?"}: ${HANDSHAKES[event.outcome]}, ${event.status}, ${milliseconds(event.ms)}`,
+        text: `handshake from ${event.remote_ip || "?"}: ${HANDSHAKES[event.outcome]}, ${event.status}, ${milliseconds(event.ms)}`,
         failed: true,
       };
     case "opened":
-      return { label: "opened", told: "the WebSocket is open", failed: false };
+      return { label: "opened", text: "the WebSocket is open", failed: false };
     case "closed":
       return {
         label: "closed",
-        told: `with ${event.code}, by the ${event.initiator}, after ${event.duration < 10 ? `${event.duration.toFixed(1)} s` : duration(event.duration)}`,
+        text: `with ${event.code}, by the ${event.initiator}, after ${event.duration < 10 ? `${event.duration.toFixed(1)} s` : duration(event.duration)}`,
         failed: false,
       };
     case "received":
-      return { label: "received", told: `${event.type}, ${bytes(event.size)}, from the client`, failed: false };
+      return { label: "received", text: `${event.type}, ${bytes(event.size)}, from the client`, failed: false };
     case "sent":
-      return { label: "sent", told: `${event.type}, ${bytes(event.size)}, to the client`, failed: false };
+      return { label: "sent", text: `${event.type}, ${bytes(event.size)}, to the client`, failed: false };
     case "attempt": {
       const status = event.status === null ? "" : `, ${event.status}`;
       return {
         label: "backend",
-        told: `${event.event} event ${OUTCOMES[event.outcome]}${status}, ${milliseconds(event.ms)}`,
+        text: `${event.event} event ${OUTCOMES[event.outcome]}${status}, ${milliseconds(event.ms)}`,
         failed: !["delivered", "abandoned"].includes(event.outcome),
       };
     }
     default:
-      return { label: "given up", told: `${event.event} event${event.count > 1 ? `s: ${event.count}` : ""}, for good`, failed: true };
+      return { label: "given up", text: `${event.event} event${event.count > 1 ? `s: ${event.count}` : ""}, not delivered`, failed: true };
   }
 }
