@@ -10,7 +10,7 @@ pytestmark = pytest.mark.gen_test(timeout=90)
 
 COUNT = 30  # peers at once
 CROWD = 60  # whose bodies together are twice what the process keeps
-# What one may take: bytes ahead, a head, an answer, and what the kernel is not told of.
+# Per peer: bytes read ahead, a head, a response, and bytes in the kernel.
 EACH = 512 * 1024
 
 
@@ -19,7 +19,7 @@ EACH = 512 * 1024
 async def test_peers_that_read_nothing_take_little_memory(io_loop, server, door):
     """The relay serves a client meanwhile; each kind of peer runs in turn."""
     flags = ("--callbackport=0", f"--http_server={server}")
-    # A body may be as large as a message, and is kept until it is whole.
+    # A body may be as large as a message, and is kept until it is complete.
     flags += ("--max_message_size=262144",)
     async with Service(*flags) as service:
         await attack(service, doors(service)[door], "empty lines", COUNT, 0.2)

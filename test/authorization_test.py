@@ -49,7 +49,7 @@ class Response:
 
 
 class Caller:
-    """A connection to the callbacks' listener, on which each byte is ours."""
+    """A plain connection to the callback listener."""
 
     def __init__(self, service: Service, host: str | None = None) -> None:
         address, port = service.callback_url.removeprefix("http://").rsplit(":", 1)
@@ -68,7 +68,7 @@ class Caller:
     async def ask(
         self, method: str, path: str, *headers: str, body: bytes | None = None
     ) -> Response:
-        """One request; with a Host of its own where `headers` have none."""
+        """Send one request; adds a Host header if `headers` have none."""
         self.begin(method, path, *headers, length=None if body is None else len(body))
         self.writer.write(body or b"")
         return await self.answer(method)
@@ -179,7 +179,7 @@ CREDENTIALS = [
     ([f'Bearer "{OLD}"'], WRONG_TOKEN),
     (["Bearer tökén-0123456789-0123"], WRONG_TOKEN),
     ([f"Bearer {'x' * 30_000}"], WRONG_TOKEN),
-    # It is one field: of several, none is believed.
+    # The field is single: several are rejected.
     ([f"Bearer {OLD}", f"Bearer {OLD}"], WRONG_TOKEN),
     ([f"Bearer {OLD}", "Basic eDp5"], WRONG_TOKEN),
     ([f"Bearer {THIRD}", f"Bearer {OLD}"], WRONG_TOKEN),
@@ -216,11 +216,11 @@ async def test_a_client_is_reached_with_a_token(io_loop):
                 assert gone.code == 204
 
 
-# Bodies of those who may not call.
+# Bodies of unauthorized requests.
 
 
 def peak_memory(service: Service) -> int:
-    """Most bytes that the process ever held."""
+    """The largest resident memory of the process, in bytes."""
     status = Path(f"/proc/{service.process.pid}/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
@@ -281,7 +281,7 @@ async def test_length_that_is_not_ascii_digits_is_400(io_loop):
     # At its end, Service has looked for tracebacks.
 
 
-# Where tokens come from.
+# Sources of tokens.
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ async def test_tokens_change_on_sighup(io_loop, tmp_path):
 
         assert await read_again(f"{OLD}\n{NEW}\n") == [410, 410, 401]
         assert await read_again(f"{NEW}\n") == [401, 410, 401]
-        # A file that can't be meant changes nothing.
+        # An invalid file changes nothing.
         assert await read_again("") == [401, 410, 401]
         assert await read_again(f"{OLD}\nshort\n") == [401, 410, 401]
         errors = [line for line in service.log if "--callback_token_file" in line]
@@ -538,12 +538,12 @@ async def test_operator_routes_require_a_loopback_host(io_loop):
             assert answer.status == 200, host
         for host in OTHER_HOSTS:
             answer = await ask(service, "GET", "/status", f"Host: {host}")
-            # What is no host at all, Tornado refuses before.
+            # Tornado rejects an invalid host before.
             assert answer.status in (400, 403), host
             if answer.status == 403:
                 assert "--callback_token" in answer.detail
                 assert answer.headers["connection"] == "close"
-        async with Caller(service) as caller:  # to have no Host was allowed once
+        async with Caller(service) as caller:  # HTTP/1.0 allowed requests without Host
             caller.writer.write(b"GET /status HTTP/1.0\r\n\r\n")
             assert (await caller.answer()).status == 403
 
@@ -592,7 +592,7 @@ async def test_operators_need_a_listener_on_loopback(io_loop, flags, host, statu
 ORIGINS = [
     ("GET", [], True),
     ("GET", ["Origin: http://HOST"], True),
-    ("GET", ["Origin: http://evil.example"], False),  # a WebSocket begins so
+    ("GET", ["Origin: http://evil.example"], False),  # a WebSocket's handshake is a GET
     ("GET", ["Origin: null"], False),
     ("OPTIONS", ["Origin: http://evil.example"], False),
     ("POST", [], False),
@@ -617,7 +617,7 @@ async def test_operator_routes_reject_other_origins(io_loop):
                 own = caller.host.removeprefix("Host: ")
                 lines = [header.replace("HOST", own) for header in headers]
                 answer = await caller.ask(method, "/status", *lines)
-            # Past the guard, /status knows but GET and HEAD.
+            # If the guard accepts them, /status answers 405: it has only GET and HEAD.
             passed = 200 if method == "GET" else 405
             assert answer.status == (passed if passes else 403), (method, headers)
             if not passes:

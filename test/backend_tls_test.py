@@ -17,12 +17,12 @@ VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
 
 
 class TLSBackend(RecordingBackend):
-    """One that is reached by https; `context` is the server's."""
+    """A backend that serves https; `context` is the server's."""
 
     def __init__(self, context: ssl.SSLContext, host: str = "localhost") -> None:
         super().__init__()
         self.host = host
-        self.handshakes = 0  # that have begun
+        self.handshakes = 0  # number of TLS handshakes that have begun
         self.context = context
 
     async def __aenter__(self):
@@ -31,7 +31,7 @@ class TLSBackend(RecordingBackend):
         return self
 
     def use(self, context: ssl.SSLContext) -> None:
-        """For connections that come from now on."""
+        """Use `context` for connections that are accepted from now on."""
 
         def count(*hello: object) -> None:
             self.handshakes += 1
@@ -45,18 +45,18 @@ class TLSBackend(RecordingBackend):
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory) -> Authority:
-    """The one that --backend_ca names."""
+    """The context of a certificate by the CA of --backend_ca."""
     return Authority(tmp_path_factory.mktemp("tls"))
 
 
 def limited(context: ssl.SSLContext, version: ssl.TLSVersion) -> ssl.SSLContext:
-    """One that speaks this version alone."""
+    """A context that allows this version only."""
     context.minimum_version = context.maximum_version = version
     return context
 
 
 def outdated(certificate: Certificate) -> ssl.SSLContext:
-    """A server's that speaks TLS 1.1 alone, which OpenSSL's security levels forbid."""
+    """A context of TLS 1.1 only, which OpenSSL's security levels forbid."""
     context = certificate.server_context()
     context.set_ciphers("ALL:@SECLEVEL=0")
     return limited(context, ssl.TLSVersion.TLSv1_1)
@@ -119,7 +119,7 @@ def tls_1_1_context(authority: Authority) -> ssl.SSLContext:
 async def test_untrusted_backend_certificate_counts_as_unreachable(
     io_loop, authority, bad: Callable[[Authority], ssl.SSLContext], host, why
 ):
-    """One warning says which and why; the message waits until it can be believed."""
+    """One warning has the reason; the message waits until the certificate is valid."""
     good = authority.server(host).server_context()
     async with TLSBackend(bad(authority), host) as backend:
         flags = (f"--backend_ca={authority.path}", "--logging=debug")
@@ -145,7 +145,7 @@ def retries(service: Service) -> list[str]:
 
 
 def warnings_of(service: Service) -> list[str]:
-    """Those of them that are seen at the default level."""
+    """Those of them that are logged at the default level."""
     return [line for line in retries(service) if line.startswith("[W ")]
 
 
@@ -164,7 +164,7 @@ async def test_untrusted_backend_certificate_is_503(io_loop, authority):
 
 
 async def test_without_a_ca_only_the_systems_authorities_count(io_loop, authority):
-    """One of our own is not among them."""
+    """The test's own CA is not one of the system's."""
     async with TLSBackend(authority.server().server_context()) as backend:
         async with Service(*backend.flags("message", "connect")) as service:
             with pytest.raises(websockets.InvalidStatus):
@@ -199,7 +199,7 @@ async def test_certificate_is_shown_to_a_backend_that_asks(
 
 
 def client_of(handler: RequestHandler) -> str:
-    """The common name in the certificate that a request's connection has shown."""
+    """The common name in the client certificate of a request's connection."""
     subject = handler.request.get_ssl_certificate()["subject"]
     return dict(pair for parts in subject for pair in parts)["commonName"]
 
@@ -208,7 +208,7 @@ def client_of(handler: RequestHandler) -> str:
 async def test_certificate_that_is_missing_is_a_failure_like_others(
     io_loop, authority, version
 ):
-    """Also with TLS 1.3, where only reading tells: it is retried, slower and slower."""
+    """Also with TLS 1.3, where the alert arrives later: retried with backoff."""
     context = limited(authority.server().server_context(authority.path), version)
     async with TLSBackend(context) as backend:
         async with Service(
@@ -228,7 +228,7 @@ async def test_certificate_that_is_missing_is_a_failure_like_others(
 
 
 async def test_files_are_read_again_on_sighup(io_loop, authority, tmp_path):
-    """What comes next goes by the new ones; an idle connection of before is closed."""
+    """The next request uses the new ones; idle connections are closed."""
     ca, cert = tmp_path / "ca.pem", tmp_path / "relay.pem"
     ca.write_bytes(authority.path.read_bytes())
     cert.write_bytes(authority.client("first").both.read_bytes())
@@ -267,12 +267,12 @@ async def test_files_are_read_again_on_sighup(io_loop, authority, tmp_path):
                 await reload()
                 assert any("values stay" in line for line in service.log)
                 await send("4")
-                assert backend.handshakes == 2  # all is as it was
+                assert backend.handshakes == 2  # nothing has changed
                 cert.write_bytes(authority.client("third").both.read_bytes())
                 other = Authority(tmp_path / "other")
                 ca.write_bytes(other.path.read_bytes())
                 await reload()
-                await client.send("5")  # while it is no more believed
+                await client.send("5")  # while the old CA is not trusted any more
                 await eventually(lambda: bool(warnings_of(service)))
                 backend.use(other.server().server_context(authority.path))
                 await backend.wait_for("message", 5)

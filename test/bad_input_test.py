@@ -76,7 +76,7 @@ def relay(io_loop, shared, request) -> Relay:
     return io_loop.run_sync(begin)
 
 
-# Callback requests that can't be trusted.
+# Ambiguous callback requests.
 
 LINE = b"POST /socket/{id}/send?type=text HTTP/1.1\r\n"
 HOST = b"Host: relay\r\n"
@@ -222,7 +222,7 @@ async def test_request_with_one_interpretation_is_served_or_rejected(relay, row)
     frames = await relay.frames()
     if frames:
         assert received.statuses == [200, 200], received
-        assert frames == ["hello", "smuggled"]  # then it was a request like any
+        assert frames == ["hello", "smuggled"]  # then the request was accepted
     else:
         assert received.ended, received
         assert len(received.statuses) <= 1, received
@@ -441,7 +441,7 @@ async def test_line_breaks_in_a_reason_stay_in_the_close_frame(relay):
     assert await relay.frames() == []
 
 
-# The backend's answers.
+# Responses of the backend.
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
 EMPTY = b"Content-Length: 0\r\n\r\n"
@@ -482,7 +482,7 @@ NO_ANSWER = {
     ),
 }
 
-# The status stands, whatever is wrong behind it.
+# The status counts, whatever follows it.
 ACCEPTED = {
     "no-reason": b"HTTP/1.1 200\r\n" + EMPTY,
     "http-1.0": b"HTTP/1.0 200 OK\r\n\r\nOK" + CUT_OFF,
@@ -523,7 +523,7 @@ ACCEPTED = {
     ),
 }
 
-# Not retried: the backend will not want it another time.
+# Not retried.
 NOT_WANTED = {
     "switching-protocols": (
         b"HTTP/1.1 101 Yes\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -545,7 +545,7 @@ class Answered:
     backend: ScriptedBackend
 
     def answer(self, kind: str, answer: bytes, times: int = 1) -> None:
-        """The next events of that kind get `answer`; all others are taken."""
+        """The next events of that kind get `answer`; all others are accepted."""
         answers = [answer] * times
         self.backend.events.clear()
         self.backend.script = lambda asked: (
@@ -559,7 +559,7 @@ class Answered:
 
 @pytest.fixture(scope="module")
 def answered(io_loop, shared) -> Answered:
-    """One process for all rows, and no breaker between them."""
+    """One process for all rows, without an effect of the breaker."""
 
     async def begin() -> Answered:
         backend = await shared.enter_async_context(ScriptedBackend(lambda kind: OK))

@@ -23,7 +23,7 @@ def event_loop_name() -> str:
 def io_loop(event_loop_name: str) -> Iterator[IOLoop]:
     """pytest-tornado's fixture, on a fresh loop.
 
-    Its own one leaves tasks behind, and warns on the Pythons we run.
+    The fixture of pytest-tornado leaves tasks, and causes deprecation warnings.
     """
     with running(event_loop_name) as io_loop:
         yield io_loop
@@ -31,9 +31,9 @@ def io_loop(event_loop_name: str) -> Iterator[IOLoop]:
 
 @pytest.fixture(scope="module")
 def module_io_loop() -> Iterator[IOLoop]:
-    """One for all tests of a module whose `io_loop` gives it back.
+    """One loop for all tests of a module, whose `io_loop` returns it.
 
-    So may they share a process, which must survive each of them.
+    They can share a process, which must survive each test.
     """
     with running("asyncio") as io_loop:
         yield io_loop
@@ -41,7 +41,7 @@ def module_io_loop() -> Iterator[IOLoop]:
 
 @pytest.fixture(scope="module")
 def shared(module_io_loop: IOLoop) -> Iterator[contextlib.AsyncExitStack]:
-    """What a module's tests share is entered here, and left when all have run."""
+    """Holds what the tests of a module share, and closes it when all have run."""
     stack = contextlib.AsyncExitStack()
     yield stack
     module_io_loop.run_sync(stack.aclose)
@@ -49,7 +49,7 @@ def shared(module_io_loop: IOLoop) -> Iterator[contextlib.AsyncExitStack]:
 
 @contextlib.contextmanager
 def running(event_loop_name: str) -> Iterator[IOLoop]:
-    """A fresh loop, on which nothing is left at its end."""
+    """A new loop; tasks that are left at its end are cancelled."""
     factory = uvloop.new_event_loop if event_loop_name == "uvloop" else None
     with asyncio.Runner(loop_factory=factory) as runner:
         loop = runner.get_loop()

@@ -23,7 +23,7 @@ HTTP = ("--backend=http", "--messageuri=http://127.0.0.1:9/",
 
 @contextlib.contextmanager
 def crashed(path: Path):
-    """A run that adds to its journal, and is gone without a word."""
+    """A run that adds to its journal, and ends like a crash."""
     state = StateDirectory(path, "host/aaaa")
     yield state.journal
     journal = next(path.glob("*.journal")).read_bytes()
@@ -69,7 +69,7 @@ def test_corrupt_journal_is_set_aside(tmp_path, caplog, damage, ids):
 
 
 def test_one_process_per_directory(tmp_path):
-    """A second one gets a one-line error."""
+    """A second process gets a one-line error."""
     state = StateDirectory(tmp_path, "host/aaaa")
     with pytest.raises(Unavailable, match="used by another process"):
         StateDirectory(tmp_path, "host/bbbb")
@@ -94,7 +94,7 @@ def test_journal_does_not_grow_with_closed_connections(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def limited(kind: int, most: int):
-    """This process's soft limit of `kind` is `most`, for a moment."""
+    """Set this process's soft limit of `kind` to `most` during the block."""
     soft, hard = resource.getrlimit(kind)
     resource.setrlimit(kind, (most, hard))
     try:
@@ -105,7 +105,7 @@ def limited(kind: int, most: int):
 
 @contextlib.contextmanager
 def full(path: Path):
-    """A disk that has room for 10 more bytes of `path`, and for nothing new."""
+    """A disk with room for 10 more bytes of `path`, and for no new file."""
     with limited(resource.RLIMIT_FSIZE, path.stat().st_size + 10):
         yield
 
@@ -179,7 +179,7 @@ async def test_disk_that_stays_full_takes_no_memory(io_loop, tmp_path):
 async def test_journal_that_cannot_be_replaced_is_appended_to(
     io_loop, tmp_path, monkeypatch
 ):
-    """Something is in the way of the new file; no line is lost."""
+    """A directory has the name of the new file; no line is lost."""
     monkeypatch.setattr("backends.journal.COMPACT_ABOVE", 1000)
     with crashed(tmp_path) as journal:
         (tmp_path / "aaaa.fresh").mkdir()
@@ -286,7 +286,7 @@ def test_directory_of_another_user_is_explained(what):
     """This user may not write there, or to another user's lock."""
     if os.getuid():
         leave_out("another user to be takes root")
-    with tempfile.TemporaryDirectory() as name:  # none of pytest's, which it shuts
+    with tempfile.TemporaryDirectory() as name:  # not pytest's, which pytest closes
         folder = Path(name)
         if what == "lock":
             folder.chmod(0o777)
@@ -303,7 +303,7 @@ def test_directory_of_another_user_is_explained(what):
 
 @pytest.mark.gen_test
 async def test_full_disk_with_room_again_loses_nothing(io_loop, tmp_path):
-    """A real one: one line each of journal and log, none torn, all events sent."""
+    """On a real disk: complete lines in journal and log; all events are sent."""
     command = [*on_small_disk(tmp_path), sys.executable, "socketdock.py"]
     async with RecordingBackend() as backend:
         flags = [f"--state_dir={tmp_path}/state", f"--log_file_prefix={tmp_path}/log",
@@ -348,7 +348,7 @@ def test_full_disk_at_the_start_is_status_1(tmp_path):
 
 
 def on_small_disk(path: Path) -> tuple[str, ...]:
-    """How to run what sees a disk of 100 kB at `path`, which nobody else does."""
+    """The command prefix of a process that alone sees a disk of 100 kB at `path`."""
     mount = 'mount -t tmpfs -o size=100k none "$0" && exec "$@"'
     command = ("unshare", "-rm", "sh", "-c", mount, str(path))
     if ended("true", command=command).returncode:

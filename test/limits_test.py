@@ -23,7 +23,7 @@ TRUSTED = "--trusted_proxies=127.0.0.1"
 def connect(
     url: str, address: str | None = None, **options: object
 ) -> websockets.connect:
-    """A client of that address, as its proxy tells."""
+    """A client that has this address according to its proxy."""
     headers = {} if address is None else {"X-Forwarded-For": address}
     return websockets.connect(
         url, additional_headers=headers, compression=None, **options
@@ -31,7 +31,7 @@ def connect(
 
 
 async def refused(url: str, address: str | None = None) -> websockets.Response:
-    """What a handshake that is refused is answered."""
+    """The response to a handshake that is rejected."""
     with pytest.raises(websockets.InvalidStatus) as error:
         await connect(url, address)
     return error.value.response
@@ -62,7 +62,7 @@ async def handshaken(
 
 
 async def pushed(url: str, message: bytes) -> bytes:
-    """What a client is sent that sends one message after another until its end."""
+    """The frames to a client that sends messages until its connection ends."""
     reader, writer = await handshaken(url)
     frame = b"\x82\xfe" + len(message).to_bytes(2) + bytes(4) + message
 
@@ -70,7 +70,7 @@ async def pushed(url: str, message: bytes) -> bytes:
         while True:
             writer.write(frame)
             await writer.drain()
-            await asyncio.sleep(0)  # drain() alone may never let the reader have a turn
+            await asyncio.sleep(0)  # drain() alone may never yield to the reader
 
     pushing = asyncio.create_task(push())
     answer = await asyncio.wait_for(reader.read(), DEADLINE)
@@ -81,7 +81,7 @@ async def pushed(url: str, message: bytes) -> bytes:
     return answer
 
 
-# Who comes in.
+# Which handshakes are accepted.
 
 
 async def test_connections_in_all_are_limited(io_loop):
@@ -175,7 +175,7 @@ async def test_handshakes_of_one_second_may_come_at_once(io_loop):
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 async def test_handshakes_that_waited_during_a_stall_are_accepted(io_loop, loop):
-    """As many as the rate permits for that time, and no more."""
+    """As many as the rate permits for the time of the stall."""
     rate, seconds, count = 5, 4, 60
     flags = (TRUSTED, f"--handshakes_per_second={rate}", f"--event_loop={loop}")
     request = handshake("X-Forwarded-For: 203.0.113.1")
@@ -239,7 +239,7 @@ async def test_refusals_are_counted_anew_in_each_interval(io_loop, caplog):
         assert len(caplog.messages) == 3
 
 
-# How fast they send.
+# How fast clients send.
 
 
 async def test_messages_above_the_rate_are_read_later(io_loop):
@@ -275,7 +275,7 @@ async def test_rates_are_per_connection(io_loop):
             await busy.recv()
             await quiet.send("y")
             assert await asyncio.wait_for(quiet.recv(), DEADLINE) == "y"
-            while await busy.recv() != "5":  # which comes, two seconds after
+            while await busy.recv() != "5":  # which arrives two seconds later
                 pass
 
 
@@ -390,7 +390,7 @@ async def test_slow_backend_does_not_count_for_rates(io_loop, flag, message):
             async with connect(service.ws_url) as client:
                 sending = asyncio.create_task(keep_rate(client, message))
                 await backend.wait_for("message", 1)
-                await asyncio.sleep(4)  # for which the backend thinks
+                await asyncio.sleep(4)  # until the backend responds
                 release.set()
                 await backend.wait_for("message", 140)
                 assert not sending.done()
@@ -399,7 +399,7 @@ async def test_slow_backend_does_not_count_for_rates(io_loop, flag, message):
                 assert client.close_code == 1000
 
 
-# How long they stay.
+# How long connections last.
 
 
 async def test_idle_client_is_closed_with_1001(io_loop):
@@ -533,7 +533,7 @@ def test_limit_out_of_range_exits_with_an_error(flag, why):
     assert flag.partition("=")[0] in line and why in line
 
 
-# What is not whole.
+# Incomplete messages.
 
 
 async def test_incomplete_messages_are_bounded(io_loop):

@@ -26,12 +26,12 @@ LIVEZ = b"GET /livez HTTP/1.1\r\nHost: relay\r\n\r\n"
 
 
 def limited(files, *flags):
-    """A service that may have so many files open."""
+    """A service with this limit of open files."""
     return Service(*flags, command=["bash", "-c", f"ulimit -n {files}; {RELAY}", "-"])
 
 
 def processor_time(service):
-    """Ticks that its process has used."""
+    """Clock ticks of processor time that its process has used."""
     stat = Path(f"/proc/{service.process.pid}/stat").read_text()
     return sum(map(int, stat.rpartition(")")[2].split()[11:13]))
 
@@ -47,7 +47,7 @@ async def echo(service):
 
 
 async def echo_when_there_is_room(service):
-    """As a client that takes 503 for what it says, and comes again."""
+    """Connect like a client that retries after a 503."""
     async with asyncio.timeout(DEADLINE):
         while True:
             try:
@@ -59,18 +59,18 @@ async def echo_when_there_is_room(service):
 
 @pytest.mark.gen_test
 async def test_running_out_of_descriptors_pauses_accepting(io_loop):
-    """The process neither ends nor spins, and goes on when there are some again."""
+    """The process does not end or spin, and continues when some are free again."""
     async with limited(64, "--max_connections=50") as service:
         host, _, port = service.ws_url.split("/")[2].rpartition(":")
         with contextlib.ExitStack() as many:
             for _ in range(100):
                 many.enter_context(socket.create_connection((host, int(port))))
             await eventually(lambda: any("accepting pauses" in x for x in service.log))
-            assert open_files(service) <= 64 - 15  # some are kept for what is open
+            assert open_files(service) <= 64 - 15  # some are reserved
             before = processor_time(service)
-            await asyncio.sleep(1)  # a span to be measured, not a thing to settle
+            await asyncio.sleep(1)  # the time over which processor time is measured
             assert processor_time(service) - before < 50  # of 100
-        # That they have left may not be noticed yet.
+        # The relay may not have noticed yet that they have disconnected.
         await echo_when_there_is_room(service)
         assert sum("accepting pauses" in line for line in service.log) == 1
 
@@ -140,7 +140,7 @@ HELD = {
 async def test_clients_leave_descriptors_to_callbacks_and_probes(
     io_loop, kind, listeners, server
 ):
-    """However many they are and whatever they hold; who is connected is served."""
+    """Any number of idle connections; callbacks and probes are still served."""
     flags = ["--max_connections=1000", f"--http_server={server}"]
     flags += ["--callbackport=0"] * (listeners == "two")
     async with RecordingBackend() as backend, contextlib.AsyncExitStack() as stack:
@@ -171,7 +171,7 @@ async def test_clients_leave_descriptors_to_callbacks_and_probes(
 
 @pytest.mark.gen_test
 async def test_start_warns_of_a_file_limit_below_the_connections(io_loop):
-    """With both numbers."""
+    """The warning has both numbers."""
     async with limited(400, "--max_connections=1000") as service:
         await echo(service)
     (warning,) = [line for line in service.log if "ulimit" in line]
@@ -180,7 +180,7 @@ async def test_start_warns_of_a_file_limit_below_the_connections(io_loop):
 
 @pytest.mark.gen_test
 async def test_soft_limit_on_files_is_raised(io_loop):
-    """Up to the hard one, as far as it is needed."""
+    """Up to the hard limit, if that many are needed."""
     soft = ["bash", "-c", f"ulimit -Sn 64; {RELAY}", "-"]
     async with Service("--max_connections=300", command=soft) as service:
         limits = Path(f"/proc/{service.process.pid}/limits")
@@ -212,7 +212,7 @@ async def test_processes_share_a_port(io_loop):
 
 
 async def total(service):
-    """How many connections its process has had."""
+    """The number of connections that its process has accepted."""
     host, _, port = service.callback_url.split("/")[2].rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"GET /status HTTP/1.1\r\nHost: localhost\r\n")
@@ -224,7 +224,7 @@ async def total(service):
 
 @pytest.mark.gen_test
 async def test_process_that_drains_leaves_a_shared_port_to_the_others(io_loop):
-    """From then on none of their handshakes is refused."""
+    """Once it drains, no handshake at the shared port is rejected."""
     shared = ("--reuse_port", "--callbackport=0", "--drain_spread=20")
     async with Service(*shared) as leaving:
         port = leaving.ws_url.split("/")[2].rpartition(":")[2]
@@ -235,13 +235,13 @@ async def test_process_that_drains_leaves_a_shared_port_to_the_others(io_loop):
             for _ in range(20):
                 await echo(staying)
             assert not any("rejected" in line for line in leaving.log)
-            assert held[1].state is State.OPEN  # it was draining all the time
+            assert held[1].state is State.OPEN  # it was draining during all of this
             await held[1].close()
             assert await asyncio.wait_for(leaving.process.wait(), DEADLINE) == 0
 
 
 class Hello(RequestHandler):
-    """Answers what a moment later nobody may be there to hear."""
+    """Answers after a moment, when the peer may have disconnected."""
 
     def get(self):
         self.finish("hello")
@@ -253,7 +253,7 @@ class Hello(RequestHandler):
 async def test_request_that_comes_while_it_stops_is_no_bug(
     io_loop, caplog, iterations
 ):
-    """However far it got, its connection ends and nothing fails."""
+    """At any stage of the request: its connection ends, without an error."""
     server = RequestServer(Application([("/", Hello)]), RequestBounds(10, 10, 99, 99))
     with (
         socket.create_server(("127.0.0.1", 0)) as listening,

@@ -49,7 +49,7 @@ async def record_with(service, **fields):
     return records(service, **fields)[0]
 
 
-# Which format, and where.
+# Formats and destinations.
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ async def test_log_file_is_json_or_text_by_log_format(io_loop, tmp_path):
 
 
 async def test_log_file_is_rotated(io_loop, tmp_path):
-    """By size, by Tornado."""
+    """Tornado rotates it by size."""
     flags = (f"--log_file_prefix={tmp_path / 'log'}", "--log_file_max_size=300",
              "--log_file_num_backups=50", "--log_to_stderr")
     async with Service(*flags, environment=AUTO) as service:
@@ -182,7 +182,7 @@ async def test_each_line_of_a_busy_log_is_json(io_loop):
         assert line.isprintable()
 
 
-# What a line says.
+# The content of lines.
 
 
 async def test_open_and_close_have_a_line_each(io_loop):
@@ -209,7 +209,7 @@ async def test_open_and_close_have_a_line_each(io_loop):
         r" 2 messages in, 2 out",
         closed.pop("message"),
     )
-    # Each is rounded for itself: 0.0496 s are 0.05 in one, and 0.0 in the other.
+    # Rounded separately: 0.0496 s is 0.05 in one field, and 0.0 in the text.
     assert abs(float(message[1]) - seconds) < 0.051
     del closed["time"]
     assert closed == {
@@ -249,7 +249,7 @@ async def test_close_line_says_who_closed(io_loop):
 
 
 async def test_close_line_counts_what_was_not_delivered(io_loop):
-    """And what still waits; a later line may report more."""
+    """It also counts what still waits; a later line may report more."""
     async def hold(handler: RequestHandler, event: dict) -> None:
         await decided.wait()
         handler.set_status(404)
@@ -558,7 +558,7 @@ async def test_flood_of_a_warning_is_counted(io_loop):
 
 
 async def test_flood_is_counted_with_log_config_too(io_loop, tmp_path):
-    """Before and after SIGHUP, which makes all handlers anew."""
+    """Before and after SIGHUP, which replaces all handlers."""
     path = written(tmp_path / "log.json")
     async with ScriptedBackend(lambda kind: NOT_FOUND) as backend:
         flags = ("--backend=http", f"--messageuri={backend.url('message')}",
@@ -577,7 +577,7 @@ async def test_flood_is_counted_with_log_config_too(io_loop, tmp_path):
 
 
 def flood(book, number=50, level=logging.WARNING, message="%s is bad", **fields):
-    """How many of as many records pass."""
+    """How many of `number` records pass."""
     passed = 0
     for _ in range(number):
         record = logging.LogRecord("here", level, "", 0, message, ("x",), None)
@@ -627,7 +627,7 @@ def test_table_of_templates_is_bounded(monkeypatch, caplog):
     assert "88 more like this" in caplog.text
 
 
-# Whatever is in a line, it is one.
+# One record, one line.
 
 NASTY = {
     "newlines": "a\nb\r\nc\x85d\u2028e",

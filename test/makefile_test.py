@@ -83,7 +83,7 @@ def python(cwd: Path, *words: str) -> None:
 
 
 def put(environment: Path, tree: Path) -> None:
-    """Have it in `tree` as if it had been made there."""
+    """Copy it into `tree` as if it had been created there."""
     shutil.copytree(environment, tree / ".venv", symlinks=True)
     pip = tree / VENV
     pip.write_text(pip.read_text().replace(str(environment.parent), str(tree)))
@@ -107,7 +107,7 @@ def without_its_python(environment: Path, tree: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [incomplete, moved, without_its_python])
 def test_broken_environment_is_recreated(tree, environment, spoil):
-    """And everything is installed again, independent of the stamps."""
+    """Everything is installed again, whatever the stamps say."""
     spoil(environment, tree)
     (tree / ".venv" / "run.stamp").touch()
     made = make(tree, "--dry-run", "run")
@@ -125,7 +125,7 @@ def test_working_environment_is_reused(tree, environment):
 
 
 def test_make_reports_an_old_python(tree, tmp_path):
-    """At once, in its own words instead of pip's."""
+    """Immediately, with make's own message instead of pip's."""
     old = tmp_path / "python3.10"
     old.write_text("#!/bin/sh\n[ $1 = --version ] && echo Python 3.10.13\n")
     old.chmod(0o755)
@@ -137,7 +137,7 @@ def test_make_reports_an_old_python(tree, tmp_path):
 
 
 def test_make_reports_a_missing_python(tree):
-    """With the remedy."""
+    """The message has the remedy."""
     made = make(tree, "run", "PYTHON=python3.99")
     assert made.returncode == 2
     assert "needs Python 3.11 or newer" in made.stderr

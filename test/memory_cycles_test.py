@@ -1,4 +1,4 @@
-"""Ended objects are freed at once, without the garbage collector."""
+"""Objects that end are freed immediately, without the garbage collector."""
 
 import asyncio
 import contextlib
@@ -62,7 +62,7 @@ class Visitors:
             self.backend.events.clear()
 
     async def cut(self) -> None:
-        """Go without a word."""
+        """Disconnect without a close frame."""
         for _ in range(TIMES):
             client = await websockets.connect(self.service.ws_url)
             client.transport.abort()
@@ -85,7 +85,7 @@ class Visitors:
         await self.backend.wait_for("disconnect", 1)
 
     async def bad_frames(self) -> None:
-        """What is no WebSocket any more."""
+        """Send invalid frames."""
         for _ in range(TIMES):
             await self.raw(handshake(), b"101", b"\xff\xff\xff", b"\x88")
         await self.backend.wait_for("disconnect", TIMES)
@@ -109,7 +109,7 @@ class Visitors:
             await self.raw(b"no HTTP\r\n\r\n", b"400")
 
     async def left_before_the_decision(self) -> None:
-        """Gone before they were let in."""
+        """Disconnect before the backend's decision."""
         decided = withhold(self.backend, "connect")
         for number in range(TIMES):
             async with asyncio.timeout(DEADLINE):
@@ -128,7 +128,7 @@ class Visitors:
         return host, int(port)
 
     async def raw(self, *exchange: bytes) -> None:
-        """Bytes to be said, and in turn what the answer must contain."""
+        """Send bytes in turn, and wait for what each response must contain."""
         reader, writer = await asyncio.open_connection(*self.address)
         async with asyncio.timeout(DEADLINE):
             for said, wanted in zip(exchange[::2], exchange[1::2], strict=True):

@@ -24,7 +24,7 @@ ATTEMPTS = ("delivered", "refused", "error", "unreachable", "timeout", "abandone
 CODES = (1000, 1001, 1002, 1003, 1005, 1006, 1007, 1008, 1009, 1010, 1011, 1012, 1013,
          1014, "3xxx", "4xxx", "other")
 
-# What is promised, with every value of every label.
+# The documented metrics, with every value of every label.
 COUNTERS = {
     "connections": [
         f'outcome="{outcome}"'
@@ -61,7 +61,7 @@ HANDSHAKE = (
 
 
 async def scrape(service: Service, *headers: str) -> dict[str, float]:
-    """Each sample by its name, with its labels in their order."""
+    """Return each sample by its name and its sorted labels."""
     answer = await ask(service, "GET", "/metrics", *headers)
     assert answer.status == 200
     return samples(answer.body.decode())
@@ -128,7 +128,7 @@ def closes(code: object, initiator: str, count: int = 1) -> dict[str, float]:
     return {f'closes_total{{code="{code}",initiator="{initiator}"}}': count}
 
 
-# What is there.
+# What is exported.
 
 
 async def test_all_labels_exist_before_the_first_event(io_loop):
@@ -171,7 +171,7 @@ async def test_process_metrics_have_their_usual_names(io_loop):
     assert 0.5 < found["process_resident_memory_bytes"] / resident < 2
     assert found["process_virtual_memory_bytes"] > resident
     assert found["process_cpu_seconds_total"] > 0
-    # Both clocks are the machine's, but one counts ticks.
+    # Both clocks are the machine's, but one has a resolution of ticks.
     assert before - 1 < found["process_start_time_seconds"] < time.time() + 1
     assert any(name.startswith("python_info{") for name in found)
 
@@ -255,7 +255,7 @@ async def test_histogram_buckets_are_cumulative(io_loop):
         async with websockets.connect(service.ws_url):
             pass
         await backend.wait_for("disconnect", 1)
-        await asyncio.sleep(0.3)  # what the relay is to measure
+        await asyncio.sleep(0.3)  # the delay that the relay must measure
         held.set()
         found = await counted(service, events("disconnect", delivered=1)
                               | events("connect", delivered=1))
@@ -321,7 +321,7 @@ async def test_retried_events_are_counted_once(io_loop):
 
 
 async def test_given_up_events_are_counted(io_loop):
-    """Of messages, also those that waited behind; the client gets 1013."""
+    """Messages that waited behind a failed one count, too; the client gets 1013."""
     async def fail_all(handler, event):
         handler.set_status(500)
 
@@ -377,7 +377,7 @@ async def test_timeouts_are_counted(io_loop):
 
 
 async def test_held_messages_are_counted(io_loop):
-    """As held while they are unanswered, as abandoned afterwards."""
+    """Held while they are unanswered, then abandoned."""
     flags = ("--order_wait=0.05", "--max_unanswered=2")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags("message"), *flags) as service:
@@ -389,7 +389,7 @@ async def test_held_messages_are_counted(io_loop):
                 async with asyncio.timeout(DEADLINE):
                     while (await scrape(service))["events_held"] != 2:
                         pass
-                # A sign of life: for the next message, the oldest is abandoned.
+                # After this sign of life the oldest is abandoned for the next message.
                 assert (await backend.call(event["meta"]["send"], body="x")).code == 200
                 await client.send("2")
                 await backend.wait_for("message", 3)
@@ -398,12 +398,12 @@ async def test_held_messages_are_counted(io_loop):
                     events("message", abandoned=1) | attempts("message", abandoned=1),
                 )
                 assert found['event_seconds_count{event="message"}'] == 0
-            service.process.kill()  # rather than wait for what is held
+            service.process.kill()  # do not wait for held requests
             await service.process.wait()
 
 
 async def test_handshakes_are_counted_by_outcome(io_loop):
-    """Each has one outcome."""
+    """Each handshake has one outcome."""
     async def decide(handler, event):
         handler.set_status({"": 200, "sick": 500, "no": 401}[event["meta"]["query"]])
 
@@ -443,7 +443,7 @@ async def test_client_that_left_counts_as_left(io_loop):
             async def descriptors() -> float:
                 body = (await caller.ask("GET", "/metrics")).body
                 found = samples(body.decode())
-                assert found["connections_open"] == 0  # it is connecting
+                assert found["connections_open"] == 0  # its handshake is undecided
                 return found["process_open_fds"]
 
             _, writer = await asyncio.open_connection(caller.address, caller.port)
@@ -451,7 +451,7 @@ async def test_client_that_left_counts_as_left(io_loop):
             await asyncio.wait_for(asked.wait(), DEADLINE)
             before = await descriptors()
             writer.transport.abort()
-            async with asyncio.timeout(DEADLINE):  # until the relay has seen it
+            async with asyncio.timeout(DEADLINE):  # the relay has noticed it
                 while await descriptors() >= before:
                     pass
             answer.set()
@@ -463,7 +463,7 @@ async def test_client_that_left_counts_as_left(io_loop):
 
 
 async def test_status_reports_pending_events(io_loop):
-    """Their number and age; after acceptance there are none."""
+    """The number and age of waiting events; none after they were accepted."""
     strictly = ("--order_wait=inf", "--backend_timeout=60")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags("message"), *strictly) as service:
@@ -492,7 +492,7 @@ async def test_status_reports_pending_events(io_loop):
 
 
 async def test_second_message_has_waited_since_it_was_read(io_loop):
-    """Not only since the one before it was accepted."""
+    """Its age counts from when it was read, not from the previous acceptance."""
     answers = [asyncio.Event(), asyncio.Event()]
     asked = iter(answers)
 
@@ -551,7 +551,7 @@ async def test_accepted_events_are_no_longer_pending(io_loop):
 
 
 async def test_disconnect_events_are_pending(io_loop):
-    """Of a connection that has closed."""
+    """A disconnect event that waits counts as pending."""
     async with RecordingBackend() as backend, Service(*backend.flags()) as service:
         release = withhold(backend, "disconnect")
         async with websockets.connect(service.ws_url):
@@ -615,7 +615,7 @@ async def test_loop_lag_is_reported(io_loop, tmp_path, loop):
         async with websockets.connect(service.ws_url) as client:
             await client.send("1.0")
             await client.recv()
-        until = await uptime(service) + 0.5  # in which it is not late
+        until = await uptime(service) + 0.5  # without any delay of the loop
         async with asyncio.timeout(DEADLINE):
             while await uptime(service) < until:
                 pass
@@ -623,7 +623,7 @@ async def test_loop_lag_is_reported(io_loop, tmp_path, loop):
 
 
 async def uptime(service: Service) -> float:
-    """In seconds, as the relay itself tells."""
+    """The relay's own uptime in seconds."""
     return json.loads((await ask(service, "GET", "/status")).body)["uptime"]
 
 
@@ -641,7 +641,7 @@ async def test_stopping_metric_shows_the_shutdown(io_loop):
             assert await service.process.wait() == 0
 
 
-# Other ends.
+# Other backends and sends.
 
 
 async def test_loopback_events_are_counted(io_loop):
@@ -772,7 +772,7 @@ async def test_closes_are_counted_by_code_and_initiator(io_loop):
         assert found["connections_open"] == 0
 
 
-# How it is asked.
+# Requests of a scrape.
 
 
 async def test_format_is_negotiated(io_loop):
@@ -812,7 +812,7 @@ async def test_any_accept_header_is_answered(io_loop, accept):
 
 
 async def test_metrics_are_for_operators(io_loop):
-    """As /status: with a token, or without tokens from this machine."""
+    """With the access rules of /status."""
     far = "Host: relay.example"
     async with Service() as service:
         assert (await ask(service, "GET", "/metrics", far)).status == 403

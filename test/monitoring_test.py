@@ -21,11 +21,11 @@ CONF = PROJECT / "conf"
 
 SELECTOR = re.compile(r"\b((?:socketdock|process|python)_\w+)(?:\{([^}]*)\})?")
 MATCHER = re.compile(r'(\w+)(=~|!~|!=|=)"([^"]*)"')
-PROMETHEUS_LABELS = {"instance", "job", "le"}  # that it adds, or makes of buckets
+PROMETHEUS_LABELS = {"instance", "job", "le"}  # that Prometheus adds, or buckets have
 
 
 def promtool(*words: object) -> str:
-    """What it prints; it must be content."""
+    """Run promtool, which must succeed; return what it prints."""
     ended = subprocess.run(
         [program("prometheus", "promtool"), *map(str, words)],
         capture_output=True,
@@ -49,7 +49,7 @@ def dashboard():
 
 
 def panels(dashboard) -> list[dict]:
-    """All but the headings."""
+    """All panels except headings."""
     return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
@@ -64,7 +64,7 @@ def expressions(dashboard) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def exported():
-    """Names, each with the labels of its samples, as a relay exports them."""
+    """The names of a relay's metrics, each with the labels of its samples."""
 
     async def scrape() -> str:
         async with Service() as service:
@@ -109,7 +109,7 @@ def is_match(value: str | None, how: str, wanted: str) -> bool:
 
 
 def test_prometheus_takes_its_file(tmp_path):
-    """With the token's file at another path, since it must exist."""
+    """With another path for the token's file, which must exist."""
     text = (CONF / "prometheus.yml").read_text("utf-8")
     token = tmp_path / "token"
     token.write_text("x")
@@ -281,7 +281,7 @@ def test_each_alert_is_raised_in_time_and_only_then(rules, tmp_path):
 
 
 def test_alerts_use_exported_metrics(rules, exported):
-    """Names, and values of labels."""
+    """The names of metrics and the values of labels exist."""
     exported = {**exported, "up": [{}]}
     for rule in rules.values():
         assert_exported(rule["expr"], exported)

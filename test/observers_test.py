@@ -20,7 +20,7 @@ CLOSURE = Closure(1000, "", "client", 1.0)
 
 
 class Watcher(Observer):
-    """Keeps what it is told of attempts and ends."""
+    """Records the attempts and ends that are reported to it."""
 
     def __init__(self):
         self.attempts = []
@@ -34,7 +34,7 @@ class Watcher(Observer):
 
 
 class Opened(Observer):
-    """Wants to know of one thing alone."""
+    """Overrides one method only."""
 
     def __init__(self):
         self.seen = []
@@ -44,14 +44,14 @@ class Opened(Observer):
 
 
 class OneConnection:
-    """As much of a connection as a backend's wrapper looks at."""
+    """The part of a connection that `ObservedBackend` uses."""
 
     id = "0123"
     trace = None
 
 
 class Scripted(Backend):
-    """Returns or raises what it is told to."""
+    """Returns or raises what the test has set."""
 
     descriptors = 7
 
@@ -88,7 +88,7 @@ class Scripted(Backend):
 
 
 def observed(outcome=None):
-    """A backend, watched, and who watches."""
+    """An observed backend, and its observer."""
     watcher, backend = Watcher(), Scripted(outcome)
     return ObservedBackend(backend, watcher), backend, watcher
 
@@ -110,12 +110,12 @@ def test_a_single_observer_is_called_directly():
     observers = Observers(watcher)
     assert observers.ended == watcher.ended
     observers.ended("message", "x", "failed", 2)
-    observers.opened(OneConnection())  # in which it is not interested
+    observers.opened(OneConnection())  # a method that it does not override
     assert watcher.ends == [("message", "x", "failed", 2)]
 
 
 def test_observers_are_called_in_order():
-    """Each for the methods that it overrides."""
+    """Each is called for the methods that it overrides."""
     first, second, other = Watcher(), Watcher(), Opened()
     order = []
     first.ended = lambda *end: order.append("first")
@@ -183,7 +183,7 @@ def test_every_observer_method_is_passed_on():
 
 @pytest.mark.gen_test
 async def test_accepted_messages_are_delivered(io_loop):
-    """At once or later: one attempt and one end of each event."""
+    """Each event has one attempt and one end, immediately or later."""
     backend, inner, watcher = observed()
     connection = OneConnection()
     assert await backend.connect(connection, HANDSHAKE) is None
@@ -218,7 +218,7 @@ async def test_chosen_subprotocol_is_returned(io_loop):
 
 @pytest.mark.gen_test
 async def test_refused_handshake_is_observed_and_raised(io_loop):
-    """With its status."""
+    """The observer gets its status."""
     backend, _, watcher = observed(ConnectionRefused(403))
     with pytest.raises(ConnectionRefused):
         await backend.connect(OneConnection(), HANDSHAKE)

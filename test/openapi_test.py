@@ -16,12 +16,12 @@ from socketdock import __version__
 pytestmark = pytest.mark.gen_test(timeout=120)
 
 TOKEN = "0123456789abcdef"
-RUN_DEADLINE = 90.0  # seconds; it takes some 6
+RUN_DEADLINE = 90.0  # seconds; it takes about 6
 EACH = 6  # connections for each operation, of which some are closed by it
 METHODS = ("get", "post", "delete", "head")
 
 # To a valid request: 410 where the one before has closed the connection, 400 to
-# what no schema can tell, such as a body that is not UTF-8 where `type` is text.
+# what no schema can express, such as a body that is not UTF-8 where `type` is text.
 SETTINGS = """\
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", 400, 401, 403, 410, 429]
@@ -39,7 +39,7 @@ async def document(backend, service, *, headers=None):
 
 
 async def drop_frames(client):
-    """Read all that comes, so that the relay need not call this a slow client."""
+    """Read all frames, so that the relay does not close a slow client."""
     with suppress(websockets.ConnectionClosed):
         async for _ in client:
             pass
@@ -113,7 +113,7 @@ async def test_relay_does_what_its_document_says(io_loop, tmp_path):
 
 
 async def schemathesis(*words, cwd):
-    """What a run of it has printed, that has found nothing."""
+    """Run it; it must find nothing. Returns what it printed."""
     process = await asyncio.create_subprocess_exec(
         Path(sys.executable).with_name("schemathesis"),
         "run",
@@ -148,7 +148,7 @@ async def test_document_is_for_everybody_and_has_the_relays_version(io_loop):
 
 
 async def test_document_requires_a_token_if_tokens_are_set(io_loop):
-    """Without tokens, generated clients must not ask for one."""
+    """Without tokens, generated clients must not require one."""
     for flags, needed in (((), False), ((f"--callback_token={TOKEN}",), True)):
         async with RecordingBackend() as backend, Service(*flags) as service:
             spoken = await document(backend, service)

@@ -13,7 +13,7 @@ TOKEN = "0123456789abcdef"
 
 
 async def status(url: str, target: str, *more: str, upgrade: bool = True) -> int:
-    """What a handshake at `target` is answered, or a plain GET of it."""
+    """The response to a handshake at `target`, or to a plain GET of it."""
     line = f"GET {target} HTTP/1.1"
     plain = f"{line}\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
     request = handshake(*more, line=line) if upgrade else plain

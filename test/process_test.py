@@ -14,7 +14,7 @@ from service import DEADLINE, PROJECT, RecordingBackend, Service, eventually, wi
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
-# A backend that leaves a thread behind, as one does that resolves a name.
+# A backend that leaves a thread running, like one that resolves a name.
 LEAVES_A_THREAD = """
 import threading, time
 from backends import Backend
@@ -55,7 +55,7 @@ async def test_closed_standard_streams_change_nothing(io_loop, event_loop, close
     """No socket gets their numbers, with which libuv aborts at the stop."""
     closing = " ".join(f"{number}>&-" for number in closed.split())
     flags = f"--event_loop={event_loop} --bindport=0"
-    # Where stderr is closed its port can't be read: the kernel knows it.
+    # If stderr is closed the log has no port; the kernel knows it.
     relay = await asyncio.create_subprocess_exec(
         "sh", "-c", f'exec "$0" socketdock.py {flags} {closing}', sys.executable,
         cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -73,7 +73,7 @@ async def test_closed_standard_streams_change_nothing(io_loop, event_loop, close
 
 
 def listening_ports(pid: int) -> list[int]:
-    """Where a process listens, by /proc."""
+    """The addresses where a process listens, by /proc."""
     folder = f"/proc/{pid}/fd"
     try:
         links = [os.readlink(f"{folder}/{name}") for name in os.listdir(folder)]
@@ -141,7 +141,7 @@ async def test_lines_that_wait_in_a_handler_are_written_at_the_end(
 
 
 async def test_stop_says_what_it_waits_for(io_loop):
-    """Every few seconds, and that a second signal exits at once."""
+    """Every few seconds; the line says that a second signal stops immediately."""
     async with RecordingBackend() as backend:
         answered = withhold(backend, "disconnect")
         async with Service(*backend.flags("message", "disconnect")) as service:

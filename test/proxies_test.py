@@ -30,7 +30,7 @@ def connect(
 
 
 async def status(url: str, source: str, *headers: tuple[str, str]) -> int:
-    """What a handshake from `source` is answered."""
+    """The response to a handshake from `source`."""
     try:
         async with connect(url, source, *headers):
             return 101
@@ -122,7 +122,7 @@ async def test_origin_scheme_is_https_on_a_tls_listener(io_loop, tmp_path):
         for origin, said, expected in [
             (f"https://{host}", None, 101),
             (f"http://{host}", None, 403),
-            (f"http://{host}", "http", 403),  # by a stranger
+            (f"http://{host}", "http", 403),  # by a peer that is not trusted
         ]:
             headers = {"Origin": origin}
             if said is not None:
