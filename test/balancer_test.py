@@ -40,7 +40,7 @@ class Balancer:
     def __init__(
         self, folder: Path, relays: Sequence[Service], *changes: tuple[str, str]
     ) -> None:
-        # Where Debian puts it is on nobody's PATH but root's.
+        # Debian installs it in a directory that only root has in the PATH.
         self.program = program(self.package, self.package, f"/usr/sbin/{self.package}")
         self.relays = relays
         self.folder = folder
@@ -116,7 +116,7 @@ class Balancer:
         return f"ws://127.0.0.1:{self.port}/ws"
 
     async def status(self, path: str) -> int:
-        """What a plain GET is answered."""
+        """Return the response to a plain GET."""
         http = AsyncHTTPClient(force_instance=True)
         try:
             url = f"http://127.0.0.1:{self.port}{path}"
@@ -126,14 +126,14 @@ class Balancer:
 
 
 class HAProxy(Balancer):
-    """Which its file lets have its addresses from the environment."""
+    """HAProxy; its file takes addresses from the environment."""
 
     conf, package = "haproxy.cfg", "haproxy"
 
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
-        self.change("maxconn 40000", "maxconn 400")  # there may be no descriptors
-        if os.getuid() != 0:  # nobody else can become another user
+        self.change("maxconn 40000", "maxconn 400")  # there may be too few descriptors
+        if os.getuid() != 0:  # only root can become another user
             self.change("    user haproxy\n    group haproxy\n", "")
 
     def command(self) -> list[str]:
@@ -152,7 +152,7 @@ class HAProxy(Balancer):
 
 
 class Nginx(Balancer):
-    """Whose file knows no variables: its lines are changed."""
+    """nginx; its file has no variables, so lines of it are replaced."""
 
     conf, package = "nginx.conf", "nginx"
 
@@ -193,14 +193,14 @@ def address(url: str) -> str:
     return url.split("/")[2]
 
 
-# The relays, and clients of theirs.
+# The relays and their clients.
 
 
 @contextlib.asynccontextmanager
 async def relays(
     backend: RecordingBackend, *flags: str, first: str = "", second: str = ""
 ) -> AsyncIterator[tuple[Service, Service]]:
-    """Two of them, "one" and "two", with flags of their own."""
+    """Run two relays, "one" and "two", each with its own flags."""
     common = [*backend.flags(), "--callbackport=0", TRUSTED, *flags]
     async with (
         Service(*common, "--instance_name=one", *shlex.split(first)) as one,
@@ -223,13 +223,13 @@ def connect(url: str, **options: Any) -> websockets.connect:
 
 @contextlib.asynccontextmanager
 async def clients(url: str, number: int) -> AsyncIterator[list[Any]]:
-    """So many, connected one after the other."""
+    """Connect `number` clients, one after the other."""
     async with contextlib.AsyncExitStack() as stack:
         yield [await stack.enter_async_context(connect(url)) for _ in range(number)]
 
 
 async def answer(client: Any, message: str) -> str:
-    """What comes back of a message that the backend echoes by callback."""
+    """Send a message that the backend echoes by callback; return the echo."""
     await client.send(message)
     return await asyncio.wait_for(client.recv(), DEADLINE)
 
@@ -271,7 +271,7 @@ class Talker:
                     while not self.done:
                         await client.send(f"{self.name} {self.sent}")
                         self.sent += 1
-                        await asyncio.sleep(0.02)  # its pace
+                        await asyncio.sleep(0.02)  # one message in that time
             except websockets.ConnectionClosed:
                 self.closes.append(client.close_code)
             except (websockets.InvalidHandshake, OSError, EOFError) as error:
@@ -401,7 +401,7 @@ async def test_upgrade_of_both_relays_loses_no_message(io_loop, balancer, tmp_pa
 
 
 async def drained(relay: Service, front: Balancer) -> None:
-    """Stop a relay; HAProxy must look away before it refuses anybody."""
+    """Stop a relay; HAProxy must notice before the relay rejects a client."""
     relay.process.send_signal(signal.SIGTERM)
     if isinstance(front, HAProxy):
         number = front.relays.index(relay) + 1

@@ -274,7 +274,7 @@ async def test_closing_connection_is_410(io_loop):
             assert (await backend.call(f"{url}/disconnect", body=body)).code == 200
             assert (await backend.call(f"{url}/send", body=b"x")).code == 410
             assert (await backend.call(f"{url}/disconnect")).code == 410
-            # The peer never answers: the socket goes after two seconds.
+            # The peer never answers: the socket is closed after two seconds.
             (event,) = await backend.wait_for("disconnect", 1)
             assert event["meta"]["code"] == 3001
             assert event["meta"]["reason"] == "enough"
@@ -405,7 +405,7 @@ async def test_slow_client_is_429_then_1008_and_410(io_loop):
             deaf.sendall(handshake())
             (event,) = await backend.wait_for("connect", 1)
             url = event["meta"]["send"]
-            # One frame is always taken, however large, and waits.
+            # One frame is always accepted, of any size, and waits.
             first = asyncio.ensure_future(backend.call(url, body=bytes(4 * 2**20)))
             async with asyncio.timeout(DEADLINE):
                 while (answer := await backend.call(url, body=bytes(1000))).code != 429:

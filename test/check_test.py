@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gen_test(timeout=60)
 
 
 async def check(*flags, status, **rest):
-    """The lines of a check that ends with `status`, in time and without a traceback."""
+    """Run a check that exits with `status`, without a traceback; return its lines."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "socketdock.py",
@@ -38,19 +38,19 @@ async def check(*flags, status, **rest):
 
 
 def only(level, lines):
-    """The one line of that level, which is not empty of advice."""
+    """Return the only line of that level, which must have a remedy."""
     (line,) = (line for line in lines if line.startswith(f"{level}:"))
     return line
 
 
 def to(url):
-    """The flags for a backend there, on a free port of ours."""
+    """The flags for a backend at `url`, with free ports for the relay."""
     return ("--bindport=0", "--backend=http", f"--messageuri={url}")
 
 
 @asynccontextmanager
 async def https(certificate, **context):
-    """The URL of a server that shows a certificate, and says nothing."""
+    """Run a TLS server that sends nothing; yields its URL."""
 
     async def serve(reader, writer):
         await reader.read()
@@ -59,7 +59,7 @@ async def https(certificate, **context):
         yield f"https://127.0.0.1:{port}/message"
 
 
-# All fine.
+# Without problems.
 
 
 async def test_nothing_wrong_is_status_0_and_the_backend_gets_no_event(io_loop):
@@ -101,7 +101,7 @@ async def test_unknown_variable_of_the_environment_is_a_warning(io_loop):
     assert "unknown variable SOCKETDOCK_BIDPORT" in only("warning", lines)
 
 
-# What is wrong.
+# Problems.
 
 
 async def test_bad_option_is_status_2(io_loop):

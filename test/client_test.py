@@ -32,7 +32,7 @@ def event_loop_name(request):
 async def using(
     tls: ssl.SSLContext | None = None, **changes
 ) -> AsyncIterator[Client]:
-    """A client, whose connections have all ended when the block has."""
+    """A client; all its connections have ended at the end of the block."""
     settings = {"max_connections": 10, "connect_timeout": 2.0, "dead_after": 5.0}
     client = Client(**(settings | changes))
     client.trust(tls)
@@ -44,7 +44,7 @@ async def using(
 
 
 async def post(client: Client, url: str, **options) -> Response:
-    """One request's answer; raises what went wrong."""
+    """Return the response to one request; raises its error."""
     done = asyncio.get_running_loop().create_future()
     client.post(Target.parse(url), lambda: REQUEST, done.set_result, **options)
     outcome = await asyncio.wait_for(done, DEADLINE)
@@ -59,7 +59,7 @@ async def answer_all(answer, reader, writer) -> None:
 
 
 def serving(serve=None, answer: bytes = OK, **options):
-    """A server that answers every request alike, or by `serve`."""
+    """A server that gives each request the same response, or calls `serve`."""
     return tcp_server(serve or functools.partial(answer_all, answer), **options)
 
 
@@ -212,7 +212,7 @@ async def test_second_response_is_ignored(io_loop, second):
         for number in range(1, 4):
             answer = await post(client, f"http://127.0.0.1:{port}/", timeout=5)
             assert answer.status == 200
-            assert made == number  # what is left on a connection is not read
+            assert made == number  # the rest on a connection is not read
 
 
 async def test_trailers_are_ignored(io_loop):
@@ -230,7 +230,7 @@ async def test_trailers_are_ignored(io_loop):
                 "content-type": "text/plain",
                 "transfer-encoding": "chunked",
             }
-        assert client.open == 1  # a whole answer: the connection is kept
+        assert client.open == 1  # a complete response: the connection is kept
 
 
 async def test_request_is_sent_when_the_kernel_has_all_of_it(io_loop):
@@ -328,7 +328,7 @@ async def test_busy_origin_leaves_room_for_another(io_loop, most):
 
         def count(outcome: object) -> None:
             nonlocal answers
-            if isinstance(outcome, Response):  # else it is being closed
+            if isinstance(outcome, Response):  # otherwise it is being closed
                 answers += 1
                 go_on()
 
@@ -396,7 +396,7 @@ async def test_connection_is_not_used_beyond_its_age(io_loop):
 
 async def test_ping_timeout_spares_slow_reader(io_loop):
     """A write may take any time, while the peer accepts some bytes."""
-    size = 32 * 2**20  # more than kernels keep
+    size = 32 * 2**20  # more than the kernels' buffers hold
     body = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
     loop = asyncio.get_running_loop()
     took = 0.0
@@ -407,7 +407,7 @@ async def test_ping_timeout_spares_slow_reader(io_loop):
         while left:
             left -= len(await reader.readexactly(min(left, 2**20)))
             if left > size // 2:
-                await asyncio.sleep(0.2)  # as slow as it is
+                await asyncio.sleep(0.2)  # however slow it is
         took = loop.time() - began
         writer.write(OK)
 
@@ -480,7 +480,7 @@ async def test_request_that_cannot_be_made_is_an_error(io_loop, caplog):
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory):
-    """Vouches for the servers of these tests."""
+    """The CA of the servers of these tests."""
     return Authority(tmp_path_factory.mktemp("tls"))
 
 
@@ -655,7 +655,7 @@ async def test_new_tls_context_replaces_connections(io_loop, authority):
         url = f"https://localhost:{port}/"
         await post(client, url)
         client.trust(trust())
-        await eventually(lambda: client.open == 0)  # it was idle
+        await eventually(lambda: client.open == 0)  # the idle connection
         under_way = asyncio.create_task(post(client, url))
         await asyncio.wait_for(asked.wait(), DEADLINE)
         client.trust(trust())

@@ -114,7 +114,7 @@ async def test_failed_write_loses_nothing_that_the_client_sent(io_loop, loop):
             said = [frame(TEXT, b"%d" % n) for n in range(number)]
             writer.write(b"".join(said) + NORMAL)
             await writer.drain()
-            writer.transport.abort()  # what comes for it now is answered by a reset
+            writer.transport.abort()  # the kernel answers further data with a reset
             (event,) = await backend.wait_for("disconnect", 1)
     assert [m["message"] for m in backend.of("message")] == [
         str(n) for n in range(number)

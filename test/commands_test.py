@@ -33,7 +33,7 @@ PROGRAMS = (
 
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.M | re.S)
 
-# What starts and stays, by what it says once it works.
+# Commands that keep running, by what they print once they work.
 STAYS = {
     r"(.*\n)*.*(\.venv/bin/socketdock|python socketdock\.py) (?!check|health)":
         "clients at",
@@ -42,7 +42,7 @@ STAYS = {
     r"WEBHOOK_SECRET=whsec_\.\.\.": "backend at",
 }
 
-# What ends, with these exit statuses.
+# Commands that end, with these exit statuses.
 ENDS = {
     r"\.venv/bin/socketdock check": (0, 1),  # 2 is for a command line that is wrong
     r"\.venv/bin/socketdock health$": (0, 1),
@@ -72,7 +72,7 @@ NOT_RUN = {
 def commands() -> Iterator[tuple[str, str]]:
     """Each with the name of its file: blocks of sh, `$ ` lines, and `code` in text."""
     for path in sorted([*PROJECT.glob("*.md"), *PROJECT.glob("docs/**/*.md")]):
-        if path.name == "CHANGELOG.md":  # what was
+        if path.name == "CHANGELOG.md":  # the original
             continue
         text = path.read_text("utf-8")
         for indent, language, block in FENCED.findall(text):
@@ -102,7 +102,7 @@ ALL = sorted(set(commands()))
 
 
 def of(table) -> list[str]:
-    """Each once, wherever else it stands."""
+    """Return each command once."""
     return [
         command
         for command in dict.fromkeys(command for _, command in ALL)

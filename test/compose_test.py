@@ -32,7 +32,7 @@ def services(compose):
 
 @pytest.fixture
 def token(tmp_path):
-    """A file such as CALLBACK_TOKEN_FILE names."""
+    """A file like the one that CALLBACK_TOKEN_FILE names."""
     path = tmp_path / "callback_token"
     path.write_text("0123456789abcdef\n")
     return path
@@ -48,7 +48,7 @@ async def test_relay_starts_with_its_environment(io_loop, services, name, token)
         "SOCKETDOCK_CALLBACK_TOKEN_FILE": str(token),
     }
     async with Service(environment=environment | elsewhere) as service:
-        service.process.kill()  # rather than wait for drain_delay
+        service.process.kill()  # do not wait for drain_delay
         await service.process.wait()
     assert not [line for line in service.log if "unknown variable" in line]
     assert environment["SOCKETDOCK_EXTERNALHOSTANDPORT"] == (

@@ -39,7 +39,7 @@ async def test_client_that_keeps_its_context_is_understood(io_loop):
             for visit, payload in enumerate((KeepingClient().payload, deflated), 1):
                 frames = [frame(TEXT, payload(text.encode()), rsv=RSV1)
                           for text in texts]
-                # What is not compressed is no part of the context.
+                # Uncompressed messages are not part of the context.
                 frames.insert(1, frame(TEXT, b"hello"))
                 received = await send_raw(
                     service.ws_url,

@@ -12,7 +12,7 @@ from service import DEADLINE, PROJECT, Service
 
 ROW = re.compile(r"^\| `--(\w+)` \| (.*?) \|", flags=re.MULTILINE)
 OPTION = re.compile(r"^# (\w+) = (.+)$", flags=re.MULTILINE)
-# Of the log's, of which tornado brings many, these are worth a line.
+# Options of Tornado's log that have a line in the file; it has many more.
 LOG = ("log_config", "log_file_prefix", "log_format", "logging")
 UNITS = {"SECONDS": "seconds", "BYTES": "bytes", "COUNT": "number"}
 
@@ -41,7 +41,7 @@ def all_options():
 
 @pytest.fixture(scope="module")
 def conf_options(all_options):
-    """Those that are worth a line in the file."""
+    """Those that have a line in the file."""
     return [
         option
         for option in all_options

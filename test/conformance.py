@@ -21,7 +21,7 @@ from typing import Any
 from kosoku import FailureError, run_fuzzingclient
 from service import PROJECT, Service
 
-Case = Any  # kosoku's CaseResult, which it does not show
+Case = Any  # kosoku's CaseResult, which it does not export
 
 REPORT = PROJECT / "docs" / "conformance.md"
 BEGIN, END = "<!-- make conformance begins -->\n", "<!-- make conformance ends -->\n"
@@ -65,7 +65,7 @@ async def run(cases: Sequence[str], flags: Iterable[str]) -> list[Case]:
     async with Service(*limits, *flags) as service:
         try:
             return await run_fuzzingclient(service.ws_url, cases or None)
-        except FailureError as failure:  # has the others, too
+        except FailureError as failure:  # includes the other cases
             return failure.results
 
 

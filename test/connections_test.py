@@ -29,7 +29,7 @@ pytestmark = pytest.mark.gen_test(timeout=60)
 
 
 class HoldingBackend(Backend):
-    """Keeps each message until the test lets it go."""
+    """Keeps each message until the test releases it."""
 
     def __init__(self) -> None:
         self.release = asyncio.Event()
@@ -43,7 +43,7 @@ class HoldingBackend(Backend):
 
 
 async def make_application(**bounds: int) -> Application:
-    """What `socketdock.Service` makes, with a map that the test can look into."""
+    """An application as `socketdock.Service` makes it; the test can see its map."""
     admission = Admission(max_connections_per_ip=100)
     connections = ConnectionMap(Backlog(**bounds), admission)
     lifetimes = Lifetimes(idle_timeout=3600, max_lifetime=3600)
@@ -94,7 +94,7 @@ async def connect(http_port: int) -> websockets.ClientConnection:
 
 
 async def close_code(client: websockets.ClientConnection) -> int | None:
-    """The code with which the relay closes `client`."""
+    """Return the code with which the relay closes `client`."""
     with pytest.raises(websockets.ConnectionClosed):
         await asyncio.wait_for(client.recv(), DEADLINE)
     await client.wait_closed()
@@ -172,7 +172,7 @@ async def test_full_backlog_stops_reading(
     )
     assert answer.code == 503
     assert int(answer.headers["Retry-After"]) >= 1
-    assert connections.backlog.events <= 4  # one more than the bound, at most
+    assert connections.backlog.events <= 4  # at most one more than the bound
     backend.release.set()
     await eventually(lambda: sum(c.messages_in for c in connections) == 10)
     await eventually(lambda: connections.backlog.events == 0)

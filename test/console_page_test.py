@@ -40,14 +40,14 @@ def io_loop(module_io_loop: IOLoop) -> IOLoop:
 
 @pytest.fixture(scope="module")
 def browser(io_loop, shared) -> Browser:
-    """Debian's Chromium; each test has a context of its own in it."""
+    """Debian's Chromium; each test has its own context in it."""
     path = program("chromium", "chromium", "chromium-browser", "google-chrome")
 
     async def begin() -> Browser:
         playwright = await shared.enter_async_context(async_playwright())
         return await playwright.chromium.launch(
             executable_path=path,
-            # No sandbox can be had by root, nor in most containers.
+            # Root, and most containers, cannot have a sandbox.
             args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
                   "--no-proxy-server", "--enable-precise-memory-info"],
         )
@@ -108,7 +108,7 @@ def pairs(page: Page) -> Any:
     return page.get_by_label("Frames and the events that they caused").locator("> li")
 
 
-# What it shows.
+# What the page shows.
 
 
 async def test_page_loads_and_counts(io_loop, browser):
@@ -140,7 +140,7 @@ async def test_page_loads_and_counts(io_loop, browser):
 
 
 async def painted(page: Page, canvas: str) -> float:
-    """The share of a canvas that is not empty."""
+    """Return the share of a canvas that is not empty."""
     return await page.evaluate(
         """(selector) => {
             const canvas = document.querySelector(selector);
@@ -327,7 +327,7 @@ async def test_playground_with_the_echo(io_loop, browser):
         await expect(rows.nth(5)).to_contain_text("closed with 1000")
         await expect(rows.nth(5)).to_contain_text("disconnect event delivered")
         await expect(state_of_playground(page)).to_have_text("Closed with 1000.")
-        await connect(page)  # and once more
+        await connect(page)  # and again
         await expect(rows).to_have_count(1)
 
 
@@ -401,7 +401,7 @@ async def test_playground_shows_a_refused_handshake(io_loop, browser):
                 )
 
 
-# Who gets in, and what happens when the relay goes.
+# Access, and an outage of the relay.
 
 
 async def test_page_asks_for_a_token(io_loop, browser):
@@ -454,7 +454,7 @@ async def test_page_reconnects_after_a_restart(io_loop, browser):
                 await expect(page.locator("#rows tr")).to_have_count(1)
 
 
-# For everybody.
+# Accessibility.
 
 
 async def test_page_works_by_keyboard(io_loop, browser):
@@ -470,7 +470,7 @@ async def test_page_works_by_keyboard(io_loop, browser):
                     "e => e.labels?.[0]?.textContent || e.textContent"
                 )
                 if re.fullmatch(name, label.strip()):
-                    # Whoever goes by keyboard sees where.
+                    # The focus is visible.
                     assert await focused.evaluate(
                         "e => getComputedStyle(e).outlineStyle"
                     ) == "solid"
@@ -498,7 +498,7 @@ async def test_page_works_by_keyboard(io_loop, browser):
         await expect(dialog.get_by_role("status")).to_have_text("The frame was sent.")
         await page.keyboard.press("Escape")
         await expect(dialog).to_have_count(0)
-        # The focus is where it was.
+        # The focus has returned.
         assert await page.locator(":focus").get_attribute("value") == place
         await expect(pairs(page).nth(3)).to_contain_text("by keyboard")
         await tab_to("Pause")
@@ -666,7 +666,7 @@ async def test_page_is_fast_with_many_connections(io_loop, browser):
                 await dialog.get_by_label("Send a frame").fill("found you")
                 await dialog.get_by_role("button", name="Send").click()
                 assert await client.recv() == "found you"
-                for _ in range(100):  # clients don't notice that somebody looks
+                for _ in range(100):  # the page does not disturb the clients
                     await client.send("x")
                     await client.recv()
             nodes = await page.evaluate("document.querySelectorAll('*').length")
@@ -675,7 +675,7 @@ async def test_page_is_fast_with_many_connections(io_loop, browser):
 
 @contextlib.asynccontextmanager
 async def crowd(service: Service) -> AsyncIterator[None]:
-    """So many open WebSockets that say nothing."""
+    """Open `number` WebSockets that send nothing."""
     address, port = service.ws_url.split("/")[2].split(":")
     request = handshake()
     loop = asyncio.get_running_loop()
@@ -712,7 +712,7 @@ async def test_page_under_load_does_not_grow(io_loop, browser):
                 for _ in range(30)
             ]
             load = asyncio.create_task(talk(clients))
-            # Until the tail and the charts hold as much as they ever will.
+            # Until the tail and the charts hold their maximum.
             await expect(page.locator("#tail > li")).to_have_count(500)
             await expect(page.locator("#messages")).to_have_text(
                 re.compile(r"^(5[5-9]|6[0-4])\d$")
@@ -726,14 +726,14 @@ async def test_page_under_load_does_not_grow(io_loop, browser):
             load.cancel()
             await is_live(page)
             assert await page.locator("#tail > li").count() == 500
-            assert not asked_again  # it is one stream all the time
+            assert not asked_again  # there is only one stream
         assert after["JSEventListeners"] <= before["JSEventListeners"] + 5
         assert after["Nodes"] <= before["Nodes"] + 1000
         assert after["JSHeapUsedSize"] <= before["JSHeapUsedSize"] + 2**18
 
 
 async def talk(clients: list[Any]) -> None:
-    """Each sends ten messages a second, and reads as many."""
+    """Each client sends ten messages per second, and reads their echoes."""
     loop = asyncio.get_running_loop()
     due = loop.time()
     while True:
@@ -744,7 +744,7 @@ async def talk(clients: list[Any]) -> None:
 
 
 async def size_of(session: Any) -> dict[str, float]:
-    """What the page holds when all that nobody needs has been collected."""
+    """Return what the page holds after a garbage collection."""
     for _ in range(3):
         await session.send("HeapProfiler.collectGarbage")
     metrics = await session.send("Performance.getMetrics")

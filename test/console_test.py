@@ -57,7 +57,7 @@ DATA = [
 
 
 def origin_of(service: Service) -> str:
-    """The header with which the console's own page asks."""
+    """The header that browsers send for the console's own page."""
     return f"Origin: {service.callback_url}"
 
 
@@ -70,7 +70,7 @@ class Stream:
         self.ended = False
 
     async def lines(self) -> AsyncIterator[dict[str, Any]]:
-        """Each line as it comes, until the stream ends."""
+        """Read each line until the stream ends."""
         buffer = b""
         while True:
             size = int(await self.caller.reader.readuntil(b"\r\n"), 16)
@@ -93,7 +93,7 @@ class Stream:
         raise AssertionError(f"the stream ended without {kind} {wanted}")
 
     def events(self) -> list[dict[str, Any]]:
-        """All that have come so far."""
+        """Return all events that have arrived so far."""
         return [event for line in self.seen for event in line.get("events", ())]
 
 
@@ -111,7 +111,7 @@ async def live(service: Service, *headers: str) -> AsyncIterator[tuple[Stream, A
 async def post(
     service: Service, path: str, body: bytes | dict[str, Any], *headers: str
 ) -> Response:
-    """As the page asks."""
+    """POST like the page."""
     if isinstance(body, dict):
         body = json.dumps(body).encode()
     async with Caller(service) as caller:
@@ -140,7 +140,7 @@ async def test_page_has_a_policy_with_both_listeners(io_loop):
         assert answer.headers["referrer-policy"] == "no-referrer"
         assert answer.headers["cross-origin-opener-policy"] == "same-origin"
         assert answer.headers["cross-origin-resource-policy"] == "same-origin"
-        # Not for clients.
+        # It is not on the client listener.
         service.callback_url = service.ws_url.replace("ws:", "http:")[:-3]
         for _, path in [("", "/"), *DATA]:
             assert (await ask(service, "GET", path)).status == 404, path
@@ -235,7 +235,7 @@ async def test_changes_need_the_pages_own_origin(io_loop):
                         body=b"{}" if method == "POST" else None,
                     )
                     assert answer.status == 403, path
-        # A link from there may lead to the page.
+        # Another site may link to the page.
         answer = await ask(service, "GET", "/", "Sec-Fetch-Site: cross-site")
         assert answer.status == 200
 
@@ -643,7 +643,7 @@ async def test_operator_actions_are_not_signs_of_life(io_loop):
                 await client.send("2")
                 await post(service, f"{one}/send", b"x")
                 await ask(service, "GET", "/console/connections")
-                # With a sign of life the second would go; so the client is closed.
+                # No sign of life: the second message is not sent, and the client is closed.
                 await asyncio.wait_for(client.wait_closed(), DEADLINE)
                 assert client.close_code == 1013
             held.set()
@@ -653,7 +653,7 @@ async def test_operator_actions_are_not_signs_of_life(io_loop):
 
 
 async def ticket(service: Service, origin: str | None = None) -> Any:
-    """What the page gets that asks."""
+    """Return the permission that the page gets."""
     async with Caller(service) as caller:
         own = f"http://localhost:{caller.port}"
         answer = await caller.ask(
@@ -672,7 +672,7 @@ async def test_playground_may_connect_once_from_its_own_origin(io_loop):
             assert pass_["origin"] == service.ws_url.removesuffix("/ws")
             url = f"{service.ws_url}?console={pass_['ticket']}"
             refused = pytest.raises(websockets.InvalidStatus)
-            with refused:  # without the ticket it is an origin like any other
+            with refused:  # without the ticket the origin is not allowed
                 await websockets.connect(service.ws_url, origin=pass_["page"])
             with refused:
                 await websockets.connect(
@@ -680,16 +680,16 @@ async def test_playground_may_connect_once_from_its_own_origin(io_loop):
                 )
             async with websockets.connect(f"{url}&room=7", origin=pass_["page"]):
                 (event,) = await backend.wait_for("connect", 1)
-                # Its id is known before; the backend is told nothing of tickets.
+                # Its id is known before; no event contains the ticket.
                 assert event["meta"]["connection_id"] == pass_["connection_id"]
                 assert event["meta"]["query"] == "room=7"
-            with refused:  # it is used up
+            with refused:  # it is used
                 await websockets.connect(url, origin=pass_["page"])
             pass_ = await ticket(service)
             url = f"{service.ws_url}?console={pass_['ticket']}"
             with refused:
                 await websockets.connect(url, origin="http://elsewhere.example")
-            with refused:  # whoever had it has lost it
+            with refused:  # it is invalid now
                 await websockets.connect(url, origin=pass_["page"])
 
 
@@ -719,7 +719,7 @@ def test_tickets_expire():
     assert claim is not None and claim.connection_id == last.connection_id
 
 
-# What it costs.
+# Costs.
 
 
 def test_no_events_are_collected_without_viewers():

@@ -73,7 +73,7 @@ def answer(body: bytes, *lines: str, status: int = 200) -> bytes:
 
 
 async def decision(said: bytes) -> tuple[int, str | bytes | None]:
-    """What a client gets of it: a status, and a subprotocol or a body."""
+    """Return what a client gets: a status, and a subprotocol or a body."""
     async with ScriptedBackend(lambda kind: said) as backend:
         async with Service(*backend.flags("connect", "message")) as service:
             offers = [websockets.Subprotocol(name) for name in "ab"]

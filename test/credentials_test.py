@@ -57,7 +57,7 @@ async def test_all_files_are_read_again_or_none(io_loop, tmp_path):
             async with websockets.connect(service.ws_url) as client:
 
                 async def seen_after(new_headers: str, new_secrets: str):
-                    """What the next event has: its key, and how many signatures."""
+                    """Return the key and the number of signatures of the next event."""
                     headers.write_text(new_headers)
                     secrets.write_text(new_secrets)
                     service.process.send_signal(signal.SIGHUP)
@@ -216,7 +216,7 @@ def test_invalid_files_exit_with_an_error(tmp_path):
 
 
 def check_refused(why: str, secrets: list[str] | None = None, **files: str) -> str:
-    """The sentence that says `why` these are refused."""
+    """The error says `why` these are rejected."""
     sources = CredentialSources(https=False, webhook_secrets=secrets or [], **files)
     with pytest.raises(OptionError, match=why) as caught:
         sources.read()
@@ -230,7 +230,7 @@ def test_certificates_are_verified_equally_on_every_python(tmp_path, monkeypatch
     """Python 3.13 rejects one without an authority key id; curl and Go do not."""
     usual = ssl.create_default_context
 
-    def strict(**rest) -> ssl.SSLContext:  # as 3.13's
+    def strict(**rest) -> ssl.SSLContext:  # as in Python 3.13
         context = usual(**rest)
         context.verify_flags |= ssl.VERIFY_X509_STRICT
         return context
@@ -247,7 +247,7 @@ def test_certificates_are_verified_equally_on_every_python(tmp_path, monkeypatch
 
 
 def tls_handshake(ours: ssl.SSLContext, theirs: ssl.SSLContext, name: str) -> None:
-    """Between a client and a server, in memory."""
+    """Perform a handshake between a client and a server, in memory."""
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = ours.wrap_bio(down, up, server_hostname=name)
     server = theirs.wrap_bio(up, down, server_side=True)

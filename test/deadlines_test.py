@@ -1,4 +1,4 @@
-"""Deadlines: what has arrived is read before a deadline is judged."""
+"""What has arrived is read before a deadline is checked."""
 
 import os
 import signal

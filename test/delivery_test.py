@@ -27,7 +27,7 @@ async def test_a_thousand_clients_in_order(io_loop):
     """1,000 clients, five messages each: each arrives once and in order."""
     clients, each = 1000, 5
     async with RecordingBackend() as backend:
-        # This backend may be slow to answer so many; what is overdue holds back nobody.
+        # This backend may be slow for so many clients; overdue requests delay nobody.
         flags = (*backend.flags("message", "disconnect"), "--order_wait=30")
         async with Service(*flags) as service:
             room = asyncio.Semaphore(200)
@@ -198,7 +198,7 @@ async def test_refused_message_is_counted_and_the_client_stays(io_loop):
 
 
 class RawBackend:
-    """A TCP server that answers each request with what the test says."""
+    """A TCP server that answers each request with the test's bytes."""
 
     def __init__(self, *answers: bytes | None, keep: bool = True) -> None:
         self.answers = list(answers)
@@ -228,7 +228,7 @@ class RawBackend:
                 for part in answer.split(b"|"):
                     writer.write(part)
                     await writer.drain()
-                    await asyncio.sleep(0.02)  # parts of an answer come apart
+                    await asyncio.sleep(0.02)  # parts of a response arrive separately
             if answer is None or not self.keep or b"close" in answer:
                 return
 
@@ -325,7 +325,7 @@ async def test_retry_has_the_same_id_and_its_own_time(io_loop):
     ids = {headers["Webhook-Id"] for _, _, headers in backend.events}
     times = [int(headers["Webhook-Timestamp"]) for _, _, headers in backend.events]
     assert len(ids) == 1
-    # Retry-After is honoured: a second between two attempts at least.
+    # Retry-After: at least a second between two attempts.
     assert times[1] - times[0] >= 1 and times[2] - times[1] >= 1
 
 
@@ -385,7 +385,7 @@ async def test_failed_overdue_requests_are_retried_in_order(io_loop):
         if failing:
             await fail[event["message"]].wait()
             handler.set_status(503)
-            handler.set_header("Retry-After", "1")  # the others fail before
+            handler.set_header("Retry-After", "1")  # the other attempts fail before
 
     async with RecordingBackend() as backend:
         backend.answers["message"] = hold
@@ -406,7 +406,7 @@ async def test_failed_overdue_requests_are_retried_in_order(io_loop):
 
 
 def numbers_of(backend: FaultyBackend) -> list[int]:
-    """The numbers of the messages that came, each attempt's."""
+    """Return the message's number of each attempt, in the order of arrival."""
     return [int(a.webhook_id.rpartition("-")[2]) for a in backend.attempts]
 
 
@@ -564,7 +564,7 @@ async def test_handshakes_probe_an_unreachable_backend(io_loop):
             for _ in range(30):
                 assert await status() == 503
             asked = len(backend.of("connect"))
-            assert asked < 30  # it is not stampeded
+            assert asked < 30  # the handshakes do not flood the backend
             away = False
             async with asyncio.timeout(DEADLINE):
                 while await status() != 101:

@@ -12,7 +12,7 @@ ID = "0f6c" * 8
 
 
 def writer() -> EventWriter:
-    """Of a relay whose callback URL and name JSON has to quote."""
+    """The writer of a relay whose callback URL and name need quoting in JSON."""
     return EventWriter(Relay('http://h/"\\é', 'relay "1"/ab', "0.1", Observer(), None))
 
 
@@ -49,7 +49,7 @@ EVENTS = {
 @pytest.mark.parametrize("make", EVENTS.values(), ids=EVENTS)
 def test_event_takes_no_more_memory_than_its_body(make):
     """Limits count the body's length, and thousands of events may wait."""
-    make()  # what is made once
+    make()  # made once, and not counted
     tracemalloc.start()
     try:
         event = make()

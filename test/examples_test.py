@@ -31,7 +31,7 @@ def flask_command() -> list[str]:
 
 
 def express_command() -> list[str]:
-    """The chat in Express, with what `npm ci` puts beside it."""
+    """The chat in Express, with the modules that `npm ci` installs."""
     node = program("nodejs npm", "node")
     if not (EXPRESS / "node_modules").exists():
         leave_out(f"run: npm ci --prefix {EXPRESS.relative_to(PROJECT)}")
@@ -39,7 +39,7 @@ def express_command() -> list[str]:
 
 
 def least_command() -> list[str]:
-    """The one in the standard library."""
+    """The backend in the standard library."""
     return [sys.executable, "examples/backend.py"]
 
 
@@ -48,7 +48,7 @@ COMMANDS = {**CHATS, "least": least_command}
 
 
 class Example:
-    """An example as a process, for as long as the block runs; `said` are its lines."""
+    """Run an example as a process during the block; `said` are its lines."""
 
     def __init__(self, name: str, *flags: str) -> None:
         self.command = [*COMMANDS[name](), *flags]
@@ -82,7 +82,7 @@ class Example:
             self.said.append(line.decode().rstrip())
 
     def has_said(self, start: str) -> bool:
-        """Whether one of its lines starts so."""
+        """Whether one of its lines has this beginning."""
         return any(line.startswith(start) for line in self.said)
 
     def relay(self, *flags: str) -> Service:
@@ -121,7 +121,7 @@ class Example:
 
 
 def message(service: Service, connection_id: str, text: str) -> dict[str, object]:
-    """The event of a message, as far as the examples read it."""
+    """The event of a message, with the members that the examples read."""
     meta = {
         "connection_id": connection_id,
         "instance": "relay-1/0000000000000000",
@@ -131,7 +131,7 @@ def message(service: Service, connection_id: str, text: str) -> dict[str, object
 
 
 async def text_of(client: websockets.ClientConnection) -> str | bytes:
-    """The next message, in time."""
+    """Receive the next message, in time."""
     return await asyncio.wait_for(client.recv(), DEADLINE)
 
 
@@ -151,7 +151,7 @@ async def test_everybody_gets_what_one_client_sends(io_loop, name):
             await other.close()
             await one.send("alone")
             assert await text_of(one) == "alone"
-    assert len(example.said) == 1  # nothing went wrong
+    assert len(example.said) == 1  # there was no error
 
 
 @each_example
@@ -216,7 +216,7 @@ async def test_least_backend_listens_on_its_options(io_loop):
             async with websockets.connect(service.ws_url) as client:
                 await client.send("grüße 🦆")
                 assert await text_of(client) == "you said: grüße 🦆"
-        with socket.socket() as elsewhere:  # by default it would be there
+        with socket.socket() as elsewhere:  # it would listen there by default
             elsewhere.bind(("127.0.0.1", int(example.url.rpartition(":")[2])))
             elsewhere.listen()
 

@@ -41,7 +41,7 @@ INTERIM = (100, 102, 103)
 BODILESS = (204, 304)
 ENDLESS_CHUNK = b"10000\r\n" + bytes(0x10000) + b"\r\n"
 
-# What a backend does instead of a response with a status.
+# Faults of a backend, instead of a response.
 Fault = Literal["hold", "reset", "cut", "garbage", "endless"]
 # How a backend is unreachable: no listener, reset connections, or 503.
 Outage = Literal["refused", "reset", "503"]
@@ -343,7 +343,7 @@ class _BackendConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._paused = False
         if self._endless is not None:
-            # Later: asyncio does not support a failing write in this callback.
+            # Later, since a write that fails in this callback breaks asyncio.
             asyncio.get_running_loop().call_soon(self._go_on_forever)
 
     def answer_held(self, chosen: Callable[[Attempt], bool], reply: Reply) -> None:

@@ -42,7 +42,7 @@ MIB = 2**20
 CONSTANT = 48 * MIB
 
 
-# Away for a while.
+# Short outages.
 
 CLIENTS, PAUSE = 200, 0.2  # numbers of clients; seconds between two messages
 
@@ -50,7 +50,7 @@ CLIENTS, PAUSE = 200, 0.2  # numbers of clients; seconds between two messages
 async def load_with_an_outage(
     service: Service, book: Book, outage, *, in_order: bool
 ) -> None:
-    """8 s of load, and what `outage` does in its middle."""
+    """8 s of load, with `outage` in the middle."""
     clients = await talkers(service.ws_url, CLIENTS)
     enough = asyncio.Event()
     talks = [asyncio.create_task(client.talk(PAUSE, enough)) for client in clients]
@@ -79,7 +79,7 @@ async def test_backend_restart_within_two_seconds_loses_nothing(io_loop, how):
             await asyncio.sleep(2)
             await backend.make_reachable()
 
-        # A backend that a busy machine makes slow is no reason to go on.
+        # A slow backend on a busy machine must not change the order.
         async with Service(*backend.flags(), "--order_wait=30") as service:
             await load_with_an_outage(service, backend, outage, in_order=True)
 
@@ -101,7 +101,7 @@ async def test_stopped_backend_loses_nothing(io_loop, flags):
             )
 
 
-# Away for longer.
+# Long outages.
 
 
 @pytest.mark.parametrize("how", ["refused", "503"])
@@ -156,7 +156,7 @@ async def test_failing_backend_gets_one_probe_at_a_time(io_loop):
             poisoned = clients[0].name
             backend.make_unreachable("503")
             await asyncio.gather(*(client.say(3) for client in clients))
-            # Each has had its first attempt, and some a second one.
+            # Each message had a first attempt, and some had a second one.
             await eventually(lambda: len(backend.attempts) >= 20)
             await asyncio.sleep(1)
             before = len(backend.attempts)
@@ -199,7 +199,7 @@ async def test_visits_to_a_dead_backend_are_bounded_and_accounted_for(io_loop):
                 continue
             await visitor.say()
             accepted[visitor.name] += 1
-            # Where reading has stopped, nobody answers the close frame.
+            # While reading is paused, no close frame is answered.
             visitor.client.close_timeout = 0.5
             await visitor.client.close()
 
@@ -222,12 +222,12 @@ async def test_visits_to_a_dead_backend_are_bounded_and_accounted_for(io_loop):
             assert len(accepted) >= 1000
             await backend.make_reachable()
             await backend.wait_for("disconnect", len(accepted), 90)
-            # One more is relayed at once, so nothing is in its way.
+            # One more message is relayed immediately: nothing blocks it.
             (talker,) = await talkers(service.ws_url, 1)
             await talker.say()
             await eventually(lambda: talker.name in backend.numbers())
             await leave([talker])
-        # It has stopped, and waited for every disconnect event.
+        # The relay has exited, after every disconnect event.
         lost = sum(meta["undelivered"] for meta in backend.disconnects().values())
         assert lost == 0
         assert set(backend.numbers()) == {*accepted, talker.name}
@@ -259,7 +259,7 @@ async def test_sigterm_under_load_loses_nothing(io_loop):
             assert (meta["code"], meta["undelivered"]) == (1001, 0)
         closed_at = sorted(client.closed_at for client in clients)
         assert closed_at[-1] - closed_at[0] > 2.5
-        # No two fifths of them at once.
+        # Never two fifths of them within that time.
         for first, last in zip(closed_at, closed_at[2 * CLIENTS // 5 :], strict=False):
             assert last - first > 0.4
 
@@ -303,7 +303,7 @@ async def test_restart_after_sigkill_reports_each_connection_once(io_loop, tmp_p
             await backend.wait_for("message", 250)
             await leave(early)
             await backend.wait_for("disconnect", 50)
-            # The relay has the answers, too.
+            # The relay has read the responses.
             (journal,) = tmp_path.glob("*.journal")
             await eventually(lambda: journal.read_bytes().count(b"\n-") == 50)
             reported = set(backend.disconnects())
@@ -317,7 +317,7 @@ async def test_restart_after_sigkill_reports_each_connection_once(io_loop, tmp_p
             await talker.say()
             await backend.wait_for("disconnect", 550)
             await leave([talker])
-        async with Service(*flags) as service:  # it has nothing to tell
+        async with Service(*flags) as service:  # it has no events to send
             (talker,) = await talkers(service.ws_url, 1)
             await talker.say()
             await backend.wait_for("message", 252)
@@ -363,17 +363,17 @@ async def test_recovered_disconnects_survive_an_unreachable_backend(
 
 
 def truncate(file: Path) -> None:
-    """As a full disk would leave it."""
+    """Truncate a journal, as a full disk would."""
     file.write_bytes(file.read_bytes()[: -(file.stat().st_size // 2) - 1])
 
 
 def corrupt(file: Path) -> None:
-    """As a bad disk would leave it."""
+    """Corrupt a journal, as a bad disk would."""
     file.write_bytes(bytes(range(255, -1, -1)) * (file.stat().st_size // 256 + 1))
 
 
 def empty(file: Path) -> None:
-    """As a power loss might leave it."""
+    """Empty a journal, as a power loss might."""
     file.write_bytes(b"")
 
 
@@ -401,7 +401,7 @@ async def test_corrupt_journal_is_reported_and_never_fatal(io_loop, tmp_path, sp
             said = [line for line in service.log if str(tmp_path) in line]
             assert said and "journal" in said[0]
         known = set(backend.names())
-        assert set(backend.disconnects()) <= known  # no id that never was
+        assert set(backend.disconnects()) <= known  # no unknown id
         async with Service(*flags) as service:
             assert not [line for line in service.log if str(tmp_path) in line]
 
@@ -424,7 +424,7 @@ async def test_state_directory_is_for_one_process(io_loop, tmp_path):
             await talker.say()
             await backend.wait_for("message", 1)
             await leave([talker])
-        async with Service(*flags):  # the clean stop freed it
+        async with Service(*flags):  # the clean stop has released it
             pass
 
 
@@ -538,7 +538,7 @@ async def test_flood_into_a_stopped_backend_is_bounded(io_loop, size):
                     )
                     sent += count
 
-            # It comes to a halt, since the relay reads no more.
+            # Its sending stops, since the relay reads nothing more.
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(flood(), 6)
             growth = memory(service.process.pid, "VmHWM") - before
@@ -552,7 +552,7 @@ async def test_flood_into_a_stopped_backend_is_bounded(io_loop, size):
         assert sorted(numbers) == list(range(len(numbers)))
 
 
-# A backend that is slow, or fails as it answers.
+# A backend that is slow, or fails during responses.
 
 
 @pytest.mark.parametrize("flags", [[], ["--order_wait=inf", "--backend_timeout=30"]])
@@ -631,7 +631,7 @@ def test_vanished_hosts_are_detected():
 
 
 def inherited_warnings() -> list[str]:
-    """Our own -W flags."""
+    """The -W flags of this Python."""
     return [
         part
         for pair in itertools.pairwise(sys.argv[1:])

@@ -33,7 +33,7 @@ async def test_byte_order_mark_is_left_out(io_loop, tmp_path, name):
     path = tmp_path / "file"
     path.write_bytes(BOM + TEXTS[name].replace(b"\n", b"\r\n"))
     flags = HTTP if name != "config" else ()
-    auto = {"SOCKETDOCK_LOG_FORMAT": "auto"}  # --log_config leaves nothing else to say
+    auto = {"SOCKETDOCK_LOG_FORMAT": "auto"}  # required by --log_config
     async with Service(*flags, f"--{name}={path}", environment=auto) as service:
         async with websockets.connect(service.ws_url):
             pass

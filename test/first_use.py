@@ -1,4 +1,4 @@
-"""Goes README's way: a new clone, a new environment, a backend, a client.
+"""Follows the README: a new clone, a new environment, a backend, a client.
 
     .venv/bin/python test/first_use.py                # as the tests do: one Python
     .venv/bin/python test/first_use.py --minor=13     # Python 3.13

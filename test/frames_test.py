@@ -64,7 +64,7 @@ class Relay:
         return answer
 
     def last_end(self) -> tuple[int, str]:
-        """Code and initiator of the last disconnect event; there is one a visit."""
+        """Code and initiator of the last disconnect event; each visit has one."""
         ends = self.backend.of("disconnect")
         assert len({end["connection_id"] for end in ends}) == len(ends) == self.visits
         return ends[-1]["meta"]["code"], ends[-1]["meta"]["initiator"]
@@ -226,12 +226,12 @@ ROWS = [
 async def test_bad_frame_gets_its_close_code(io_loop, relay, frames, code, compressed):
     """The close frame, then the end, and one disconnect event by the relay."""
     answer = await relay.answer(frames, compressed=compressed)
-    while answer[:1] in (b"\x89", b"\x8a"):  # a ping's answer comes before
+    while answer[:1] in (b"\x89", b"\x8a"):  # the pong precedes it
         answer = answer[2 + answer[1] :]
     assert answer[:1] == b"\x88", answer[:100]
     assert answer[1] == len(answer) - 2
     assert int.from_bytes(answer[2:4]) == code
-    assert answer[4:].decode("ascii")  # says why
+    assert answer[4:].decode("ascii")  # it has a reason
     assert relay.last_end() == (code, "relay")
     assert not relay.service.tracebacks
 
@@ -246,7 +246,7 @@ async def test_nothing_is_read_behind_a_bad_frame(io_loop, relay):
     answer = await relay.answer(close(4000) + late, late, bad, close(4001))
     assert answer == b"\x88\x02\x0f\xa0"
     assert relay.last_end() == (4000, "client")
-    # After the relay has had its last word, too.
+    # Nor is what follows the relay's own close frame.
     parts = urlsplit(relay.service.ws_url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     writer.write(handshake() + bad)
@@ -261,7 +261,7 @@ async def test_nothing_is_read_behind_a_bad_frame(io_loop, relay):
 
 
 async def test_valid_frames_are_accepted(io_loop, relay):
-    """At the limits: the largest, the emptiest, the most interrupted."""
+    """At the limits: the largest messages, empty ones, and many interruptions."""
     before = len(relay.backend.of("message"))
     noise = os.urandom(LIMIT)
     packed = deflated(b"packed")

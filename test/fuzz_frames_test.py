@@ -57,7 +57,7 @@ texts = st.text(max_size=20) | st.just("🦆" * 200)
 
 @st.composite
 def controls(draw: st.DrawFn) -> tuple[bytes, Received]:
-    """A ping or a pong, and what it is read as."""
+    """A ping or a pong, and its parsed form."""
     payload = draw(st.binary(max_size=CONTROL))
     if draw(st.booleans()):
         return frame(PING, payload, mask=draw(masks)), Ping(payload)
@@ -66,7 +66,7 @@ def controls(draw: st.DrawFn) -> tuple[bytes, Received]:
 
 @st.composite
 def messages(draw: st.DrawFn, compressed: bool) -> tuple[bytes, list[Received]]:
-    """A message in fragments with control frames between, and what is read of it."""
+    """A message in fragments with control frames between, and its parsed form."""
     message = draw(payloads | texts)
     opcode, payload = (
         (TEXT, message.encode()) if isinstance(message, str) else (BINARY, message)
@@ -126,7 +126,7 @@ wrong_frames = st.builds(
 
 @st.composite
 def mutated(draw: st.DrawFn, compressed: bool) -> bytes:
-    """A conversation in which a few things have changed."""
+    """A mutated conversation."""
     data, _ = draw(conversations(compressed))
     for _ in range(draw(st.integers(0, 3))):
         start = draw(st.integers(0, len(data)))
@@ -144,7 +144,7 @@ def mutated(draw: st.DrawFn, compressed: bool) -> bytes:
 def parse(
     pieces: list[bytes], compressed: bool
 ) -> tuple[list[Received], tuple[int, str] | None]:
-    """All that is received, and the violation that ended it."""
+    """Parse; return everything received, and the violation that ended it."""
     parser = FrameParser(LIMIT, Inflater(Contexts()) if compressed else None)
     received: list[Received] = []
     try:
@@ -206,7 +206,7 @@ def test_any_compressed_bytes_are_a_message_or_a_violation(payload):
 
 @dataclass
 class Relay:
-    """An echo, a client that must not notice, and what runs them."""
+    """An echo relay, a client that must not be affected, and their runner."""
 
     run: Callable[..., object]
     service: Service
@@ -236,7 +236,7 @@ def relay() -> Iterator[Relay]:
 
 @pytest.fixture
 def no_growth(relay) -> Iterator[None]:
-    """Memory stays about where it is."""
+    """Memory does not grow."""
     before = memory(relay.service.process.pid)
     yield
     assert memory(relay.service.process.pid) < before + GROWTH

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from service import DEADLINE, Service, eventually
 
-ID = b"{id-of-an-open-connection-here}}"  # as long as one
+ID = b"{id-of-an-open-connection-here}}"  # as long as an id
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
 UNKNOWN = b"0" * len(ID)
 SEND = b"POST /socket/" + ID + b"/send HTTP/1.1\r\nHost: relay\r\n"
@@ -51,7 +51,7 @@ TOKENS = (
 
 @st.composite
 def mutated(draw: st.DrawFn, valid: st.SearchStrategy[bytes]) -> bytes:
-    """One of `valid` with a few things changed."""
+    """A mutation of one of `valid`."""
     data = draw(valid)
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(data)))
@@ -104,7 +104,7 @@ def requests(draw: st.DrawFn, bodies: st.SearchStrategy[bytes]) -> bytes:
 
 @st.composite
 def answers(draw: st.DrawFn) -> bytes:
-    """What a backend may answer to an event."""
+    """Responses of a backend to an event."""
     status = draw(
         st.sampled_from([200, 201, 204, 302, 400, 401, 403, 404, 429, 500, 503, 999])
     )
@@ -134,7 +134,7 @@ def answers(draw: st.DrawFn) -> bytes:
 
 @dataclass
 class Relay:
-    """A relay, a client that must not notice, and what runs them."""
+    """A relay, a client that must not be affected, and their runner."""
 
     run: Callable[..., object]
     service: Service
@@ -194,7 +194,7 @@ def relay(request) -> Iterator[Relay]:
 
 @pytest.fixture
 def no_growth(relay) -> Iterator[None]:
-    """After a warm-up, memory stays where it is."""
+    """Memory does not grow after a warm-up."""
     relay.run(relay.frames())
     before = memory(relay.service.process.pid)
     yield

@@ -32,7 +32,7 @@ class Relay:
     backend: RecordingBackend
 
     async def status(self, request: bytes) -> int:
-        """What a request is answered, or END, within 3 s."""
+        """Return the response's status, or END, within 3 s."""
         received = await send_raw(self.service.ws_url, request, answers=1)
         if received.data:
             return received.statuses[0]
@@ -55,7 +55,7 @@ def relay(io_loop, shared) -> Relay:
 
 
 def instead(header: str, *more: str) -> bytes:
-    """A handshake with this header in place of its own of that name."""
+    """A handshake in which this header replaces the one of the same name."""
     return handshake(header, *more, without=header.partition(":")[0])
 
 
@@ -186,7 +186,7 @@ ROWS = {
         handshake(*(f"X{number}: a" for number in range(10_000))), (431, END),
     ),
     "endless-header": (b"GET /ws HTTP/1.1\r\nX: " + b"a" * 500_000, (431, END)),
-    # Paths, which are compared as they stand.
+    # Paths, which are compared unchanged.
     "two-slashes-behind": (asking("/ws//"), 404),
     "two-slashes": (asking("//ws"), 404),
     "dot-segment": (asking("/./ws"), 404),
@@ -207,7 +207,7 @@ ROWS = {
     "nul-in-target": (asking("/ws\0"), 400),
     "not-ascii-in-path": (asking("/ws\xe9"), 400),
     "not-ascii-in-query": (asking("/ws?name=J\xc3\xbcrgen"), 400),
-    # What is no request at all.
+    # Not HTTP requests.
     "tls-hello": (
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500), (400, END)
     ),
@@ -305,7 +305,7 @@ async def test_bug_in_a_handshake_leaves_nothing(io_loop, tmp_path):
             await eventually(lambda n=number: service.log.count("end 1006 relay") == n)
             assert len(service.tracebacks) == number
         service.log.clear()  # of these bugs
-        # What of a refusal can be passed on, is.
+        # The valid parts of a refusal are passed on.
         request = handshake(line="GET /ws?refuse HTTP/1.1")
         received = await send_raw(service.ws_url, request, answers=1, deadline=DEADLINE)
         ((status, headers, body),) = received.answers()

@@ -49,7 +49,7 @@ def app(io_loop):
 
 
 async def readyz(service: Service) -> str | None:
-    """The sentence of a 503; None: ready."""
+    """Return the detail of a 503; None: ready."""
     answer = await ask(service, "GET", "/readyz")
     assert answer.headers["cache-control"] == "no-store"
     if answer.status == 200:
@@ -65,7 +65,7 @@ async def status(service: Service) -> dict:
 async def test_starting_relay_is_not_ready(
     io_loop, app, http_server, http_client, base_url
 ):
-    """But alive; it is ready when all parts have started."""
+    """It is alive, and becomes ready when all parts have started."""
     current = app.settings["status"]
     answer = await http_client.fetch(f"{base_url}/readyz", raise_error=False)
     assert answer.code == 503
@@ -122,7 +122,7 @@ async def test_unreachable_backend_can_end_readiness(io_loop):
                 assert not current["ready"]
                 assert current["state"] == "serving"
                 assert current["backend"]["away"] >= 0.5
-                for _ in range(50):  # the retry of its message finds out
+                for _ in range(50):  # the retry of its message probes the backend
                     assert await readyz(service)
                 backend.script = lambda kind: OK
                 async with asyncio.timeout(DEADLINE):

@@ -18,19 +18,19 @@ OK = Reply()
 
 
 def number_of(attempt: Attempt) -> int:
-    """Which message of a `Talker` it is, counted from 0."""
+    """Return the number of a `Talker`'s message, counted from 0."""
     return int(attempt.event["message"].split()[1])
 
 
 async def held(service: Service) -> int:
-    """How many messages the relay says are held."""
+    """Return the number of held messages that the relay reports."""
     async with RecordingBackend() as caller:
         answer = await caller.call(f"{service.callback_url}/status", "GET")
     return json.loads(answer.body)["backend"]["held"]
 
 
 async def until_held(service: Service, number: int) -> None:
-    """Wait until so many messages are held."""
+    """Wait until `number` messages are held."""
     async with asyncio.timeout(DEADLINE):
         while await held(service) != number:
             await asyncio.sleep(0.05)
@@ -41,7 +41,7 @@ async def test_ended_held_requests_leave_no_memory(io_loop):
     clients, each = 20, 15
 
     def decide(attempt: Attempt) -> Reply:
-        # The last one's answer is a sign of life for those before it.
+        # The response to the last one is a sign of life for the earlier ones.
         is_last = attempt.kind == "message" and number_of(attempt) == each - 1
         return OK if is_last or attempt.kind == "disconnect" else HOLD
 
@@ -69,7 +69,7 @@ async def test_ended_held_requests_leave_no_memory(io_loop):
 
 
 async def test_held_messages_take_as_much_memory_as_they_are_long(io_loop):
-    """While clients connect and disconnect; afterwards none of it."""
+    """While clients connect and disconnect; afterwards nothing is held."""
     clients, each, turns, size = 5, 15, 12, 200_000
     came: dict[str, int] = Counter()  # messages, by client
 
@@ -107,7 +107,7 @@ async def test_held_messages_take_as_much_memory_as_they_are_long(io_loop):
 
 @pytest.mark.parametrize("how", ["answered", "abandoned"])
 async def test_reading_resumes_when_held_bytes_are_released(io_loop, how):
-    """At once, not at a deadline."""
+    """Immediately, not at a deadline."""
     async with FaultyBackend(lambda attempt: HOLD) as backend:
         flags = ("--order_wait=0.1", "--max_queued_bytes=250000")
         flags += ("--max_message_size=250000",)
@@ -156,7 +156,7 @@ async def test_immediate_retry_is_counted_once(io_loop):
             await eventually(lambda: len(backend.attempts) == 5)
             assert backend.attempts[4].webhook_id == backend.attempts[3].webhook_id
             await until_held(service, 2)
-            # What else stands in line for longer becomes overdue later than it would.
+            # A request behind it in the line must become overdue, too.
             await clients[1].say(1)
             await until_held(service, 3)
             backend.release()

@@ -34,7 +34,7 @@ SOURCES = sorted(
 
 
 def imported_by(file: Path) -> Iterator[str]:
-    """Full names of what a file imports, wherever in it: modules and names of them."""
+    """Return full names of all that a file imports: modules and their members."""
     package = file.relative_to(PROJECT).parent.parts
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         match node:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.gen_test(timeout=60)
 EXCHANGE_DEADLINE = 30.0  # seconds for all that one client does
 CHROMIUM_FLAGS = (
     "--headless=new",
-    "--no-sandbox",  # it can't be had by root, nor in most containers
+    "--no-sandbox",  # root, and most containers, cannot have a sandbox
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-quic",
@@ -78,22 +78,22 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a client saw: the messages that came back, whole, and the close."""
+    """What a client received: complete messages, and the close."""
 
     received: list[str | bytes]
     close: Close
 
 
 def whole(message: Message) -> str | bytes:
-    """A message as the other side sees it."""
+    """A message as the other side receives it."""
     return message[0][:0].join(message)  # type: ignore[arg-type] # all str, or bytes
 
 
-# What a machine may lack.
+# Programs and modules that may be missing.
 
 
 def python_module(name: str, distribution: str) -> Any:
-    """A module that only this file's tests need."""
+    """Import a module that only these tests need, or skip the test."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -146,7 +146,7 @@ async def websocket_client(task: Task) -> Result:
             client.send_close(code, reason.encode())
         else:
             client.send("please close")
-        # Its close() keeps to itself what it received.
+        # Its close() does not return what it received.
         frame = client.recv_frame()
         assert frame.opcode == ABNF.OPCODE_CLOSE
         if task.close is None:
@@ -221,12 +221,12 @@ async def chromium_client(task: Task) -> Result:
             return from_json(task.page.result.result())
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its children, too
+                os.killpg(process.pid, signal.SIGKILL)  # and its children
             await exited
 
 
 class Page:
-    """A web server with a page that carries a task out, in a browser."""
+    """A web server with a page that executes a task in a browser."""
 
     task: Task
 
@@ -276,7 +276,7 @@ def to_json(task: Task) -> bytes:
 
 
 def from_json(data: bytes) -> Result:
-    """What a client in JavaScript saw."""
+    """Parse the result of a client in JavaScript."""
     result = json.loads(data)
     assert "error" not in result, result["error"]
     received = [
@@ -303,7 +303,7 @@ FRAGMENTING = ("websockets", "websocket-client", "ws")
 async def exchange(
     client: str, messages: Sequence[Message], close: Close | None, *flags: str
 ) -> Result:
-    """Start a relay, and let a client carry its task out there, in good time."""
+    """Start a relay, and let a client execute its task there, in time."""
     async with Page() as page:
         # Of the others one sends the relay's own origin, which needs no flag.
         origins = [f"--allowed_origins={page.origin}"] if client == "chromium" else []
@@ -339,7 +339,7 @@ class BackendProcess:
         await kill(self.process)
 
     async def read_line(self) -> bytes:
-        """The next line that it prints."""
+        """Return the next line that it prints."""
         assert self.process.stdout is not None
         return await asyncio.wait_for(self.process.stdout.readline(), DEADLINE)
 
@@ -428,7 +428,7 @@ def messages_for(client: str) -> Sequence[Message]:
 
 
 def check_echo(result: Result, messages: Sequence[Message]) -> None:
-    """Hold that each message came back, in order, as what it was sent."""
+    """Assert that each message came back in order, with its type."""
     assert len(result.received) == len(messages)
     for received, message in zip(result.received, messages, strict=True):
         sent = whole(message)

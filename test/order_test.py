@@ -36,7 +36,7 @@ DISCONNECT_REPLIES = [
 
 
 class TimedBackend(FaultyBackend):
-    """Fails at random until it is told to stop, and notes when what happened."""
+    """A backend that fails at random until the test stops it, and records times."""
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__(self._decide)
@@ -106,7 +106,7 @@ def abandoned_by(log: list[str]) -> set[str]:
 
 
 def unaccounted(events: list[Attempt], sent: int, abandoned: set[str]) -> list[str]:
-    """What is wrong in the account of a connection that said `sent` messages."""
+    """Return what is wrong with a connection whose client sent `sent` messages."""
     ends: dict[str, set[str]] = defaultdict(set)
     metas = []
     for attempt in events:
@@ -133,7 +133,7 @@ def unaccounted(events: list[Attempt], sent: int, abandoned: set[str]) -> list[s
 
 
 async def visit(talker: Talker, rng: random.Random) -> None:
-    """Talk a little; some leave then, the others stay."""
+    """Send some messages; some clients then leave, the others stay."""
     for _ in range(rng.randint(1, 6)):
         try:
             await talker.say(rng.randint(1, 2))

@@ -14,7 +14,7 @@ PROXY = "127.0.0.2"
 async def status(
     service: Service, origin: str, *more: str, host: str = "relay.example"
 ) -> int:
-    """What a handshake with that Origin is answered."""
+    """Return the status of a handshake with this Origin."""
     request = handshake(
         f"Host: {host}", f"Origin: {origin}", *more, without="Host"
     )
@@ -97,7 +97,7 @@ async def test_any_serialized_origin_can_be_allowed(io_loop):
             (EXTENSION[:-1], 403),
             ("moz-extension://1d1ba0e5-d4ec-4c1e-8ae8-fb4a7c4a7d2d", 101),
             ("moz-extension://", 403),
-            ("http://relay.example", 403),  # its own, which was not named
+            ("http://relay.example", 403),  # the relay's own, which is not named
             ("https://", 403),
             ("", 403),
         ]:
@@ -127,7 +127,7 @@ async def test_same_origin_uses_the_forwarded_host(io_loop):
                      "X-Forwarded-Host: evil.example"], 403),
             (PROXY, [], 403),
             (PROXY, ["X-Forwarded-Host:"], 403),
-            # Of two in a row, the first is the host that the client asked.
+            # Of two, the first is the host that the client requested.
             (PROXY, ["X-Forwarded-Host: app.example, inner.example",
                      "X-Forwarded-Proto: https, http",
                      "X-Forwarded-For: 203.0.113.7, 10.0.0.9"], 101),
@@ -150,7 +150,7 @@ async def test_same_origin_uses_the_forwarded_host(io_loop):
             received = await send_raw(
                 service.ws_url, request, answers=1, source=PROXY, deadline=DEADLINE
             )
-            assert received.statuses[0] == 101, said  # what is no host says nothing
+            assert received.statuses[0] == 101, said  # an invalid host is ignored
 
 
 @pytest.mark.parametrize(

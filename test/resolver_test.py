@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gen_test(timeout=60)
 
 
 class SlowDNS:
-    """`getaddrinfo`, which answers when it is told to."""
+    """`getaddrinfo`, which answers when the test lets it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[str] = []
@@ -35,7 +35,7 @@ class SlowDNS:
 
 @pytest.fixture
 def dns(monkeypatch):
-    """One that answers nothing before its end."""
+    """A `getaddrinfo` that answers nothing until the end of the test."""
     slow = SlowDNS(monkeypatch)
     yield slow
     slow.go_on.set()

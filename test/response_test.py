@@ -8,7 +8,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 BODY = b"Content-Length: 2\r\n\r\nOK"
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n2\r\nOK\r\n0\r\n\r\n"
 
-# What follows is read as every client reads it: the connection goes on.
+# Every client reads these in the same way: the connection stays usable.
 PLAIN = {
     "usual": OK + BODY,
     "chunked": OK + CHUNKED,
@@ -70,7 +70,7 @@ DOUBTFUL = {
     "second-behind-an-odd-one": OK + b"a b: c\r\n" + BODY + OK + BODY,
 }
 
-# They end with the connection: no more is known of their bodies.
+# Their bodies end only with the connection.
 UNENDED = {
     "no-length": OK + b"\r\nOK",
     "unknown-coding": OK + b"Transfer-Encoding: xchunked\r\n\r\nOK",
@@ -88,7 +88,7 @@ NONE = {
     "endless-first-line": b"HTTP/1.1 " + b" " * 2**17,
 }
 
-# The status counts; of the body nobody can say where it ends.
+# The status counts; the end of the body is ambiguous.
 STATUS_ALONE = {
     "different-lengths": OK + b"Content-Length: 3\r\n" + BODY,
     "different-lengths-as-list": OK + b"Content-Length: 2, 3\r\n\r\nOK",
@@ -141,7 +141,7 @@ def test_ambiguous_response_is_read_and_none_may_follow(row, size):
     reader = read(DOUBTFUL[row], size=size)
     assert (reader.status, reader.body) == (200, b"OK")
     assert reader.complete
-    # What follows in another segment ends the connection as unasked for.
+    # Unrequested bytes in another segment end the connection.
     assert not reader.reusable or row.startswith(("more", "second-response"))
 
 

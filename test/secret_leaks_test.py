@@ -107,12 +107,12 @@ async def test_no_log_at_any_level_holds_a_secret(io_loop, tmp_path, log_format)
             process = Path(f"/proc/{service.process.pid}")
             assert mark.found_in((process / "comm").read_text()) == set()
             assert mark.found_in((process / "cmdline").read_text()) == set()
-    assert len(service.log) > 50  # all that went wrong was told
+    assert len(service.log) > 50  # each failure was logged
     assert mark.found_in("\n".join(service.log)) == set()
 
 
 def headers(mark: Marks, name: str) -> dict[str, str]:
-    """What a client's or a backend's request may carry."""
+    """Header lines that hold marks, for requests of clients and backends."""
     return {
         "Authorization": f"Bearer {mark(f'{name}authorization')}",
         "Cookie": f"session={mark(f'{name}cookie')}",
@@ -188,7 +188,7 @@ async def against_the_book(
         + line("Sec-WebSocket-Extensions", "extension"),
         shake + f"Host: x@{mark('badhost')}/\r\n".encode() + upgrade + key + version,
         shake + host + host + line("Host", "twohosts"),
-        # Requests that are none.
+        # Invalid requests.
         mark("garbage").encode() + b"\r\n",
         f"GET /ws?{mark('linequery')} {mark('lineend')} HTTP/1.1\r\n".encode() + host,
         f"GET /ws?{mark('version9')} HTTP/9.9\r\n".encode() + host,
@@ -210,7 +210,7 @@ async def against_the_book(
     chunked = b"Transfer-Encoding: chunked\r\n\r\n"
     send = b"POST /socket/" + b"0" * 32 + b"/send?%b HTTP/1.1\r\n" + host
     for request in (
-        # Bad tokens, and what comes with them.
+        # Bad tokens, with headers and bodies.
         send % mark("c1").encode() + line("Authorization", "scheme"),
         send % mark("c2").encode() + line("Authorization", "a1") + good,
         send % mark("c3").encode()
@@ -256,7 +256,7 @@ async def against_the_book(
 async def answered_badly(
     service: Service, backend: ScriptedBackend, mark: Marks
 ) -> None:
-    """What a backend answers, and what a client gets to hear of it."""
+    """Failures of the backend, whose responses hold marks."""
 
     def answers(name: str) -> list[bytes]:
         head = f"X-A: {mark(f'{name}header')}\r\n".encode()
@@ -304,7 +304,7 @@ async def answered_badly(
 
 
 async def by_signal(service: Service, folder: Path, mark: Marks) -> None:
-    """Files that are bad when they are read again."""
+    """Files that are invalid when SIGHUP re-reads them."""
     for name, text in (
         ("tokens", f"{mark('newtoken')} {mark('secondtoken')}\n"),
         ("secrets", f"whsec_{mark('newsecret')}!\n"),
@@ -351,7 +351,7 @@ async def test_bad_peers_do_not_flood_the_log(io_loop, tmp_path, server):
         for url in (service.ws_url, service.callback_url):
             for _ in range(10):
                 await asyncio.gather(*(send_raw(url, bad) for _ in range(10)))
-        # Its line comes behind all that was told of them.
+        # Its line follows all lines about them.
         service.process.send_signal(signal.SIGHUP)
         await eventually(lambda: "reloaded: " in service.log[-1])
         assert len(service.log) - before <= 5

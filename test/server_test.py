@@ -66,7 +66,7 @@ def asking(line: str, *headers: str) -> bytes:
     return handshake(*headers, line=line)
 
 
-# Whatever but 101 these get, a proxy that tunnels upgrades passes all that follows.
+# Unless these get 101, a tunneling proxy still passes on all that follows.
 REFUSED_UPGRADES = {
     "wrong-version": handshake(
         "Sec-WebSocket-Version: 12", without="Sec-WebSocket-Version"
@@ -158,7 +158,7 @@ async def test_bytes_outside_of_urls_are_400(relay, target, encoding):
     assert received.ended and received.statuses == [400]
 
 
-# What both have to take, and what both have to refuse, made at random.
+# Random requests, which both servers must accept or both must reject.
 
 LINES = [
     b"GET /livez HTTP/1.1", b"HEAD /livez HTTP/1.1", b"GET /livez HTTP/1.0",
@@ -190,7 +190,7 @@ BODIES = [
 
 
 def anything(dice: random.Random) -> bytes:
-    """A request that some take and some don't."""
+    """A request that some servers accept, and others reject."""
     headers = dice.choices(HEADERS, k=dice.randint(0, 3))
     if dice.random() < 0.8:
         headers.insert(dice.randint(0, len(headers)), b"Host: relay")
@@ -199,7 +199,7 @@ def anything(dice: random.Random) -> bytes:
 
 
 def outcome(received: Received) -> tuple[bytes, bool]:
-    """What has to be the same: the first final answer's status, and the end."""
+    """What must be equal: the status of the first final response, and the end."""
     head, _, rest = received.data.partition(b"\r\n\r\n")
     return (rest if head.startswith(b"HTTP/1.1 100 ") else head)[:12], received.ended
 
@@ -215,7 +215,7 @@ async def test_both_servers_send_the_same_responses(relays):
             await send_raw(
                 relays[server].ws_url,
                 request + LIVEZ,
-                # Who asks for another protocol and hangs up has left.
+                # A client that disconnects after an upgrade request has left.
                 half_close=b"Upgrade: " not in request,
                 deadline=DEADLINE,
             )
@@ -246,7 +246,7 @@ async def test_head_is_measured_once_for_every_split(relay, pieces):
     async with asyncio.timeout(DEADLINE):
         for start in range(0, len(request), size):
             writer.write(request[start : start + size])
-            await asyncio.sleep(0.001)  # so that it comes in a segment of its own
+            await asyncio.sleep(0.001)  # so that it arrives in a separate segment
         assert b" 200 " in await reader.readline()
     writer.close()
 
@@ -279,7 +279,7 @@ async def test_chunk_extension_above_the_limit_is_rejected(relay):
 
 # Bodies of all requests together.
 
-BIG = 32 * 2**20  # bytes; two of these are what a process keeps of bodies
+BIG = 32 * 2**20  # bytes; a process keeps at most two of these
 
 
 async def begin_body(url: str, more: bytes, size: int, coming: int):
@@ -340,7 +340,7 @@ async def test_more_of_a_rejected_body_affects_no_other(io_loop):
     budget.hold(second, 60)
     budget.hold(first, 61)
     await asyncio.wait_for(received.wait(), DEADLINE)
-    budget.hold(second, 100)  # nothing of the first one counts any more
+    budget.hold(second, 100)  # the first one does not count any more
     assert refused == ["first"]
 
 
@@ -385,7 +385,7 @@ async def test_body_that_no_route_uses_is_discarded(io_loop, server):
             writer.close()
 
 
-# A process that stands still.
+# A process that is stopped.
 
 
 @contextlib.asynccontextmanager
@@ -407,7 +407,7 @@ async def test_requests_completed_during_a_stall_are_served(
 ):
     """Heads and bodies, also over TLS."""
     flags = ("--header_timeout=1.5", "--body_timeout=1.5", f"--http_server={server}")
-    body = b"x" * 4_000_000  # as much as may be: many reads
+    body = b"x" * 4_000_000  # as much as is accepted: many reads
     halves = {
         "head": (LIVEZ[:20], LIVEZ[20:], b" 200 "),
         "body": (SEND + b"Content-Length: 4000000\r\n\r\nx", body[1:], b" 410 "),

@@ -46,7 +46,7 @@ class SlowConnection:
             writer.write(self._quickly)
             trickling = asyncio.create_task(self._trickle(writer))
             try:
-                await reader.read()  # to its end
+                await reader.read()  # until the end of the connection
             except ConnectionError:
                 pass
             finally:
@@ -80,7 +80,7 @@ def slow_in_its_body() -> SlowConnection:
 
 @contextlib.asynccontextmanager
 async def attacked(url: str, slow: list[SlowConnection]) -> AsyncIterator[None]:
-    """All of them stay for as long as the block runs."""
+    """Keep all of these connections during the block."""
     tasks = [asyncio.create_task(one.stay(url)) for one in slow]
     try:
         await eventually(lambda: all(one.is_open for one in slow))
@@ -128,7 +128,7 @@ async def test_slow_connections_do_not_block_others(io_loop, listener):
                     itertools.cycle(kinds), range(SLOW_CONNECTIONS), strict=False
                 )
             ]
-            # A body has a time of its own, which is longer.
+            # A body has a separate, longer time limit.
             expiring = [one for one in slow if not one.has_asked]
             async with attacked(url, slow):
                 began = time.monotonic()

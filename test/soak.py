@@ -64,8 +64,8 @@ from soaking.visits import (
 SETTLED = 120.0  # seconds, at most, until all is delivered
 MIB = 2**20
 ENOUGH_MEMORY = 300 * MIB
-MEMORY_PERIOD = 5.0  # seconds between two looks at it
-FLAT = 24 * MIB  # growth that is none, over minutes
+MEMORY_PERIOD = 5.0  # seconds between two measurements of it
+FLAT = 24 * MIB  # growth over minutes that does not count
 COMPLAINT = re.compile(r"^\[E |^ *[\w.]+(Error|Exception): ")
 EXAMPLES = 2  # of each kind of violation
 DETAIL = re.compile(r"[0-9a-f]{32}|(?<!')\b\d[-\d., ]*|'(?!code|initiator)\w+': [^,}]+")
@@ -150,7 +150,7 @@ class Plan:
 
 
 class Backend(FaultyBackend):
-    """Knows connections by the names of clients, and keeps no message whole."""
+    """Records connections by their client's name, and the beginning of messages."""
 
     def __init__(self, moods: Moods, tls: ssl.SSLContext | None) -> None:
         super().__init__(moods.decide, tls)
@@ -178,7 +178,7 @@ class Backend(FaultyBackend):
 
 @dataclass
 class Round:
-    """One relay's life, and what was seen of it."""
+    """One run of a relay, and what was observed."""
 
     number: int
     rng: random.Random
@@ -198,7 +198,7 @@ class Round:
         self.violations.append(Violation(what))
 
     async def run(self) -> None:
-        """Live through it, and audit."""
+        """Run it, and check the result."""
         plan = self.plan
         moods = Moods(
             self.rng, plan.share, plan.odd, not plan.strict, plan.delivery_timeout <= 5
@@ -225,7 +225,7 @@ class Round:
     async def _live(
         self, flags: list[str], backend: Backend, moods: Moods
     ) -> list[str]:
-        """The relay's log."""
+        """Run the relay and its clients; return the relay's log."""
         over, stopping = asyncio.Event(), asyncio.Event()
         async with Service(*flags) as service:
             async with (
@@ -296,7 +296,7 @@ class Round:
                 await asyncio.sleep(0.1)
 
     async def _fail_now_and_then(self, backend: Backend, over: asyncio.Event) -> None:
-        """The backend is away now and then, and there at the end."""
+        """Make the backend unreachable at times, and reachable at the end."""
         while not over.is_set():
             await pause_until(over, self.rng.uniform(0.5, 4))
             backend.make_unreachable(self.rng.choice(["refused", "reset", "503"]))
@@ -305,7 +305,7 @@ class Round:
                 await backend.make_reachable()
 
     async def _freeze(self, service: Service, stopping: asyncio.Event) -> None:
-        """Now and then the relay does not run: a paused machine."""
+        """Stop the relay at times, like a paused machine."""
         while self.plan.freezes and not stopping.is_set():
             await pause_until(stopping, self.rng.uniform(1, 5))
             if stopping.is_set():
@@ -328,12 +328,12 @@ class Round:
         self, index: int, url: str, proxy_url: str, backend: Backend,
         over: asyncio.Event,
     ) -> None:  # fmt: skip
-        """One visit after the other."""
+        """Make one visit after the other."""
         rng = random.Random(self.rng.random())
         kinds, weights = list(PASSERS_BY), list(PASSERS_BY.values())
         if index < 2 * len(GUESTS):
             kinds, weights = [GUESTS[index // 2]], [1]
-        elif self.prints_memory:  # nobody is there from beginning to end
+        elif self.prints_memory:  # no client stays for the whole round
             weights = [0 if kind in (Staying, Vanishing) else 1 for kind in kinds]
         turn = 0
         while not over.is_set():
@@ -386,7 +386,7 @@ class Round:
             self._judge_growth()
 
     def _judge_growth(self) -> None:
-        """The last third of the time beside the one before, once all is warm."""
+        """Compare memory of the last third of the time with the third before."""
         used = [bytes for seconds, bytes in self.memory[:-1] if seconds > WARM]
         third = len(used) // 3
         if third == 0:
@@ -431,7 +431,7 @@ def complaints(log: list[str]) -> list[str]:
 
 
 def kinds(violations: list[Violation]) -> list[list[Violation]]:
-    """Those that are alike together, the most frequent kind first."""
+    """Group equal ones, the most frequent kind first."""
     found: dict[str, list[Violation]] = {}
     for violation in violations:
         found.setdefault(DETAIL.sub("#", violation.what), []).append(violation)

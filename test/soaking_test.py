@@ -20,7 +20,7 @@ BEAT = 1 / KNOWN  # seconds: within one second all is known
 def message(
     number: int, arrived: float, outcome: str = "200", took: float = 0.01, **more: Any
 ) -> Attempt:
-    """An attempt of one message, at so many seconds."""
+    """An attempt of one message; times are in seconds."""
     event = {"meta": {"connection_id": ID}, "message": f"client {number}"}
     return Attempt(
         "message", f"{ID}-{number + 1}", event, outcome, arrived, arrived + took, **more
@@ -34,7 +34,7 @@ def disconnect(
     reason: str = "",
     retry_after: float = 0.0,
 ) -> Attempt:
-    """The disconnect event of a client that has left, at so many seconds."""
+    """The disconnect event of a client that has left; times are in seconds."""
     meta = {
         "connection_id": ID, "undelivered": undelivered, "reason": reason,
         "code": 1000, "initiator": "client", "duration": arrived,
@@ -46,7 +46,7 @@ def disconnect(
 
 
 def book_of(*attempts: Attempt, resets: tuple[float, ...] = ()) -> Book:
-    """A backend's book in which these have ended, and connections were reset."""
+    """A backend's book with these attempts, and resets of connections."""
     book = Book()
     book.attempts = sorted(attempts, key=lambda attempt: attempt.arrived)
     for attempt in sorted(attempts, key=lambda attempt: attempt.ended):
@@ -73,14 +73,14 @@ def flaws(
     resets: tuple[float, ...] = (),
     delivery_timeout: float = 60,
 ) -> list[str]:
-    """What the books say of one connection's attempts."""
+    """The violations in one connection's attempts."""
     book = book_of(*attempts, resets=resets)
     audit = Audit(book, pulse or steady(), strict, delivery_timeout)
     return list(audit.delivery_violations(book.attempts))
 
 
 def lost(sent: int, *attempts: Attempt, cut_off: bool = False) -> list[str]:
-    """What the books say of a client that sent so many messages, and left."""
+    """The violations for a client that sent `sent` messages, and left."""
     meta = {"connection_id": ID, "query": "name=client"}
     connect = Attempt("connect", f"{ID}-connect", {"meta": meta}, "200", 0, 0)
     visit = Visit("", "client", random.Random(), sent=sent, left=True, close_code=1000)

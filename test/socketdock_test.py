@@ -40,11 +40,11 @@ def written(path: Path, text: str) -> str:
     return f"--config={path}"
 
 
-# Where options come from.
+# Sources of options.
 
 
 async def largest_message(service: Service) -> int:
-    """The `--max_message_size` that the service works with, from 1 to 5 bytes."""
+    """The service's effective `--max_message_size`, from 1 to 5 bytes."""
     for size in range(1, 6):
         async with websockets.connect(service.ws_url, compression=None) as client:
             await client.send("x" * size)
@@ -71,7 +71,7 @@ async def largest_message(service: Service) -> int:
 async def test_flag_overrides_environment_overrides_file_overrides_default(
     io_loop, tmp_path, file, environment, flag, expected
 ):
-    """Seen from outside, by the largest message that is accepted."""
+    """Measured from outside, by the largest message that is accepted."""
     flags = [written(tmp_path / "conf", f"max_message_size = {file}")] if file else []
     flags += [f"--max_message_size={flag}"] if flag else []
     given = {"SOCKETDOCK_MAX_MESSAGE_SIZE": str(environment)} if environment else {}
@@ -174,7 +174,7 @@ async def test_command_line_of_an_existing_deployment_works(io_loop):
 
 
 async def exchange(url: str, backend: RecordingBackend, callbacks: str) -> None:
-    """One message by way of each of the three URIs."""
+    """Each of the three URIs gets its event."""
     async with websockets.connect(url) as client:
         await client.send("hello")
         (event,) = await backend.wait_for("message", 1)
@@ -206,7 +206,7 @@ async def test_unknown_variable_is_one_warning(io_loop):
 def injected(
     service: str, host: str, ports: dict[str, int], protocol: str = "tcp"
 ) -> dict[str, str]:
-    """What Kubernetes injects for a service with ports of these names."""
+    """The variables that Kubernetes injects for a service with ports of these names."""
     name = service.upper().replace("-", "_")
     address = f"[{host}]" if ":" in host else host
     first = next(iter(ports.values()))
@@ -375,7 +375,7 @@ async def test_options_of_another_backend_are_a_warning(io_loop):
     assert f"warning: {said}" in checked.stdout
 
 
-# What does not start.
+# Errors at the start.
 
 
 @pytest.mark.parametrize(
@@ -462,12 +462,12 @@ def test_long_invalid_value_is_shortened():
 
 
 def test_option_without_its_value_is_rejected():
-    """As the last word of the command line."""
+    """An option without a value as the last argument."""
     assert "--bindip needs a value" in refusal("--bindip")
 
 
 def test_invalid_value_in_the_environment_names_the_variable():
-    """Not the flag, which was not used."""
+    """The error names the variable, not the flag, which was not used."""
     line = refusal(SOCKETDOCK_MAX_MESSAGE_SIZE="large")
     assert "SOCKETDOCK_MAX_MESSAGE_SIZE must be a whole number" in line
 
@@ -504,7 +504,7 @@ def test_unreadable_options_file_is_rejected(tmp_path):
 
 
 def test_port_in_use_is_status_1():
-    """By any process."""
+    """If any process listens there."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = refusal(f"--bindport={port}", status=1)
@@ -559,7 +559,7 @@ def test_unusable_log_file_is_status_1():
 
 
 def test_log_fifo_without_a_reader_is_rejected(tmp_path):
-    """To open a FIFO blocks until somebody reads it."""
+    """Opening a FIFO would block until another process reads it."""
     path = tmp_path / "log"
     os.mkfifo(path)
     assert str(path) in refusal(f"--log_file_prefix={path}", status=1)

@@ -1,4 +1,4 @@
-"""After a stall longer than its deadlines, the relay reads first, then judges."""
+"""After a stall longer than its deadlines, the relay reads before it checks them."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ class Stopped:
 
     async def __aexit__(self, *error: object) -> None:
         loop = asyncio.get_running_loop()
-        await eventually(lambda: loop.time() > self.due)  # time is what is tested
+        await eventually(lambda: loop.time() > self.due)  # longer than the deadline
         os.kill(self.process.pid, signal.SIGCONT)
 
 
@@ -65,7 +65,7 @@ async def test_decision_during_a_stall_counts(io_loop, loop_name):
 
 
 class Held:
-    """A point that a test's peer has reached, and goes on from when it is told."""
+    """A point where a test's peer waits until the test lets it continue."""
 
     def __init__(self) -> None:
         self.reached, self.go_on = asyncio.Event(), asyncio.Event()
@@ -73,14 +73,14 @@ class Held:
 
     @contextlib.asynccontextmanager
     async def here(self) -> AsyncIterator[None]:
-        """Wait before the block, and tell when it is through."""
+        """Wait before the block, and report when it has ended."""
         self.reached.set()
         await self.go_on.wait()
         yield
         self.passed.set()
 
     async def passes_while(self, service: Service, seconds: float) -> None:
-        """The relay is stopped for so long, and the peer goes on meanwhile."""
+        """Stop the relay for `seconds`; the peer continues meanwhile."""
         await asyncio.wait_for(self.reached.wait(), 20)
         async with Stopped(service, seconds):
             self.go_on.set()

@@ -12,7 +12,7 @@ LOOPS = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 
 
 async def begin(url, *more, tls=None):
-    """A connection on which the handshake, and what follows it, is sent at once."""
+    """A connection on which the handshake and more bytes are sent in one write."""
     host, _, port = url.split("/")[2].rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port), ssl=tls)
     writer.write(b"".join((handshake(), *more)))

@@ -21,7 +21,7 @@ from service import DEADLINE, RecordingBackend, eventually
 
 pytestmark = pytest.mark.gen_test(timeout=180)
 
-LONG = 120.0  # seconds for what takes supervisord ten: it waits between its starts
+LONG = 120.0  # seconds; starts may take supervisord ten, since it waits between them
 
 SPAWNED = re.compile(r"spawned: 'socketdock-\d+' with pid (\d+)")
 RUNNING = re.compile(r"socketdock-\d+ entered RUNNING state")
@@ -33,14 +33,14 @@ CALLBACKS = re.compile(r"callbacks at http://127.0.0.1:(\d+),")
 
 
 class Supervisor:
-    """A running supervisord and what it has said."""
+    """A running supervisord, and its output."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
         self.said = ""
 
     async def wait_for(self, pattern: re.Pattern[str], times: int = 1) -> list[str]:
-        """What `pattern` matched, once it was said that many times."""
+        """Wait until the output matches `pattern` `times` times; return the matches."""
         assert self.process.stdout is not None
         async with asyncio.timeout(LONG):
             while len(found := pattern.findall(self.said)) < times:
@@ -50,7 +50,7 @@ class Supervisor:
         return found
 
     async def end(self) -> int:
-        """Its exit status, and all that it said, once it has ended."""
+        """Wait for its end; return its exit status and its output."""
         assert self.process.stdout is not None
         async with asyncio.timeout(40):
             self.said += (await self.process.stdout.read()).decode()
@@ -65,7 +65,7 @@ def control() -> Iterator[Path]:
 
 
 def adapted(conf: Path, control: Path, number: int = 1) -> Path:
-    """The same file, with so many processes, and with what is free on this machine."""
+    """The same file, with this number of processes, and with free ports."""
     text = conf.read_text()
     for name, old, new in (
         ("numprocs", r"\d+", number),
@@ -127,7 +127,7 @@ def checkout(tmp_path: Path, _: Path) -> tuple[Path, dict[str, str]]:
 
 
 def installed(_: Path, temporary: Path) -> tuple[Path, dict[str, str]]:
-    """What the wheel puts down."""
+    """The file as the wheel installs it."""
     prefix = installation(temporary)
     conf = prefix / "share" / "socketdock" / "conf" / "supervisord.conf"
     return conf, {"PYTHONPATH": library(prefix)}
@@ -211,7 +211,7 @@ async def test_invalid_option_ends_fatal(io_loop, control, tmp_path):
 
 
 def supervisorctl(conf: Path, *words: str) -> str:
-    """What it says; its exit status tells of the processes, too."""
+    """Return its output; its exit status depends on the processes."""
     return subprocess.run(
         [sys.executable, "-m", "supervisor.supervisorctl", "-c", str(conf), *words],
         stdin=subprocess.DEVNULL,

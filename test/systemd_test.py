@@ -24,7 +24,7 @@ EXPOSURE = 1.6  # of 10, as `systemd-analyze security` counts
 
 
 class Systemd:
-    """The other end of `NOTIFY_SOCKET`, which keeps all that it is told."""
+    """The other end of `NOTIFY_SOCKET`, which records all datagrams."""
 
     def __init__(self, address: str) -> None:
         self.received: list[str] = []
@@ -39,7 +39,7 @@ class Systemd:
         self.close()
 
     def close(self) -> None:
-        """Hear nothing more: from then on nobody is there."""
+        """Close the socket, as if systemd was gone."""
         self._socket.close()
 
     async def wait_for(self, state: str) -> None:
@@ -53,7 +53,7 @@ class Systemd:
                     return
 
     def rest(self) -> list[str]:
-        """All that it was told, when nobody is there any more."""
+        """Return all datagrams, also those that were not read yet."""
         while True:
             try:
                 self.received.append(self._socket.recv(4096).decode())
@@ -184,9 +184,9 @@ def test_unit_is_valid_and_hardened(tmp_path):
     """`systemd-analyze` reports no fault, and a low exposure."""
     analyze = program("systemd", "systemd-analyze")
     unit = tmp_path / UNIT.name
-    # The program is not where it will be.
+    # The program is not installed at its path here.
     unit.write_text(UNIT.read_text().replace("/opt/socketdock/bin/socketdock", SH))
-    # Beside nothing but what every service needs: not beside this machine's units.
+    # With the units that every service needs, but not those of this machine.
     for needed in "sysinit", "basic", "shutdown", "network-online", "multi-user":
         (tmp_path / f"{needed}.target").write_text("[Unit]\nDescription=here\n")
     only = {"SYSTEMD_UNIT_PATH": str(tmp_path)}

@@ -23,7 +23,7 @@ def event(kind: str) -> tuple[str, int]:
 
 
 class EventHandler(WSGIRequestHandler):
-    """Speaks the version of HTTP that was asked for."""
+    """Uses the requested version of HTTP."""
 
     protocol_version = [*sys.argv, "HTTP/1.1"][1]
 

@@ -100,7 +100,7 @@ class Moods:
             self._kinds += [Reply(fault="hold")] * 2
 
     def decide(self, attempt: Attempt) -> Reply:
-        """Draw what becomes of a request."""
+        """Draw the response to a request."""
         rng = self._rng
         reply = Reply()
         if self.failing and attempt.kind != "connect" and rng.random() < self._share:

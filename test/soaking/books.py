@@ -82,7 +82,7 @@ class Audit:
                 yield Violation(f"connection {connection_id}: {flaw}", connection_id)
 
     def timeline(self, connection_id: str) -> Iterator[str]:
-        """What came of one connection: seconds from its first event, and outcomes."""
+        """One connection's attempts: seconds from its first event, and outcomes."""
         attempts = self._by_connection[connection_id]
         if not attempts:
             return
@@ -124,7 +124,7 @@ class Audit:
             yield "no disconnect event"
             return
         if meta["reason"] == LOST:
-            return  # and so is what was in memory
+            return  # and so were the messages in memory
         yield from self._lost_messages(visit, meta, attempts)
         yield from self._lost_pushes(visit, meta, reads_at_once)
         # A slow client gets no close frame, or too late, behind the bytes that it has

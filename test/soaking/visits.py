@@ -172,7 +172,7 @@ class Talker(Visit):
         await self.go()
 
     async def go(self) -> None:
-        """Leave, or stay."""
+        """End the visit: leave, or stay."""
 
     async def end(self) -> None:
         await self._reading
