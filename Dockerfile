@@ -7,16 +7,16 @@ RUN python -m venv /opt/socketdock \
 FROM python:3.12-slim
 COPY --from=build /opt/socketdock /opt/socketdock
 # Inside a container only a wildcard address can be reached from outside. With
-# --backend=http, say by --externalhostandport where the backend reaches it.
+# --backend=http, set --externalhostandport to where the backend reaches it.
 ENV PATH=/opt/socketdock/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     SOCKETDOCK_BINDIP=0.0.0.0
-# A number, so that Kubernetes can tell that it is not root.
+# A number, so that Kubernetes can verify that it is not root.
 USER 10001:10001
 EXPOSE 8765
 STOPSIGNAL SIGTERM
-# It asks where the options say that the relay is: those of the environment, of the
-# options file, and of the command line of process 1.
+# It asks at the address in the options: those of the environment, of the options
+# file, and of the command line of process 1.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=5s \
     CMD ["socketdock", "health", "--pid=1"]
 ENTRYPOINT ["socketdock"]

@@ -1,10 +1,10 @@
-# make run    the relay, with an echo server behind it: ARGS="--backend=http ..."
-# make test   every test, in parallel; some: ARGS="-k callback"
+# make run    the relay with an echo server as backend: ARGS="--backend=http ..."
+# make test   every test, in parallel; only some: ARGS="-k callback"
 # make demo   one exchange between a client and an HTTP backend, to watch
 # make soak   random faults for five minutes, each message accounted for; then the
 #             console in a browser for five minutes under load (not with ARGS):
 #             ARGS="--seconds=60 --seed=1"
-# make bench  the price of a message beside other relays, into docs/performance.md:
+# make bench  the cost of a message compared with other relays, into docs/performance.md:
 #             ARGS="--modes=up,echo --rounds=3 --results=/tmp/results.json"
 # make fuzz   forty times as many random frames, requests and answers as the tests:
 #             ARGS="-k answers" FUZZ=400
@@ -12,7 +12,7 @@
 #             minutes: ARGS="'9.*' 12.1.1" (without --write)
 # make screenshots  the console's pictures in docs/images, in two minutes
 # make lint   ruff and mypy
-# make clean  removes what the others made
+# make clean  removes what the other targets created
 
 PYTHON ?= python3
 ARGS ?=
@@ -21,7 +21,7 @@ FUZZ ?= 40
 BIN = .venv/bin
 IS_NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# npm writes them; the tests with Node need what stands beside them.
+# npm writes these files; the tests with Node need the modules beside them.
 NODE_MODULES = test/interop/node_modules/.package-lock.json \
     examples/express_backend/node_modules/.package-lock.json
 
@@ -30,7 +30,7 @@ NODE_MODULES = test/interop/node_modules/.package-lock.json \
 run: .venv/run.stamp
 	@exec $(BIN)/python socketdock.py $(ARGS)
 
-# Without what npm installs, the tests that need it are left out, and say so.
+# Without these modules the tests that need them are skipped, with a message.
 test: .venv/test.stamp
 	@if command -v npm >/dev/null; then \
 	    $(MAKE) --no-print-directory --keep-going $(NODE_MODULES) || \
@@ -72,8 +72,8 @@ clean:
 	rm -rf bench/peers/node_modules supervisord.pid
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# pip is the last thing that `venv` puts there, so that where it is, the rest is. A .venv
-# that was moved with its folder, or whose Python is gone or too old, is made anew.
+# `venv` installs pip last: if it is there, the rest is complete. A .venv that was moved
+# with its folder, or whose Python is missing or too old, is created again.
 ifneq ($(shell .venv/bin/python -c "$(IS_NEW_ENOUGH)" 2>/dev/null && \
     grep -qsF "$$(pwd -P)/.venv/bin/" .venv/bin/pip && echo usable),usable)
 .PHONY: .venv/bin/pip .venv/run.stamp .venv/test.stamp .venv/bench.stamp

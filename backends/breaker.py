@@ -85,7 +85,7 @@ class Breaker:
 
     @property
     def untried(self) -> bool:
-        """Whether a probe is permitted, and nobody is in line to send it."""
+        """Whether a probe is permitted, and no caller is in line to send it."""
         return self.open and self._permit
 
     def take(self) -> bool:

@@ -28,7 +28,7 @@ class LoopbackBackend(Backend):
         try:
             sent = connection.send(message)
         except ConnectionClosed:
-            return None  # nobody is left to hear the echo
+            return None  # the client has left
         except SendBufferFull:  # by callbacks: an echo alone waits for the one before
             return self._echo_when_drained(connection, message)
         return None if sent is None else _unless_closed(sent)
@@ -46,7 +46,7 @@ async def _unless_closed(sent: Awaitable[None]) -> None:
     try:
         await sent
     except ConnectionClosed:
-        pass  # nobody is left to hear the echo
+        pass  # the client has left
 
 
 def make_backend(relay: Relay) -> LoopbackBackend:

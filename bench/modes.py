@@ -92,7 +92,7 @@ class Run:
         deadline = time.monotonic() + PATIENCE
         while not claim():
             if time.monotonic() > deadline:
-                raise BenchError(f"{what} did not come in {PATIENCE:g} s")
+                raise BenchError(f"{what} did not arrive in {PATIENCE:g} s")
             await self.wait(0.002)
 
     async def rate(self) -> Figures:

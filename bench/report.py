@@ -130,8 +130,8 @@ def added(file: Path, runs: Sequence[Any]) -> list[Any]:
         return run["relay"], run["mode"], run["size"], run["clients"]
 
     kept = json.loads(file.read_text("utf-8"))["runs"] if file.exists() else []
-    anew = {what(run) for run in runs}
-    return [run for run in kept if what(run) not in anew] + list(runs)
+    measured = {what(run) for run in runs}
+    return [run for run in kept if what(run) not in measured] + list(runs)
 
 
 def write(results: Results, file: Path) -> None:

@@ -83,7 +83,7 @@ async def demo() -> None:
             raise DemoError("the client did not get what the backend sent")
 
         client.close(1000, "bye")
-        step("The client closes, and the backend is told", "relay", "backend")
+        step("The client closes, and the backend gets an event", "relay", "backend")
         show_post(backend, await next_event(events, "POST /disconnect"))
     print("\nThat is all: the relay and the backend have been stopped.")
 

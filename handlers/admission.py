@@ -48,7 +48,7 @@ class Refusal:
 class Admission:
     """Counts connections and handshakes against limits; 0 means no limit.
 
-    A socket with a descriptor above `last_descriptor` is rejected. `stalls` tells
+    A socket with a descriptor above `last_descriptor` is rejected. `stalls` says
     how long the process stood still: handshakes that waited meanwhile do not count
     as a burst.
 

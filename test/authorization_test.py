@@ -332,7 +332,7 @@ async def test_invalid_token_exits_with_an_error(io_loop, value, complaint):
 
 
 async def test_empty_token_is_rejected(io_loop, tmp_path):
-    """The relay does not start: somebody forgot to set a value."""
+    """The relay does not start: a value was probably forgotten."""
     conf = tmp_path / "conf"
     conf.write_text("callback_token = ['']\n")
     for line in (

@@ -253,7 +253,7 @@ def names(backend: RecordingBackend) -> list[str]:
 class Talker:
     """A client that counts, and comes back whenever it is closed.
 
-    What `send()` has taken it never sends again, so nobody may lose it.
+    It never resends what `send()` has taken, so no relay may lose it.
     """
 
     def __init__(self, url: str, name: str) -> None:

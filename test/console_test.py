@@ -643,7 +643,7 @@ async def test_operator_actions_are_not_signs_of_life(io_loop):
                 await client.send("2")
                 await post(service, f"{one}/send", b"x")
                 await ask(service, "GET", "/console/connections")
-                # No sign of life: the second message is not sent, and the client is closed.
+                # No sign of life: the second message waits until its client is closed.
                 await asyncio.wait_for(client.wait_closed(), DEADLINE)
                 assert client.close_code == 1013
             held.set()

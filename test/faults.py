@@ -404,7 +404,7 @@ class _BackendConnection(asyncio.Protocol):
             self._transport.abort()
             return
         head = "".join(f"{line}\r\n" for line in reply.headers)
-        start = f"HTTP/1.1 {reply.status} Told So\r\n{head}"
+        start = f"HTTP/1.1 {reply.status} Scripted\r\n{head}"
         match reply.fault:
             case "hold":
                 return

@@ -286,7 +286,7 @@ async def test_handshakes_are_accepted_during_drain_delay(io_loop):
 
 
 async def crash(service: Service) -> None:
-    """End it as a bug in C, or the kernel for want of memory, would."""
+    """End it as a bug in C or the out-of-memory killer would."""
     service.process.kill()
     await service.process.wait()
 

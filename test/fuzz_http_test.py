@@ -108,7 +108,7 @@ def answers(draw: st.DrawFn) -> bytes:
     status = draw(
         st.sampled_from([200, 201, 204, 302, 400, 401, 403, 404, 429, 500, 503, 999])
     )
-    head = b"HTTP/1.1 %d Told So\r\n" % status
+    head = b"HTTP/1.1 %d Scripted\r\n" % status
     for name in draw(
         st.lists(
             st.sampled_from(

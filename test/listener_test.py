@@ -112,7 +112,7 @@ async def test_burst_of_handshakes_is_answered(io_loop, server):
 
 
 async def hold(url, kind, stack):
-    """One connection that stays, as whoever holds 400 of them would have it."""
+    """One of 400 connections that a peer holds open."""
     host, _, port = url.split("/")[2].rpartition(":")
     with contextlib.suppress(ConnectionError):
         reader, writer = await asyncio.open_connection(host, int(port))

@@ -181,7 +181,7 @@ SWITCHING = {
 @pytest.mark.parametrize("row", SWITCHING)
 @pytest.mark.parametrize("behind", [b"", b"\0\0\0\4", OK + BODY])
 def test_switching_protocols_is_a_final_status(row, behind, size):
-    """Nobody requested it, so no HTTP follows."""
+    """It was not requested, so no HTTP follows."""
     reader = read(SWITCHING[row] + behind, size=size)
     assert (reader.status, reader.body) == (101, b"")
     assert reader.complete and not reader.reusable

@@ -48,7 +48,7 @@ PARTS = (
     # sends without the fast path, streams of another loop. The code behind these
     # (delivery, signing, limits) is the same.
     Part(
-        "Once more on asyncio's own loop and Tornado's own server",
+        "Again on asyncio's own loop and Tornado's own server",
         (
             *PARALLEL,
             *named("handshake", "bad_input", "websocket", "frames", "callback"),

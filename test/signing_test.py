@@ -86,7 +86,7 @@ async def by_npm(attempts: Sequence[Signed]) -> list[bool]:
 
 
 def tampered(attempt: Signed) -> list[Signed]:
-    """What somebody in between might have made of it."""
+    """The event as an attacker in between might change it."""
     later = int(attempt.headers["webhook-timestamp"]) + 1
     return [
         attempt._replace(body=attempt.body.replace(b'"meta"', b'"Meta"', 1)),

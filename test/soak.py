@@ -115,7 +115,7 @@ class Plan:
 
     @classmethod
     def for_memory(cls, seconds: float) -> "Plan":
-        """One long round in which much is held, and nobody is killed."""
+        """One long round in which much is held, and no process is killed."""
         return cls(
             seconds=seconds, strict=False, ending="stop", early=False, freezes=False,
             share=0.3, odd=0.1, delivery_timeout=8, order_wait=0.1, queue=64,

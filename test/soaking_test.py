@@ -116,7 +116,7 @@ FAULTLESS = {
     "on its way when the other failed": [
         message(0, 0, "503", took=1), message(1, 1.2), message(0, 2),
     ],
-    "told by the next run, which knows no Retry-After": [
+    "sent by the next run, which knows no Retry-After": [
         disconnect(0, outcome="503", retry_after=3),
         disconnect(1, reason="instance lost"),
     ],
@@ -132,11 +132,11 @@ FAULTY = {
     ],
     "came again, though it was answered 200": [message(0, 0), message(0, 1)],
     "came again, though it was answered 400": [message(0, 0, "400"), message(0, 1)],
-    "came again after 0.99 s, told 3": [
+    "came again after 0.99 s, requested 3": [
         message(0, 0, "503", retry_after=3), message(0, 1),
     ],
     "message 0 came first after message 1": [message(1, 0), message(0, 2)],
-    "its disconnect event came again after 1.00 s, told 3": [
+    "its disconnect event came again after 1.00 s, requested 3": [
         disconnect(0, outcome="503", retry_after=3), disconnect(1),
     ],
 }  # fmt: skip

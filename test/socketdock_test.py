@@ -574,7 +574,7 @@ def test_log_config_fifo_without_a_reader_is_rejected(tmp_path):
         {"version": 1, "handlers": {"file": file}, "root": {"handlers": ["file"]}}
     ))
     error = refusal(f"--log_config={config}", status=1)
-    assert str(path) in error and "nobody reads this FIFO" in error
+    assert str(path) in error and "no process reads this FIFO" in error
 
 
 # --help.

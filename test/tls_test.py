@@ -339,7 +339,7 @@ async def test_https_ends_with_close_notify(io_loop, authority, server):
     ],
 )
 def test_bad_file_stops_the_start(authority, server, tmp_path, flags, sentence):
-    """With one sentence; nobody is asked for a password.
+    """With a one-line error; never with a prompt for a password.
 
     Options that don't fit together stay wrong, a file may become right.
     """

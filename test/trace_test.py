@@ -24,7 +24,7 @@ WELL_FORMED = [
     (f"00-{TRACE_ID}-{SPAN_ID}-00", "00"),
     (f"00-{TRACE_ID}-{SPAN_ID}-03", "03"),  # sampled, and the id is random
     (f"00-{TRACE_ID}-{SPAN_ID}-02", "02"),
-    (f"00-{TRACE_ID}-{SPAN_ID}-ff", "03"),  # what nobody knows is set to zero
+    (f"00-{TRACE_ID}-{SPAN_ID}-ff", "03"),  # unknown flags are cleared
     (f"00-{TRACE_ID}-{SPAN_ID}-fc", "00"),
     (f"01-{TRACE_ID}-{SPAN_ID}-01", "01"),  # of a version to come, only "sampled"
     (f"cc-{TRACE_ID}-{SPAN_ID}-ff", "01"),
@@ -100,7 +100,7 @@ async def visit(
 
 
 def are_new(found: list[tuple[str, str, str, str]]) -> bool:
-    """Whether each event began a trace of its own, which nobody records."""
+    """Whether each event began its own trace, which is not recorded."""
     trace_ids = {trace_id for _, trace_id, _, _ in found}
     return (
         len(trace_ids) == len(found)

@@ -156,7 +156,7 @@ def traces_at(backend: RecordingBackend) -> dict[str, tuple[str, str, str]]:
 
 
 def check_traces(collector: Collector, backend: RecordingBackend) -> None:
-    """Each event has one span, whose place is what its backend was told."""
+    """Each event has one span, with the ids that its backend received."""
     spans = {
         span.attributes["socketdock.event_id"]: (span.trace_id, span.span_id, "01")
         for span in collector.spans
@@ -254,7 +254,7 @@ async def test_one_trace_from_the_client_to_the_backend_and_back(io_loop, server
             "socketdock.outcome": "delivered",
         }
     (connect,), (message,) = collector.of("connect"), collector.of("message")
-    # Of an attempt the loop's clock tells how long it took, which may be coarse.
+    # Attempts are measured by the loop's clock, which may be coarse.
     assert handshake.began - COARSE <= connect.began <= connect.ended
     assert connect.ended <= handshake.ended + COARSE
     assert abs(handshake.began - time.time()) < DEADLINE
@@ -790,7 +790,7 @@ async def test_no_span_holds_a_secret(io_loop):
                         body=b"leak-answer",
                         headers={"Authorization": f"Bearer {token}"},
                     )
-                # A stranger's path is not ours to show.
+                # A path chosen by a peer must not be exported.
                 strange = f"{service.callback_url}/socket/stranger/send"
                 answer = await backend.call(strange)
                 assert answer.code == 401

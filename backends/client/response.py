@@ -31,7 +31,7 @@ LENGTH = re.compile(rb"\d{1,18}")  # less than 2**63
 FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 CONNECTION = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"upgrade"})
 
-SWITCHING_PROTOCOLS = 101  # final here: nobody asked for it
+SWITCHING_PROTOCOLS = 101  # final here: it was not requested
 
 
 class MalformedResponse(Exception):

@@ -1,10 +1,10 @@
-// A chat in Express, behind SocketDock: what one client sends, all of them get.
+// A chat in Express, behind SocketDock: all clients get what one of them sends.
 //
 //     npm ci
 //     WEBHOOK_SECRET=whsec_... CALLBACK_TOKEN=... node backend.mjs
 //
-// and beside it the relay, as ../flask_backend.py says, which is the same in
-// Python. What a real one would keep in a database is in memory here.
+// and the relay as described in ../flask_backend.py, which is the same in Python.
+// A production backend would store in a database what this one keeps in memory.
 
 import { parseArgs } from "node:util";
 
@@ -27,15 +27,15 @@ const webhook = new Webhook(process.env.WEBHOOK_SECRET);
 // Where each client is reached, by the run of the relay that holds it.
 //
 // An instance is <name>/<boot id>: an event from another boot of the same name
-// tells that the one before is dead, with all its connections. So each relay
-// needs an --instance_name of its own.
+// shows that the one before is dead, with all its connections. So each relay
+// needs its own --instance_name.
 class Connections {
   #urls = new Map(); // by instance and connection
   #dead = new Bounded(MAX_DEAD);
 
-  // Take note of a connection, of which an event has come.
+  // Record a connection, for which an event has arrived.
   add({ instance, connection_id, send }) {
-    if (this.#dead.has(instance)) return; // its last words came late
+    if (this.#dead.has(instance)) return; // a late event of a dead run
     for (const other of this.#urls.keys()) {
       if (other !== instance && nameOf(other) === nameOf(instance)) this.#bury(other);
     }
@@ -48,7 +48,7 @@ class Connections {
     this.#urls.get(instance)?.delete(connection_id);
   }
 
-  // Of all that are open.
+  // The URLs of all open connections.
   urls() {
     return [...this.#urls.values()].flatMap((urls) => [...urls.values()]);
   }
@@ -60,7 +60,7 @@ class Connections {
   }
 }
 
-// A set that forgets its oldest.
+// A set that drops its oldest member when it is full.
 class Bounded extends Set {
   #size;
 
@@ -79,12 +79,12 @@ class Bounded extends Set {
 const nameOf = (instance) => instance.slice(0, instance.lastIndexOf("/"));
 
 const connections = new Connections();
-const seen = new Bounded(MAX_SEEN); // ids of events that were acted on
+const seen = new Bounded(MAX_SEEN); // ids of processed events
 
-// Let only the relay in, and each of its events once.
+// Accept events from the relay only, and each of them once.
 function verify(request, response, next) {
   try {
-    // The signature is over the bytes as they came, not over JSON.
+    // The signature is over the bytes as received, not over parsed JSON.
     request.event = webhook.verify(request.body ?? "", request.headers);
   } catch (error) {
     if (!(error instanceof WebhookVerificationError)) throw error;
@@ -95,7 +95,7 @@ function verify(request, response, next) {
   const id = request.headers["webhook-id"];
   if (seen.has(id)) {
     console.log(`again: ${id}`);
-    response.sendStatus(204); // it was taken, though the relay did not hear of it
+    response.sendStatus(204); // processed already, but the relay did not get the response
     return;
   }
   seen.add(id);
@@ -127,13 +127,13 @@ async function send(url, text) {
 const app = express();
 app.use(express.raw({ type: () => true, limit: MAX_BODY }), verify);
 
-// Accept every client; meta.headers would tell who it is.
+// Accept every client; meta.headers has its cookies and tokens.
 app.post("/connect", (request, response) => {
   connections.add(request.event.meta);
   response.sendStatus(204);
 });
 
-// Pass a message on to everybody.
+// Send a message to all clients.
 app.post("/message", async (request, response) => {
   const { meta, message } = request.event;
   connections.add(meta);
@@ -141,13 +141,13 @@ app.post("/message", async (request, response) => {
   response.sendStatus(204);
 });
 
-// Forget a client. A run that is dead speaks here through the next one.
+// Remove a client. For the clients of a dead run, the next run sends this event.
 app.post("/disconnect", (request, response) => {
   connections.remove(request.event.meta);
   response.sendStatus(204);
 });
 
-// What has failed is answered with 500, so that the relay sends it again.
+// Answer 500 if processing failed, so that the relay retries the event.
 app.use((error, request, response, next) => {
   if (request.event) seen.delete(request.headers["webhook-id"]);
   console.log(`failed: ${error.message}`);

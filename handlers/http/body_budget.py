@@ -40,7 +40,7 @@ class BodyBudget:
     def hold(self, holder: BodyHolder, size: int) -> None:
         """Record that `holder` has `size` bytes of a body now."""
         if holder in self._dropped:
-            return  # or its bytes would count once more, against the others
+            return  # otherwise its bytes would count again
         self._total += size - self._sizes.get(holder, 0)
         self._sizes[holder] = size
         while self._total > self._max_size:

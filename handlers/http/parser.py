@@ -41,7 +41,7 @@ class HeadListener(Protocol):
 
 
 class RequestParser:
-    """Turns bytes into `Request`s; tells its listener when a head is complete.
+    """Turns bytes into `Request`s; calls its listener when a head is complete.
 
     `partial` is the request of which a part has been parsed, None between two.
     """
@@ -116,7 +116,7 @@ class RequestParser:
         return b""
 
     def _resume(self) -> None:
-        """Go on with the body of a request for another protocol.
+        """Continue with the body of a request for another protocol.
 
         The parser stops behind its head. A body is for no protocol of this server:
         "A server MAY ignore a received Upgrade header field" (RFC 9110, 7.8).

@@ -268,7 +268,7 @@ def _held_open(path: str) -> Iterator[None]:
         fifo = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ENXIO:
-            error.strerror = "nobody reads this FIFO"
+            error.strerror = "no process reads this FIFO"
         raise
     try:
         yield

@@ -56,7 +56,7 @@ RETRY_AFTERS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("Retry-After: Mon, 00 Foo 2020 99:99:99 GMT",), 0),
     (("Retry-After: Thu, 01 Jan 1970 00:00:00 +999999999",), 0),
 )
-# What would be later than any deadline, or is nothing: nobody minds which.
+# What would be later than any deadline, or is invalid: any outcome is correct.
 ABSURD_RETRY_AFTERS = (
     "Thu, 01 Jan 99999999999999999999 00:00:00 GMT",
     "Fri, 31 Dec 9999 23:59:59 GMT",

@@ -296,7 +296,7 @@ class Audit:
             deadline = failed_at + DISCONNECT_TIMEOUT
         if wait < latest.retry_after - EARLY and attempt.arrived < deadline:
             yield (
-                f"{label(attempt)} came again after {wait:.2f} s, told"
+                f"{label(attempt)} came again after {wait:.2f} s, requested"
                 f" {latest.retry_after:g}"
             )
 
@@ -311,7 +311,7 @@ class Audit:
         return min(lost, max(replay.began, next_to_go))
 
     def _is_doubtful(self, begin: float, end: float) -> bool:
-        """Whether the relay may have sent from about `begin` on what nobody read."""
+        """Whether what the relay sent from about `begin` on may have been lost."""
         begin = self._pulse.ago(KNOWN, begin)
         return self._book.first_reset(begin, end) < float("inf")
 

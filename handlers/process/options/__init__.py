@@ -115,7 +115,7 @@ def _set(name: str, value: Any, where: str) -> Any:
 
 
 def _unused(given: Sequence[Any]) -> list[str]:
-    """Return a warning for each other backend whose options were changed in vain.
+    """Return a warning for each other backend whose options have no effect.
 
     None if the selected backend is not built in: it may use a built-in one.
     """
