@@ -47,13 +47,13 @@ from statistics import median
 from certificates import Authority
 from faults import Attempt, FaultyBackend, Reply, SilentProxy, memory
 from service import Service
-from soaking.answers import Moods
+from soaking.answers import Behavior
 from soaking.books import Audit, Violation
 from soaking.callers import read_no_answers
 from soaking.pulse import Pulse
 from soaking.visits import (
-    GUESTS,
-    PASSERS_BY,
+    PERMANENT,
+    TEMPORARY,
     Refused,
     Staying,
     Vanishing,
@@ -152,8 +152,8 @@ class Plan:
 class Backend(FaultyBackend):
     """Records connections by their client's name, and the beginning of messages."""
 
-    def __init__(self, moods: Moods, tls: ssl.SSLContext | None) -> None:
-        super().__init__(moods.decide, tls)
+    def __init__(self, behavior: Behavior, tls: ssl.SSLContext | None) -> None:
+        super().__init__(behavior.decide, tls)
         self.send_urls: dict[str, str] = {}  # by name
         self.messages: Counter[str] = Counter()  # first accepted ones, by client
 
@@ -194,24 +194,24 @@ class Round:
     pulse: Pulse = field(default_factory=Pulse)
     status: int = 0  # the relay's exit status
 
-    def blame(self, what: str) -> None:
+    def report(self, what: str) -> None:
         self.violations.append(Violation(what))
 
     async def run(self) -> None:
         """Run it, and check the result."""
         plan = self.plan
-        moods = Moods(
+        behavior = Behavior(
             self.rng, plan.share, plan.odd, not plan.strict, plan.delivery_timeout <= 5
         )
         certificate = self.authority.server() if plan.backend_tls else None
         tls = certificate and certificate.server_context()
-        async with Backend(moods, tls) as backend:
+        async with Backend(behavior, tls) as backend:
             with tempfile.TemporaryDirectory() as state:
                 flags = [
                     *backend.flags("connect", "message", "disconnect"),
                     f"--state_dir={state}", *plan.flags(), *self._tls_flags(),
                 ]  # fmt: skip
-                log = await self._live(flags, backend, moods)
+                log = await self._run_relay(flags, backend, behavior)
             self._audit(backend, log)
 
     def _tls_flags(self) -> Iterator[str]:
@@ -222,8 +222,8 @@ class Round:
             yield f"--tls_cert={certificate.cert}"
             yield f"--tls_key={certificate.key}"
 
-    async def _live(
-        self, flags: list[str], backend: Backend, moods: Moods
+    async def _run_relay(
+        self, flags: list[str], backend: Backend, behavior: Behavior
     ) -> list[str]:
         """Run the relay and its clients; return the relay's log."""
         over, stopping = asyncio.Event(), asyncio.Event()
@@ -243,7 +243,7 @@ class Round:
                     self._visit_again_and_again(
                         index, service.ws_url, proxy.url, backend, over
                     )
-                    for index in range(self.clients + 2 * len(GUESTS))
+                    for index in range(self.clients + 2 * len(PERMANENT))
                 ]
                 living = [asyncio.create_task(one) for one in around + coming]
                 await asyncio.sleep(self.plan.seconds)
@@ -252,7 +252,7 @@ class Round:
                     await asyncio.gather(*living[: 1], *living[len(around) :])
                 stopping.set()
                 await asyncio.gather(*living[1:3])
-                self.status = await self._end(service, backend, moods, over)
+                self.status = await self._end(service, backend, behavior, over)
                 await asyncio.gather(*living)
                 proxy.stop_forwarding()  # clients that vanish have done so by now
                 ends = (visit.end() for visit in self.visits if not visit.refused)
@@ -264,7 +264,11 @@ class Round:
         return service.log
 
     async def _end(
-        self, service: Service, backend: Backend, moods: Moods, over: asyncio.Event
+        self,
+        service: Service,
+        backend: Backend,
+        behavior: Behavior,
+        over: asyncio.Event,
     ) -> int:
         """End the relay as planned; its exit status."""
         process, plan = service.process, self.plan
@@ -274,16 +278,16 @@ class Round:
             return await process.wait()
         process.send_signal(signal.SIGTERM)
         if plan.early:
-            moods.failing = self.rng.random() < 0.5
+            behavior.failing = self.rng.random() < 0.5
         await asyncio.sleep(1)
         over.set()
-        moods.failing = False
+        behavior.failing = False
         if backend.outage is not None:
             await backend.make_reachable()
         backend.release()
         status = await asyncio.wait_for(process.wait(), SETTLED)
         if status != (0 if plan.ending == "stop" else status & 1):
-            self.blame(f"exit status {status}: {'; '.join(complaints(service.log))}")
+            self.report(f"exit status {status}: {'; '.join(complaints(service.log))}")
         return status
 
     async def _recover_events(self, flags: list[str], backend: Backend) -> None:
@@ -330,9 +334,9 @@ class Round:
     ) -> None:  # fmt: skip
         """Make one visit after the other."""
         rng = random.Random(self.rng.random())
-        kinds, weights = list(PASSERS_BY), list(PASSERS_BY.values())
-        if index < 2 * len(GUESTS):
-            kinds, weights = [GUESTS[index // 2]], [1]
+        kinds, weights = list(TEMPORARY), list(TEMPORARY.values())
+        if index < 2 * len(PERMANENT):
+            kinds, weights = [PERMANENT[index // 2]], [1]
         elif self.prints_memory:  # no client stays for the whole round
             weights = [0 if kind in (Staying, Vanishing) else 1 for kind in kinds]
         turn = 0
@@ -381,7 +385,7 @@ class Round:
                 ]
         used = [bytes for _, bytes in self.memory]
         if used and max(used) > ENOUGH_MEMORY:
-            self.blame(f"{max(used) // MIB} MiB of memory")
+            self.report(f"{max(used) // MIB} MiB of memory")
         if self.prints_memory:
             self._judge_growth()
 
@@ -394,7 +398,7 @@ class Round:
         growth = median(used[-third:]) - median(used[-2 * third : -third])
         print(f"growth in the last third: {growth / MIB:.1f} MiB")
         if growth > FLAT:
-            self.blame(f"memory grew by {growth / MIB:.0f} MiB")
+            self.report(f"memory grew by {growth / MIB:.0f} MiB")
 
 
 async def main() -> int:
@@ -466,7 +470,7 @@ async def live(
             await this.run()
         except Exception as error:
             said = "; ".join(complaints(str(error).splitlines()))
-            this.blame(f"{type(error).__name__}: {said}")
+            this.report(f"{type(error).__name__}: {said}")
             this.evidence += "".join(traceback.format_exception(error)).splitlines()
         most = max((bytes for _, bytes in this.memory), default=0)
         print(

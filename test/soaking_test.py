@@ -66,7 +66,7 @@ def steady(*pauses: tuple[float, float]) -> Pulse:
     return pulse
 
 
-def flaws(
+def violations_of(
     *attempts: Attempt,
     strict: bool = False,
     pulse: Pulse | None = None,
@@ -145,45 +145,45 @@ FAULTY = {
 @pytest.mark.parametrize("attempts", FAULTLESS.values(), ids=FAULTLESS)
 def test_soak_accepts_what_the_contract_allows(attempts: list[Attempt]) -> None:
     """It reports nothing."""
-    assert flaws(*attempts) == []
+    assert violations_of(*attempts) == []
 
 
-@pytest.mark.parametrize(("flaw", "attempts"), FAULTY.items(), ids=FAULTY)
+@pytest.mark.parametrize(("what", "attempts"), FAULTY.items(), ids=FAULTY)
 def test_soak_reports_what_the_contract_forbids(
-    flaw: str, attempts: list[Attempt]
+    what: str, attempts: list[Attempt]
 ) -> None:
     """One violation, with its reason."""
-    (found,) = flaws(*attempts)
-    assert flaw in found
+    (found,) = violations_of(*attempts)
+    assert what in found
 
 
 def test_with_strict_order_messages_are_accepted_in_order() -> None:
     """Only then is a late response out of order."""
     attempts = [message(0, 0, took=5), message(1, 1)]
-    assert flaws(*attempts) == []
-    assert flaws(*attempts, strict=True) == ["out of order: [1, 0]"]
+    assert violations_of(*attempts) == []
+    assert violations_of(*attempts, strict=True) == ["out of order: [1, 0]"]
 
 
 def test_time_while_the_process_was_stopped_does_not_count() -> None:
     """A message sent before a stall may be examined after it."""
     overtaken = [message(0, 0, "503", took=1), message(1, 4.5), message(0, 6)]
-    assert len(flaws(*overtaken)) == 1
-    assert flaws(*overtaken, pulse=steady((1.1, 4))) == []
+    assert len(violations_of(*overtaken)) == 1
+    assert violations_of(*overtaken, pulse=steady((1.1, 4))) == []
 
 
 def test_soak_expects_lost_events_late() -> None:
-    """The reset of a connection loses what nobody has read."""
+    """The reset of a connection loses what was not read."""
     late = [message(1, 2), message(0, 6)]
-    assert len(flaws(*late)) == 1
-    assert len(flaws(*late, resets=(0.5,))) == 1  # nothing of this time was on it
-    assert flaws(*late, resets=(3,)) == []
-    assert flaws(*late, resets=(1.5,)) == []  # the next one was on another connection
+    assert len(violations_of(*late)) == 1
+    assert len(violations_of(*late, resets=(0.5,))) == 1  # before they were sent
+    assert violations_of(*late, resets=(3,)) == []
+    assert violations_of(*late, resets=(1.5,)) == []  # the next one was on another
     retried = [message(0, 0, "503"), message(1, 4), message(0, 6)]
-    assert len(flaws(*retried)) == 1
-    assert flaws(*retried, resets=(3,)) == []  # it had gone again beside the other
+    assert len(violations_of(*retried)) == 1
+    assert violations_of(*retried, resets=(3,)) == []  # it was retried beside the other
     given_up = [message(0, 0, "503"), message(1, 4), disconnect(9, undelivered=1)]
-    assert len(flaws(*given_up)) == 1
-    assert flaws(*given_up, resets=(1,)) == []
+    assert len(violations_of(*given_up)) == 1
+    assert violations_of(*given_up, resets=(1,)) == []
 
 
 def test_soak_counts_lost_events_as_failed() -> None:
@@ -192,9 +192,9 @@ def test_soak_counts_lost_events_as_failed() -> None:
         message(0, 0), message(1, 9), message(2, 9.1, "503", retry_after=3),
         message(2, 10.5),
     ]  # fmt: skip
-    assert len(flaws(*attempts, delivery_timeout=8)) == 1
-    assert flaws(*attempts, delivery_timeout=8, resets=(2.4,)) == []
-    assert len(flaws(*attempts, delivery_timeout=8, resets=(2.6,))) == 1
+    assert len(violations_of(*attempts, delivery_timeout=8)) == 1
+    assert violations_of(*attempts, delivery_timeout=8, resets=(2.4,)) == []
+    assert len(violations_of(*attempts, delivery_timeout=8, resets=(2.6,))) == 1
 
 
 def test_each_message_is_settled_or_counts_as_undelivered() -> None:

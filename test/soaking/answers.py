@@ -72,7 +72,7 @@ DELAYS = (0.0, 0.0, 0.05, 0.3, 0.8)  # seconds
 SOME = 8  # kinds of failure in one round
 
 
-class Moods:
+class Behavior:
     """What one round's backend does: some kinds of failure, in all odd forms.
 
     `share` of the requests fail, `odd` of the answers are of an odd form. With

@@ -10,7 +10,7 @@ from faults import Attempt, Book
 
 from soaking.answers import PASSING
 from soaking.pulse import Pulse
-from soaking.visits import Babbling, Closing, Sipping, Visit
+from soaking.visits import Closing, SendingAfterClose, SlowReader, Visit
 
 # Beats after which the relay has read what the backend answered, and the backend what
 # the relay had sent: one each on open connections; a new one takes more, TLS most.
@@ -74,12 +74,12 @@ class Audit:
         """
         for visit in visits:
             connection_id = self._ids.get(visit.name, "")
-            for flaw in self._flaws(visit, reads_at_once):
-                what = f"{type(visit).__name__.lower()} {visit.name}: {flaw}"
-                yield Violation(what, connection_id)
+            for what in self._violations_of(visit, reads_at_once):
+                kind = type(visit).__name__
+                yield Violation(f"{kind} {visit.name}: {what}", connection_id)
         for connection_id, attempts in self._by_connection.items():
-            for flaw in self.delivery_violations(attempts):
-                yield Violation(f"connection {connection_id}: {flaw}", connection_id)
+            for what in self.delivery_violations(attempts):
+                yield Violation(f"connection {connection_id}: {what}", connection_id)
 
     def timeline(self, connection_id: str) -> Iterator[str]:
         """One connection's attempts: seconds from its first event, and outcomes."""
@@ -106,16 +106,16 @@ class Audit:
         accepted = {attempt.connection_id for attempt in self._book.of("connect")}
         return accepted <= self._disconnects.keys()
 
-    def _flaws(self, visit: Visit, reads_at_once: bool) -> Iterator[str]:
+    def _violations_of(self, visit: Visit, reads_at_once: bool) -> Iterator[str]:
         """Compare what a client did and saw with what the backend got."""
-        yield from visit.flaws
+        yield from visit.violations
         if visit.refused or visit.name not in self._ids:
             return
         connection_id = self._ids[visit.name]
         attempts = [
             a for a in self._by_connection[connection_id] if a.kind == "message"
         ]
-        if isinstance(visit, Babbling):
+        if isinstance(visit, SendingAfterClose):
             late = [n for n in map(spoken, attempts) if n >= visit.sent > 0]
             if late:
                 yield f"messages behind its close frame were delivered: {late}"
@@ -131,7 +131,7 @@ class Audit:
         # not read.
         unseen = visit.close_code is None and (
             meta["code"] == SLOW
-            or (isinstance(visit, Sipping) and meta["initiator"] == "relay")
+            or (isinstance(visit, SlowReader) and meta["initiator"] == "relay")
             or not self._was_alive(meta)
         )
         if not (visit.left or unseen) and (
@@ -164,7 +164,7 @@ class Audit:
         settled = {spoken(a) for a in attempts if self._is_settled(a)} | {
             number
             for number, attempt in latest.items()
-            if attempt.ended > abandoned_at or self._crossed(attempt)
+            if attempt.ended > abandoned_at or self._may_have_crossed(attempt)
         }
         known = len(settled) + meta["undelivered"]
         seen = {spoken(attempt) for attempt in attempts}
@@ -177,7 +177,7 @@ class Audit:
         if known < visit.sent:
             yield f"{visit.sent} messages sent, {len(settled)} settled, {meta}"
 
-    def _crossed(self, failed: Attempt) -> bool:
+    def _may_have_crossed(self, failed: Attempt) -> bool:
         """Whether the relay may have abandoned a message just as it failed.
 
         It abandons one to send another while so many are open; only the relay knows
@@ -239,7 +239,7 @@ class Audit:
                 continue
             same = replay.by_id[attempt.webhook_id]
             if attempt.kind == "message":
-                yield from self._needless(attempt, same)
+                yield from self._repeats_after_the_end(attempt, same)
                 yield from self._swapped(attempt, replay)
             yield from self._early_retry(attempt, replay)
             yield from self._overtaken(attempt, replay)
@@ -253,7 +253,9 @@ class Audit:
             if numbers != sorted(numbers):
                 yield f"out of order: {numbers}"
 
-    def _needless(self, attempt: Attempt, same: list[Attempt]) -> Iterator[str]:
+    def _repeats_after_the_end(
+        self, attempt: Attempt, same: list[Attempt]
+    ) -> Iterator[str]:
         """A finally answered event is not sent again."""
         for earlier in same:
             if (
@@ -306,8 +308,8 @@ class Audit:
         Where the backend was away that was when it was the next to go, or when it
         was lost on its way beside others.
         """
-        lost = self._book.first_reset(replay.began, replay.came_first(attempt))
-        next_to_go = self._pulse.ago(KNOWN, replay.came_before(attempt))
+        lost = self._book.first_reset(replay.began, replay.first_arrival(attempt))
+        next_to_go = self._pulse.ago(KNOWN, replay.previous_arrival(attempt))
         return min(lost, max(replay.began, next_to_go))
 
     def _is_doubtful(self, begin: float, end: float) -> bool:
@@ -357,7 +359,7 @@ class Audit:
         """Whether the failed message was retried well after `other`, or never."""
         again = replay.next_of(failed)
         if again == float("inf"):
-            return not self._crossed(failed)
+            return not self._may_have_crossed(failed)
         return self._pulse.count(other.arrived, again) > KNOWN
 
     def _is_failed(self, attempt: Attempt) -> bool:
@@ -391,11 +393,11 @@ class _Replay:
         self.highest: Attempt | None = None  # the last message that came
         self.disconnected = float("inf")  # when the first disconnect event came
 
-    def came_first(self, attempt: Attempt) -> float:
+    def first_arrival(self, attempt: Attempt) -> float:
         """Return when that message arrived for the first time."""
         return self._came_first[spoken(attempt)]
 
-    def came_before(self, attempt: Attempt) -> float:
+    def previous_arrival(self, attempt: Attempt) -> float:
         """When the message before it did."""
         return self._came_first.get(spoken(attempt) - 1, self.began)
 

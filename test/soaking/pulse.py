@@ -39,7 +39,7 @@ class Pulse:
     @contextlib.asynccontextmanager
     async def taken(self, url: str) -> AsyncIterator[None]:
         """Measure during the block; `url` is one that the relay answers at once."""
-        tasks = (self._beat(url), self._watch())
+        tasks = (self._measure(url), self._watch())
         taking = [asyncio.create_task(task) for task in tasks]
         try:
             yield
@@ -48,7 +48,7 @@ class Pulse:
                 task.cancel()
             await asyncio.gather(*taking, return_exceptions=True)
 
-    async def _beat(self, url: str) -> None:
+    async def _measure(self, url: str) -> None:
         async with Caller(url) as caller:
             while True:
                 begin = time.monotonic()

@@ -83,7 +83,7 @@ class Visit:
     close_code: int | None = None
     received: list[int] = field(default_factory=list)
     pushes: list[Push] = field(default_factory=list)
-    flaws: list[str] = field(default_factory=list)  # of the relay, as seen from here
+    violations: list[str] = field(default_factory=list)  # seen by the client
     # Where the backend would call back; known once it is connected.
     send_url: Callable[[], str] = lambda: ""
     # Whether the backend has accepted all that it sent.
@@ -220,7 +220,7 @@ class Staying(Talker):
 
 
 @dataclass
-class Fed(Talker):
+class Receiving(Talker):
     """Gets frames all the time: some always wait for it."""
 
     living = True
@@ -299,7 +299,7 @@ class Bare(Visit):
             while True:
                 first, second = await self.reader.readexactly(2)
                 if self.close_code is not None:
-                    self.flaws.append("frames behind the relay's close frame")
+                    self.violations.append("frames behind the relay's close frame")
                 size = second
                 if size > 125:
                     size = int.from_bytes(
@@ -338,7 +338,7 @@ class Bare(Visit):
 
 
 @dataclass
-class Dashing(Bare):
+class Hasty(Bare):
     """Sends, closes and disconnects at once; sends to it fail meanwhile."""
 
     certain = True
@@ -367,7 +367,7 @@ class Dashing(Bare):
 
 
 @dataclass
-class Babbling(Bare):
+class SendingAfterClose(Bare):
     """Continues to send after its close frame."""
 
     certain = True
@@ -437,7 +437,7 @@ class Closing(Bare):
 
 
 @dataclass
-class Sipping(Bare):
+class SlowReader(Bare):
     """Reads many bytes slowly but steadily; sends at times."""
 
     living = True
@@ -469,7 +469,7 @@ class Sipping(Bare):
 
 
 @dataclass
-class Mute(Bare):
+class NonReader(Bare):
     """Sends, and never reads; gets frames until the relay closes it."""
 
     async def stay(self, over: asyncio.Event) -> None:
@@ -488,9 +488,9 @@ class Mute(Bare):
 
 
 # Clients that stay for the whole round; the others connect and leave.
-GUESTS: tuple[type[Visit], ...] = (Fed, Sipping, Mute)
-PASSERS_BY: dict[type[Visit], int] = {
-    Polite: 6, Dropped: 2, Vanishing: 1, Staying: 2, Dashing: 3, Babbling: 1,
+PERMANENT: tuple[type[Visit], ...] = (Receiving, SlowReader, NonReader)
+TEMPORARY: dict[type[Visit], int] = {
+    Polite: 6, Dropped: 2, Vanishing: 1, Staying: 2, Hasty: 3, SendingAfterClose: 1,
     Fragmenting: 1, Closing: 2,
 }  # fmt: skip
 
