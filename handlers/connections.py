@@ -168,7 +168,7 @@ class ConnectionMap(Generic[C]):
 
         Handshakes are accepted for `delay` more seconds; then `on_refusing` is called.
         The closes are spread evenly over `spread` seconds, so that clients do not all
-        reconnect at once. Finally `settle` gets the seconds that are left, and returns
+        reconnect at once; the turn of a client that has left takes no time. Finally `settle` gets the seconds that are left, and returns
         how many messages it cut off (see `Backend.drain`).
 
         Returns False if `timeout` seconds after `spread` were not enough; the rest is
@@ -213,14 +213,22 @@ class ConnectionMap(Generic[C]):
             self._changed.clear()
             await self._changed.wait()
 
+    async def _left(self, connection: C, due: float) -> None:
+        """Wait until a connection has left, or until `due` on the loop's clock."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(due):
+                while connection.id in self._connections:
+                    self._changed.clear()
+                    await self._changed.wait()
+
     async def _close_all(self, spread: float) -> None:
         loop = self.loop
         connections = list(self)
         began = loop.time()
         for number, connection in enumerate(connections):
-            early = began + spread * number / len(connections) - loop.time()
-            if early > 0:
-                await asyncio.sleep(early)
+            due = began + spread * number / len(connections)
+            if due > loop.time():
+                await self._left(connection, due)
             connection.drain()
         for connection in self:  # those accepted meanwhile
             connection.drain()

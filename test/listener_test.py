@@ -87,6 +87,7 @@ async def answered(host, port, stack):
     return reader
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 @pytest.mark.gen_test(timeout=60)
 async def test_burst_of_handshakes_is_answered(io_loop, server):
@@ -222,10 +223,11 @@ async def total(service):
     return b'"total": 0' not in answer
 
 
+@pytest.mark.long
 @pytest.mark.gen_test
 async def test_process_that_drains_leaves_a_shared_port_to_the_others(io_loop):
     """Once it drains, no handshake at the shared port is rejected."""
-    shared = ("--reuse_port", "--callbackport=0", "--drain_spread=20")
+    shared = ("--reuse_port", "--callbackport=0", "--drain_spread=3600")
     async with Service(*shared) as leaving:
         port = leaving.ws_url.split("/")[2].rpartition(":")[2]
         held = [await websockets.connect(leaving.ws_url) for _ in range(2)]

@@ -158,6 +158,17 @@ async def test_stop_says_what_it_waits_for(io_loop):
     )
 
 
+async def test_stop_takes_no_longer_than_the_clients_stay(io_loop):
+    """The rest of --drain_spread is not waited for."""
+    async with Service("--drain_spread=3600") as service:
+        clients = [await websockets.connect(service.ws_url) for _ in range(3)]
+        service.process.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(clients[0].wait_closed(), DEADLINE)
+        for client in clients:
+            await client.close()
+        assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
+
+
 def said(service: Service) -> list[str]:
     return [line for line in service.log if "stopping: " in line]
 

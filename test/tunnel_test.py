@@ -69,7 +69,7 @@ async def test_tunnel_of_a_refused_handshake_reaches_nothing(
     io_loop, tmp_path, server, scheme
 ):
     """An invalid handshake, a full relay, and a draining one."""
-    flags = [f"--http_server={server}", "--max_connections=2", "--drain_spread=30"]
+    flags = [f"--http_server={server}", "--max_connections=2", "--drain_spread=3600"]
     context = None
     if scheme == "wss":
         authority = Authority(tmp_path)
