@@ -6,7 +6,7 @@ from service import Service
 
 from handlers.http.body_budget import MAX_BODY_BYTES
 
-pytestmark = pytest.mark.gen_test(timeout=90)
+pytestmark = [pytest.mark.gen_test(timeout=240), pytest.mark.long]
 
 COUNT = 30  # peers at once
 CROWD = 60  # whose bodies together are twice what the process keeps

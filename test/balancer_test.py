@@ -350,6 +350,7 @@ async def test_reload_keeps_clients(io_loop, balancer, tmp_path):
                 assert await answer(after, "new here") == "new here"
 
 
+@pytest.mark.long
 @each_balancer
 async def test_upgrade_of_both_relays_loses_no_message(io_loop, balancer, tmp_path):
     """One drains while the other serves, then the other; no client is rejected."""

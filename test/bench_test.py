@@ -11,7 +11,7 @@ from service import PROJECT
 
 from bench.comparison import Comparison, comparisons
 
-pytestmark = pytest.mark.gen_test(timeout=120)
+pytestmark = [pytest.mark.gen_test(timeout=240), pytest.mark.long]
 
 PRICE = {"cpu_us", "load_us", "per_second", "busy", "stolen"}
 FIGURES = {

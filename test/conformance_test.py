@@ -7,7 +7,7 @@ import sys
 import pytest
 from service import PROJECT
 
-pytestmark = pytest.mark.gen_test(timeout=120)
+pytestmark = [pytest.mark.gen_test(timeout=240), pytest.mark.long]
 
 SECONDS = [f"{group}.*" for group in (1, 2, 3, 4, 5, 6, 7, 10)]
 # 1,000 messages of 16 bytes, of each kind and with each parameter.

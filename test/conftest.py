@@ -76,6 +76,32 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.async_test_timeout = 60.0
 
 
+@pytest.hookimpl(trylast=True)  # when `-m` has taken its choice
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Begin with the long tests, so that none is left to one worker at the end.
+
+    pytest-xdist gives each worker an equal share of `items`, in their order, and a
+    worker that has finished takes tests from the end of another's share. Only half of
+    the workers begin with long tests: these often wait, and the other half has the
+    processors meanwhile.
+    """
+    if not (workers := getattr(config, "workerinput", {}).get("workercount")):
+        return
+    half = max(1, workers // 2)
+    long = [item for item in items if item.get_closest_marker("long")]
+    rest = [item for item in items if not item.get_closest_marker("long")]
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        share = (len(items) - len(ordered)) // (workers - worker)
+        first = long[worker::half] if worker < half else []
+        others = max(0, share - len(first))
+        ordered += first + rest[:others]
+        del rest[:others]
+    items[:] = ordered
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say why tests were skipped: to `make test` in the file LEFT_OUT, or here."""
     skipped: dict[str, int] = {}

@@ -693,6 +693,7 @@ async def crowd(service: Service) -> AsyncIterator[None]:
         yield
 
 
+@pytest.mark.long
 async def test_page_under_load_does_not_grow(io_loop, browser):
     """300 messages per second each way; memory is stable after a forced GC."""
     async with Service() as service, opened(browser, service) as page:

@@ -465,6 +465,7 @@ async def test_viewers_are_bounded(io_loop):
                 pass
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 async def test_viewer_that_reads_nothing_costs_no_memory(io_loop, server):
     """One batch waits for it, and the relay is not delayed."""

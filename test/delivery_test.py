@@ -23,6 +23,7 @@ from backends.http.retries import MAX_BACKOFF, backoff, retry_after
 pytestmark = pytest.mark.gen_test(timeout=90)
 
 
+@pytest.mark.long
 async def test_a_thousand_clients_in_order(io_loop):
     """1,000 clients, five messages each: each arrives once and in order."""
     clients, each = 1000, 5
@@ -82,6 +83,7 @@ async def test_next_message_waits_for_the_response(io_loop):
     assert most == 1
 
 
+@pytest.mark.long
 async def test_backend_that_holds_every_response(io_loop):
     """100 clients, twenty messages each, answered by callback: all complete."""
     clients, rounds = 100, 20  # more than `--max_unanswered`

@@ -34,7 +34,7 @@ from faults import (
 from programs import leave_out
 from service import DEADLINE, PROJECT, RecordingBackend, Service, eventually
 
-pytestmark = pytest.mark.gen_test(timeout=180)
+pytestmark = [pytest.mark.gen_test(timeout=180), pytest.mark.long]
 
 MIB = 2**20
 # What a process may grow by for reasons of its own: the allocator's arenas,

@@ -8,6 +8,7 @@ from programs import leave_out
 from service import PROJECT
 
 
+@pytest.mark.long
 def test_readme_steps_work():
     """In a new clone: `make run` and a client; a backend, the relay, a client."""
     ended = subprocess.run(

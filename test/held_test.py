@@ -68,6 +68,7 @@ async def test_ended_held_requests_leave_no_memory(io_loop):
             assert after[-1] - after[0] < 30 * MIB
 
 
+@pytest.mark.long
 async def test_held_messages_take_as_much_memory_as_they_are_long(io_loop):
     """While clients connect and disconnect; afterwards nothing is held."""
     clients, each, turns, size = 5, 15, 12, 200_000

@@ -361,6 +361,7 @@ RATE_OF_20 = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.long
 @RATE_OF_20
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 async def test_stall_does_not_count_for_rates(io_loop, loop, flag, message):
@@ -378,6 +379,7 @@ async def test_stall_does_not_count_for_rates(io_loop, loop, flag, message):
             sending.cancel()
 
 
+@pytest.mark.long
 @RATE_OF_20
 async def test_slow_backend_does_not_count_for_rates(io_loop, flag, message):
     """Reading stops for longer than --rate_patience, and then continues."""

@@ -16,7 +16,7 @@ import websockets
 from faults import Attempt, FaultyBackend, Reply, Talker, talkers
 from service import Service
 
-pytestmark = pytest.mark.gen_test(timeout=180)
+pytestmark = [pytest.mark.gen_test(timeout=180), pytest.mark.long]
 
 CLIENTS = 70
 # Seconds in which the relay may have sent an event that crossed a failure on its way.

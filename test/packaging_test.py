@@ -42,6 +42,7 @@ def test_wheel_has_two_modules_and_two_packages_with_all_their_modules(names):
     assert shipped == MODULES | modules | page | documents | typed
 
 
+@pytest.mark.long
 def test_package_has_types_for_backend_authors(tmp_path, tmp_path_factory):
     """mypy reads the types of the installed `backends` (PEP 561)."""
     prefix = installation(tmp_path_factory.getbasetemp())

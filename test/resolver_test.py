@@ -80,6 +80,7 @@ async def test_ip_addresses_are_not_looked_up(io_loop):
     assert threading.active_count() == before
 
 
+@pytest.mark.long
 def test_silent_dns_delays_nothing():
     """Runs `silent_dns.py` in its own namespaces."""
     root = ["--map-root-user"] if os.getuid() else []

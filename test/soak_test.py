@@ -8,7 +8,7 @@ import sys
 import pytest
 from service import PROJECT
 
-pytestmark = pytest.mark.gen_test(timeout=300)
+pytestmark = [pytest.mark.gen_test(timeout=300), pytest.mark.long]
 
 # What the seed draws for the first round; `make soak` has many, and longer ones.
 ROUNDS = {

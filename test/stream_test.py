@@ -84,6 +84,7 @@ async def send_all(writer, message, number):
         await writer.drain()
 
 
+@pytest.mark.long
 @LOOPS
 @pytest.mark.gen_test
 async def test_pings_of_a_peer_that_reads_nothing_do_not_pile_up(io_loop, loop):
