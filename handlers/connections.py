@@ -168,8 +168,9 @@ class ConnectionMap(Generic[C]):
 
         Handshakes are accepted for `delay` more seconds; then `on_refusing` is called.
         The closes are spread evenly over `spread` seconds, so that clients do not all
-        reconnect at once; the turn of a client that has left takes no time. Finally `settle` gets the seconds that are left, and returns
-        how many messages it cut off (see `Backend.drain`).
+        reconnect at once; the turn of a client that has left takes no time. Finally
+        `settle` gets the seconds that are left, and returns how many messages it cut
+        off (see `Backend.drain`).
 
         Returns False if `timeout` seconds after `spread` were not enough; the rest is
         cut off.
