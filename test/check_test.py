@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import resource
+import socket
 import ssl
 import sys
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ import certificates
 import pytest
 import websockets
 from certificates import Authority, self_signed
+from faults import RESET_ON_CLOSE
 from ports import free_ports
 from service import DEADLINE, PROJECT, RecordingBackend, Service, tcp_server
 
@@ -156,6 +158,27 @@ async def test_check_reports_server_that_closes_during_tls(io_loop):
     async with tcp_server(disconnect) as port:
         lines = await check(*to(f"https://127.0.0.1:{port}/"), status=1)
     assert "TLS: the connection was closed in the handshake; " in only("error", lines)
+
+
+@pytest.mark.parametrize("end", ["close", "reset"])
+async def test_check_reports_server_that_closes_after_the_handshake(
+    io_loop, tmp_path, end
+):
+    """With TLS 1.3 this may be how it rejects a client without a certificate."""
+    authority = Authority(tmp_path)
+
+    async def leave(reader, writer):
+        if end == "reset":
+            sock = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            writer.transport.abort()
+
+    context = authority.server().server_context()
+    async with tcp_server(leave, ssl=context) as port:
+        flags = (*to(f"https://127.0.0.1:{port}/"), f"--backend_ca={authority.path}")
+        line = only("error", await check(*flags, status=1))
+    assert f":{port}: TLS: the connection was closed after the handshake; " in line
+    assert "give --backend_cert if it wants a client certificate" in line
 
 
 @pytest.mark.parametrize(

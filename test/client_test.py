@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from certificates import Authority
+from ports import free_ports
 from service import DEADLINE, eventually, tcp_server
 
 from backends import BackendAway, BackendError
@@ -135,6 +136,13 @@ async def test_unknown_name_is_a_backend_error(io_loop):
     async with using() as client:
         with pytest.raises(BackendError, match="cannot connect"):
             await post(client, "http://backend.invalid/")
+
+
+async def test_refused_connection_is_named_so(io_loop):
+    """The error does not repeat the address, which the URL has."""
+    async with using() as client:
+        with pytest.raises(BackendError, match=r"cannot connect: Connection refused$"):
+            await post(client, f"http://127.0.0.1:{free_ports(1)}/")
 
 
 async def test_connections_are_reused_and_bounded(io_loop):

@@ -1,5 +1,7 @@
 """Describes why a connection to the backend failed, in one line for the log."""
 
+import os
+import socket
 import ssl
 
 TLS_HANG_UP = "TLS: the connection was closed in the handshake"
@@ -15,8 +17,16 @@ def connect_failure(error: OSError | UnicodeError) -> str:
     """Describe why there is no connection, even if the error has no message."""
     if isinstance(error, ssl.SSLError):
         return tls_failure(error)
-    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return f"cannot connect: {why}"
+    return f"cannot connect: {system_failure(error)}"
+
+
+def system_failure(error: OSError | UnicodeError) -> str:
+    """Describe an error of the operating system, without an address or a number."""
+    if isinstance(error, socket.gaierror) and error.strerror:
+        return error.strerror  # the number is not one of the operating system
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error) or type(error).__name__
 
 
 def tls_failure(error: ssl.SSLError) -> str:

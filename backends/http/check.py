@@ -17,7 +17,12 @@ import aiohappyeyeballs
 from backends.check import Check, Finding, expiry_finding
 from backends.client.pool import HAPPY_EYEBALLS_DELAY
 from backends.client.resolver import Resolver
-from backends.client.tls_failures import TLS_HANG_UP, is_hang_up, tls_failure
+from backends.client.tls_failures import (
+    TLS_HANG_UP,
+    is_hang_up,
+    system_failure,
+    tls_failure,
+)
 from backends.http.open_connections import NOTHING_TO_SEND
 from backends.target import Target
 
@@ -33,10 +38,11 @@ IP_ADDRESS_MISMATCH = 64
 OF_UNKNOWN_AUTHORITY = frozenset({2, 18, 19, 20, 21, 27})
 
 NO_TLS = "make it http://, or give the port that speaks TLS"
+WHAT_ENDS_TLS = "check the log of what terminates TLS"
 
 
 class HangUp(Exception):
-    """The peer or the network ended a TLS handshake."""
+    """The peer or the network ended a TLS connection: why, and the remedy."""
 
 
 class HTTPCheck(Check):
@@ -94,21 +100,22 @@ class HTTPCheck(Check):
             if not resolved:
                 why += ": DNS has not answered"
                 remedy = "check this machine's DNS servers"
+            elif connected:
+                why += ": the TLS handshake has not ended"
+                remedy = NO_TLS
             else:
-                remedy = NO_TLS if connected else "check firewalls and the address"
+                remedy = "check firewalls and the address"
         except (socket.gaierror, UnicodeError) as error:
             why = "the name is unknown here"
             if error.__class__ is socket.gaierror:
                 why += f" ({error.strerror})"
             remedy = "correct it, or this machine's DNS"
-        except HangUp:
-            why = TLS_HANG_UP
-            remedy = f"{NO_TLS}, or check the log of what terminates TLS"
+        except HangUp as hang_up:
+            why, remedy = hang_up.args
         except ssl.SSLError as error:
             why, remedy = tls_failure(error), tls_remedy(error)
         except OSError as error:
-            why = os.strerror(error.errno) if error.errno else str(error)
-            why = why or type(error).__name__
+            why = system_failure(error)
             remedy = "start the backend there, or correct the URL"
         return Finding("error", f"{what}: {why}; {remedy}")
 
@@ -122,16 +129,18 @@ class HTTPCheck(Check):
         except BaseException as error:
             sock.close()
             if is_hang_up(error):
-                raise HangUp from error
+                raise HangUp(TLS_HANG_UP, f"{NO_TLS}, or {WHAT_ENDS_TLS}") from error
             raise
         try:
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError, ConnectionError):
                 async with asyncio.timeout(REJECTION_WAIT):
                     await reader.read(1)
-                if reader.at_eof():
-                    raise ConnectionResetError(
-                        0, "TLS: closed immediately: it may want --backend_cert"
-                    )
+            if reader.at_eof() or reader.exception() is not None:
+                raise HangUp(
+                    "TLS: the connection was closed after the handshake",
+                    "give --backend_cert if it wants a client certificate, or"
+                    f" {WHAT_ENDS_TLS}",
+                )
             certificate = writer.get_extra_info("peercert")
         finally:
             writer.transport.abort()
