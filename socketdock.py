@@ -27,6 +27,7 @@ from backends import Backend, Check, Finding, Observer, Relay, Unavailable
 from handlers.admission import Admission
 from handlers.backlog import Backlog
 from handlers.callbacks.address import callback_url
+from handlers.callbacks.executor import CommandExecutor
 from handlers.callbacks.fast_send import FastSend
 from handlers.callbacks.routes import callback_routes, is_send
 from handlers.callbacks.tokens import CallbackTokens
@@ -166,6 +167,9 @@ class Service:
         self.tracing = make_tracing(__version__, self.instance)
         if self.tracing is not None:
             self.observers.add(self.tracing)
+        self.executor = CommandExecutor(
+            self.policy.max_message_size, options.max_state_size, self.observers
+        )
         self.backend = self._make_backend()
         claim_descriptors(
             options.max_connections + self.backend.descriptors + DESCRIPTORS,
@@ -175,6 +179,7 @@ class Service:
             self.backend.descriptors, self.to_clients is self.to_backend
         )
         self.connections = self._make_connections()
+        self.executor.begin(self.connections, self.backend)
         self.heartbeat = Heartbeat(options.ping_interval, options.ping_timeout)
         self.lifetimes = Lifetimes(options.idle_timeout, options.max_lifetime)
         self.tickets = Tickets()
@@ -204,6 +209,7 @@ class Service:
                 __version__,
                 self.observers,
                 self.tracing.sample if self.tracing is not None else None,
+                self.executor,
             )
         )
         return backend if backend.observes else ObservedBackend(backend, self.observers)

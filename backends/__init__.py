@@ -37,6 +37,7 @@ from tornado.options import Error as OptionError
 from backends.check import Check as Check
 from backends.check import Finding as Finding
 from backends.check import expiry_finding as expiry_finding
+from backends.commands import CommandName, CommandOutcome, Executor, Source
 
 # Listed, since this package also has modules that backends share.
 BUILT_IN = ("http", "loopback")
@@ -135,6 +136,18 @@ class Observer:
     def given_up(self, event_id: str) -> None:
         """An event that was attempted is given up; `ended` counts it, too."""
 
+    def commanded(
+        self,
+        source: Source,
+        command: CommandName | Literal["none"],
+        outcome: CommandOutcome,
+        connection_id: str,
+    ) -> None:
+        """A command for a connection was carried out, or not.
+
+        `none`: a reply to an event of the connection could not be read at all.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class Relay:
@@ -145,7 +158,8 @@ class Relay:
     be found out (a listener bound to a wildcard address). `instance` is
     `<name>/<boot id>`, new at every start. `version` is SocketDock's. A backend
     reports attempts and outcomes to `observer`; see `Backend.observes`. `sample`
-    decides by the id of a new trace whether it is recorded; None: none is.
+    decides by the id of a new trace whether it is recorded; None: none is. `executor`
+    carries out the commands of a backend's responses.
     """
 
     callback_url: str | None
@@ -153,6 +167,7 @@ class Relay:
     version: str
     observer: Observer = field(default_factory=Observer)
     sample: Callable[[str], bool] | None = None
+    executor: Executor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +216,10 @@ class Connection(Protocol):
     def trace(self) -> TraceContext | None:
         """The trace of its client, if there is one to continue."""
 
+    @property
+    def backend_state(self) -> bytes | None:
+        """What the backend keeps with it (`meta.state`): JSON; None: nothing."""
+
     def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
         """Send a `str` as a text frame, `bytes` as a binary one, whole.
 
@@ -215,6 +234,12 @@ class Connection(Protocol):
 
     def drained(self) -> Awaitable[None]:
         """Wait until nothing waits to be sent. Returns when closed, too."""
+
+    def has_room(self) -> "asyncio.Future[None] | None":
+        """Return None if less than half of `--max_send_buffer` waits to be sent.
+
+        Otherwise returns a future that is done when it does, or at the end.
+        """
 
     def close(
         self, code: int = 1000, reason: str = "", initiator: Initiator = "backend"

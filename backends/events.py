@@ -14,6 +14,8 @@ import orjson
 
 from backends import Closure, Handshake, Relay, TraceContext
 
+MESSAGE = b'},"message":'  # the end of `meta`, and the member that follows
+
 
 class Event(NamedTuple):
     """One event, the same on each attempt: its id, its JSON body and its span.
@@ -27,6 +29,20 @@ class Event(NamedTuple):
     body: bytes | mmap
     traceparent: str
     trace: TraceContext | None
+
+
+class Ended(NamedTuple):
+    """A connection that has ended, for its disconnect event.
+
+    `state` is `Connection.backend_state`, `instance` an earlier run that lost the
+    connection, or None for this run.
+    """
+
+    id: str
+    closure: Closure
+    trace: TraceContext | None = None
+    state: bytes | None = None
+    instance: str | None = None
 
 
 class EventWriter:
@@ -67,8 +83,12 @@ class EventWriter:
         number: int,
         message: str | bytes,
         trace: TraceContext | None,
+        state: bytes | None = None,
     ) -> Event:
-        """Make the event of a connection's message; `number` counts from 1."""
+        """Make the event of a connection's message; `number` counts from 1.
+
+        `state` is `Connection.backend_state`.
+        """
         message_id = f"{connection_id}-{number}"
         if isinstance(message, str):
             rest, text = '"text"', message
@@ -84,24 +104,19 @@ class EventWriter:
         meta = (
             f'{{"meta":{{"connection_id":"{connection_id}","send":"{url}/send",'
             f'"disconnect":"{url}/disconnect","instance":{self._quoted_instance},'
-            f'"message_id":"{message_id}","type":{rest}}},"message":'
+            f'"message_id":"{message_id}","type":{rest}'
         )
-        body = b"".join((meta.encode(), orjson.dumps(text), b"}"))  # see serialized()
+        end = MESSAGE if state is None else b',"state":%b%b' % (state, MESSAGE)
+        # See serialized().
+        body = b"".join((meta.encode(), end, orjson.dumps(text), b"}"))
         return self._event(message_id, body, trace)
 
-    def disconnect(
-        self,
-        connection_id: str,
-        closure: Closure,
-        undelivered: int,
-        refused: int,
-        trace: TraceContext | None,
-        instance: str | None = None,
-    ) -> Event:
-        """Make the disconnect event; `instance` is an earlier run, or None for this."""
-        meta = {
-            "connection_id": connection_id,
-            "instance": instance or self._instance,
+    def disconnect(self, ended: Ended, undelivered: int, refused: int) -> Event:
+        """Make the disconnect event; the counts are those of all its messages."""
+        closure = ended.closure
+        meta: dict[str, Any] = {
+            "connection_id": ended.id,
+            "instance": ended.instance or self._instance,
             "code": closure.code,
             "reason": closure.reason,
             "initiator": closure.initiator,
@@ -109,8 +124,10 @@ class EventWriter:
             "undelivered": undelivered,
             "refused": refused,
         }
-        event = {"connection_id": connection_id, "meta": meta}
-        return self._event(f"{connection_id}-disconnect", serialized(event), trace)
+        if ended.state is not None:
+            meta["state"] = orjson.Fragment(ended.state)
+        body = serialized({"connection_id": ended.id, "meta": meta})
+        return self._event(f"{ended.id}-disconnect", body, ended.trace)
 
     def _event(self, event_id: str, body: bytes, trace: TraceContext | None) -> Event:
         return Event(event_id, body, traceparent(trace, self._sample), trace)

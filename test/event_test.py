@@ -6,7 +6,7 @@ import orjson
 import pytest
 
 from backends import Closure, Handshake, Observer, Relay
-from backends.events import Event, EventWriter
+from backends.events import Ended, Event, EventWriter
 
 ID = "0f6c" * 8
 
@@ -26,7 +26,7 @@ def message(size: int, kind: str) -> Event:
 def disconnect(size: int) -> Event:
     """An event of a close frame's reason of `size` bytes."""
     closure = Closure(1000, "x" * size, "client", 1.0)
-    return writer().disconnect(ID, closure, 0, 0, None)
+    return writer().disconnect(Ended(ID, closure), 0, 0)
 
 
 def connect(size: int) -> Event:

@@ -15,9 +15,7 @@ from backends import BackendAway, BackendError
 from backends.client.dead_peers import SendProgress
 from backends.client.exchange import Exchange
 from backends.client.response import (
-    MAX_HEAD_SIZE,
     MalformedResponse,
-    Response,
     ResponseReader,
 )
 from backends.client.tls_failures import TLS_NO_RESPONSE, tls_failure
@@ -25,7 +23,6 @@ from backends.deadlines import after_reading
 
 logger = logging.getLogger(__name__)
 
-MAX_DROPPED_BODY = 1024 * 1024  # bytes; with a larger body the connection is closed
 BODY_TIMEOUT = 5.0  # seconds from a response's headers to its end; then it is closed
 # Seconds after a TLS handshake in which a lost connection may mean its rejection.
 REJECTION_TIME = 2.0
@@ -82,6 +79,7 @@ class PooledConnection(asyncio.Protocol):
         self._progress: SendProgress | None = None
         self.idle_since = 0.0  # on the loop's clock
         self._body_timer: asyncio.TimerHandle | None = None
+        self._waits_to_read = False  # the body, see `Exchange.may_read`
 
     # The transport's callbacks.
 
@@ -132,7 +130,17 @@ class PooledConnection(asyncio.Protocol):
         if exchange.timer is not None:
             exchange.timer.cancel()  # for the body `BODY_TIMEOUT` applies
             exchange.timer = None
-        if response.complete or response.size > MAX_DROPPED_BODY + MAX_HEAD_SIZE:
+        if response.keeps and exchange.asks_first():
+            assert self._transport is not None
+            self._waits_to_read = True
+            self._transport.pause_reading()
+            return
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Finish if the response has ended, else wait for the rest."""
+        response = self._response
+        if response.complete or response.excessive:
             self._finish()
         elif self._body_timer is None:
             loop = self._origin.client.loop
@@ -171,6 +179,15 @@ class PooledConnection(asyncio.Protocol):
         self._response.end()
         if self._adopted:
             self._origin.on_lost(self)
+
+    # Called by the exchange.
+
+    def read_on(self) -> None:
+        """Read the body of the response, which waited."""
+        if self._waits_to_read and self._transport is not None:
+            self._waits_to_read = False
+            self._transport.resume_reading()
+            self._go_on()
 
     # Called by the origin.
 
@@ -252,9 +269,7 @@ class PooledConnection(asyncio.Protocol):
             self._body_timer = None
         response = self._response
         exchange, self._exchange = self._exchange, None
-        outcome = Response(
-            response.status, response.headers, response.body if response.keep else b""
-        )
+        outcome = response.response()
         self.kept = True
         reusable = response.complete and response.reusable and not self._paused
         has_waiting = bool(self._origin.waiting)

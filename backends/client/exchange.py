@@ -10,7 +10,7 @@ from functools import partial
 from typing import Protocol
 
 from backends import BackendError
-from backends.client.response import Response
+from backends.client.response import Keep, Response
 from backends.deadlines import after_reading
 from backends.target import Target
 from backends.waiting import call_one
@@ -22,11 +22,14 @@ class NoConnection(BackendError):
     """The request was not sent: no request of its queue got a connection in time."""
 
 
-class Closable(Protocol):
+class Used(Protocol):
     """The connection that a request was sent on."""
 
     def close(self) -> None:
         """Close it, after what was written has been sent."""
+
+    def read_on(self) -> None:
+        """Read the body of the response, for which `may_read` returned False."""
 
 
 class Exchange:
@@ -34,13 +37,15 @@ class Exchange:
 
     `on_sent` is called when the kernel has the whole request, `on_done` once, with the
     response or a `BackendError`. Neither is called before `Client.post` returns, nor
-    after `abandon`.
+    after `abandon`. `may_read` is asked once, before a body that is kept is read; if it
+    returns False, the body is read after `read_on`.
     """
 
     __slots__ = (
         "answer_timeout",
         "connection",
         "keep",
+        "may_read",
         "on_done",
         "on_sent",
         "queue_timeout",
@@ -55,8 +60,9 @@ class Exchange:
         target: Target,
         write: Callable[[], bytes],
         on_done: Callable[[Response | BackendError], None],
-        on_sent: Callable[[], None] | None,
-        keep: bool,
+        on_sent: Callable[[], None] | None = None,
+        keep: Keep | None = None,
+        may_read: Callable[[], bool] | None = None,
     ) -> None:
         self.target = target
         # None when the request may not be sent again.
@@ -64,18 +70,19 @@ class Exchange:
         self.on_done: Callable[[Response | BackendError], None] | None = on_done
         self.on_sent = on_sent
         self.keep = keep
+        self.may_read = may_read
         # Seconds for the response from when it is sent, and for a connection while the
         # queue does not move; None: no limit of that kind.
         self.answer_timeout: float | None = None
         self.queue_timeout: float | None = None
         self.resent = False
-        self.connection: Closable | None = None
+        self.connection: Used | None = None
         self.timer: asyncio.TimerHandle | None = None
 
     def finish(self, outcome: Response | BackendError) -> None:
         """Report the outcome; does nothing if one was reported before."""
         on_done, self.on_done, self.on_sent = self.on_done, None, None
-        self.write = None
+        self.write = self.may_read = None
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
@@ -104,12 +111,22 @@ class Exchange:
 
     def abandon(self) -> None:
         """Close the request's connection, or give up its place in the queue."""
-        self.on_done = self.on_sent = self.write = None
+        self.on_done = self.on_sent = self.write = self.may_read = None
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
         if self.connection is not None:
             self.connection.close()
+
+    def asks_first(self) -> bool:
+        """Ask whether the body may be read now; return whether it has to wait."""
+        may_read, self.may_read = self.may_read, None
+        return may_read is not None and not may_read()
+
+    def read_on(self) -> None:
+        """Read the body of the response, which waited."""
+        if self.connection is not None:
+            self.connection.read_on()
 
     def forbid_resend(self) -> None:
         """Never send it again immediately, even if its kept connection ends."""
@@ -121,7 +138,7 @@ class Exchange:
             timeout, after_reading, loop, partial(self._on_timeout, timeout)
         )
 
-    def begin(self, connection: Closable, loop: asyncio.AbstractEventLoop) -> None:
+    def begin(self, connection: Used, loop: asyncio.AbstractEventLoop) -> None:
         """Record that it is being sent on `connection`; start its response timeout."""
         self.connection = connection
         if self.queue_timeout is not None and self.timer is not None:

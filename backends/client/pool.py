@@ -21,7 +21,7 @@ from backends.client.connection import PooledConnection
 from backends.client.dead_peers import set_keepalive
 from backends.client.exchange import Exchange, NoConnection, stopped
 from backends.client.resolver import Resolver
-from backends.client.response import Response
+from backends.client.response import Keep, Response
 from backends.client.tls_failures import TLS_HANG_UP, connect_failure, is_hang_up
 from backends.deadlines import RunningTime, after_reading
 from backends.target import Target
@@ -85,7 +85,8 @@ class Client:
         on_sent: Callable[[], None] | None = None,
         timeout: float | None = None,
         queue_timeout: float | None = None,
-        keep: bool = False,
+        keep: Keep | None = None,
+        may_read: Callable[[], bool] | None = None,
     ) -> Exchange:
         """Send what `write` returns, a whole request, and report its outcome.
 
@@ -94,9 +95,10 @@ class Client:
         now to the response; None waits as long as the connection lives. With
         `queue_timeout`, `timeout` begins when the request is sent. Before, the outcome
         is `NoConnection` if no request of its queue gets a connection for
-        `queue_timeout` seconds. `keep` stores the response's headers and body.
+        `queue_timeout` seconds. `keep` decides how much of the response's body is kept,
+        and `may_read` when that is read, see `Exchange`.
         """
-        exchange = Exchange(target, write, on_done, on_sent, keep)
+        exchange = Exchange(target, write, on_done, on_sent, keep, may_read)
         if self.closed:
             self.loop.call_soon(exchange.finish, stopped(target))
             return exchange

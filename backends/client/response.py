@@ -9,14 +9,15 @@ body is dropped.
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import httptools
 
 MAX_HEAD_SIZE = 64 * 1024  # bytes of a response before its body, interim ones included
-MAX_KEPT_BODY = 64 * 1024  # bytes of a body that is used; the rest is dropped
+MAX_KEPT_BODY = 64 * 1024  # bytes of a decision's body; the rest is dropped
+MAX_DROPPED_BODY = 1024 * 1024  # bytes; with a larger body the connection is closed
 
 # RFC 9112, section 4, in the forms that clients accept: any case, no reason.
 STATUS_LINE = re.compile(rb"(?i)HTTP/\d(?:\.\d)?[ \t]+([1-9]\d\d)(?=[ \t\r\n])[^\n]*\n")
@@ -29,6 +30,7 @@ LENGTH = re.compile(rb"\d{1,18}")  # less than 2**63
 
 # These headers determine where a response ends.
 FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+FRAMING_NAMES = frozenset(map(bytes.decode, FRAMING))
 CONNECTION = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"upgrade"})
 
 SWITCHING_PROTOCOLS = 101  # final here: it was not requested
@@ -38,13 +40,22 @@ class MalformedResponse(Exception):
     """What was received is not a response; the message is the reason."""
 
 
+# From status and headers, the number of bytes to keep of the body; 0: drop it.
+Keep = Callable[[int, Mapping[str, str]], int]
+
+
 @dataclass(slots=True)
 class Response:
-    """A response: its status, and its headers and body if `keep` was set."""
+    """A response: its status, its headers, and its body if that was kept.
+
+    `body` is None if it was dropped. `complete` is False if the body was cut off, late
+    or larger than what was to be kept.
+    """
 
     status: int
     headers: Mapping[str, str]
-    body: bytes
+    body: bytes | None
+    complete: bool = True
 
 
 class ResponseReader:
@@ -57,22 +68,24 @@ class ResponseReader:
     __slots__ = (
         "_body",
         "_head",
+        "_keep",
         "_kept",
+        "_limit",
         "_parser",
         "_repairing",
         "complete",
         "has_head",
         "headers",
-        "keep",
         "reusable",
         "size",
         "started",
         "status",
+        "whole",
     )
 
     def __init__(self) -> None:
         self._parser: Any = self._new_parser()
-        self.begin(keep=False)
+        self.begin(None)
 
     def _new_parser(self) -> Any:
         parser = httptools.HttpResponseParser(self)
@@ -81,25 +94,42 @@ class ResponseReader:
         )
         return parser
 
-    def begin(self, keep: bool) -> None:
-        """Expect the next response; `keep` its body, up to `MAX_KEPT_BODY`."""
-        self.keep = keep
+    def begin(self, keep: Keep | None) -> None:
+        """Expect the next response; `keep` decides about its body. None: dropped."""
+        self._keep = keep
         self.started = False  # a byte was received
         self.has_head = False  # status and headers are known
         self.complete = False  # nothing more is read
+        self.whole = False  # and the body is not cut off
         self.reusable = True  # its end is unambiguous: another one may follow
         self.status = 0
         self.headers: dict[str, str] = {}
         self.size = 0  # bytes read so far
-        self._body: list[bytes] = []
-        self._kept = 0
+        self._limit = 0  # bytes of the body to keep
+        self._body: bytes | bytearray = b""
+        self._kept = 0  # bytes of a body to keep that have arrived
         self._head = b""  # bytes received before the head was complete
         self._repairing = False  # whether the parser has rejected the head
 
     @property
-    def body(self) -> bytes:
-        """The body, up to `MAX_KEPT_BODY`; empty unless `keep` was set."""
-        return b"".join(self._body)
+    def keeps(self) -> bool:
+        """Whether the body is kept."""
+        return self._limit > 0
+
+    @property
+    def excessive(self) -> bool:
+        """Whether more has arrived than is worth reading."""
+        return self.size > MAX_DROPPED_BODY + MAX_HEAD_SIZE and (
+            not self._limit or self._kept > self._limit
+        )
+
+    def response(self) -> Response:
+        """Return what has been read."""
+        if not self._limit:
+            return Response(self.status, self.headers, None)
+        body = bytes(self._body)
+        complete = self.whole and self._kept <= self._limit
+        return Response(self.status, self.headers, body, complete)
 
     def end(self) -> None:
         """Drop the parser, which refers to this object and forms a cycle with it."""
@@ -138,6 +168,8 @@ class ResponseReader:
         if not self.has_head and self._head.endswith(b"\n"):
             with contextlib.suppress(MalformedResponse):
                 self._repair(b"\n")
+        if self.has_head and not FRAMING_NAMES.intersection(self.headers):
+            self.whole = True  # only the end of the connection shows that of the body
         return self.has_head
 
     def _repair(self, data: bytes) -> None:
@@ -169,7 +201,7 @@ class ResponseReader:
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.complete = True  # a body that cannot be read: the status counts
         self.reusable = False
-        self.complete = self.complete or not self.keep
+        self.complete = self.complete or not self._limit
 
     # The parser's callbacks.
 
@@ -197,14 +229,24 @@ class ResponseReader:
             self.has_head = True
             self._head = b""
             self.reusable = self._ends_plainly(status)
+            if self._keep is not None:
+                self._limit = self._keep(status, self.headers)
 
     def on_body(self, body: bytes) -> None:
-        if self.keep and self._kept < MAX_KEPT_BODY:
-            self._body.append(body[: MAX_KEPT_BODY - self._kept])
-            self._kept += len(body)
+        if not self._limit:
+            return
+        if self._kept < self._limit:
+            part = body[: self._limit - self._kept]
+            if not self._body:
+                self._body = part
+            else:
+                if isinstance(self._body, bytes):
+                    self._body = bytearray(self._body)
+                self._body += part
+        self._kept += len(body)
 
     def on_message_complete(self) -> None:
-        self.complete = self.has_head
+        self.complete = self.whole = self.has_head
         # Only here: afterwards the parser has reset its state.
         if not self._parser.should_keep_alive():
             self.reusable = False

@@ -23,7 +23,7 @@ from backends import (
 )
 from backends.breaker import Breaker, breaker_settings
 from backends.client import make_client
-from backends.events import EventWriter
+from backends.events import Ended, EventWriter
 from backends.http.attempts import Attempts
 from backends.http.check import HTTPCheck
 from backends.http.credentials import CredentialSources
@@ -36,6 +36,7 @@ from backends.http.disconnects import (
     log_failure,
 )
 from backends.http.open_connections import OpenConnections, make_state
+from backends.http.replies import make_replies
 from backends.http.request import RequestWriter
 from backends.http.targets import make_targets
 from backends.target import Target
@@ -91,7 +92,9 @@ class HTTPBackend(Backend):
         event = self._events.connect(connection.id, handshake)
         outcome: Outcome = "failed"
         try:
-            subprotocol = await self._decisions.ask(connection.id, event)
+            subprotocol = await self._decisions.ask(
+                connection.id, event, handshake.subprotocols
+            )
             outcome = "delivered"
             return subprotocol
         except ConnectionRefused:
@@ -113,16 +116,21 @@ class HTTPBackend(Backend):
         delivery.number += 1
         return delivery.post(
             self._events.message(
-                connection.id, delivery.number, message, connection.trace
+                connection.id,
+                delivery.number,
+                message,
+                connection.trace,
+                connection.backend_state,
             )
         )
 
     async def disconnect(self, connection: Connection, closure: Closure) -> None:
         """Post to `--disconnecturi`; held requests end a little later."""
         delivery = self._by_id.get(connection.id)
-        notification = DisconnectNotification(
-            self._events, connection.id, closure, connection.trace, delivery
+        ended = Ended(
+            connection.id, closure, connection.trace, connection.backend_state
         )
+        notification = DisconnectNotification(self._events, ended, delivery)
         if delivery is None:
             await self._notify(notification)
             return
@@ -259,11 +267,20 @@ def make_backend(relay: Relay) -> HTTPBackend:
         options.disconnect_timeout,
         relay.observer,
     )
+    replies = make_replies(relay)
     state = make_state(relay.instance, disconnect_target)
     return HTTPBackend(
         events,
-        Decisions(connect_target, attempts, options.handshake_timeout),
-        Deliveries(client, requests, breaker, message_target, limits, relay.observer),
+        Decisions(connect_target, attempts, replies, options.handshake_timeout),
+        Deliveries(
+            client,
+            requests,
+            breaker,
+            message_target,
+            limits,
+            relay.observer,
+            None if replies.mode == "off" else replies,
+        ),
         disconnects,
         OpenConnections(state, events, disconnects),
         sources,

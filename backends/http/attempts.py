@@ -9,6 +9,7 @@ from functools import partial
 from backends import Attempt, BackendError, EventName, Observer
 from backends.breaker import Breaker
 from backends.client import Client, NoConnection, Response
+from backends.client.response import Keep
 from backends.events import Event
 from backends.http.request import RequestWriter
 from backends.http.retries import attempt_outcome
@@ -38,13 +39,13 @@ class Attempts:
         event: Event,
         timeout: float,
         queue_timeout: float | None = None,
-        keep: bool = False,
+        keep: Keep | None = None,
     ) -> Response:
         """Post `event`, and wait at most `timeout` seconds for the response.
 
-        With `queue_timeout` these begin when it is sent, see `Client.post`. With
-        `keep`, the response has its headers and body. Raises `BackendError` if there is
-        no response.
+        With `queue_timeout` these begin when it is sent, see `Client.post`. `keep`
+        decides how much of the response's body is kept. Raises `BackendError` if there
+        is no response.
         """
         loop = self._client.loop
         began = loop.time()
@@ -82,7 +83,7 @@ class Attempts:
         event: Event,
         timeout: float,
         queue_timeout: float | None,
-        keep: bool,
+        keep: Keep | None,
     ) -> Response:
         done: asyncio.Future[Response] = self._client.loop.create_future()
 

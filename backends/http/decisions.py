@@ -1,6 +1,7 @@
 """The backend's decision on a handshake: the connect event and its response."""
 
 import re
+from collections.abc import Mapping, Sequence
 
 from tornado.options import define
 
@@ -10,6 +11,7 @@ from backends.client.response import MAX_KEPT_BODY, MalformedResponse
 from backends.events import Event
 from backends.http.attempts import Attempts
 from backends.http.content import decoded, parsed_json
+from backends.http.replies import Replies, Unusable, has_commands
 from backends.http.retries import hint, is_success
 from backends.target import Target
 
@@ -30,22 +32,30 @@ class Decisions:
     """Asks `target` for each decision, with one attempt; None: accepts every client."""
 
     def __init__(
-        self, target: Target | None, attempts: Attempts, timeout: float
+        self,
+        target: Target | None,
+        attempts: Attempts,
+        replies: Replies,
+        timeout: float,
     ) -> None:
         self.target = target
         self._attempts = attempts
+        self._replies = replies
         self._timeout = timeout
 
-    async def ask(self, connection_id: str, event: Event) -> str | None:
-        """Return the subprotocol that the backend chose, or None.
+    async def ask(
+        self, connection_id: str, event: Event, offered: Sequence[str]
+    ) -> str | None:
+        """Return the one of the `offered` subprotocols that the backend chose, or None.
 
-        Raises `ConnectionRefused` if it refuses, and `BackendError` if there is no
-        decision in time.
+        Carries out the commands in the response. Raises `ConnectionRefused` if it
+        refuses, and `BackendError` if there is no decision in time.
         """
         target = self.target
         assert target is not None
         response = await self._attempts.make(
-            "connect", connection_id, target, event, self._timeout, keep=True
+            "connect", connection_id, target, event, self._timeout,
+            keep=self._replies.of_connect,
         )
         if response.status in REFUSALS:
             raise refusal(response)
@@ -53,11 +63,26 @@ class Decisions:
             raise BackendError(
                 f"POST {target}: answered {response.status}{hint(response.status)}"
             )
-        try:
-            body = decoded(response.headers, response.body, MAX_KEPT_BODY)
-        except MalformedResponse as error:
-            raise BackendError(f"POST {target}: {error}") from error
-        return chosen_subprotocol(body)
+        reply = None
+        if self._replies.mode != "off" and has_commands(response.headers):
+            try:
+                reply = self._replies.read(response)
+            except Unusable as error:
+                self._replies.report(connection_id, event.id, error)
+                return None
+            subprotocol = chosen_subprotocol(reply.members)
+        else:
+            try:
+                subprotocol = chosen_subprotocol(parsed_json(body_of(response)))
+            except ValueError:
+                return None  # not JSON, such as "OK" or nothing: accepted nevertheless
+            except MalformedResponse as error:
+                raise BackendError(f"POST {target}: {error}") from error
+        if subprotocol is not None and subprotocol not in offered:
+            raise BackendError("the backend chose a subprotocol that was not offered")
+        if reply is not None:
+            self._replies.carry_out_decision(connection_id, reply)
+        return subprotocol
 
 
 def refusal(response: Response) -> ConnectionRefused:
@@ -66,7 +91,7 @@ def refusal(response: Response) -> ConnectionRefused:
     A body that cannot be decoded is omitted.
     """
     try:
-        body = decoded(response.headers, response.body, MAX_KEPT_BODY)
+        body = body_of(response)
     except MalformedResponse:
         body = b""
     return ConnectionRefused(
@@ -81,13 +106,14 @@ def refusal(response: Response) -> ConnectionRefused:
     )
 
 
-def chosen_subprotocol(body: bytes) -> str | None:
-    """Return the `subprotocol` of a JSON body, if there is one."""
-    try:
-        decision = parsed_json(body)
-    except ValueError:
-        return None  # not JSON, such as "OK" or nothing: accepted nevertheless
-    if not isinstance(decision, dict) or decision.get("subprotocol") is None:
+def body_of(response: Response) -> bytes:
+    """Return the decoded body. Raises `MalformedResponse`."""
+    return decoded(response.headers, response.body or b"", MAX_KEPT_BODY)
+
+
+def chosen_subprotocol(decision: object) -> str | None:
+    """Return the `subprotocol` of parsed JSON, if there is one."""
+    if not isinstance(decision, Mapping) or decision.get("subprotocol") is None:
         return None
     if not isinstance(decision["subprotocol"], str):
         raise BackendError("the backend's subprotocol is not a string")

@@ -12,6 +12,7 @@ from backends import Observer
 from backends.breaker import Breaker
 from backends.client import Client
 from backends.http.held import Held, OverdueLine, Request
+from backends.http.replies import Replies
 from backends.http.request import RequestWriter
 from backends.target import Target
 
@@ -60,7 +61,9 @@ class Deliveries:
         target: Target,
         limits: DeliveryLimits,
         observer: Observer,
+        replies: Replies | None = None,
     ) -> None:
+        """Without `replies`, nothing is read of a response but its status."""
         self.loop = client.loop
         self.observer = observer
         self.client = client
@@ -68,6 +71,7 @@ class Deliveries:
         self.breaker = breaker
         self.target = target
         self.limits = limits
+        self.replies = replies
         self.closing = False  # the relay stops: nothing is retried
         self.held = Held(limits.max_held_bytes, self.loop)
         # There are only two waits; each line has its requests in the order sent.

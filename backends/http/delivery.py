@@ -46,7 +46,9 @@ class Delivery:
         "_line",
         "_open",
         "_order_wait",
+        "_paused",
         "_quiet",
+        "_replying",
         "_timer",
         "disconnected",
         "failures",
@@ -67,6 +69,10 @@ class Delivery:
         self._called_back_at = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
         self._line: Line | None = None  # where `_pump` waits to be called
+        # The request whose reply is being read or carried out, and those whose replies
+        # wait for that.
+        self._replying: Request | None = None
+        self._paused: list[Request] | None = None
         # Done when no message waits to be sent, and none delays the next.
         self._quiet: asyncio.Future[None] | None = None
         # Done when a request has ended or failed.
@@ -185,6 +191,8 @@ class Delivery:
         self._deliveries.observer.ended("message", self._connection.id, "abandoned")
         exchange.abandon()
         self._signal_change()
+        if self._paused:
+            self._read_next()
         self._pump()
 
     def _pump(self) -> None:
@@ -194,7 +202,7 @@ class Delivery:
         gives up messages that are too late.
         """
         deliveries = self._deliveries
-        while self._backlog and self._gate is None:
+        while self._backlog and self._gate is None and not self._is_carrying_out():
             now = deliveries.loop.time()
             head = self._backlog[0]
             if now < head.not_before:
@@ -230,6 +238,7 @@ class Delivery:
         request.began_at = now
         self._gate = request
         self._open[request] = None
+        replies = deliveries.replies
         request.exchange = deliveries.client.post(
             deliveries.target,
             partial(deliveries.requests.write, deliveries.target, request.event),
@@ -237,6 +246,8 @@ class Delivery:
             on_sent=request.on_sent,
             timeout=deliveries.limits.backend_timeout,
             queue_timeout=deliveries.limits.delivery_timeout,
+            keep=None if replies is None else replies.of_message,
+            may_read=None if replies is None else request.may_read,
         )
 
     def _signal_if_quiet(self) -> None:
@@ -287,6 +298,8 @@ class Delivery:
             self._report_attempt(request, became, outcome.status)
             if became == "delivered" or became == "refused":
                 self._on_answered(request, became, outcome.status)
+                if outcome.body is not None and became == "delivered":
+                    self._carry_out(request, outcome)
             else:
                 error = self._error(f"answered {outcome.status}")
                 self._on_failed(request, error, retry_after(outcome) or 0.0)
@@ -294,6 +307,8 @@ class Delivery:
         self._deliveries.breaker.record(self._connection.id, became == "unreachable")
         if self._changed is not None:
             self._signal_change()
+        if self._paused:
+            self._read_next()
         self._pump()
 
     def _end_attempt(self, request: Request) -> None:
@@ -304,6 +319,10 @@ class Delivery:
         self._open.pop(request, None)
         if self._gate is request:
             self._gate = None
+        if self._replying is request:
+            self._replying = None
+        elif self._paused and request in self._paused:
+            self._paused.remove(request)
 
     def _report_attempt(
         self, request: Request, outcome: AttemptOutcome, status: int | None
@@ -429,6 +448,55 @@ class Delivery:
         else:
             self._connection.give_up(error, messages)
 
+    # Replies: one at a time, and no faster than the client reads.
+
+    def may_read(self, request: Request) -> bool:
+        """Return whether its reply may be read now; otherwise it is read later."""
+        request.answering = True  # neither overdue nor abandoned from now on
+        request.leave_line()
+        self._deliveries.held.keep(request)
+        if self._replying is None:
+            self._replying = request
+            return True
+        self._paused = self._paused or []
+        self._paused.append(request)
+        return False
+
+    def _carry_out(self, request: Request, response: Response) -> None:
+        """Carry out a reply. Until its frames have left, no message is sent."""
+        replies = self._deliveries.replies
+        assert replies is not None
+        others, self._replying = self._replying, request
+        self._await_reply(
+            replies.carry_out(self._connection, request.event.id, response)
+        )
+        if others is not None and self._replying is None:
+            self._replying = others
+
+    def _await_reply(self, carried_out: "asyncio.Future[None] | None") -> None:
+        awaited = carried_out or self._connection.has_room()
+        if awaited is None:
+            self._replying = None
+        else:
+            awaited.add_done_callback(self._on_reply_progress)
+
+    def _on_reply_progress(self, awaited: "asyncio.Future[None]") -> None:
+        self._await_reply(None)
+        if self._replying is None:
+            self._read_next()
+            self._pump()
+
+    def _is_carrying_out(self) -> bool:
+        """Whether a reply was read, and its frames have not left yet."""
+        return self._replying is not None and self._replying.exchange is None
+
+    def _read_next(self) -> None:
+        while self._paused and self._replying is None:
+            request = self._replying = self._paused.pop(0)
+            assert request.exchange is not None
+            request.exchange.read_on()
+            return
+
     # Which overdue requests may be abandoned.
 
     def _mark_expendable(self, before: float = float("inf")) -> None:
@@ -440,6 +508,7 @@ class Delivery:
         for request in list(self._open):
             if (
                 request.overdue
+                and not request.answering
                 and request.number < before
                 and not held.is_expendable(request)
             ):

@@ -9,10 +9,10 @@ import logging
 
 from tornado.options import define
 
-from backends import BackendAway, BackendError, Closure, Observer, TraceContext
+from backends import BackendAway, BackendError, Observer
 from backends.breaker import Breaker
 from backends.deadlines import after_reading
-from backends.events import Event, EventWriter
+from backends.events import Ended, Event, EventWriter
 from backends.http.attempts import Attempts
 from backends.http.delivery import Delivery
 from backends.http.retries import (
@@ -41,37 +41,21 @@ class DisconnectNotification:
 
     Before each attempt it waits until no message of `delivery` (None: there were no
     messages) can fail any more, except those that are held and have not failed.
-    `instance` is the earlier run that lost the connection, or None for this run.
     """
 
     def __init__(
-        self,
-        events: EventWriter,
-        connection_id: str,
-        closure: Closure,
-        trace: TraceContext | None,
-        delivery: Delivery | None = None,
-        instance: str | None = None,
+        self, events: EventWriter, ended: Ended, delivery: Delivery | None = None
     ) -> None:
-        self.connection_id = connection_id
+        self.connection_id = ended.id
         self._events = events
-        self._closure = closure
-        self._trace = trace
+        self._ended = ended
         self._delivery = delivery
-        self._instance = instance
         self._event: Event | None = None
         self.failures = 0  # failed attempts of messages when the event was made
 
     def again(self) -> "DisconnectNotification":
         """Return the next notification: a message was delivered after this one."""
-        return DisconnectNotification(
-            self._events,
-            self.connection_id,
-            self._closure,
-            self._trace,
-            self._delivery,
-            self._instance,
-        )
+        return DisconnectNotification(self._events, self._ended, self._delivery)
 
     @property
     def ready(self) -> bool:
@@ -87,19 +71,12 @@ class DisconnectNotification:
 
     def event(self) -> Event:
         """Make the event with current counts, and the id of the previous attempt."""
-        undelivered, refused = self._closure.undelivered, 0
+        undelivered, refused = self._ended.closure.undelivered, 0
         if self._delivery is not None:
             self.failures = self._delivery.failures
             undelivered += self._delivery.undelivered
             refused = self._delivery.refused
-        event = self._events.disconnect(
-            self.connection_id,
-            self._closure,
-            undelivered,
-            refused,
-            self._trace,
-            self._instance,
-        )
+        event = self._events.disconnect(self._ended, undelivered, refused)
         if self._event is not None:  # the same event: only its counts may change
             event = self._event._replace(body=event.body)
         self._event = event

@@ -32,6 +32,9 @@ class Owner(Protocol):
     def on_done(self, request: "Request", outcome: Response | BackendError) -> None:
         """There is a response, or the attempt has failed."""
 
+    def may_read(self, request: "Request") -> bool:
+        """A response with a reply has begun: whether to read it now, or later."""
+
     def abandon(self, request: "Request") -> None:
         """Abandon it, since another request needs its connection."""
 
@@ -40,6 +43,7 @@ class Request:
     """One message, from before it is sent until it was answered or given up."""
 
     __slots__ = (
+        "answering",
         "attempts",
         "began_at",
         "event",
@@ -63,7 +67,8 @@ class Request:
         self.failed_at = float("inf")  # first failure
         self.not_before = float("-inf")  # earliest time of the next attempt
         self.began_at = self.sent_at = float("inf")  # of the latest attempt
-        self.overdue = False  # of the latest attempt
+        # Of the latest attempt: its response is overdue; a reply has begun.
+        self.overdue = self.answering = False
         self.line: OverdueLine | None = None
 
     def on_sent(self) -> None:
@@ -74,6 +79,9 @@ class Request:
 
     def on_done(self, outcome: Response | BackendError) -> None:
         self.owner.on_done(self, outcome)
+
+    def may_read(self) -> bool:
+        return self.owner.may_read(self)
 
     def leave_line(self) -> None:
         """Leave the `OverdueLine`, so that it does not become overdue."""
@@ -176,6 +184,10 @@ class Held:
     def mark_expendable(self, request: Request) -> None:
         """Permit a request to be abandoned: the backend has seen its message."""
         self._expendable[request] = None
+
+    def keep(self, request: Request) -> None:
+        """Do not abandon a request: its response has begun."""
+        self._expendable.pop(request, None)
 
     def is_expendable(self, request: Request) -> bool:
         """Whether a request may be abandoned."""

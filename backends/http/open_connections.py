@@ -10,7 +10,7 @@ from pathlib import Path
 from tornado.options import options
 
 from backends import BackendError, Closure
-from backends.events import EventWriter
+from backends.events import Ended, EventWriter
 from backends.http.disconnects import (
     DisconnectDelivery,
     DisconnectNotification,
@@ -94,7 +94,7 @@ class OpenConnections:
         self, run: DeadRun, connection_id: str, limit: asyncio.Semaphore
     ) -> None:
         notification = DisconnectNotification(
-            self._events, connection_id, LOST, None, instance=run.instance
+            self._events, Ended(connection_id, LOST, instance=run.instance)
         )
         try:
             async with limit:

@@ -5,8 +5,9 @@ from collections.abc import Awaitable, Sequence
 from functools import lru_cache, partial
 
 from backends import Backend
+from backends.media_types import has_text_charset
 from handlers.callbacks.actions import GONE, Outcome, find, send
-from handlers.callbacks.bodies import has_text_charset, message_of
+from handlers.callbacks.bodies import message_of
 from handlers.callbacks.responses import response_of
 from handlers.callbacks.tokens import CallbackTokens
 from handlers.clients.connection import Connections

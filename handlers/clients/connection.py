@@ -101,6 +101,7 @@ class ClientConnection:
         "_protocol",
         "_reception",
         "_stall_timer",
+        "backend_state",
         "bytes_in",
         "bytes_out",
         "id",
@@ -133,6 +134,7 @@ class ClientConnection:
         self._began = self.last_heard = self._last_message = self._now()
         self.messages_in = self.messages_out = self.bytes_in = self.bytes_out = 0
         self.subprotocol: str | None = None
+        self.backend_state: bytes | None = None
         self._protocol: ClientProtocol | None = None
         self._inbox = Inbox(self, context)
         self._reception = Reception(self._began)
@@ -173,7 +175,7 @@ class ClientConnection:
         early, self._early = self._early, None
         for message in early or ():
             with contextlib.suppress(ConnectionClosed):  # the client has gone
-                self.send(message)
+                self.send(message, limited=False)
         if self._closing is not None:
             self.close(*self._closing)
         elif self._context.connections.draining:
@@ -291,12 +293,22 @@ class ClientConnection:
 
     # Called by backends, callbacks and the relay.
 
-    def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
-        """Send one frame; see `backends.Connection.send`."""
+    def send(
+        self,
+        message: str | bytes,
+        limited: bool = True,
+        encoded: bytes | None = None,
+    ) -> "asyncio.Future[None] | None":
+        """Send one frame; see `backends.Connection.send`.
+
+        Unless `limited`, `--max_send_buffer` does not apply. `encoded` is the frame, if
+        it was built for other clients, too.
+        """
+        limit = self._context.policy.max_send_buffer
         if self.state == "connecting" and self._closing is None:
             early = self._early = self._early or []
             size = sum(map(size_of, early)) + size_of(message)
-            if early and size > self._context.policy.max_send_buffer:
+            if early and limited and size > limit:
                 raise SendBufferFull
             early.append(message)
             return None
@@ -304,9 +316,9 @@ class ClientConnection:
         if self.state != "open" or protocol is None:
             raise ConnectionClosed
         size, waiting = size_of(message), protocol.bytes_waiting
-        if waiting and waiting + size > self._context.policy.max_send_buffer:
+        if waiting and limited and waiting + size > limit:
             raise SendBufferFull
-        sent = protocol.send(message)
+        sent = protocol.send(message, encoded)
         self.messages_out += 1
         self.bytes_out += size
         self._last_message = self._now()
@@ -323,6 +335,13 @@ class ClientConnection:
         })
         self._inbox.give_up(messages)
         self.close(CloseCode.TRY_AGAIN_LATER, "backend unavailable", "relay")
+
+    def has_room(self) -> "asyncio.Future[None] | None":
+        """Return None if less than half of `max_send_buffer` waits, or a future."""
+        protocol, half = self._protocol, self._context.policy.max_send_buffer // 2
+        if self.state != "open" or protocol is None or protocol.bytes_waiting <= half:
+            return None
+        return protocol.below(half)
 
     async def drained(self) -> None:
         """Wait until the kernel has taken all frames, or the socket is gone."""

@@ -23,7 +23,6 @@ RSV1 = 0x40  # "per-message compressed" (RFC 7692, section 6)
 RSV23 = 0x30
 MASKED = 0x80
 MAX_CONTROL_PAYLOAD = 125  # bytes; RFC 6455, section 5.5
-MAX_CLOSE_REASON = MAX_CONTROL_PAYLOAD - 2  # bytes, after the code
 
 
 class Opcode(IntEnum):
@@ -364,6 +363,13 @@ def frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes:
     if length <= 0xFFFF:
         return struct.pack("!BBH", first, 126, length) + payload
     return struct.pack("!BBQ", first, 127, length) + payload
+
+
+def message_frame(message: str | bytes) -> bytes:
+    """Build the frame of a message that is not compressed."""
+    if isinstance(message, str):
+        return frame(Opcode.TEXT, message.encode())
+    return frame(Opcode.BINARY, message)
 
 
 def close_payload(code: int, reason: str = "") -> bytes:

@@ -379,17 +379,21 @@ class ClientProtocol:
 
     # Writing.
 
-    def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
-        """Send one message as one frame.
+    def send(
+        self, message: str | bytes, encoded: bytes | None = None
+    ) -> "asyncio.Future[None] | None":
+        """Send one message as one frame; `encoded` is what `message_frame` returned.
 
         Returns None if the kernel took all of it, otherwise a future that is done
         when it has, or fails with `ConnectionClosed`.
         """
+        compression = self._compression
+        if encoded is not None and compression is None:
+            return self._stream.write(encoded)
         if isinstance(message, str):
             opcode, payload = Opcode.TEXT, message.encode()
         else:
             opcode, payload = Opcode.BINARY, message
-        compression = self._compression
         if compression is None:
             return self._stream.write(frame(opcode, payload))
         payload = compression.compress(payload)
@@ -411,6 +415,13 @@ class ClientProtocol:
     def is_held(self) -> bool:
         """Whether reading has stopped, so that no pong can be seen."""
         return self._is_ahead_enough()
+
+    def below(self, size: int) -> "asyncio.Future[None]":
+        """Return a future that is done when fewer than `size` bytes wait to be sent.
+
+        It fails with `ConnectionClosed`.
+        """
+        return self._stream.below(size)
 
     def outgoing(self) -> Outgoing:
         """Ask the kernel what the peer has not acknowledged yet."""

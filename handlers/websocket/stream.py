@@ -9,8 +9,10 @@ import asyncio
 import contextlib
 import socket
 import ssl
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
+from operator import itemgetter
 
 from tornado.iostream import IOStream
 
@@ -156,16 +158,24 @@ class ClientStream:
 
         It fails with `ConnectionClosed`.
         """
-        drained: asyncio.Future[None] = self.loop.create_future()
+        return self.below(1)
+
+    def below(self, size: int) -> "asyncio.Future[None]":
+        """Return a future that is done when fewer than `size` bytes wait.
+
+        It fails with `ConnectionClosed`.
+        """
+        future: asyncio.Future[None] = self.loop.create_future()
         if self.closed or self.lost:
-            _fail(drained)
-        elif not self._unsent:
-            drained.set_result(None)
+            _fail(future)
+        elif self.waiting < size:
+            future.set_result(None)
         else:
             if self._waiting is None:
                 self._waiting = deque()
-            self._waiting.append((self.taken + len(self._unsent), drained))
-        return drained
+            taken = self.taken + self.waiting - size + 1
+            insort(self._waiting, (taken, future), key=itemgetter(0))
+        return future
 
     def lose(self) -> None:
         """Write nothing more: a write failed, or the peer is considered dead.

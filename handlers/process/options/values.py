@@ -141,6 +141,8 @@ def _check(name: str, metavar: str, value: Any) -> None:
             raise ValueError("a finite number of seconds")
     if name == "http_server" and value not in ("fast", "tornado"):
         raise ValueError("fast or tornado")
+    if name == "reply" and value not in ("commands", "body", "off"):
+        raise ValueError("commands, body or off")
     if name == "log_format" and value not in LOG_FORMATS:
         raise ValueError(f"one of {', '.join(LOG_FORMATS)}")
     if name == "logging" and value.lower() not in LOG_LEVELS:

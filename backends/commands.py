@@ -1,0 +1,181 @@
+"""Commands: what the relay shall do with connections, as a backend says it.
+
+One vocabulary for all ways to say it: the response to an event or to a batch, and a
+bulk callback. This module parses commands; the relay's `Executor` carries them out.
+"""
+
+import asyncio
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import orjson
+
+MEDIA_TYPE = "application/vnd.socketdock+json"
+NORMAL_CLOSURE = 1000  # RFC 6455, section 7.4.1
+MAX_CLOSE_REASON = 123  # bytes of UTF-8 (RFC 6455, section 5.5)
+MAX_PAIRS = 10_000  # of a command and a connection, in one response or request
+
+Source = Literal["response", "batch", "callback", "broker"]
+CommandName = Literal["send", "close", "state"]
+CommandOutcome = Literal["done", "gone", "full", "invalid"]
+
+
+class CommandError(ValueError):
+    """Commands are malformed; the message is a sentence that says how."""
+
+
+@dataclass(slots=True)
+class Send:
+    """Send one frame: a `str` as text, `bytes` as binary."""
+
+    name: ClassVar[CommandName] = "send"
+    message: str | bytes
+
+
+@dataclass(slots=True)
+class Close:
+    """Start the closing handshake."""
+
+    name: ClassVar[CommandName] = "close"
+    code: int
+    reason: str
+
+
+@dataclass(slots=True)
+class SetState:
+    """Keep `state`, serialized JSON, with the connection; None: remove it."""
+
+    name: ClassVar[CommandName] = "state"
+    state: bytes | None
+
+
+@dataclass(slots=True)
+class Command:
+    """An action and whom it is for; None: the connection of the event."""
+
+    action: Send | Close | SetState
+    connection_ids: Sequence[str] | None
+
+
+class Executor(Protocol):
+    """Carries out commands; the relay has one."""
+
+    def check(self, commands: Sequence[Command]) -> None:
+        """Raise `CommandError` if a frame or a state is larger than permitted."""
+
+    def carry_out(
+        self, commands: Sequence[Command], source: Source, own: Sequence[str]
+    ) -> "asyncio.Future[None] | None":
+        """Carry out `commands` in order; commands without an id are for `own[0]`.
+
+        The connections in `own` get their frames even above `--max_send_buffer`. For
+        others a full buffer drops the command. Returns None if all was done at once,
+        or a future that is done when it was.
+        """
+
+
+def parse_commands(value: object) -> list[Command]:
+    """Return the commands in `value`, parsed JSON. Raises `CommandError`.
+
+    Members that are not known are ignored.
+    """
+    if not isinstance(value, list):
+        raise CommandError("commands must be a list.")
+    commands = [_parse_command(each) for each in value]
+    pairs = sum(
+        1 if command.connection_ids is None else len(command.connection_ids)
+        for command in commands
+    )
+    if pairs > MAX_PAIRS:
+        raise CommandError(
+            f"At most {MAX_PAIRS} pairs of command and connection are permitted."
+        )
+    return commands
+
+
+def _parse_command(value: object) -> Command:
+    if not isinstance(value, dict):
+        raise CommandError("A command must be an object.")
+    names = [name for name in ("send", "close", "state") if name in value]
+    if len(names) != 1:
+        raise CommandError("A command must have exactly one of send, close, state.")
+    action: Send | Close | SetState
+    if names == ["send"]:
+        action = Send(_message_of(value))
+    elif names == ["close"]:
+        action = _close_of(value["close"])
+    else:
+        state = value["state"]
+        action = SetState(None if state is None else _serialized(state))
+    return Command(action, _ids_of(value))
+
+
+def _message_of(value: dict[str, Any]) -> str | bytes:
+    text, kind = value["send"], value.get("type", "text")
+    encoding = value.get("encoding")
+    if not isinstance(text, str):
+        raise CommandError("send must be a string.")
+    if kind not in ("text", "binary"):
+        raise CommandError("type must be text or binary.")
+    if encoding is None:
+        return text if kind == "text" else text.encode()
+    if encoding != "base64" or kind != "binary":
+        raise CommandError("encoding must be base64, and type binary.")
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        raise CommandError("send must be base64.") from None
+
+
+def _close_of(value: object) -> Close:
+    if value is True:
+        return Close(NORMAL_CLOSURE, "")
+    if not isinstance(value, dict):
+        raise CommandError("close must be true or an object.")
+    try:
+        return Close(*closing_of(value))
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+def closing_of(closing: Mapping[str, Any]) -> tuple[int, str]:
+    """Return `code` and `reason` of parsed JSON; 1000 and "" by default.
+
+    Raises `ValueError` with a sentence for a problem document.
+    """
+    code = closing.get("code", NORMAL_CLOSURE)
+    if isinstance(code, float) and code.is_integer():
+        code = int(code)  # 1000.0 equals 1000 in JSON (RFC 8259, section 6)
+    if not isinstance(code, int) or isinstance(code, bool) or not (
+        code in (1000, 1001, 1008) or 1011 <= code <= 1014 or 3000 <= code <= 4999
+    ):
+        raise ValueError("code must be 1000, 1001, 1008, 1011-1014 or 3000-4999.")
+    reason = closing.get("reason", "")
+    try:
+        fits = len(reason.encode()) <= MAX_CLOSE_REASON
+    except (AttributeError, UnicodeEncodeError):
+        raise ValueError("reason must be a string of UTF-8.") from None
+    if not fits:
+        raise ValueError(f"reason must be at most {MAX_CLOSE_REASON} bytes of UTF-8.")
+    return code, reason
+
+
+def _serialized(state: object) -> bytes:
+    """Return `state` as JSON that takes no more memory than its length."""
+    return bytes(memoryview(orjson.dumps(state)))
+
+
+def _ids_of(value: dict[str, Any]) -> Sequence[str] | None:
+    if "connection_ids" not in value:
+        if "connection_id" not in value:
+            return None
+        ids = [value["connection_id"]]
+    elif "connection_id" in value:
+        raise CommandError("connection_id and connection_ids exclude each other.")
+    else:
+        ids = value["connection_ids"]
+    if not isinstance(ids, list) or not all(isinstance(each, str) for each in ids):
+        raise CommandError("A connection id must be a string.")
+    return ids

@@ -1,0 +1,176 @@
+"""Replies: commands, or one frame, in the response to an event.
+
+`delivery` and `decisions` get the responses; the relay's `Executor` carries out what
+they say. A reply that cannot be used is logged and counted, and changes nothing else:
+whether the event is accepted is said by the status alone.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from tornado.options import define, options
+
+from backends import Connection, Observer, Relay
+from backends.client import Response
+from backends.client.response import MAX_KEPT_BODY, MalformedResponse
+from backends.commands import (
+    MEDIA_TYPE,
+    Command,
+    CommandError,
+    Executor,
+    Send,
+    parse_commands,
+)
+from backends.http.content import decoded, parsed_json
+from backends.http.retries import is_success
+from backends.media_types import has_text_charset, is_text_type, media_type_of
+
+logger = logging.getLogger(__name__)
+
+define("reply", default="commands", metavar="NAME",
+       help="what is read in the response to a message: commands, body (commands, or "
+            "any other body as one frame), or off")
+define("max_reply_size", default=8 * 1024 * 1024, metavar="BYTES",
+       help="largest response with commands, or with a frame")
+
+Mode = Literal["commands", "body", "off"]
+
+
+class Unusable(Exception):
+    """A reply cannot be used; the message is the reason."""
+
+
+class Reply(NamedTuple):
+    """What a response says: its commands, and all members of its JSON."""
+
+    commands: list[Command]
+    members: Mapping[str, Any]
+
+
+class Replies:
+    """Reads replies, and has them carried out."""
+
+    def __init__(
+        self, mode: Mode, max_size: int, executor: Executor, observer: Observer
+    ) -> None:
+        self.mode = mode
+        self._max_size = max_size
+        self._executor = executor
+        self._observer = observer
+
+    # How much of a response's body is kept (`client.response.Keep`).
+
+    def of_message(self, status: int, headers: Mapping[str, str]) -> int:
+        """Keep commands, and with `body` any body, of a response to a message."""
+        if is_success(status) and (self.mode == "body" or has_commands(headers)):
+            return self._max_size
+        return 0
+
+    def of_connect(self, status: int, headers: Mapping[str, str]) -> int:
+        """Keep the whole body if it has commands, else its beginning."""
+        if self.mode != "off" and is_success(status) and has_commands(headers):
+            return self._max_size
+        return MAX_KEPT_BODY
+
+    # What it says.
+
+    def carry_out(
+        self, connection: Connection, event_id: str, response: Response
+    ) -> "asyncio.Future[None] | None":
+        """Carry out the reply to a message.
+
+        Returns None if all was done at once, or a future that is done when it was.
+        """
+        if not response.body and response.complete and not has_commands(
+            response.headers
+        ):
+            return None
+        try:
+            if has_commands(response.headers):
+                commands = self.read(response).commands
+            else:
+                commands = [Command(Send(self._frame(response)), None)]
+                self._check(commands)
+        except Unusable as error:
+            self.report(connection.id, event_id, error)
+            return None
+        return self._executor.carry_out(commands, "response", (connection.id,))
+
+    def carry_out_decision(self, connection_id: str, reply: Reply) -> None:
+        """Carry out the commands of a decision; its frames follow the 101."""
+        self._executor.carry_out(reply.commands, "response", (connection_id,))
+
+    def read(self, response: Response) -> Reply:
+        """Parse commands. Raises `Unusable`."""
+        try:
+            members = parsed_json(self._body(response))
+        except (ValueError, RecursionError):
+            raise Unusable("it is not JSON in UTF-8") from None
+        if not isinstance(members, dict):
+            raise Unusable("it is not a JSON object")
+        try:
+            commands = parse_commands(members.get("commands", []))
+        except CommandError as error:
+            raise Unusable(str(error)) from None
+        self._check(commands)
+        return Reply(commands, members)
+
+    def report(self, connection_id: str, event_id: str, why: Unusable) -> None:
+        """Log and count a reply that cannot be used."""
+        logger.warning(
+            "connection %s: the reply to %s cannot be used: %s",
+            connection_id,
+            event_id,
+            why,
+            extra={"event": "bad_reply", "connection_id": connection_id},
+        )
+        self._observer.commanded("response", "none", "invalid", connection_id)
+
+    def _check(self, commands: list[Command]) -> None:
+        try:
+            self._executor.check(commands)
+        except CommandError as error:
+            raise Unusable(str(error)) from None
+
+    def _body(self, response: Response) -> bytes:
+        assert response.body is not None
+        if not response.complete:
+            raise Unusable(
+                "its body was cut off, came too late, or is larger than"
+                f" --max_reply_size ({self._max_size} bytes)"
+            )
+        try:
+            return decoded(response.headers, response.body, self._max_size)
+        except MalformedResponse as error:
+            raise Unusable(str(error)) from None
+
+    def _frame(self, response: Response) -> str | bytes:
+        """Return the body as a frame: text or binary as in a callback."""
+        body = self._body(response)
+        content_type = response.headers.get("content-type", "")
+        if not is_text_type(content_type):
+            return body
+        if not has_text_charset(content_type):
+            raise Unusable("the charset of a text type must be UTF-8")
+        try:
+            return body.decode()
+        except UnicodeDecodeError:
+            raise Unusable("a text frame must be UTF-8") from None
+
+
+def has_commands(headers: Mapping[str, str]) -> bool:
+    """Whether the body of a response has the media type of commands."""
+    content_type = headers.get("content-type")
+    if content_type is None:
+        return False
+    return content_type == MEDIA_TYPE or media_type_of(content_type) == MEDIA_TYPE
+
+
+def make_replies(relay: Relay) -> Replies:
+    """Make it from the options."""
+    assert relay.executor is not None
+    return Replies(
+        options.reply, options.max_reply_size, relay.executor, relay.observer
+    )
