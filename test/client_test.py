@@ -15,6 +15,7 @@ from service import DEADLINE, eventually, tcp_server
 
 from backends import BackendAway, BackendError
 from backends.client import Client, NoConnection, Response
+from backends.client.response import keep_beginning
 from backends.target import Target
 
 pytestmark = pytest.mark.gen_test(timeout=60)
@@ -176,7 +177,7 @@ async def test_kept_body_is_bounded(io_loop, size):
     """With `keep`, up to 64 KiB of a body are stored."""
     answer = b"HTTP/1.1 403 No\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size
     async with serving(answer=answer) as port, using() as client:
-        got = await post(client, f"http://127.0.0.1:{port}/", keep=True)
+        got = await post(client, f"http://127.0.0.1:{port}/", keep=keep_beginning)
         assert (got.status, len(got.body)) == (403, min(size, 64 * 1024))
 
 
@@ -232,7 +233,7 @@ async def test_trailers_are_ignored(io_loop):
     )
     async with serving(answer=answer) as port, using() as client:
         for _ in range(2):
-            got = await post(client, f"http://127.0.0.1:{port}/", keep=True)
+            got = await post(client, f"http://127.0.0.1:{port}/", keep=keep_beginning)
             assert (got.status, got.body) == (429, b"OK")
             assert got.headers == {
                 "content-type": "text/plain",
@@ -286,7 +287,7 @@ async def test_malformed_header_keeps_the_status(io_loop, row):
 
     async with serving(on_client) as port, using() as client:
         for number in range(1, 4):
-            got = await post(client, f"http://127.0.0.1:{port}/", keep=True)
+            got = await post(client, f"http://127.0.0.1:{port}/", keep=keep_beginning)
             assert (got.status, got.body) == (200, b"OK")
             assert made == (1 if is_kept else number)
 

@@ -41,6 +41,16 @@ COUNTERS = {
     "sends": [
         f'status="{status}"' for status in (200, 202, 400, 401, 410, 413, 429, "other")
     ],
+    "commands": [
+        f'command="{command}",outcome="{outcome}",source="{source}"'
+        for source in ("response", "callback")
+        for command, outcomes in (
+            ("none", ("invalid",)),
+            *((name, ("done", "gone", "full", "invalid"))
+              for name in ("send", "close", "state")),
+        )
+        for outcome in outcomes
+    ],
     "closes": [
         f'code="{code}",initiator="{initiator}"'
         for code in CODES

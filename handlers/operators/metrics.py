@@ -9,8 +9,9 @@ import asyncio
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
+from itertools import product
 from time import monotonic
-from typing import get_args
+from typing import Literal, get_args
 
 from backends import (
     Attempt,
@@ -22,6 +23,7 @@ from backends import (
     Observer,
     Outcome,
 )
+from backends.commands import CommandName, CommandOutcome, Source
 
 # Upper bounds of the histogram in seconds, from a local backend to one that delays its
 # responses.
@@ -36,6 +38,7 @@ CLOSE_CODES = (1000, 1001, 1002, 1003, 1005, 1006, 1007, 1008, 1009, 1010, 1011,
 CLOSE_LABELS = (*map(str, CLOSE_CODES), "3xxx", "4xxx", "other")
 SEND_STATUSES = (200, 202, 400, 401, 410, 413, 429)
 OTHER = 0  # any other status
+COMMAND_SOURCES: Sequence[Source] = ("response", "callback")
 
 LAG_INTERVAL = 0.1  # seconds; shorter delays may go unnoticed
 LAG_BUCKET = 5.0  # seconds; the worst delay of each is kept
@@ -56,6 +59,15 @@ class Metrics(Observer):
         self.seconds = dict.fromkeys(EVENTS, 0.0)
         self.sends = dict.fromkeys((*SEND_STATUSES, OTHER), 0)
         self.closes = {code: _zeroes(Initiator) for code in CLOSE_LABELS}
+        # By source, command and outcome; command is "none" for unreadable replies.
+        self.commands = {
+            labels: 0
+            for source in COMMAND_SOURCES
+            for labels in (
+                (source, "none", "invalid"),
+                *product((source,), get_args(CommandName), get_args(CommandOutcome)),
+            )
+        }
 
     def handshake_ended(
         self, outcome: HandshakeOutcome, status: int, remote_ip: str, seconds: float
@@ -96,6 +108,15 @@ class Metrics(Observer):
         self, event: EventName, connection_id: str, outcome: Outcome, count: int = 1
     ) -> None:
         self.events[event][outcome] += count
+
+    def commanded(
+        self,
+        source: Source,
+        command: CommandName | Literal["none"],
+        outcome: CommandOutcome,
+        connection_id: str,
+    ) -> None:
+        self.commands[source, command, outcome] += 1
 
 
 def _zeroes(labels: object) -> dict[str, int]:

@@ -143,6 +143,10 @@ class RelayCollector(Collector):
             ],
         )
         yield _counter(
+            "commands", "Commands of backends, by source, command and outcome.",
+            ["source", "command", "outcome"], seen.commands.items(),
+        )
+        yield _counter(
             "closes", "Closed client connections, by close code and initiator.",
             ["code", "initiator"], _pairs(seen.closes),
         )
