@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import websockets
-from service import DEADLINE, RecordingBackend, Service
+from service import DEADLINE, RecordingBackend, Service, eventually
 from tornado.web import RequestHandler
 
 pytestmark = pytest.mark.gen_test(timeout=60)
@@ -31,6 +31,24 @@ class ReplyBackend(RecordingBackend):
             reply = json.dumps(reply)
         handler.set_header("Content-Type", self.content_type)
         handler.write(reply)
+
+    async def disconnect_of(self, connection_id: str) -> dict[str, Any]:
+        """Wait for the disconnect event of one connection.
+
+        Those of other tests' clients may arrive at any time.
+        """
+        found: list[dict[str, Any]] = []
+
+        def is_found() -> bool:
+            found[:] = [
+                event
+                for event in self.of("disconnect")
+                if event["connection_id"] == connection_id
+            ]
+            return bool(found)
+
+        await eventually(is_found)
+        return found[0]
 
     def commands(self, *commands: dict[str, Any]) -> None:
         """Answer each message with these."""
@@ -109,7 +127,8 @@ async def test_state_returns_in_later_events(backend, service):
         for _ in range(3):
             await client.send("hello")
             await received(client, 1)
-    (disconnect,) = await backend.wait_for("disconnect", 1)
+    (event, *_) = backend.of("message")
+    disconnect = await backend.disconnect_of(event["meta"]["connection_id"])
     got = [event["meta"].get("state", "absent") for event in backend.of("message")]
     assert got == ["absent", {"n": [1, "é"]}, "absent"]
     assert disconnect["meta"]["state"] == "last"
@@ -169,8 +188,8 @@ async def test_malformed_reply_changes_nothing(backend, service, body):
         await client.send("one")
         await client.send("two")
         assert await received(client, 1) == ["ok"]
-    (disconnect,) = await backend.wait_for("disconnect", 1)
-    assert len(backend.of("message")) == 2
+    (event, _) = backend.of("message")
+    disconnect = await backend.disconnect_of(event["meta"]["connection_id"])
     assert disconnect["meta"]["refused"] == disconnect["meta"]["undelivered"] == 0
     warnings = [line for line in service.log[before:] if "cannot be used" in line]
     assert len(warnings) == 1
