@@ -15,9 +15,11 @@ import websockets
 from programs import leave_out
 from service import (
     DEADLINE,
+    DRAINS_SLOWLY,
     PROJECT,
     RecordingBackend,
     Service,
+    draining,
     eventually,
     refusal,
 )
@@ -499,16 +501,11 @@ async def test_status_describes_the_instance(io_loop, method):
 
 async def test_status_shows_a_drain(io_loop):
     """From the stop signal on, the state is "draining"."""
-    async with Service("--drain_delay=2") as service, Caller(service) as caller:
-        assert (await caller.ask("GET", "/status")).status == 200
-        service.process.terminate()
-        async with asyncio.timeout(DEADLINE):
-            while True:
-                status = json.loads((await caller.ask("GET", "/status")).body)
-                if status["state"] == "draining":
-                    break
-            assert not status["ready"]
-            assert await service.process.wait() == 0
+    async with Service(DRAINS_SLOWLY) as service, Caller(service) as caller:
+        assert json.loads((await caller.ask("GET", "/status")).body)["ready"]
+        async with draining(service):
+            status = json.loads((await caller.ask("GET", "/status")).body)
+            assert (status["state"], status["ready"]) == ("draining", False)
 
 
 async def test_status_is_not_on_a_separate_client_listener(io_loop):

@@ -18,7 +18,15 @@ from authorization_test import Caller, Response, ask
 from faults import memory
 from programs import program
 from project import installation, library
-from service import DEADLINE, PROJECT, RecordingBackend, Service, withhold
+from service import (
+    DEADLINE,
+    DRAINS_SLOWLY,
+    PROJECT,
+    RecordingBackend,
+    Service,
+    draining,
+    withhold,
+)
 
 from backends.loopback import make_backend
 from handlers.clients.tickets import MAX_TICKETS, TICKET_LIFETIME, Tickets
@@ -499,15 +507,14 @@ async def test_viewer_that_reads_nothing_costs_no_memory(io_loop, server):
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 async def test_open_page_does_not_delay_the_stop(io_loop, server):
     """Its stream reports the drain, and ends by itself."""
-    flags = (f"--http_server={server}", "--drain_delay=1.5")
+    flags = (f"--http_server={server}", DRAINS_SLOWLY)
     async with Service(*flags) as service, live(service) as (stream, _):
-        service.process.terminate()
-        await stream.until("snapshot", state="draining")
+        async with draining(service):
+            await stream.until("snapshot", state="draining")
         async with asyncio.timeout(DEADLINE):
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
                 async for _ in stream.lines():
                     pass
-            assert await service.process.wait() == 0
         assert stream.ended
 
 

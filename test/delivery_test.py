@@ -510,7 +510,7 @@ async def test_reading_stops_while_the_queue_is_full_and_the_client_lives(io_loo
     async with RecordingBackend() as backend:
         release = withhold(backend, "message")
         flags = ("--order_wait=inf", "--backend_timeout=60")
-        flags += ("--ping_interval=0.5", "--ping_timeout=0.5")
+        flags += ("--ping_interval=0.5", "--ping_timeout=2")
         async with Service(*backend.flags(), *flags) as service:
             async with websockets.connect(
                 service.ws_url, ping_interval=None, compression=None

@@ -16,7 +16,15 @@ from authorization_test import ask
 from certificates import Authority
 from faults import ScriptedBackend
 from programs import leave_out
-from service import DEADLINE, PROJECT, Service, ended, refusal
+from service import (
+    DEADLINE,
+    DRAINS_SLOWLY,
+    PROJECT,
+    Service,
+    draining,
+    ended,
+    refusal,
+)
 from tornado.web import Application
 
 from backends.loopback import LoopbackBackend
@@ -81,14 +89,10 @@ async def test_starting_relay_is_not_ready(
 
 async def test_stopping_relay_is_not_ready(io_loop):
     """/status shows it, too."""
-    async with Service("--drain_delay=2") as service:
+    async with Service(DRAINS_SLOWLY) as service:
         assert await readyz(service) is None
-        service.process.terminate()
-        async with asyncio.timeout(DEADLINE):
-            while (reason := await readyz(service)) is None:
-                pass
-        assert reason == "This instance is shutting down."
-        assert await service.process.wait() == 0
+        async with draining(service):
+            assert await readyz(service) == "This instance is shutting down."
 
 
 async def test_unreachable_backend_keeps_readiness_by_default(io_loop):

@@ -14,7 +14,15 @@ from authorization_test import BEARER, TOKENS, Caller, ask
 from faults import ScriptedBackend, send_raw
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
-from service import DEADLINE, PROJECT, RecordingBackend, Service, withhold
+from service import (
+    DEADLINE,
+    DRAINS_SLOWLY,
+    PROJECT,
+    RecordingBackend,
+    Service,
+    draining,
+    withhold,
+)
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -639,16 +647,12 @@ async def uptime(service: Service) -> float:
 
 async def test_stopping_metric_shows_the_shutdown(io_loop):
     """While the relay drains."""
-    async with Service("--drain_delay=2") as service, Caller(service) as caller:
+    async with Service(DRAINS_SLOWLY) as service, Caller(service) as caller:
         answer = await caller.ask("GET", "/metrics")
         assert samples(answer.body.decode())["stopping"] == 0
-        service.process.terminate()
-        async with asyncio.timeout(DEADLINE):
-            while True:
-                answer = await caller.ask("GET", "/metrics")
-                if samples(answer.body.decode())["stopping"]:
-                    break
-            assert await service.process.wait() == 0
+        async with draining(service):
+            answer = await caller.ask("GET", "/metrics")
+            assert samples(answer.body.decode())["stopping"] == 1
 
 
 # Other backends and sends.

@@ -406,7 +406,7 @@ async def test_requests_completed_during_a_stall_are_served(
     io_loop, server
 ):
     """Heads and bodies, also over TLS."""
-    flags = ("--header_timeout=1.5", "--body_timeout=1.5", f"--http_server={server}")
+    flags = ("--header_timeout=2.5", "--body_timeout=2.5", f"--http_server={server}")
     body = b"x" * 4_000_000  # as much as is accepted: many reads
     halves = {
         "head": (LIVEZ[:20], LIVEZ[20:], b" 200 "),
@@ -438,7 +438,7 @@ async def test_tls_handshakes_continue_after_a_stall(io_loop, server, tmp_path):
     authority = Authority(tmp_path)
     certificate = authority.server()
     context = ssl.create_default_context(cafile=str(authority.path))
-    flags = (f"--tls_cert={certificate.both}", "--header_timeout=1.5")
+    flags = (f"--tls_cert={certificate.both}", "--header_timeout=2.5")
     async with Service(*flags, f"--http_server={server}") as service:
         parts = urlsplit(service.ws_url)
         sock = socket.create_connection((parts.hostname, parts.port))

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import websockets
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
@@ -19,6 +20,8 @@ from tornado.web import Application, RequestHandler
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEADLINE = 30.0  # seconds for each quick step, also on a busy machine
+
+DRAINS_SLOWLY = "--drain_spread=3600"
 
 STARTED = re.compile(r"clients at (wss?://\S+), callbacks at (https?://\S+), backend")
 
@@ -227,6 +230,20 @@ class RecordingBackend:
         return await self.http.fetch(
             HTTPRequest(url, method, body=body, **rest), raise_error=False
         )
+
+
+@contextlib.asynccontextmanager
+async def draining(service: Service) -> AsyncIterator[None]:
+    """Send SIGTERM; `service` has closed a client, and another one stays for the block.
+
+    Its flags must contain `DRAINS_SLOWLY`. At the end of the block it exits with 0.
+    """
+    async with websockets.connect(service.ws_url) as closed:
+        async with websockets.connect(service.ws_url):
+            service.process.send_signal(signal.SIGTERM)
+            await asyncio.wait_for(closed.wait_closed(), DEADLINE)
+            yield
+    assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
 
 
 async def eventually(claim: Callable[[], bool], deadline: float = DEADLINE) -> None:

@@ -236,7 +236,7 @@ async def test_sighup_changes_the_certificate_and_drops_no_connection(
 @pytest.mark.gen_test
 async def test_plain_bytes_at_a_tls_port_end_the_connection(io_loop, authority, server):
     """Plain HTTP, garbage and silence, on a TLS listener."""
-    async with Service(f"--tls_cert={server.both}", "--header_timeout=1") as service:
+    async with Service(f"--tls_cert={server.both}", "--header_timeout=3") as service:
         host, _, port = service.ws_url.split("/")[2].rpartition(":")
         plain = b"GET /ws HTTP/1.1\r\nHost: x\r\n\r\n"
         for garbage in (plain, b"\x16\x03\x01\xff", b""):
@@ -297,7 +297,7 @@ def tls_end(port, context, how, answered=None):
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 async def test_https_ends_with_close_notify(io_loop, authority, server):
     """However it ends, so that the peer can distinguish the end from a cut."""
-    flags = (f"--http_server={server}", "--header_timeout=1", "--body_timeout=1")
+    flags = (f"--http_server={server}", "--header_timeout=3", "--body_timeout=3")
     certificate = f"--tls_cert={authority.server().both}"
     loop = asyncio.get_running_loop()
     async with Service(*flags, certificate) as service:
