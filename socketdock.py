@@ -56,14 +56,14 @@ from handlers.operators.prometheus import make_collector
 from handlers.operators.routes import operator_routes
 from handlers.operators.status import Status
 from handlers.probes import Readiness, probe
-from handlers.process.command_line import words_of
+from handlers.process.command_line import arguments_of
 from handlers.process.event_loop import collect_garbage_less_often, loop_factory
 from handlers.process.findings import (
     certificate_finding,
     descriptors_finding,
     port_finding,
 )
-from handlers.process.lifecycle import end_within, leave, open_standard_streams
+from handlers.process.lifecycle import exit_after, exit_now, open_standard_streams
 from handlers.process.limits import claim_descriptors
 from handlers.process.logs import Log, make_log, read_log_config
 from handlers.process.options import (
@@ -349,10 +349,10 @@ class Service:
         self.systemd.stopping()
         longest = options.drain_delay + options.drain_spread + options.drain_timeout
         end_at = time.monotonic() + longest + END_GRACE
-        hard_end = end_within(longest + END_GRACE, 1)
+        hard_end = exit_after(longest + END_GRACE, 1)
         status = 0 if await self._drain() else 1
         hard_end.cancel()
-        end_within(max(0.0, end_at - time.monotonic()), status)
+        exit_after(max(0.0, end_at - time.monotonic()), status)
         await self._close()
         log.close()
         logger.info("stopped")
@@ -367,7 +367,7 @@ class Service:
             options.drain_delay,
             options.drain_spread,
             options.drain_timeout,
-            self.to_clients.leave if leaves else lambda: None,
+            self.to_clients.stop_listening if leaves else lambda: None,
             settle=self.backend.drain,
         )
         reporting.cancel()
@@ -380,7 +380,7 @@ class Service:
         self.heartbeat.close()
         self.lifetimes.close()
         self.policy.stalls.close()
-        self.connections.refusals.sum_up()
+        self.connections.refusals.log_summary()
         await self.backend.close()
         for listener in self.listeners:
             await listener.close()
@@ -421,14 +421,14 @@ async def check(warnings: Sequence[str]) -> int:
     an error.
     """
     found = [Finding("warning", warning) for warning in warnings]
-    with _found_wrong(found):
+    with _errors_added_to(found):
         make_policy()
-    with _found_wrong(found):
+    with _errors_added_to(found):
         make_paths()
-    with _found_wrong(found):
+    with _errors_added_to(found):
         if options.log_config:
             read_log_config(options.log_config)
-    with _found_wrong(found):
+    with _errors_added_to(found):
         if options.otel:
             load_tracing()
     found += [port_finding("--bindport", bindable(options.bindip), options.bindport,
@@ -436,7 +436,7 @@ async def check(warnings: Sequence[str]) -> int:
     if options.callbackport is not None:
         address = bindable(options.callbackip or options.bindip)
         found += [port_finding("--callbackport", address, options.callbackport)]
-    with _found_wrong(found):
+    with _errors_added_to(found):
         await _check_ends(found)
     with contextlib.suppress(BrokenPipeError):  # the exit status still reports it
         for finding in found:
@@ -453,7 +453,7 @@ async def _check_ends(found: list[Finding]) -> None:
         await listener.close()
     for path in filter(None, (options.tls_cert, options.callback_tls_cert)):
         found.append(certificate_finding(path))
-    with _found_wrong(found):
+    with _errors_added_to(found):
         tokens = CallbackTokens(options.callback_token, options.callback_token_file)
         if not (tokens.required or on_loopback):
             found.append(
@@ -464,7 +464,7 @@ async def _check_ends(found: list[Finding]) -> None:
                 )
             )
     backend = Check()
-    with _found_wrong(found):
+    with _errors_added_to(found):
         module = backends.load(options.backend)
         if hasattr(module, "make_check"):
             backend = module.make_check(Relay(external, "check", __version__))
@@ -480,7 +480,7 @@ async def _check_ends(found: list[Finding]) -> None:
 
 
 @contextlib.contextmanager
-def _found_wrong(found: list[Finding]) -> Iterator[None]:
+def _errors_added_to(found: list[Finding]) -> Iterator[None]:
     try:
         yield
     except OptionError as error:
@@ -512,7 +512,7 @@ def run(command: str, words: list[str]) -> int:
         print_help(all_options=not {"--help", "-h"} & set(words))
         return 0
     if command == "health" and words[:1] and words[0].startswith("--pid="):
-        words = words_of(words[0].removeprefix("--pid=")) + words[1:]
+        words = arguments_of(words[0].removeprefix("--pid=")) + words[1:]
     warnings = parse_options(words, os.environ)
     if command == "health":
         return health()
@@ -544,7 +544,7 @@ def main() -> None:
     except OSError as error:  # such as a full disk under redirected help
         print(f"socketdock: {error}", file=sys.stderr)
         status = 1
-    leave(status)
+    exit_now(status)
 
 
 if __name__ == "__main__":

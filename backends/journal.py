@@ -119,7 +119,7 @@ class Journal:
             self._write_lines()
             if self._size <= max(COMPACT_ABOVE, 4 * LINE_LENGTH * len(self._ids)):
                 return
-        self._write_anew()
+        self._rewrite()
 
     def _write_lines(self) -> None:
         if self._unwritten:
@@ -131,7 +131,7 @@ class Journal:
             self._size += len(self._unwritten)
             self._unwritten = b""
 
-    def _write_anew(self) -> None:
+    def _rewrite(self) -> None:
         self._size = 0  # so that a failure is not repeated with the next line
         self._size = _replace(self._path, self.instance, self._ids)
         file = _open_to_append(self._path)

@@ -117,11 +117,11 @@ class Admission:
             )
         # Handshakes that waited during a stall may have come at the allowed rate.
         burst = BURST + self._stalls.latest
-        self._forget_those_of_before(now - burst)
+        self._forget_full(now - burst)
         self._paid_until[address] = spent(paid_until, now, 1 / self._rate, burst)
         return None
 
-    def _forget_those_of_before(self, full_at: float) -> None:
+    def _forget_full(self, full_at: float) -> None:
         """Drop addresses whose credit is complete again."""
         while self._paid_until:
             address, paid_until = next(iter(self._paid_until.items()))
@@ -170,7 +170,7 @@ class RefusalLog:
         """Log or count a rejection; `reason` must not contain data of the client."""
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(
-                self._interval, self.sum_up
+                self._interval, self.log_summary
             )
         if self._quota.allow():
             logger.info(
@@ -180,7 +180,7 @@ class RefusalLog:
         else:
             self._counted[status] += 1
 
-    def sum_up(self) -> None:
+    def log_summary(self) -> None:
         """Log the number of the counted ones, and start a new interval."""
         if self._timer is not None:
             self._timer.cancel()

@@ -235,7 +235,7 @@ async def test_refusals_are_counted_anew_in_each_interval(io_loop, caplog):
         )
         book.add("203.0.113.1", 429, "why")
         assert len(caplog.messages) == 3
-        book.sum_up()
+        book.log_summary()
         assert len(caplog.messages) == 3
 
 

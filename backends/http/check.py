@@ -92,7 +92,7 @@ class HTTPCheck(Check):
                 )
                 connected = True
                 if target.scheme == "https":
-                    return await self._shake_hands(what, target.server_name, sock)
+                    return await self._handshake(what, target.server_name, sock)
                 sock.close()
                 return Finding("ok", f"{what} is reached")
         except TimeoutError:
@@ -119,7 +119,7 @@ class HTTPCheck(Check):
             remedy = "start the backend there, or correct the URL"
         return Finding("error", f"{what}: {why}; {remedy}")
 
-    async def _shake_hands(self, what: str, host: str, sock: socket.socket) -> Finding:
+    async def _handshake(self, what: str, host: str, sock: socket.socket) -> Finding:
         """Make a TLS handshake on `sock`, which is closed afterwards."""
         assert self._tls is not None
         try:

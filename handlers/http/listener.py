@@ -214,7 +214,7 @@ class Listener:
         if self._tls is not None:
             self._context = self._tls.context()
 
-    def leave(self) -> None:
+    def stop_listening(self) -> None:
         """Stop listening; open connections stay.
 
         Other processes that share the port then get all new connections. Those that
@@ -230,7 +230,7 @@ class Listener:
 
     async def close(self) -> None:
         """Stop listening, and close all connections."""
-        self.leave()
+        self.stop_listening()
         if self._server is not None:
             await self._server.close_all_connections()
 

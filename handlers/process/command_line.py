@@ -8,7 +8,7 @@ from pathlib import Path
 from tornado.options import Error as OptionError
 
 
-def words_of(process: str) -> list[str]:
+def arguments_of(process: str) -> list[str]:
     """Return the command line of the relay in a process, without the program's name.
 
     Searches the children of `process` as well, since it may be a shell. A container's

@@ -30,7 +30,7 @@ def open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
-def end_within(seconds: float, status: int) -> threading.Timer:
+def exit_after(seconds: float, status: int) -> threading.Timer:
     """Exit with `status` after `seconds`, unless the returned timer is cancelled.
 
     It runs in a thread of its own, since the loop may be what hangs.
@@ -55,7 +55,7 @@ def _end(status: int) -> None:
     os._exit(status)
 
 
-def leave(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
     """Exit now, after writing all that was logged and printed.
 
     Calls the functions registered with `atexit`, such as those of `logging` and of a

@@ -100,10 +100,10 @@ class LogLimit(logging.Filter):
         self._timer = loop.call_later(self._interval, self._on_time)
 
     def _on_time(self) -> None:
-        self.sum_up()
+        self.log_summary()
         self.begin()
 
-    def sum_up(self) -> None:
+    def log_summary(self) -> None:
         """Log how many lines were only counted, and start a new interval."""
         seen, self._seen = self._seen, {}
         since, self._since = self._since, time.monotonic()
@@ -124,4 +124,4 @@ class LogLimit(logging.Filter):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self.sum_up()
+        self.log_summary()

@@ -47,7 +47,7 @@ define("log_config", type=str, metavar="PATH",
 LOG_FILE = ("log_file_prefix", "log_file_max_size", "log_file_num_backups",
             "log_rotate_mode", "log_rotate_when", "log_rotate_interval")
 
-COMPLAINT_INTERVAL = 60.0  # seconds without a failure before the next complaint
+REPORT_INTERVAL = 60.0  # seconds without a failure before the next report
 
 class StderrHandler(logging.StreamHandler[TextIO]):
     """Writes each line immediately; lines that cannot be written are lost."""
@@ -69,7 +69,7 @@ class StderrHandler(logging.StreamHandler[TextIO]):
         """Do nothing: there is no other place to report it."""
 
 
-class Complaint:
+class FailureReport:
     """Reports on stderr that the log cannot be written, once until it recovers.
 
     Replaces a handler's `handleError`, which prints a traceback for each line.
@@ -81,7 +81,7 @@ class Complaint:
     def __call__(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         failed_at, self._failed_at = self._failed_at, time.monotonic()
-        if self._failed_at - failed_at < COMPLAINT_INTERVAL:
+        if self._failed_at - failed_at < REPORT_INTERVAL:
             return
         with contextlib.suppress(OSError, ValueError):
             print(
@@ -130,7 +130,7 @@ class Log:
         self._path = config
         self._config: dict[str, Any] | None = None
         self._limit = LogLimit()
-        self._complaint = Complaint()
+        self._failure_report = FailureReport()
         if config is None:
             _write_to([*channels, *[StderrHandler()] * to_stderr], format_name)
         self._apply()
@@ -170,12 +170,12 @@ class Log:
         self._config = config
 
     def _attach(self) -> None:
-        """Add the limit and the complaint to every handler that there is now."""
+        """Add the limit and the failure report to each current handler."""
         for each in (logging.root, *logging.root.manager.loggerDict.values()):
             for handler in getattr(each, "handlers", ()):
                 handler.addFilter(self._limit)
                 if type(handler).handleError is logging.Handler.handleError:
-                    handler.handleError = self._complaint
+                    handler.handleError = self._failure_report
 
     def reload(self) -> None:
         """Read the level and the file for `logging.config` again.

@@ -23,7 +23,7 @@ PLACEHOLDER = re.compile(r"%[-#0-9.]*[a-z]")  # replaced with an argument by `lo
 class CountingExporter(SpanExporter):
     """Wraps an exporter: counts its spans, and logs a failure once until it recovers.
 
-    The SDK's thread uses it, except for `made` and `sum_up()`.
+    The SDK's thread uses it, except for `made` and `log_summary()`.
     """
 
     def __init__(self, exporter: SpanExporter, sdk: "SDKLogHandler") -> None:
@@ -54,7 +54,7 @@ class CountingExporter(SpanExporter):
     def force_flush(self, timeout_millis: int = 30000) -> bool:
         return self._exporter.force_flush(timeout_millis)
 
-    def sum_up(self) -> None:
+    def log_summary(self) -> None:
         """Log how many spans were lost, if any were."""
         if lost := self.made - self._exported:
             logger.warning("%d of %d spans were not exported", lost, self.made)

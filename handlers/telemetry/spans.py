@@ -300,7 +300,7 @@ class Tracing(Observer):
         with suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_TIMEOUT):
                 await done.wait()
-        self._exporter.sum_up()
+        self._exporter.log_summary()
 
 
 class _Span(NamedTuple):
