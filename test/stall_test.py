@@ -236,3 +236,20 @@ async def test_held_request_that_was_reset_during_a_stall_is_retried(
                 await backend.make_reachable()
             await eventually(lambda: len(kinds) == 4)
     assert kinds == ["message", "disconnect", "message", "disconnect"]
+
+
+@LOOPS
+async def test_idle_time_restarts_after_a_stall(io_loop, loop_name):
+    """Callers could not be served during it, so clients have got nothing either."""
+    idle = 1.5  # seconds
+    flags = (f"--idle_timeout={idle}", f"--event_loop={loop_name}")
+    async with Service(*flags) as service:
+        async with websockets.connect(service.ws_url) as client:
+            await client.send("open")
+            await client.recv()
+            async with service.stalled(idle + 1):
+                resumed = asyncio.get_running_loop().time() + idle + 1
+            await asyncio.wait_for(client.wait_closed(), DEADLINE)
+            took = asyncio.get_running_loop().time() - resumed
+    assert client.close_reason == "idle"
+    assert took >= idle - 0.1

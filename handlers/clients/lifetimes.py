@@ -11,7 +11,7 @@ from typing import Protocol
 
 from tornado.options import define
 
-from backends.deadlines import after_reading
+from backends.deadlines import STALL, after_reading
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,9 @@ class Lifetimes:
         self._due: dict[Expirable, float] = {}
         self._last_turn = 0
         self._timer: asyncio.TimerHandle | None = None
+        # When the latest stall of the process ended, on the loop's clock. Nobody could
+        # send during it.
+        self._resumed_at = float("-inf")
 
     def add(self, connection: Expirable) -> None:
         """Watch `connection` from now on."""
@@ -102,8 +105,11 @@ class Lifetimes:
         )
 
     def _on_turn(self) -> None:
-        self._timer = None
+        assert self._timer is not None
         now = asyncio.get_running_loop().time()
+        if now > self._timer.when() + STALL:
+            self._resumed_at = now
+        self._timer = None
         last, self._last_turn = self._last_turn, self._turn_at(now)
         for turn in range(last + 1, self._last_turn + 1):
             due = self._turns.pop(turn, {})
@@ -127,7 +133,9 @@ class Lifetimes:
             self._arm()
 
     def _judge(self, connection: Expirable, ends_at: float, now: float) -> None:
-        heard = now if connection.busy else connection.last_message_at
+        heard = max(connection.last_message_at, self._resumed_at)
+        if connection.busy:
+            heard = now
         if now >= ends_at:
             connection.expire("lifetime")
         elif now >= heard + self._idle_timeout:
