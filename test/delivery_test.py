@@ -149,7 +149,7 @@ async def test_no_sign_of_life_closes_with_1013(io_loop):
     """Held responses without a callback: at most --max_unanswered, then 1013."""
     async with RecordingBackend() as backend:
         forever = withhold(backend, "message")
-        flags = ("--order_wait=0.05", "--max_unanswered=3", "--delivery_timeout=1.5")
+        flags = ("--order_wait=0.05", "--max_unanswered=3", "--delivery_timeout=3")
         async with Service(*backend.flags(), *flags) as service:
             async with websockets.connect(service.ws_url) as client:
                 for number in range(6):

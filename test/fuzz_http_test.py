@@ -176,7 +176,7 @@ def relay(request) -> Iterator[Relay]:
                 *backend.flags(),
                 *getattr(request, "param", ()),
                 "--breaker_attempts=1000000000",
-                "--delivery_timeout=0.5",
+                "--delivery_timeout=5",
             ).__aenter__()
             client = await websockets.connect(service.ws_url, ping_interval=None)
             (event,) = await backend.wait_for("connect", 1)

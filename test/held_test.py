@@ -187,13 +187,13 @@ async def test_without_a_free_connection_there_is_a_deadline(io_loop):
             await leave(first)
 
 
-@pytest.mark.parametrize("strictly", [(), ("--order_wait=inf", "--backend_timeout=1")])
+@pytest.mark.parametrize("strictly", [(), ("--order_wait=inf", "--backend_timeout=2")])
 async def test_waiting_in_a_moving_queue_is_not_late(
     io_loop, strictly
 ):
     """For any time: it does not count as a failure of the backend."""
     async with FaultyBackend(lambda attempt: Reply(delay=0.3)) as backend:
-        flags = ("--max_backend_connections=1", "--delivery_timeout=1", *strictly)
+        flags = ("--max_backend_connections=1", "--delivery_timeout=2", *strictly)
         async with Service(*backend.flags("message"), *flags) as service:
             clients = await talkers(service.ws_url, 10)
             await asyncio.gather(*(client.say() for client in clients))
@@ -218,7 +218,7 @@ async def test_response_before_a_retry_is_no_sign_of_life_for_it(io_loop):
             (talker,) = await talkers(service.ws_url, 1)
             await talker.say(2)
             await eventually(
-                lambda: [a.outcome for a in backend.attempts] == ["503", "200"]
+                lambda: [a.outcome for a in backend.attempts[:2]] == ["503", "200"]
             )
             await talker.say(2)
             await eventually(lambda: len(backend.attempts) == 4)

@@ -343,7 +343,7 @@ async def test_given_up_events_are_counted(io_loop):
     async def fail_all(handler, event):
         handler.set_status(500)
 
-    flags = ("--delivery_timeout=0.3", "--disconnect_timeout=0.3")
+    flags = ("--delivery_timeout=2", "--disconnect_timeout=0.3")
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), *flags) as service:
             backend.answers["message"] = backend.answers["disconnect"] = fail_all

@@ -53,11 +53,11 @@ async def test_decision_during_a_stall_counts(io_loop, loop_name):
 
     async with RecordingBackend() as backend:
         backend.answers["connect"] = decide
-        flags = ("--handshake_timeout=1.5", f"--event_loop={loop_name}")
+        flags = ("--handshake_timeout=3", f"--event_loop={loop_name}")
         async with Service(*backend.flags(), *flags) as service:
             connecting = asyncio.ensure_future(websockets.connect(service.ws_url))
             await asyncio.wait_for(asked.wait(), DEADLINE)
-            async with Stopped(service, 2.5):
+            async with Stopped(service, 4):
                 go_on.set()
                 await asyncio.wait_for(answered.wait(), DEADLINE)
             async with await connecting:
@@ -81,10 +81,10 @@ class Held:
 
     async def passes_while(self, service: Service, seconds: float) -> None:
         """Stop the relay for `seconds`; the peer continues meanwhile."""
-        await asyncio.wait_for(self.reached.wait(), 20)
+        await asyncio.wait_for(self.reached.wait(), DEADLINE)
         async with Stopped(service, seconds):
             self.go_on.set()
-            await asyncio.wait_for(self.passed.wait(), 20)
+            await asyncio.wait_for(self.passed.wait(), DEADLINE)
 
 
 @LOOPS
