@@ -64,7 +64,7 @@ setup(
     ],
     entry_points={"console_scripts": ["socketdock=socketdock:main"]},
     install_requires=[
-        "tornado>=6.6,<6.7",  # handlers.websocket.protocol stands on its inner parts
+        "tornado>=6.6,<6.7",  # handlers.websocket.protocol uses internal parts of it
         "httptools>=0.6.4,<1",
         "orjson>=3.9,<4",
         "aiohappyeyeballs>=2.4,<3",

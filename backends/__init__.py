@@ -1,4 +1,4 @@
-"""What stands behind the relay: the `Backend` interface, and loading one by name.
+"""The backends of the relay: the `Backend` interface, and loading one by name.
 
 A backend is a module of this package (`--backend=http` is `backends.http`), or
 any importable module with a dot in its name (`--backend=mycompany.queue`), which
@@ -299,7 +299,7 @@ class Condition:
     """The state of a backend, for probes, operators and metrics.
 
     `away` is for how many seconds it has been considered unreachable; None while
-    it is reachable. `untried` means that the next event is sent all the same, to
+    it is reachable. `untried` means that the next event is sent nevertheless, to
     find out whether the backend is back. `held` counts requests that wait for an
     overdue response, `connections` those that are open to it.
     """
@@ -353,14 +353,14 @@ class Backend(abc.ABC):
         """
 
     async def disconnect(self, connection: Connection, closure: Closure) -> None:
-        """Take note that an accepted connection has ended.
+        """Handle the end of an accepted connection.
 
         Raises `BackendError` where this could not be delivered; the relay logs it.
         """
         return None
 
     def called_back(self, connection: Connection) -> None:
-        """Take note that a callback request for `connection` was received."""
+        """Handle that a callback request for `connection` was received."""
         return None
 
     def condition(self) -> Condition:

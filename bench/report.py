@@ -102,7 +102,7 @@ def tables(results: Results) -> str:
         f" processors; {machine['system']}; Python {machine['python']};"
         f" {most if least == most else f'{least} to {most}'} rounds of"
         f" {max(run['seconds'] for run in runs):g} s for each figure; {USUAL_CLIENTS}"
-        f" clients where no other number stands. The host kept the relay's processor"
+        f" clients unless another number is given. The host kept the relay's processor"
         f" for itself {median(stolen):.0%} of the time ({max(stolen):.0%} at worst)."
     ]
     for heading, figures in TABLES.items():

@@ -49,7 +49,7 @@ class Admission:
     """Counts connections and handshakes against limits; 0 means no limit.
 
     A socket with a descriptor above `last_descriptor` is rejected. `stalls` says
-    how long the process stood still: handshakes that waited meanwhile do not count
+    how long the process was stopped: handshakes that waited meanwhile do not count
     as a burst.
 
     An address is an IPv4 address, or an IPv6 /64 network, which one household or

@@ -25,7 +25,7 @@ define("rate_patience", default=10.0, metavar="SECONDS",
             "is closed with 1008")
 
 BURST = 1.0  # seconds' worth that may arrive at once, and one more in any case
-STALL_INTERVAL = 0.5  # seconds between checks whether the process stood still
+STALL_INTERVAL = 0.5  # seconds between checks whether the process was stopped
 CATCH_UP_TIME = 10.0  # seconds after a stall in which the backlog is read
 
 

@@ -84,7 +84,7 @@ async def test_backend_option_is_read_from_the_environment(io_loop, elsewhere):
 async def test_backend_option_is_read_from_the_options_file(
     io_loop, elsewhere, tmp_path
 ):
-    """It may stand before or after `backend`."""
+    """Its line may be before or after that of `backend`."""
     path = tmp_path / "options.conf"
     path.write_text("shout_with = '#'\nbackend = 'company.shout'\n")
     async with Service(f"--config={path}", environment=elsewhere) as service:

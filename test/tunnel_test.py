@@ -52,7 +52,7 @@ def tunnel(url, context):
 
 
 async def assert_only_one_answer(url, context, request, statuses):
-    """To `request`, and nothing to what stands behind it or comes later."""
+    """To `request`, and nothing to what follows it."""
     async with tunnel(url, context) as port:
         for pieces in ((request + STATUS,), (request, STATUS)):
             received = await send_raw(

@@ -86,7 +86,7 @@ class CommandExecutor:
             for _ in steps:
                 if clock() >= ends_at:
                     return False
-        except Exception:  # a bug, after which the caller must go on nevertheless
+        except Exception:  # a bug, which must not stop the caller
             logger.exception("bug in a command")
         return True
 

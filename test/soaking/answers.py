@@ -129,7 +129,7 @@ class Behavior:
         return replace(reply, headers=headers, retry_after=seconds)
 
     def _in_odd_form(self, reply: Reply) -> Reply:
-        """The same, written otherwise; headers stand before those of the form."""
+        """The same in an unusual form; `headers` precede those of the form."""
         rng = self._rng
         closes = reply.closes or rng.random() < 0.2
         forms = READABLE_TO_THE_END if closes else READABLE
