@@ -51,11 +51,14 @@ class SetState:
     state: bytes | None
 
 
+Action = Send | Close | SetState
+
+
 @dataclass(slots=True)
 class Command:
     """An action and whom it is for; None: the connection of the event."""
 
-    action: Send | Close | SetState
+    action: Action
     connection_ids: Sequence[str] | None
 
 
@@ -101,7 +104,7 @@ def _parse_command(value: object) -> Command:
     names = [name for name in ("send", "close", "state") if name in value]
     if len(names) != 1:
         raise CommandError("A command must have exactly one of send, close, state.")
-    action: Send | Close | SetState
+    action: Action
     if names == ["send"]:
         action = Send(_message_of(value))
     elif names == ["close"]:
@@ -164,7 +167,10 @@ def closing_of(closing: Mapping[str, Any]) -> tuple[int, str]:
 
 def _serialized(state: object) -> bytes:
     """Return `state` as JSON that takes no more memory than its length."""
-    return bytes(memoryview(orjson.dumps(state)))
+    try:
+        return bytes(memoryview(orjson.dumps(state)))
+    except orjson.JSONEncodeError:  # orjson parses 1024 levels, and writes 254
+        raise CommandError("state is nested too deeply.") from None
 
 
 def _ids_of(value: dict[str, Any]) -> Sequence[str] | None:

@@ -9,6 +9,7 @@ import logging
 import random
 import ssl
 from collections import deque
+from functools import partial
 from typing import Protocol, cast
 
 from backends import BackendAway, BackendError
@@ -130,14 +131,14 @@ class PooledConnection(asyncio.Protocol):
         if exchange.timer is not None:
             exchange.timer.cancel()  # for the body `BODY_TIMEOUT` applies
             exchange.timer = None
-        if response.keeps and exchange.asks_first():
+        if response.keeps and (self._waits_to_read or exchange.asks_first()):
             assert self._transport is not None
             self._waits_to_read = True
             self._transport.pause_reading()
             return
-        self._go_on()
+        self._go_on(exchange)
 
-    def _go_on(self) -> None:
+    def _go_on(self, exchange: Exchange) -> None:
         """Finish if the response has ended, else wait for the rest."""
         response = self._response
         if response.complete or response.excessive:
@@ -145,7 +146,10 @@ class PooledConnection(asyncio.Protocol):
         elif self._body_timer is None:
             loop = self._origin.client.loop
             self._body_timer = loop.call_later(
-                BODY_TIMEOUT, after_reading, loop, self._on_body_timeout
+                BODY_TIMEOUT,
+                after_reading,
+                loop,
+                partial(self._on_body_timeout, exchange),
             )
 
     def eof_received(self) -> bool:
@@ -184,10 +188,11 @@ class PooledConnection(asyncio.Protocol):
 
     def read_on(self) -> None:
         """Read the body of the response, which waited."""
-        if self._waits_to_read and self._transport is not None:
+        exchange = self._exchange
+        if self._waits_to_read and self._transport is not None and exchange is not None:
             self._waits_to_read = False
             self._transport.resume_reading()
-            self._go_on()
+            self._go_on(exchange)
 
     # Called by the origin.
 
@@ -283,8 +288,8 @@ class PooledConnection(asyncio.Protocol):
         if reusable and has_waiting:  # `finish` may have emptied the queue
             self._origin.on_free(self)
 
-    def _on_body_timeout(self) -> None:
-        if self._body_timer is not None:
+    def _on_body_timeout(self, exchange: Exchange) -> None:
+        if self._exchange is exchange:
             self._finish()
 
     def _fail(self, kind: type[BackendError], why: str) -> None:

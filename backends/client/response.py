@@ -132,7 +132,8 @@ class ResponseReader:
         """Return what has been read."""
         if not self._limit:
             return Response(self.status, self.headers, None)
-        body = bytes(self._body)
+        # Not kept here: the connection may be idle for long.
+        body, self._body = bytes(self._body), b""
         complete = self.whole and self._kept <= self._limit
         return Response(self.status, self.headers, body, complete)
 

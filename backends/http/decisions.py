@@ -81,7 +81,7 @@ class Decisions:
         if subprotocol is not None and subprotocol not in offered:
             raise BackendError("the backend chose a subprotocol that was not offered")
         if reply is not None:
-            self._replies.carry_out_decision(connection_id, reply)
+            await self._replies.carry_out_decision(connection_id, reply)
         return subprotocol
 
 

@@ -21,6 +21,7 @@ from backends.deadlines import STALL, after_reading
 from backends.events import Event
 from backends.http.deliveries import IMPATIENT_ORDER_WAIT, Deliveries
 from backends.http.held import Request
+from backends.http.reply_turns import ReplyTurns
 from backends.http.retries import attempt_outcome, backoff, hint, retry_after
 from backends.waiting import Line, done_future
 
@@ -46,9 +47,8 @@ class Delivery:
         "_line",
         "_open",
         "_order_wait",
-        "_paused",
         "_quiet",
-        "_replying",
+        "_replies",
         "_timer",
         "disconnected",
         "failures",
@@ -69,10 +69,7 @@ class Delivery:
         self._called_back_at = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
         self._line: Line | None = None  # where `_pump` waits to be called
-        # The request whose reply is being read or carried out, and those whose replies
-        # wait for that.
-        self._replying: Request | None = None
-        self._paused: list[Request] | None = None
+        self._replies: ReplyTurns | None = None  # from the first reply on
         # Done when no message waits to be sent, and none delays the next.
         self._quiet: asyncio.Future[None] | None = None
         # Done when a request has ended or failed.
@@ -125,8 +122,10 @@ class Delivery:
 
     @property
     def busy(self) -> bool:
-        """Whether a message waits to be sent, or delays the next."""
-        return bool(self._backlog) or self._gate is not None
+        """Whether a message waits to be sent, or it or its reply delays the next."""
+        return (
+            bool(self._backlog) or self._gate is not None or self._is_carrying_out()
+        )
 
     def _has_failed_open(self) -> bool:
         return any(request.attempts for request in self._open)
@@ -191,8 +190,8 @@ class Delivery:
         self._deliveries.observer.ended("message", self._connection.id, "abandoned")
         exchange.abandon()
         self._signal_change()
-        if self._paused:
-            self._read_next()
+        if self._replies is not None:
+            self._replies.go_on()
         self._pump()
 
     def _pump(self) -> None:
@@ -211,7 +210,7 @@ class Delivery:
             if self._open and self._has_too_many_open():
                 if not self._abandon_oldest():
                     self._wait(
-                        self._room_deadline(),
+                        self._room_deadline(now),
                         deliveries.held if deliveries.held.full else None,
                     )
                 return  # abandoning one has called this
@@ -251,7 +250,7 @@ class Delivery:
         )
 
     def _signal_if_quiet(self) -> None:
-        if self._quiet is None or self._backlog or self._gate is not None:
+        if self._quiet is None or self.busy:
             return
         quiet, self._quiet = self._quiet, None
         if not quiet.done():
@@ -266,6 +265,8 @@ class Delivery:
     def on_sent(self, request: Request) -> None:
         """The kernel has the whole request: it can become overdue from now on."""
         request.sent_at = self._deliveries.loop.time()
+        if request.answering:  # before it was sent completely
+            return
         self._deliveries.line(self._order_wait).add(request)
 
     def on_overdue(self, request: Request) -> None:
@@ -298,8 +299,8 @@ class Delivery:
             self._report_attempt(request, became, outcome.status)
             if became == "delivered" or became == "refused":
                 self._on_answered(request, became, outcome.status)
-                if outcome.body is not None and became == "delivered":
-                    self._carry_out(request, outcome)
+                if outcome.body is not None:
+                    self._reply_turns().add(request.event.id, outcome)
             else:
                 error = self._error(f"answered {outcome.status}")
                 self._on_failed(request, error, retry_after(outcome) or 0.0)
@@ -307,8 +308,8 @@ class Delivery:
         self._deliveries.breaker.record(self._connection.id, became == "unreachable")
         if self._changed is not None:
             self._signal_change()
-        if self._paused:
-            self._read_next()
+        if self._replies is not None:
+            self._replies.go_on()
         self._pump()
 
     def _end_attempt(self, request: Request) -> None:
@@ -319,10 +320,8 @@ class Delivery:
         self._open.pop(request, None)
         if self._gate is request:
             self._gate = None
-        if self._replying is request:
-            self._replying = None
-        elif self._paused and request in self._paused:
-            self._paused.remove(request)
+        if self._replies is not None:
+            self._replies.forget(request)
 
     def _report_attempt(
         self, request: Request, outcome: AttemptOutcome, status: int | None
@@ -448,54 +447,25 @@ class Delivery:
         else:
             self._connection.give_up(error, messages)
 
-    # Replies: one at a time, and no faster than the client reads.
+    # Replies.
 
     def may_read(self, request: Request) -> bool:
         """Return whether its reply may be read now; otherwise it is read later."""
         request.answering = True  # neither overdue nor abandoned from now on
         request.leave_line()
         self._deliveries.held.keep(request)
-        if self._replying is None:
-            self._replying = request
-            return True
-        self._paused = self._paused or []
-        self._paused.append(request)
-        return False
+        return self._reply_turns().may_read(request)
 
-    def _carry_out(self, request: Request, response: Response) -> None:
-        """Carry out a reply. Until its frames have left, no message is sent."""
-        replies = self._deliveries.replies
-        assert replies is not None
-        others, self._replying = self._replying, request
-        self._await_reply(
-            replies.carry_out(self._connection, request.event.id, response)
-        )
-        if others is not None and self._replying is None:
-            self._replying = others
-
-    def _await_reply(self, carried_out: "asyncio.Future[None] | None") -> None:
-        awaited = carried_out or self._connection.has_room()
-        if awaited is None:
-            self._replying = None
-        else:
-            awaited.add_done_callback(self._on_reply_progress)
-
-    def _on_reply_progress(self, awaited: "asyncio.Future[None]") -> None:
-        self._await_reply(None)
-        if self._replying is None:
-            self._read_next()
-            self._pump()
+    def _reply_turns(self) -> ReplyTurns:
+        if self._replies is None:
+            replies = self._deliveries.replies
+            assert replies is not None
+            self._replies = ReplyTurns(replies, self._connection, self._pump)
+        return self._replies
 
     def _is_carrying_out(self) -> bool:
         """Whether a reply was read, and its frames have not left yet."""
-        return self._replying is not None and self._replying.exchange is None
-
-    def _read_next(self) -> None:
-        while self._paused and self._replying is None:
-            request = self._replying = self._paused.pop(0)
-            assert request.exchange is not None
-            request.exchange.read_on()
-            return
+        return self._replies is not None and self._replies.carrying_out
 
     # Which overdue requests may be abandoned.
 
@@ -527,11 +497,18 @@ class Delivery:
         """Return when the message at the head of the backlog is given up."""
         return self._backlog[0].failed_at + self._deliveries.limits.delivery_timeout
 
-    def _room_deadline(self) -> float:
-        """Return when messages are given up because too many are unanswered."""
-        oldest = next(iter(self._open))
-        # It was sent completely; otherwise it would be the gate.
-        return oldest.sent_at + self._deliveries.limits.delivery_timeout
+    def _room_deadline(self, now: float) -> float:
+        """Return when messages are given up because too many are unanswered.
+
+        Requests whose reply waits for a slow client are answered. If there are no
+        others, this is always later than `now`.
+        """
+        # Those were sent completely; otherwise one of them would be the gate.
+        oldest = min(
+            (request.sent_at for request in self._open if not request.answering),
+            default=now,
+        )
+        return oldest + self._deliveries.limits.delivery_timeout
 
     def _wait(self, deadline: float, line: Line | None = None) -> None:
         """Call `_judge` at `deadline`, unless `line` calls `_pump` before."""
@@ -571,7 +548,7 @@ class Delivery:
         now = self._deliveries.loop.time()
         if self._backlog and now >= self._backlog[0].not_before:
             if self._has_too_many_open():
-                if now >= self._room_deadline():
+                if now >= self._room_deadline(now):
                     self._give_up(self._error("too many are unanswered"))
             elif self._line is self._deliveries.breaker and now >= self._deadline():
                 self._give_up(self._error("backend unavailable"))

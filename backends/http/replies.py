@@ -35,6 +35,8 @@ define("reply", default="commands", metavar="NAME",
 define("max_reply_size", default=8 * 1024 * 1024, metavar="BYTES",
        help="largest response with commands, or with a frame")
 
+NO_CONTENT = 204  # a response without a body (RFC 9110, section 15.3.5)
+
 Mode = Literal["commands", "body", "off"]
 
 
@@ -83,27 +85,31 @@ class Replies:
 
         Returns None if all was done at once, or a future that is done when it was.
         """
-        if not response.body and response.complete and not has_commands(
-            response.headers
-        ):
-            return None
         try:
             if has_commands(response.headers):
                 commands = self.read(response).commands
             else:
-                commands = [Command(Send(self._frame(response)), None)]
-                self._check(commands)
+                commands = self._plain(response)
+            if not commands:
+                return None
+            return self._executor.carry_out(commands, "response", (connection.id,))
         except Unusable as error:
             self.report(connection.id, event_id, error)
-            return None
-        return self._executor.carry_out(commands, "response", (connection.id,))
+        except Exception:  # a bug, which must not stop the connection's messages
+            logger.exception("connection %s: bug in the reply to %s",
+                             connection.id, event_id)
+        return None
 
-    def carry_out_decision(self, connection_id: str, reply: Reply) -> None:
+    async def carry_out_decision(self, connection_id: str, reply: Reply) -> None:
         """Carry out the commands of a decision; its frames follow the 101."""
-        self._executor.carry_out(reply.commands, "response", (connection_id,))
+        done = self._executor.carry_out(reply.commands, "response", (connection_id,))
+        if done is not None:
+            await done
 
     def read(self, response: Response) -> Reply:
         """Parse commands. Raises `Unusable`."""
+        if response.status == NO_CONTENT:
+            return Reply([], {})
         try:
             members = parsed_json(self._body(response))
         except (ValueError, RecursionError):
@@ -146,18 +152,26 @@ class Replies:
         except MalformedResponse as error:
             raise Unusable(str(error)) from None
 
-    def _frame(self, response: Response) -> str | bytes:
-        """Return the body as a frame: text or binary as in a callback."""
+    def _plain(self, response: Response) -> list[Command]:
+        """Return the command to send the body, text or binary as in a callback.
+
+        Returns none if the body is empty. Raises `Unusable`.
+        """
         body = self._body(response)
+        if not body:
+            return []
+        frame: str | bytes = body
         content_type = response.headers.get("content-type", "")
-        if not is_text_type(content_type):
-            return body
-        if not has_text_charset(content_type):
-            raise Unusable("the charset of a text type must be UTF-8")
-        try:
-            return body.decode()
-        except UnicodeDecodeError:
-            raise Unusable("a text frame must be UTF-8") from None
+        if is_text_type(content_type):
+            if not has_text_charset(content_type):
+                raise Unusable("the charset of a text type must be UTF-8")
+            try:
+                frame = body.decode()
+            except UnicodeDecodeError:
+                raise Unusable("a text frame must be UTF-8") from None
+        commands = [Command(Send(frame), None)]
+        self._check(commands)
+        return commands
 
 
 def has_commands(headers: Mapping[str, str]) -> bool:

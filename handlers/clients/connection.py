@@ -79,6 +79,24 @@ class ClientContext:
         self.turns = connections.turns
 
 
+class EarlyFrames:
+    """Frames for a connection whose handshake is not answered yet."""
+
+    __slots__ = ("_size", "messages")
+
+    def __init__(self) -> None:
+        self.messages: list[str | bytes] = []
+        self._size = 0  # bytes
+
+    def add(self, message: str | bytes, limit: int | None) -> None:
+        """Add a frame; raise `SendBufferFull` if another one fills `limit` bytes."""
+        size = self._size + size_of(message)
+        if self.messages and limit is not None and size > limit:
+            raise SendBufferFull
+        self.messages.append(message)
+        self._size = size
+
+
 class ClientConnection:
     """The connection of a client; backends see it as `backends.Connection`.
 
@@ -141,7 +159,7 @@ class ClientConnection:
         self._stall_timer: asyncio.TimerHandle | None = None
 
         # Frames sent by callbacks while the handshake is being decided.
-        self._early: list[str | bytes] | None = None
+        self._early: EarlyFrames | None = None
         # The first close of this side, maybe before the 101: code, reason, initiator.
         self._closing: tuple[int, str, Initiator] | None = None
 
@@ -173,7 +191,7 @@ class ClientConnection:
         if logger.isEnabledFor(logging.INFO):
             self._log_open()
         early, self._early = self._early, None
-        for message in early or ():
+        for message in early.messages if early is not None else ():
             with contextlib.suppress(ConnectionClosed):  # the client has gone
                 self.send(message, limited=False)
         if self._closing is not None:
@@ -306,11 +324,9 @@ class ClientConnection:
         """
         limit = self._context.policy.max_send_buffer
         if self.state == "connecting" and self._closing is None:
-            early = self._early = self._early or []
-            size = sum(map(size_of, early)) + size_of(message)
-            if early and limited and size > limit:
-                raise SendBufferFull
-            early.append(message)
+            if self._early is None:
+                self._early = EarlyFrames()
+            self._early.add(message, limit if limited else None)
             return None
         protocol = self._protocol
         if self.state != "open" or protocol is None:
@@ -338,10 +354,11 @@ class ClientConnection:
 
     def has_room(self) -> "asyncio.Future[None] | None":
         """Return None if less than half of `max_send_buffer` waits, or a future."""
-        protocol, half = self._protocol, self._context.policy.max_send_buffer // 2
-        if self.state != "open" or protocol is None or protocol.bytes_waiting <= half:
+        protocol = self._protocol
+        if self.state != "open" or protocol is None or not protocol.bytes_waiting:
             return None
-        return protocol.below(half)
+        half = max(self._context.policy.max_send_buffer // 2, 1)
+        return protocol.below(half) if protocol.bytes_waiting >= half else None
 
     async def drained(self) -> None:
         """Wait until the kernel has taken all frames, or the socket is gone."""
