@@ -43,6 +43,7 @@ class Client(Peer):
         self.frame = b""  # the message that it sends
         self.callback: Callback = b"", b""  # the request that sends it a message
         self.callbacks: Callbacks
+        self.reply = b""  # the response to an event that sends it a message
         self._path = path
         self._on_broken = on_broken
         self._cut = b""  # an incomplete head
@@ -135,12 +136,18 @@ class Visitor(Peer):
 
 
 class Events(Peer):
-    """The backend: answers each request with 204, then calls `on_event`.
+    """The backend: answers each request, then calls `on_event`.
 
     Passes the beginning of the request, with path and `meta`, and the last bytes.
+    `answer` returns the response and gets the last bytes.
     """
 
-    def __init__(self, on_event: Callable[[bytes, bytes], None]) -> None:
+    def __init__(
+        self,
+        answer: Callable[[bytes], bytes],
+        on_event: Callable[[bytes, bytes], None],
+    ) -> None:
+        self._answer = answer
         self._on_event = on_event
         self._start = b""
         self._tail = b""
@@ -159,7 +166,7 @@ class Events(Peer):
         self._tail = data[-16:] if len(data) >= 16 else (self._tail + data)[-16:]
         if not self._left:
             start, self._start = self._start, b""
-            self.transport.write(wire.NO_CONTENT)
+            self.transport.write(self._answer(self._tail))
             self._on_event(start, self._tail)
 
 

@@ -44,7 +44,7 @@ async def measure(cell: Cell) -> Figures:
     """Measure one cell. Raises `BenchError`."""
     run = MODES[cell.mode](cell)
     server = await asyncio.get_running_loop().create_server(
-        lambda: Events(run.on_event), HOST, 0, backlog=BACKLOG
+        lambda: Events(run.answer, run.on_event), HOST, 0, backlog=BACKLOG
     )
     backend = f"http://{HOST}:{server.sockets[0].getsockname()[1]}"
     try:
@@ -73,8 +73,12 @@ class Run:
         """Prepare, measure, and return the figures."""
         raise NotImplementedError
 
+    def answer(self, tail: bytes) -> bytes:
+        """Return the backend's response to an event (see `Events`)."""
+        return wire.NO_CONTENT
+
     def on_event(self, start: bytes, tail: bytes) -> None:
-        """The backend got an event (see `Events`)."""
+        """The backend got an event, and has answered it."""
 
     def fail(self, why: str) -> None:
         """End the measurement with `BenchError`."""
@@ -146,6 +150,8 @@ class Run:
 class Traffic(Run):
     """Messages in flight: for each that arrives, the next one is sent."""
 
+    replying = False  # whether the response to an event has a message
+
     async def figures(self) -> Figures:
         await self.begin()
         return await self.rate()
@@ -162,6 +168,8 @@ class Traffic(Run):
                 self.on_arrival = self.on_done
             case "push":
                 self.send = self.call
+            case "echo-reply" if self.relay.peer.replies:
+                self.replying = True
             case _:
                 self.on_arrival = self.call
         window = WINDOW.get(self.cell.mode, 1) if self.cell.size <= WINDOW_SIZE else 1
@@ -182,10 +190,17 @@ class Traffic(Run):
             if sent % AT_ONCE == 0 or sent == len(self.clients):
                 await self.until(lambda: self.known == sent, "an event")  # noqa: B023
 
-    def on_event(self, start: bytes, tail: bytes) -> None:
+    def answer(self, tail: bytes) -> bytes:
+        return self.sender(tail).reply if self.replying else wire.NO_CONTENT
+
+    def sender(self, tail: bytes) -> Client:
+        """Return the client whose message ends an event."""
         # In JSON, two bytes end the event after the message.
         number = tail[-6:] if self.relay.peer.channels else tail[-8:-2]
-        client = self.clients[int(number)]
+        return self.clients[int(number)]
+
+    def on_event(self, start: bytes, tail: bytes) -> None:
+        client = self.sender(tail)
         if not client.callback[0]:
             self.learn(client, start)
         self.on_arrival(client)
@@ -205,6 +220,7 @@ class Traffic(Run):
         message = wire.message(self.cell.size, client.number)
         client.callback = wire.callback(host, path, message)
         client.callbacks = self.pools[host]
+        client.reply = wire.reply(message)
         self.known += 1
 
     def call(self, client: Client) -> None:
@@ -353,11 +369,12 @@ MODES: dict[str, type[Run]] = {
     "up": Traffic,
     "push": Traffic,
     "echo": Traffic,
+    "echo-reply": Traffic,
     "connect": Visits,
     "visit": Visits,
     "idle": Idle,
     "latency": Latency,
     "share": Share,
 }
-ALL_SIZES = ("up", "push", "echo")
+ALL_SIZES = ("up", "push", "echo", "echo-reply")
 ONE_SIZE = {"visit": 1024, "latency": 1024}  # bytes; other modes send no messages

@@ -53,6 +53,7 @@ class Peer(NamedTuple):
     # Whether a client's channel is in its path, and the backend gets no JSON.
     channels: bool = False
     cannot: tuple[str, ...] = ("share",)  # modes that it does not support
+    replies: bool = False  # whether the backend's response may have a message
 
     def can(self, mode: str) -> bool:
         """Whether the relay supports `mode`."""
@@ -163,12 +164,17 @@ def nchan(setting: Setting) -> list[Start]:
 
 
 KNOWN = {
-    "socketdock": Peer("SocketDock", lambda setting: [socketdock(setting)]),
+    "socketdock": Peer(
+        "SocketDock", lambda setting: [socketdock(setting)], replies=True
+    ),
     "socketdock-listeners": Peer(
         "SocketDock, two listeners",
         lambda setting: [socketdock(setting, callback_port=free_port())],
+        replies=True,
     ),
-    "socketdock-processes": Peer("SocketDock, two processes", two_processes, cannot=()),
+    "socketdock-processes": Peer(
+        "SocketDock, two processes", two_processes, cannot=(), replies=True
+    ),
     "node": Peer("Node.js", node),
     "tornado": Peer("plain Tornado", plain_tornado),
     "nchan": Peer("nginx, nchan", nchan, channels=True, cannot=("visit", "share")),

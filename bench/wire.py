@@ -4,6 +4,7 @@ Its parsers are minimal: a peer sends one request or one response at a time on a
 connection, with a Content-Length, and complete frames.
 """
 
+import json
 import random
 import string
 import struct
@@ -73,6 +74,15 @@ def callback(host: bytes, path: bytes, body: bytes) -> tuple[bytes, bytes]:
         b"Content-Length: %d\r\n\r\n" % (path, host, len(body))
     )
     return head, body
+
+
+def reply(body: bytes) -> bytes:
+    """Make a response to an event with the command to send `body`, as text."""
+    commands = json.dumps({"commands": [{"send": body.decode()}]}).encode()
+    return (
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/vnd.socketdock+json\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(commands), commands)
+    )
 
 
 def http_size(data: bytes) -> tuple[int, int] | None:

@@ -18,6 +18,7 @@ FIGURES = {
     "up": PRICE,
     "push": PRICE,
     "echo": PRICE,
+    "echo-reply": PRICE,
     "connect": PRICE,
     "visit": PRICE,
     "idle": {"bytes", "empty"},
