@@ -321,10 +321,14 @@ class Backend(abc.ABC):
     that `observes` reports its attempts, and the outcomes of the events that it was
     given, to `Relay.observer`; for the others the relay does, from what their
     methods return and raise.
+
+    One that `takes_many` is given a message of a connection although others are not
+    completed; their awaitables then complete in order.
     """
 
     descriptors = 0
     observes = False
+    takes_many = False
 
     async def connect(
         self, connection: Connection, handshake: Handshake

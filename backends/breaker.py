@@ -76,6 +76,8 @@ class Breaker:
         self._between = 0.0  # seconds until the next probe
         self._probe_timer: asyncio.TimerHandle | None = None
         self._permit = False
+        # The breaker opens on failures from that many connections.
+        self.connections = settings.connections
         self.open = False
         self.opened_at = 0.0  # on the loop's clock
 

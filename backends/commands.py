@@ -6,7 +6,7 @@ bulk callback. This module parses commands; the relay's `Executor` carries them 
 
 import asyncio
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -69,9 +69,9 @@ class Executor(Protocol):
         """Raise `CommandError` if a frame or a state is larger than permitted."""
 
     def carry_out(
-        self, commands: Sequence[Command], source: Source, own: Sequence[str]
+        self, commands: Sequence[Command], source: Source, own: Collection[str]
     ) -> "asyncio.Future[None] | None":
-        """Carry out `commands` in order; commands without an id are for `own[0]`.
+        """Carry out `commands` in order; commands without an id are for all in `own`.
 
         The connections in `own` get their frames even above `--max_send_buffer`. For
         others a full buffer drops the command. Returns None if all was done at once,

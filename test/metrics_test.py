@@ -51,7 +51,7 @@ COUNTERS = {
     ],
     "commands": [
         f'command="{command}",outcome="{outcome}",source="{source}"'
-        for source in ("response", "callback")
+        for source in ("response", "batch", "callback")
         for command, outcomes in (
             ("none", ("invalid",)),
             *((name, ("done", "gone", "full", "invalid"))

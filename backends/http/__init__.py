@@ -25,11 +25,19 @@ from backends.breaker import Breaker, breaker_settings
 from backends.client import make_client
 from backends.events import Ended, EventWriter
 from backends.http.attempts import Attempts
+from backends.http.batches import (
+    BatchDeliveries,
+    BatchDelivery,
+    BatchDisconnects,
+    LaneContext,
+    batch_limits,
+    boot_id_of,
+)
 from backends.http.check import HTTPCheck
 from backends.http.credentials import CredentialSources
 from backends.http.decisions import Decisions
-from backends.http.deliveries import Deliveries, delivery_limits
-from backends.http.delivery import Delivery
+from backends.http.deliveries import delivery_limits
+from backends.http.delivery import Delivery, SingleDeliveries
 from backends.http.disconnects import (
     DisconnectDelivery,
     DisconnectNotification,
@@ -56,8 +64,8 @@ class HTTPBackend(Backend):
         self,
         events: EventWriter,
         decisions: Decisions,
-        deliveries: Deliveries,
-        disconnects: DisconnectDelivery,
+        deliveries: SingleDeliveries | BatchDeliveries,
+        disconnects: DisconnectDelivery | BatchDisconnects,
         open_connections: OpenConnections,
         credentials: CredentialSources,
     ) -> None:
@@ -71,8 +79,9 @@ class HTTPBackend(Backend):
         self._client = deliveries.client
         self._breaker = deliveries.breaker
         self.descriptors = self._client.max_connections
+        self.takes_many = isinstance(deliveries, BatchDeliveries)
         # By id of each connection that has sent a message, until its requests ended.
-        self._by_id: dict[str, Delivery] = {}
+        self._by_id: dict[str, Delivery | BatchDelivery] = {}
         # One for each connection whose requests outlive it; awaited by drain(),
         # cancelled by close().
         self._ending: set[asyncio.Task[None]] = set()
@@ -110,9 +119,7 @@ class HTTPBackend(Backend):
         """Post to `--messageuri`; see `Backend.message` for the returned value."""
         delivery = self._by_id.get(connection.id)
         if delivery is None:
-            delivery = self._by_id[connection.id] = Delivery(
-                self._deliveries, connection
-            )
+            delivery = self._by_id[connection.id] = self._deliveries.new(connection)
         delivery.number += 1
         return delivery.post(
             self._events.message(
@@ -158,7 +165,9 @@ class HTTPBackend(Backend):
         self._open_connections.remove(notification.connection_id)
 
     async def _end(
-        self, delivery: Delivery, notification: DisconnectNotification
+        self,
+        delivery: Delivery | BatchDelivery,
+        notification: DisconnectNotification,
     ) -> None:
         """Wait for held requests, then abandon them; retry those that fail before."""
         try:
@@ -183,7 +192,7 @@ class HTTPBackend(Backend):
         return Condition(
             self._breaker.open_for(),
             self._breaker.untried,
-            self._deliveries.held.overdue,
+            self._deliveries.overdue,
             self._client.open,
         )
 
@@ -206,14 +215,15 @@ class HTTPBackend(Backend):
         if self._ending:
             left = max(0.0, deadline - self._client.loop.time())
             await asyncio.wait(self._ending, timeout=left)
-        return self._deliveries.held.failed
+        return self._deliveries.failed
 
     async def close(self) -> None:
         """Close every connection to the backend.
 
         The next start sends the remaining disconnect events.
         """
-        self._deliveries.closing = self._disconnects.closing = True
+        self._disconnects.closing = True
+        self._deliveries.close()
         ending = list(self._ending)
         for task in ending:
             task.cancel()
@@ -239,10 +249,9 @@ def credential_sources(*targets: Target | None) -> CredentialSources:
 def make_check(relay: Relay) -> HTTPCheck:
     """Make the checks of `socketdock check`, from the options."""
     targets = make_targets(relay)
-    names = ("--messageuri", "--disconnecturi", "--connecturi")
     return HTTPCheck(
-        {name: t for name, t in zip(names, targets, strict=True) if t is not None},
-        credential_sources(*targets).read().tls,
+        {f"--{name}uri": t for name, t in targets.items() if t is not None},
+        credential_sources(*targets.values()).read().tls,
         connect_timeout=options.backend_connect_timeout,
         certificates=[options.backend_cert] if options.backend_cert else [],
         state_dir=Path(options.state_dir) if options.state_dir else None,
@@ -252,36 +261,54 @@ def make_check(relay: Relay) -> HTTPCheck:
 
 def make_backend(relay: Relay) -> HTTPBackend:
     """Make the backend for `--backend=http`, from the options."""
-    message_target, disconnect_target, connect_target = make_targets(relay)
-    sources = credential_sources(message_target, disconnect_target, connect_target)
+    targets = make_targets(relay)
     client = make_client()
     events = EventWriter(relay)
     breaker = Breaker(breaker_settings())
-    limits = delivery_limits()
     requests = RequestWriter(relay.version)
     attempts = Attempts(client, requests, breaker, relay.observer)
-    disconnects = DisconnectDelivery(
-        disconnect_target,
-        attempts,
-        breaker,
-        options.disconnect_timeout,
-        relay.observer,
-    )
     replies = make_replies(relay)
-    state = make_state(relay.instance, disconnect_target)
-    return HTTPBackend(
-        events,
-        Decisions(connect_target, attempts, replies, options.handshake_timeout),
-        Deliveries(
+    deliveries: SingleDeliveries | BatchDeliveries
+    disconnects: DisconnectDelivery | BatchDisconnects
+    if targets["batch"] is not None:
+        deliveries = BatchDeliveries(
+            LaneContext(
+                client,
+                requests,
+                breaker,
+                targets["batch"],
+                replies,
+                relay.observer,
+                batch_limits(),
+                boot_id_of(relay.instance),
+            ),
+            options.batch_lanes,
+        )
+        disconnects = deliveries.disconnects(options.disconnect_timeout)
+    else:
+        assert targets["message"] is not None
+        deliveries = SingleDeliveries(
             client,
             requests,
             breaker,
-            message_target,
-            limits,
+            targets["message"],
+            delivery_limits(),
             relay.observer,
             None if replies.mode == "off" else replies,
-        ),
+        )
+        disconnects = DisconnectDelivery(
+            targets["disconnect"],
+            attempts,
+            breaker,
+            options.disconnect_timeout,
+            relay.observer,
+        )
+    state = make_state(relay.instance, disconnects.target)
+    return HTTPBackend(
+        events,
+        Decisions(targets["connect"], attempts, replies, options.handshake_timeout),
+        deliveries,
         disconnects,
         OpenConnections(state, events, disconnects),
-        sources,
+        credential_sources(*targets.values()),
     )

@@ -17,7 +17,7 @@ from backends.http.request import RequestWriter
 from backends.target import Target
 
 define("messageuri", type=str, metavar="URL",
-       help="URL to which each client message is POSTed; required")
+       help="URL to which each client message is POSTed; required without --batchuri")
 define("order_wait", default=1.0, metavar="SECONDS",
        help="longest time that the next message waits for the answer to the one "
             "before; inf: no limit, requires --backend_timeout")

@@ -556,3 +556,25 @@ class Delivery:
 
     def _error(self, why: str) -> BackendError:
         return BackendError(f"POST {self._deliveries.target}: {why}")
+
+
+class SingleDeliveries(Deliveries):
+    """The deliveries of connections whose messages are sent one by one."""
+
+    def new(self, connection: Connection) -> Delivery:
+        """Return the delivery of a connection that sends its first message."""
+        return Delivery(self, connection)
+
+    def close(self) -> None:
+        """Retry nothing more."""
+        self.closing = True
+
+    @property
+    def overdue(self) -> int:
+        """Number of requests that wait for an overdue response."""
+        return self.held.overdue
+
+    @property
+    def failed(self) -> int:
+        """Number of messages that were overdue, have failed, and will be retried."""
+        return self.held.failed

@@ -6,6 +6,7 @@
 import asyncio
 import itertools
 import logging
+from typing import Protocol
 
 from tornado.options import define
 
@@ -14,7 +15,6 @@ from backends.breaker import Breaker
 from backends.deadlines import after_reading
 from backends.events import Ended, Event, EventWriter
 from backends.http.attempts import Attempts
-from backends.http.delivery import Delivery
 from backends.http.retries import (
     backoff,
     hint,
@@ -36,6 +36,25 @@ define("disconnect_timeout", default=300.0, metavar="SECONDS",
 DISCONNECT_TIMEOUT = 30.0
 
 
+class Messages(Protocol):
+    """The messages of one connection, as its disconnect event sees them."""
+
+    failures: int  # of attempts, so far
+    refused: int
+    undelivered: int
+
+    @property
+    def busy(self) -> bool:
+        """Whether a message waits to be sent, or delays the next."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether no message waits to be sent, and none that has failed is open."""
+
+    async def settle(self) -> None:
+        """Wait until `settled`, or until it takes too long."""
+
+
 class DisconnectNotification:
     """One connection's disconnect event.
 
@@ -44,7 +63,7 @@ class DisconnectNotification:
     """
 
     def __init__(
-        self, events: EventWriter, ended: Ended, delivery: Delivery | None = None
+        self, events: EventWriter, ended: Ended, delivery: Messages | None = None
     ) -> None:
         self.connection_id = ended.id
         self._events = events
@@ -81,6 +100,15 @@ class DisconnectNotification:
             event = self._event._replace(body=event.body)
         self._event = event
         return event
+
+
+class Disconnects(Protocol):
+    """Delivers disconnect events."""
+
+    closing: bool  # the relay stops: the next start sends failed events
+
+    async def deliver(self, notification: DisconnectNotification) -> None:
+        """Send the event. Raises `BackendError` if it was refused or given up."""
 
 
 class DisconnectDelivery:

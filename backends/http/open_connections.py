@@ -12,8 +12,8 @@ from tornado.options import options
 from backends import BackendError, Closure
 from backends.events import Ended, EventWriter
 from backends.http.disconnects import (
-    DisconnectDelivery,
     DisconnectNotification,
+    Disconnects,
     log_failure,
 )
 from backends.journal import DeadRun, StateDirectory
@@ -34,7 +34,7 @@ class OpenConnections:
         self,
         state: StateDirectory | None,
         events: EventWriter,
-        disconnects: DisconnectDelivery,
+        disconnects: Disconnects,
     ) -> None:
         self._state = state
         self._events = events

@@ -7,7 +7,7 @@ whether the event is accepted is said by the status alone.
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 from tornado.options import define, options
@@ -21,6 +21,7 @@ from backends.commands import (
     CommandError,
     Executor,
     Send,
+    Source,
     parse_commands,
 )
 from backends.http.content import decoded, parsed_json
@@ -51,6 +52,13 @@ class Reply(NamedTuple):
     members: Mapping[str, Any]
 
 
+class BatchReply(NamedTuple):
+    """What the response to a batch says: commands, and the ids of failed events."""
+
+    commands: list[Command]
+    failed: frozenset[str]
+
+
 class Replies:
     """Reads replies, and has them carried out."""
 
@@ -75,6 +83,12 @@ class Replies:
         if self.mode != "off" and is_success(status) and has_commands(headers):
             return self._max_size
         return MAX_KEPT_BODY
+
+    def of_batch(self, status: int, headers: Mapping[str, str]) -> int:
+        """Keep the body of a response to a batch if it has commands or failed ids."""
+        if is_success(status) and has_commands(headers):
+            return self._max_size
+        return 0
 
     # What it says.
 
@@ -106,6 +120,26 @@ class Replies:
         if done is not None:
             await done
 
+    def carry_out_batch(
+        self, commands: list[Command], own: Collection[str]
+    ) -> "asyncio.Future[None] | None":
+        """Carry out the commands of a response to a batch with events of `own`."""
+        if not commands or self.mode == "off":
+            return None
+        return self._executor.carry_out(commands, "batch", own)
+
+    def read_batch(self, response: Response) -> BatchReply:
+        """Parse the response to a batch. Raises `Unusable`."""
+        commands, members = self.read(response)
+        failed = members.get("failed", [])
+        if not isinstance(failed, list) or not all(
+            isinstance(each, str) for each in failed
+        ):
+            raise Unusable("failed must be a list of event ids")
+        if any(command.connection_ids is None for command in commands):
+            raise Unusable("a command names no connection")
+        return BatchReply(commands, frozenset(failed))
+
     def read(self, response: Response) -> Reply:
         """Parse commands. Raises `Unusable`."""
         if response.status == NO_CONTENT:
@@ -123,7 +157,13 @@ class Replies:
         self._check(commands)
         return Reply(commands, members)
 
-    def report(self, connection_id: str, event_id: str, why: Unusable) -> None:
+    def report(
+        self,
+        connection_id: str,
+        event_id: str,
+        why: Unusable,
+        source: Source = "response",
+    ) -> None:
         """Log and count a reply that cannot be used."""
         logger.warning(
             "connection %s: the reply to %s cannot be used: %s",
@@ -132,7 +172,7 @@ class Replies:
             why,
             extra={"event": "bad_reply", "connection_id": connection_id},
         )
-        self._observer.commanded("response", "none", "invalid", connection_id)
+        self._observer.commanded(source, "none", "invalid", connection_id)
 
     def _check(self, commands: list[Command]) -> None:
         try:

@@ -7,18 +7,24 @@ from tornado.options import options
 
 from backends import Relay
 from backends.breaker import breaker_settings
+from backends.http.batches import check_batch_options
 from backends.http.deliveries import delivery_limits
 from backends.target import Target
 
 
-def make_targets(relay: Relay) -> tuple[Target, Target | None, Target | None]:
-    """Return the targets of message, disconnect and connect events, from the options.
+def make_targets(relay: Relay) -> dict[str, Target | None]:
+    """Return the targets from the options, by the names of these without `uri`.
 
     Raises `OptionError` for an invalid URL, and for options that conflict.
     """
-    message_target = _target_of("messageuri")
-    if message_target is None:
-        raise OptionError("--backend=http needs --messageuri")
+    targets = {
+        name: _target_of(f"{name}uri")
+        for name in ("message", "disconnect", "connect", "batch")
+    }
+    if targets["batch"] is not None:
+        check_batch_options()
+    elif targets["message"] is None:
+        raise OptionError("--backend=http needs --messageuri or --batchuri")
     if relay.callback_url is None:
         raise OptionError(
             "--backend=http needs --externalhostandport, since callbacks are bound"
@@ -26,7 +32,7 @@ def make_targets(relay: Relay) -> tuple[Target, Target | None, Target | None]:
         )
     delivery_limits()  # checks these options, too
     breaker_settings()
-    return message_target, _target_of("disconnecturi"), _target_of("connecturi")
+    return targets
 
 
 def _target_of(option: str) -> Target | None:

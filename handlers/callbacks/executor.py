@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from tornado.options import define
 
@@ -62,7 +62,7 @@ class CommandExecutor:
         return None
 
     def carry_out(
-        self, commands: Sequence[Command], source: Source, own: Sequence[str]
+        self, commands: Sequence[Command], source: Source, own: Collection[str]
     ) -> "asyncio.Future[None] | None":
         """Carry out `commands` in order, as far as this turn permits, then the rest."""
         if len(commands) == 1 and commands[0].connection_ids is None:
@@ -99,11 +99,11 @@ class CommandExecutor:
         return True
 
     def _steps(
-        self, commands: Sequence[Command], source: Source, own: Sequence[str]
+        self, commands: Sequence[Command], source: Source, own: Collection[str]
     ) -> Iterator[None]:
         for command in commands:
             action = command.action
-            ids = own[:1] if command.connection_ids is None else command.connection_ids
+            ids = own if command.connection_ids is None else command.connection_ids
             encoded = None
             if isinstance(action, Send) and len(ids) > 1:
                 encoded = message_frame(action.message)

@@ -42,7 +42,7 @@ class Inbox:
         "_full",
         "_given_up",
         "_head_size",
-        "_id",
+        "_in_flight",
         "_queue",
         "_queued_bytes",
         "_room",
@@ -54,11 +54,12 @@ class Inbox:
 
     def __init__(self, connection: Connection, context: InboxContext) -> None:
         self._connection: Connection | None = connection
-        self._id = connection.id
         self._context = context
         # Created when a message waits; None while the backend is fast.
         self._queue: deque[tuple[str | bytes, float]] | None = None
-        self._queued_bytes = 0
+        # Size and time of each message that a backend has which `takes_many`.
+        self._in_flight: deque[tuple[int, float]] | None = None
+        self._queued_bytes = 0  # of either
         self._head_size = 0  # bytes of the message that the backend has
         self.busy = False  # whether the backend has one
         self._delivered: asyncio.Future[None] | None = None  # see `delivered`
@@ -73,7 +74,9 @@ class Inbox:
 
     def __len__(self) -> int:
         """Number of waiting messages, including the one that the backend has."""
-        return len(self._queue or ()) + self.busy
+        return len(self._in_flight or self._queue or ()) + (
+            self.busy and not self._in_flight
+        )
 
     def put(self, message: str | bytes, size: int, read_at: float) -> None:
         """Deliver a message now, or after those that wait.
@@ -84,7 +87,9 @@ class Inbox:
             self._count_undelivered(1)
             return
         self._context.backlog.hold(size)
-        if self.busy:
+        if self._context.backend.takes_many:
+            self._pass_on(message, size, read_at)
+        elif self.busy:
             if self._queue is None:
                 self._queue = deque()
             self._queue.append((message, read_at))
@@ -105,7 +110,7 @@ class Inbox:
             if held is not None:
                 self._room = held
                 return held
-        queue = self._queue
+        queue = self._queue or self._in_flight
         if not queue or (
             len(queue) < context.policy.queue_messages
             and self._queued_bytes < context.policy.queue_bytes
@@ -138,7 +143,8 @@ class Inbox:
             try:
                 taken = context.backend.message(connection, message)
             except Exception as error:
-                self._on_undeliverable(error)
+                self._on_undeliverable(error, size)
+                self._rest()
                 return
             if taken is not None:
                 self.busy = True
@@ -159,6 +165,44 @@ class Inbox:
                 return
             message, size, read_at = self._next()
 
+    def _pass_on(self, message: str | bytes, size: int, read_at: float) -> None:
+        """Give a message to a backend that has others already, maybe."""
+        context, connection = self._context, self._connection
+        assert connection is not None
+        try:
+            taken = context.backend.message(connection, message)
+        except Exception as error:
+            self._on_undeliverable(error, size)
+            return
+        if taken is None:
+            context.backlog.release(size)
+            return
+        if self._in_flight is None:
+            self._in_flight = deque()
+        if not self._in_flight:
+            self.busy, self.waiting_since = True, read_at
+        self._in_flight.append((size, read_at))
+        self._queued_bytes += size
+        if not isinstance(taken, asyncio.Future):
+            taken = asyncio.ensure_future(taken)
+        taken.add_done_callback(self._on_first_delivered)
+
+    def _on_first_delivered(self, taken: "asyncio.Future[None]") -> None:
+        """Handle the completion of the oldest message that the backend had."""
+        assert self._in_flight
+        size, _ = self._in_flight.popleft()
+        self._queued_bytes -= size
+        self._make_room()
+        error = _failure(taken)
+        if error is None:
+            self._context.backlog.release(size)
+        else:
+            self._on_undeliverable(error, size)
+        if self._in_flight:
+            self.waiting_since = self._in_flight[0][1]
+        else:
+            self._rest()
+
     def _deliver_next(self) -> None:
         if self._queue:
             self._deliver(*self._next())
@@ -166,24 +210,27 @@ class Inbox:
             self._rest()
 
     def _on_delivered(self, taken: "asyncio.Future[None]") -> None:
-        if taken.cancelled():
-            self._on_undeliverable(BackendError("the relay shuts down"))
-        elif (error := taken.exception()) is not None:
-            self._on_undeliverable(error)
-        else:
+        error = _failure(taken)
+        if error is None:
             self._context.backlog.release(self._head_size)
             self._deliver_next()
+        else:
+            self._on_undeliverable(error, self._head_size)
+            self._rest()
 
     def _next(self) -> tuple[str | bytes, int, float]:
         assert self._queue
         message, read_at = self._queue.popleft()
         size = size_of(message)
         self._queued_bytes -= size
+        self._make_room()
+        return message, size, read_at
+
+    def _make_room(self) -> None:
         if self._full and self._room is not None:  # it is the room of this queue
             self._full = False
             self._room.set_result(None)
             self._room = None
-        return message, size, read_at
 
     def _rest(self) -> None:
         """Go idle: everything that was read is accepted or given up."""
@@ -201,18 +248,18 @@ class Inbox:
 
     # Giving up.
 
-    def _on_undeliverable(self, error: BaseException) -> None:
-        """Give up the message at the head, and close the connection."""
-        self._context.backlog.release(self._head_size)
-        assert self._connection is not None
+    def _on_undeliverable(self, error: BaseException, size: int) -> None:
+        """Give up a message of `size` bytes, and close the connection."""
+        self._context.backlog.release(size)
+        connection = self._connection
+        assert connection is not None
         if isinstance(error, BackendError):
-            self._connection.give_up(error)
+            connection.give_up(error)
         else:
-            logger.error("bug on a message of %s", self._id, exc_info=error,
-                         extra={"connection_id": self._id})
+            logger.error("bug on a message of %s", connection.id, exc_info=error,
+                         extra={"connection_id": connection.id})
             self.give_up(1)
-            self._connection.close(CloseCode.INTERNAL_ERROR, "internal error", "relay")
-        self._rest()
+            connection.close(CloseCode.INTERNAL_ERROR, "internal error", "relay")
 
     def give_up(self, messages: int) -> None:
         """Give up `messages` that left the queue, all that wait, and all later ones."""
@@ -223,13 +270,22 @@ class Inbox:
             self._context.backlog.release(size)
 
     def _count_undelivered(self, messages: int) -> None:
-        if messages:
+        if messages and self._connection is not None:
             self.undelivered += messages
-            self._context.observer.ended("message", self._id, "failed", messages)
+            self._context.observer.ended(
+                "message", self._connection.id, "failed", messages
+            )
 
     def close(self) -> None:
         """Break the reference cycle with the connection."""
         self._connection = None
+
+
+def _failure(taken: "asyncio.Future[None]") -> BaseException | None:
+    """Return why the backend did not take a message; None if it did."""
+    if taken.cancelled():
+        return BackendError("the relay shuts down")
+    return taken.exception()
 
 
 def size_of(message: str | bytes) -> int:

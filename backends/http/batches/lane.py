@@ -1,0 +1,420 @@
+"""One lane: events gather, and leave together when the batch before was answered.
+
+There is no timer: an event that finds its lane free leaves in this turn of the loop.
+A batch that fails as a whole is sent again, or is split so that one event cannot stop
+the others.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+from backends import Attempt, AttemptOutcome, BackendAway, BackendError, Observer
+from backends.breaker import Breaker
+from backends.client import Client, Exchange, NoConnection, Response
+from backends.deadlines import STALL, after_reading
+from backends.events import Event, traceparent
+from backends.http.batches.entry import Entry
+from backends.http.replies import BatchReply, Replies, Unusable
+from backends.http.request import RequestWriter
+from backends.http.retries import (
+    attempt_outcome,
+    backoff,
+    hint,
+    is_retryable,
+    retry_after,
+)
+from backends.target import Target
+
+logger = logging.getLogger(__name__)
+
+# The batch is split at once: one of its events is bad.
+BAD_REQUESTS = frozenset({400, 413, 422})
+# The batch is sent again as it is: the backend is not available now.
+UNAVAILABLE = frozenset({408, 425, 429, 502, 503, 504})
+# Seconds for the answer to a batch, unless --backend_timeout is set.
+BATCH_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """Most events and bytes of a batch, and the times that apply to it, in seconds."""
+
+    max_events: int = 256
+    max_bytes: int = 1024 * 1024
+    timeout: float = BATCH_TIMEOUT
+    delivery_timeout: float = 60.0
+
+
+@dataclass(slots=True)
+class LaneContext:
+    """What all lanes share; `boot_id` begins the id of each batch."""
+
+    client: Client
+    requests: RequestWriter
+    breaker: Breaker
+    target: Target
+    replies: Replies
+    observer: Observer
+    limits: BatchLimits
+    boot_id: str
+    closing: bool = False  # the relay stops: nothing is retried
+
+
+@dataclass(slots=True)
+class Batch:
+    """Events that are sent together, the same on each attempt.
+
+    `suspect`: one of its events may be the reason why it, or a larger batch with it,
+    has failed.
+    """
+
+    entries: list[Entry]
+    event: Event
+    suspect: bool = False
+    attempts: int = 0  # failed ones
+    began_at: float = 0.0  # of the latest attempt, on the loop's clock
+
+
+class Lane:
+    """Sends the events of its connections, one batch at a time."""
+
+    def __init__(self, number: int, context: LaneContext) -> None:
+        self._number = number
+        self._context = context
+        self._loop = context.client.loop
+        self._sent = 0  # batches with different contents, for their ids
+        self._queue: deque[Entry] = deque()
+        # Of a split batch, the next one last; each with `Batch.suspect`.
+        self._parts: list[tuple[list[Entry], bool]] = []
+        self._batch: Batch | None = None  # under way, or waiting for its next attempt
+        self._exchange: Exchange | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._in_line = False  # whether the wait is for the breaker
+        self._is_due = False  # whether the loop will call `_go_on`
+
+    def add(self, entry: Entry) -> None:
+        """Send an event, as soon as it is its turn."""
+        self._queue.append(entry)
+        if self._batch is None:
+            self._go_on_soon()
+
+    def close(self) -> None:
+        """Abandon what is under way."""
+        self._stop_waiting()
+        if self._exchange is not None:
+            self._exchange.abandon()
+            self._exchange = None
+
+    # Forming batches.
+
+    def _go_on_soon(self) -> None:
+        """Send the next batch when this turn of the loop has gathered events."""
+        if not self._is_due:
+            self._is_due = True
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._is_due = False
+        if self._batch is None and not self._context.closing:
+            entries, suspect = self._next_entries()
+            if entries:
+                self._batch = self._form(entries, suspect)
+                self._try()
+
+    def _next_entries(self) -> tuple[list[Entry], bool]:
+        while self._parts:
+            part, suspect = self._parts.pop()
+            entries = still_here(part)
+            if entries:
+                return entries, suspect
+        limits = self._context.limits
+        entries, size = [], 0
+        while self._queue and len(entries) < limits.max_events:
+            entry = self._queue[0]
+            if entry.owner is not None:
+                size += len(entry.event.body)
+                if entries and size > limits.max_bytes:
+                    break
+                entries.append(entry)
+            self._queue.popleft()
+        return entries, False
+
+    def _form(self, entries: list[Entry], suspect: bool) -> Batch:
+        for entry in entries:
+            entry.sending = True
+        self._sent += 1
+        batch_id = f"{self._context.boot_id}-{self._number}-{self._sent}"
+        event = Event(batch_id, batch_body(entries), traceparent(None), None)
+        return Batch(entries, event, suspect)
+
+    def _end_batch(self) -> None:
+        self._batch = None
+        if self._queue or self._parts:
+            self._go_on_soon()
+
+    # Attempts.
+
+    def _try(self) -> None:
+        """Send the batch if the breaker permits it, or wait for that."""
+        context, batch, now = self._context, self._batch, self._loop.time()
+        assert batch is not None
+        self._stop_waiting()
+        if not context.breaker.take():
+            for entry in batch.entries:  # an open breaker counts as a failed attempt
+                entry.failed_at = min(entry.failed_at, now)
+            self._in_line = True
+            self._wait(min(entry.deadline for entry in batch.entries))
+            context.breaker.wait(self._try)
+            return
+        batch.began_at = now
+        self._exchange = context.client.post(
+            context.target,
+            partial(context.requests.write, context.target, batch.event),
+            on_done=self._on_done,
+            timeout=context.limits.timeout,
+            queue_timeout=context.limits.delivery_timeout,
+            keep=context.replies.of_batch,
+        )
+
+    def _on_done(self, outcome: Response | BackendError) -> None:
+        """There is a response to the batch, or there will be none."""
+        self._exchange = None
+        batch = self._batch
+        assert batch is not None
+        if isinstance(outcome, NoConnection):
+            self._context.breaker.record_nothing()
+            self._repeat(batch, outcome, 0.0)
+            return
+        became = attempt_outcome(outcome)
+        if became == "delivered":
+            assert isinstance(outcome, Response)
+            self._on_accepted(batch, outcome)
+        elif isinstance(outcome, BackendError):
+            self._report(batch, batch.entries, became, None)
+            self._on_failed(batch, outcome, None, 0.0)
+        else:
+            self._report(batch, batch.entries, became, outcome.status)
+            error = self._error(f"answered {outcome.status}{hint(outcome.status)}")
+            wait = retry_after(outcome) or 0.0
+            self._on_failed(batch, error, outcome.status, wait)
+        self._record(batch, became == "unreachable")
+
+    def _record(self, batch: Batch, away: bool) -> None:
+        """Report the attempt to the breaker, for as many connections as open it."""
+        breaker = self._context.breaker
+        connections = {entry.connection_id for entry in batch.entries}
+        for connection_id in islice(connections, breaker.connections if away else 1):
+            breaker.record(connection_id, away)
+
+    def _report(
+        self,
+        batch: Batch,
+        entries: Sequence[Entry],
+        outcome: AttemptOutcome,
+        status: int | None,
+    ) -> None:
+        seconds = self._loop.time() - batch.began_at
+        attempted, url = self._context.observer.attempted, self._context.target.url
+        for entry in entries:
+            event = entry.event
+            attempted(
+                Attempt(
+                    entry.name,
+                    entry.connection_id,
+                    event.id,
+                    event.traceparent,
+                    outcome,
+                    status,
+                    seconds,
+                    url,
+                    event.trace,
+                )
+            )
+
+    # The batch as a whole is accepted.
+
+    def _on_accepted(self, batch: Batch, response: Response) -> None:
+        """Accept all events but those that the response names as failed."""
+        if response.body is None:
+            self._settle(batch, frozenset())
+            self._end_batch()
+            return
+        replies = self._context.replies
+        try:
+            reply = replies.read_batch(response)
+        except Unusable as error:
+            replies.report("", batch.event.id, error, "batch")
+            reply = BatchReply([], frozenset())
+        owners = list(dict.fromkeys(entry.owner for entry in batch.entries))
+        carried_out = replies.carry_out_batch(
+            reply.commands, {entry.connection_id for entry in batch.entries}
+        )
+        self._settle(batch, reply.failed)
+
+        def end(_: object = None) -> None:
+            for owner in owners:
+                if owner is not None:
+                    owner.on_replied()
+            self._end_batch()
+
+        if carried_out is None:
+            end()
+        else:
+            carried_out.add_done_callback(end)
+
+    def _settle(self, batch: Batch, failed: frozenset[str]) -> None:
+        """Tell each owner; behind a failed event, all of its connection failed."""
+        accepted, rejected = batch.entries, []
+        if failed:
+            accepted, owners = [], set()
+            for entry in batch.entries:
+                if entry.event.id in failed or entry.owner in owners:
+                    owners.add(entry.owner)
+                    rejected.append(entry)
+                else:
+                    accepted.append(entry)
+            self._report(batch, rejected, "error", 200)
+        self._report(batch, accepted, "delivered", 200)
+        for entry in accepted:
+            if entry.owner is not None:
+                entry.owner.on_accepted(entry)
+        for entry in rejected:
+            if entry.owner is not None:  # it leaves with the first one of its owner
+                error = self._error("the response names it as failed")
+                entry.owner.on_failed(entry, error, 0.0)
+
+    # The batch as a whole has failed.
+
+    def _on_failed(
+        self, batch: Batch, error: BackendError, status: int | None, wait: float
+    ) -> None:
+        """Send it again, split it, or let its events be refused."""
+        if self._context.closing:
+            return
+        if status is not None and not (status in BAD_REQUESTS or is_retryable(status)):
+            self._refuse(batch, status)
+        elif status in BAD_REQUESTS:
+            if len(batch.entries) == 1:
+                self._refuse(batch, status)
+            else:
+                self._split(batch)
+        elif status in UNAVAILABLE or isinstance(error, BackendAway):
+            self._repeat(batch, error, wait)
+        elif len(batch.entries) == 1:
+            (entry,) = batch.entries
+            if entry.owner is not None:
+                entry.owner.on_failed(entry, error, wait)
+            self._end_batch()
+        elif batch.suspect:
+            self._split(batch)
+        else:
+            batch.suspect = True
+            self._repeat(batch, error, wait)
+
+    def _refuse(self, batch: Batch, status: int) -> None:
+        for entry in batch.entries:
+            if entry.owner is not None:
+                entry.owner.on_refused(entry, status)
+        self._end_batch()
+
+    def _split(self, batch: Batch) -> None:
+        """Send both halves, one after the other: most events are not to blame."""
+        entries = still_here(batch.entries)
+        for entry in entries:
+            entry.failed_at = float("inf")
+        half = (len(entries) + 1) // 2
+        self._parts.append((entries[half:], batch.suspect))
+        self._parts.append((entries[:half], batch.suspect))
+        self._end_batch()
+
+    def _repeat(self, batch: Batch, error: BackendError, wait: float) -> None:
+        """Send the same batch again later, without events that are too late."""
+        now = self._loop.time()
+        batch.attempts += 1
+        if batch.attempts == 1:
+            logger.warning(
+                "a batch of %d events is retried: %s", len(batch.entries), error
+            )
+        for entry in batch.entries:
+            entry.attempts += 1
+            entry.failed_at = min(entry.failed_at, now)
+        self._give_up_overdue(batch, error)
+        if self._batch is not None:
+            deadline = min(entry.deadline for entry in self._batch.entries)
+            self._wait(min(deadline, now + max(backoff(batch.attempts), wait)))
+
+    def _give_up_overdue(self, batch: Batch, error: BackendError) -> None:
+        """Give up events whose time is over, and form a batch of the others."""
+        now = self._loop.time()
+        for entry in batch.entries:
+            if entry.owner is not None and now >= entry.deadline:
+                entry.owner.give_up(error)
+        entries = still_here(batch.entries)
+        if not entries:
+            self._end_batch()
+        elif len(entries) < len(batch.entries):
+            self._batch = self._form(entries, batch.suspect)
+            self._batch.attempts = batch.attempts
+
+    def _error(self, why: str) -> BackendError:
+        return BackendError(f"POST {self._context.target}: {why}")
+
+    # Waits for the next attempt.
+
+    def _wait(self, deadline: float) -> None:
+        self._timer = self._loop.call_at(deadline, self._on_time, deadline)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._in_line:
+            self._in_line = False
+            self._context.breaker.leave(self._try)
+
+    def _on_time(self, due: float) -> None:
+        now = self._loop.time()
+        if now > due + STALL and self._batch is not None:
+            # The process was stopped: restart the time in which events may fail.
+            for entry in self._batch.entries:
+                entry.failed_at = max(entry.failed_at, now)
+        after_reading(self._loop, self._judge)
+
+    def _judge(self) -> None:
+        """Go on after a wait; called after reading what has arrived."""
+        if self._timer is None or self._batch is None:
+            return  # the wait has ended meanwhile
+        if self._in_line:
+            self._give_up_overdue(self._batch, self._error("the backend is away"))
+        if self._batch is not None:
+            self._try()
+        else:
+            self._stop_waiting()
+
+
+def still_here(entries: Sequence[Entry]) -> list[Entry]:
+    """Return those that have not left the lane."""
+    return [entry for entry in entries if entry.owner is not None]
+
+
+def batch_body(entries: Sequence[Entry]) -> bytes:
+    """Return `{"events": [...]}`; each element is the single event's body, and more.
+
+    These bytes take no more memory than their length.
+    """
+    parts: list[bytes | memoryview] = []
+    start = '{"events":[{'
+    for entry in entries:
+        event = entry.event
+        head = (
+            f'{start}"event":"{entry.name}","id":"{event.id}",'
+            f'"traceparent":"{event.traceparent}",'
+        )
+        start = ",{"
+        parts += (head.encode(), memoryview(event.body)[1:])
+    return b"".join((*parts, b"]}"))
