@@ -68,7 +68,7 @@ class CommandExecutor:
         if len(commands) == 1 and commands[0].connection_ids is None:
             # Without the turns, which take longer than most commands.
             try:
-                self._act(commands[0].action, own[0], source, True)
+                self._act(commands[0].action, next(iter(own)), source, True)
             except Exception:
                 logger.exception("bug in a command")
             return None
