@@ -286,6 +286,7 @@ async def test_length_that_is_not_ascii_digits_is_400(io_loop):
 # Sources of tokens.
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -314,6 +315,8 @@ async def test_invalid_token_file_exits_with_an_error(
         assert secret not in line
 
 
+@pytest.mark.once
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("value", "complaint"),
     [
@@ -345,6 +348,7 @@ async def test_empty_token_is_rejected(io_loop, tmp_path):
     assert "--callback_token_file" in refusal("--callback_token_file=", status=1)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "given",
     [

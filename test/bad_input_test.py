@@ -742,6 +742,8 @@ NO_FILES = {
 }
 
 
+@pytest.mark.once
+@pytest.mark.once
 @pytest.mark.parametrize("row", NO_FILES)
 def test_bad_options_file_is_one_line(tmp_path, row):
     """The file is not executed, and the relay does not start."""

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 import websockets
 from service import DEADLINE, RecordingBackend, Service
+from tornado.ioloop import IOLoop
 from tornado.web import RequestHandler
 from wire import handshake
 
@@ -30,6 +31,34 @@ async def open_connection(
                 yield service, backend, client, url
 
 
+@pytest.fixture(scope="module")
+def io_loop(module_io_loop: IOLoop) -> IOLoop:
+    """One loop for all tests: some of them share a relay."""
+    return module_io_loop
+
+
+@pytest.fixture(scope="module")
+def relay(io_loop, shared) -> tuple[Service, RecordingBackend]:
+    """A relay and its backend for tests of many rows, each with a client of its own."""
+
+    async def begin() -> tuple[Service, RecordingBackend]:
+        backend = await shared.enter_async_context(RecordingBackend())
+        return await shared.enter_async_context(Service(*backend.flags())), backend
+
+    return io_loop.run_sync(begin)
+
+
+@contextlib.asynccontextmanager
+async def one_more(
+    relay: tuple[Service, RecordingBackend],
+) -> AsyncIterator[tuple[RecordingBackend, websockets.ClientConnection, str]]:
+    """The backend, a new client of `relay`, and the URL of the client's connection."""
+    service, backend = relay
+    async with websockets.connect(service.ws_url) as client:
+        event = backend.of("connect")[-1]  # told before the client was accepted
+        yield backend, client, event["meta"]["send"].removesuffix("/send")
+
+
 @pytest.mark.parametrize(
     ("query", "content_type", "body", "frame"),
     [
@@ -46,10 +75,10 @@ async def open_connection(
     ],
 )
 async def test_send_makes_the_frame_of_its_type(
-    io_loop, query, content_type, body, frame
+    relay, query, content_type, body, frame
 ):
     """The media type decides between text and binary; ?type= overrides it."""
-    async with open_connection() as (_, backend, client, url):
+    async with one_more(relay) as (backend, client, url):
         headers = {"Content-Type": content_type} if content_type else {}
         answer = await backend.call(f"{url}/send{query}", body=body, headers=headers)
         assert (answer.code, answer.body) == (200, b"OK")
@@ -83,9 +112,9 @@ async def test_send_makes_the_frame_of_its_type(
         ("POST", "/disconnect", json.dumps({"reason": "é" * 62}).encode(), {}, 400),
     ],
 )
-async def test_bad_callback_is_a_problem(io_loop, method, path, body, headers, status):
+async def test_bad_callback_is_a_problem(relay, method, path, body, headers, status):
     """Each error has its status and a problem document; the client stays."""
-    async with open_connection() as (_, backend, client, url):
+    async with one_more(relay) as (backend, client, url):
         for target in (url, url.replace(url[-32:], UNKNOWN)):
             # An unknown connection changes nothing: 410 is checked last.
             answer = await backend.call(target + path, method, body=body)
@@ -231,16 +260,16 @@ async def test_head_of_a_connection_is_get_without_a_body(io_loop):
 
 
 @pytest.mark.parametrize("identifier", ["0f6c2f", UNKNOWN + "0", "F" * 32, "x" * 32])
-async def test_malformed_connection_id_gets_an_explanation(io_loop, identifier):
+async def test_malformed_connection_id_gets_an_explanation(relay, identifier):
     """404, with the reason in the detail."""
-    async with RecordingBackend() as backend, Service() as service:
-        for path in ("", "/send", "/disconnect", "/sent"):
-            url = f"{service.callback_url}/socket/{identifier}{path}"
-            for method in ("GET", "POST", "DELETE"):
-                answer = await backend.call(url, method)
-                assert answer.code == 404
-                detail = json.loads(answer.body)["detail"]
-                assert ("Invalid connection id" in detail) == (path != "/sent")
+    service, backend = relay
+    for path in ("", "/send", "/disconnect", "/sent"):
+        url = f"{service.callback_url}/socket/{identifier}{path}"
+        for method in ("GET", "POST", "DELETE"):
+            answer = await backend.call(url, method)
+            assert answer.code == 404
+            detail = json.loads(answer.body)["detail"]
+            assert ("Invalid connection id" in detail) == (path != "/sent")
 
 
 @pytest.mark.parametrize("path", ["/send", "/disconnect", ""])

@@ -51,6 +51,8 @@ PARTS = (
         "Again on asyncio's own loop and Tornado's own server",
         (
             *PARALLEL,
+            "-m",
+            "not once",
             *named("handshake", "bad_input", "websocket", "frames", "callback"),
             *named("authorization", "tls", "backend_tls"),
         ),

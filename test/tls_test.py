@@ -316,6 +316,7 @@ async def test_https_ends_with_close_notify(io_loop, authority, server):
     assert found == dict.fromkeys(ENDS, "")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "flags, sentence",
     [
