@@ -26,7 +26,9 @@ import backends
 from backends import Backend, Check, Finding, Observer, Relay, Unavailable
 from handlers.admission import Admission
 from handlers.backlog import Backlog
+from handlers.callbacks.access import CallbackAccess
 from handlers.callbacks.address import callback_url
+from handlers.callbacks.capabilities import make_capabilities
 from handlers.callbacks.executor import CommandExecutor
 from handlers.callbacks.fast_send import FastSend
 from handlers.callbacks.routes import callback_routes, is_send
@@ -158,6 +160,7 @@ class Service:
         self.tokens = CallbackTokens(
             options.callback_token, options.callback_token_file
         )
+        self.access = CallbackAccess(self.tokens, make_capabilities())
         self.to_clients, self.to_backend = bind_listeners()
         self.listeners = {self.to_clients, self.to_backend}
         self.callback_url = callback_url(options.externalhostandport, self.to_backend)
@@ -210,6 +213,7 @@ class Service:
                 self.observers,
                 self.tracing.sample if self.tracing is not None else None,
                 self.executor,
+                self.access.key_of,
             )
         )
         return backend if backend.observes else ObservedBackend(backend, self.observers)
@@ -252,7 +256,7 @@ class Service:
         )
         routes = callback_routes(
             self._prefix,
-            self.tokens,
+            self.access,
             self.readiness,
             __version__,
             connections=self.connections,
@@ -278,7 +282,7 @@ class Service:
     def _fast_send(self) -> Callable[[Request], FastHandler | None]:
         fast = FastSend(
             self._prefix,
-            self.tokens,
+            self.access,
             self.connections,
             self.backend,
             self.policy.max_message_size,
@@ -326,8 +330,8 @@ class Service:
 
     def _log_start(self) -> None:
         callbacks = self.to_backend.url("http")
-        guarded = self.tokens.required or self.to_backend.is_loopback
-        if not guarded:
+        local = self.to_backend.is_loopback
+        if not (self.access.required or local):
             logger.warning("callbacks need no token: set --callback_token, or let"
                            " only the backend reach %s", callbacks)
         logger.info(
@@ -338,7 +342,7 @@ class Service:
             callbacks,
             options.backend,
         )
-        if options.console and guarded:
+        if options.console and (self.tokens.required or local):
             logger.info("console at %s/", callbacks)
         if not UNMASKS_IN_C:
             logger.warning("frames are unmasked in Python, which is slow: this Tornado"
@@ -455,7 +459,8 @@ async def _check_ends(found: list[Finding]) -> None:
         found.append(certificate_finding(path))
     with _errors_added_to(found):
         tokens = CallbackTokens(options.callback_token, options.callback_token_file)
-        if not (tokens.required or on_loopback):
+        access = tokens.required or options.callback_capability
+        if not (access or on_loopback):
             found.append(
                 Finding(
                     "error",

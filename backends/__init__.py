@@ -159,7 +159,8 @@ class Relay:
     `<name>/<boot id>`, new at every start. `version` is SocketDock's. A backend
     reports attempts and outcomes to `observer`; see `Backend.observes`. `sample`
     decides by the id of a new trace whether it is recorded; None: none is. `executor`
-    carries out the commands of a backend's responses.
+    carries out the commands of a backend's responses. `key_of` returns the key of a
+    connection's callback URLs, by its id; None: they have none.
     """
 
     callback_url: str | None
@@ -168,6 +169,7 @@ class Relay:
     observer: Observer = field(default_factory=Observer)
     sample: Callable[[str], bool] | None = None
     executor: Executor | None = None
+    key_of: Callable[[str], str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ class EventWriter:
         self._callback_url = relay.callback_url
         self._sample = relay.sample
         self._instance = relay.instance
+        self._key_of = relay.key_of
         # As JSON: the URL without its quotes, the instance with them.
         self._quoted_url = orjson.dumps(f"{relay.callback_url}").decode()[1:-1]
         self._quoted_instance = orjson.dumps(relay.instance).decode()
@@ -59,10 +60,11 @@ class EventWriter:
     def meta(self, connection_id: str) -> dict[str, Any]:
         """The members of `meta` that each event of a live connection has."""
         socket_url = f"{self._callback_url}/socket/{connection_id}"
+        query = self._query(connection_id)
         return {
             "connection_id": connection_id,
-            "send": f"{socket_url}/send",
-            "disconnect": f"{socket_url}/disconnect",
+            "send": f"{socket_url}/send{query}",
+            "disconnect": f"{socket_url}/disconnect{query}",
             "instance": self._instance,
         }
 
@@ -101,9 +103,10 @@ class EventWriter:
                 text = base64.b64encode(message).decode()
         # Byte by byte what orjson would write, in less time: only the ids change.
         url = f"{self._quoted_url}/socket/{connection_id}"
+        query = self._query(connection_id)
         meta = (
-            f'{{"meta":{{"connection_id":"{connection_id}","send":"{url}/send",'
-            f'"disconnect":"{url}/disconnect","instance":{self._quoted_instance},'
+            f'{{"meta":{{"connection_id":"{connection_id}","send":"{url}/send{query}",'
+            f'"disconnect":"{url}/disconnect{query}","instance":{self._quoted_instance},'
             f'"message_id":"{message_id}","type":{rest}'
         )
         end = MESSAGE if state is None else b',"state":%b%b' % (state, MESSAGE)
@@ -128,6 +131,10 @@ class EventWriter:
             meta["state"] = orjson.Fragment(ended.state)
         body = serialized({"connection_id": ended.id, "meta": meta})
         return self._event(f"{ended.id}-disconnect", body, ended.trace)
+
+    def _query(self, connection_id: str) -> str:
+        """Return the query of a connection's callback URLs, with its key if any."""
+        return "" if self._key_of is None else f"?key={self._key_of(connection_id)}"
 
     def _event(self, event_id: str, body: bytes, trace: TraceContext | None) -> Event:
         return Event(event_id, body, traceparent(trace, self._sample), trace)

@@ -57,7 +57,7 @@ def ignoring_disconnects():
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 async def test_no_log_at_any_level_holds_a_secret(io_loop, tmp_path, log_format):
-    """No body, header value, query or token; nor do /status and the process title."""
+    """No body, header, query, token or key; nor do /status and the process title."""
     mark = Marks()
     token, other_token = mark("token"), mark("tokenfile")
     (tmp_path / "tokens").write_text(f"{other_token}\n")
@@ -81,6 +81,7 @@ async def test_no_log_at_any_level_holds_a_secret(io_loop, tmp_path, log_format)
         "--handshake_timeout=1",
         "--compression",
         "--trusted_proxies=127.0.0.0/8",
+        "--callback_capability",
     )
     async with ScriptedBackend(lambda kind: OK) as backend:
         for kind in ("connect", "message", "disconnect"):
@@ -140,8 +141,9 @@ async def by_the_book(
             await backend.wait_for("connect", before + 1)
             meta = backend.of("connect")[-1]["meta"]
             path = meta["send"].removeprefix(service.callback_url)
+            mark.made.append(path.partition("?key=")[2].lower())
             sent = await callback(
-                service, token, f"{path}?type=text&{mark('sendquery')}", mark("pushed")
+                service, token, f"{path}&type=text&{mark('sendquery')}", mark("pushed")
             )
             assert sent == 200
             assert await client.recv() == mark.made[-1]

@@ -6,16 +6,19 @@ from functools import lru_cache, partial
 
 from backends import Backend
 from backends.media_types import has_text_charset
+from handlers.callbacks.access import CallbackAccess
 from handlers.callbacks.actions import GONE, Outcome, find, send
 from handlers.callbacks.bodies import message_of
 from handlers.callbacks.responses import response_of
-from handlers.callbacks.tokens import CallbackTokens
 from handlers.clients.connection import Connections
 from handlers.http.request import FastHandler, FastResponse, Request
 
 # Cached Host headers. Backends send few, each many times.
 MAX_REMEMBERED = 64
 
+# See `handlers.callbacks.capabilities` for the key.
+TYPE, KEY = rb"type=(?:text|binary)", rb"key=[A-Za-z0-9_-]{22}"
+PLAIN_QUERY = rb"%b(?:&%b)?|%b(?:&%b)?" % (TYPE, KEY, KEY, TYPE)
 PLAIN_HOST = re.compile(rb"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
 
 
@@ -35,17 +38,17 @@ class FastSend:
     def __init__(
         self,
         prefix: str,
-        tokens: CallbackTokens,
+        access: CallbackAccess,
         connections: Connections,
         backend: Backend,
         max_message_size: int,
     ) -> None:
         self._max_message_size = max_message_size
         self._target = re.compile(
-            rb"(?:%b)?/socket/([0-9a-f]{32})/send(?:\?type=(text|binary))?"
-            % re.escape(prefix.encode())
+            rb"(?:%b)?/socket/([0-9a-f]{32})/send(?:\?(%b))?"
+            % (re.escape(prefix.encode()), PLAIN_QUERY)
         )
-        self._tokens = tokens
+        self._access = access
         self._connections = connections
         self._backend = backend
 
@@ -77,10 +80,16 @@ class FastSend:
                 credentials.append(value.decode("latin-1"))
             elif name in (b"expect", b"content-encoding"):
                 return None
-        if host is None or self._tokens.challenge(credentials) is not None:
+        if host is None:
             return None
-        types = (target[2].decode(),) if target[2] else ()
-        return partial(self._send, target[1].decode(), content_type or "", types)
+        connection_id, query = target[1].decode(), target[2]
+        types: Sequence[str] = ()
+        key = None
+        if query is not None:
+            types, key = _parse(query.decode())
+        if self._access.challenge(credentials, connection_id, key) is not None:
+            return None
+        return partial(self._send, connection_id, content_type or "", types)
 
     def _send(
         self, connection_id: str, content_type: str, types: Sequence[str], body: bytes
@@ -94,6 +103,12 @@ class FastSend:
             return response_of(GONE)
         outcome = send(connection, message)
         return response_of(outcome) if isinstance(outcome, Outcome) else _later(outcome)
+
+
+def _parse(query: str) -> tuple[Sequence[str], str | None]:
+    """Return the values of `type` and the key in a plain query."""
+    values = dict(part.split("=") for part in query.split("&"))
+    return [values["type"]] if "type" in values else [], values.get("key")
 
 
 async def _later(outcome: Awaitable[Outcome]) -> FastResponse:

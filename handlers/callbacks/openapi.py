@@ -6,43 +6,52 @@ reach the listener may read it.
 """
 
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from handlers.callbacks.tokens import CallbackTokens
+from handlers.callbacks.access import CallbackAccess
 from handlers.http.problem import ProblemHandler
 
 DOCUMENT = Path(__file__).with_suffix(".json").read_text("utf-8")
 
-# Members, at any depth, that exist only because of tokens.
-OF_TOKENS = frozenset({"security", "securitySchemes", "401", "Unauthorized"})
-
 Document = dict[str, Any]
 
 
-def openapi_document(version: str, needs_token: bool) -> Document:
+def openapi_document(version: str, schemes: Set[str]) -> Document:
     """Return the document of everything on the callback listener but client routes.
 
-    `needs_token` says whether tokens are configured, so that callbacks need one.
+    `schemes` are the security schemes in use, as in `CallbackAccess.schemes`.
     """
     document: Document = json.loads(DOCUMENT)
     document["info"]["version"] = version
     for operations in document["paths"].values():
+        for operation in operations.values():
+            if "security" in operation:
+                _limit_security(operation, schemes)
         if "get" in operations:
             operations["head"] = _as_head(operations["get"])
-    return document if needs_token else _without_tokens(document)
+    components = document["components"]
+    components["securitySchemes"] = {
+        name: scheme
+        for name, scheme in components["securitySchemes"].items()
+        if name in schemes
+    }
+    if not schemes:
+        del components["securitySchemes"], components["responses"]["Unauthorized"]
+    return document
 
 
 class OpenAPIHandler(ProblemHandler):
     """`GET /openapi.json`."""
 
-    def initialize(self, version: str, tokens: CallbackTokens) -> None:
+    def initialize(self, version: str, access: CallbackAccess) -> None:
         self.version = version
-        self.tokens = tokens
+        self.access = access
 
     def get(self) -> None:
         self.set_header("Content-Type", "application/json; charset=utf-8")
-        document = openapi_document(self.version, self.tokens.required)
+        document = openapi_document(self.version, self.access.schemes)
         self.finish(json.dumps(document))
 
     head = get
@@ -54,14 +63,10 @@ def _as_head(operation: Document) -> Document:
     return {**operation, "operationId": f"head{name[0].upper()}{name[1:]}"}
 
 
-def _without_tokens(part: Any) -> Any:
-    """Return a part of the document without the members of `OF_TOKENS`."""
-    if isinstance(part, list):
-        return [_without_tokens(member) for member in part]
-    if not isinstance(part, dict):
-        return part
-    return {
-        name: _without_tokens(member)
-        for name, member in part.items()
-        if name not in OF_TOKENS
-    }
+def _limit_security(operation: Document, schemes: Set[str]) -> None:
+    """Leave only `schemes` to an operation; without any, it needs no authorization."""
+    operation["security"] = [
+        each for each in operation["security"] if each.keys() <= schemes
+    ]
+    if not operation["security"]:
+        del operation["security"], operation["responses"]["401"]

@@ -13,11 +13,15 @@ from tornado.web import RequestHandler
 
 from backends import Backend, Initiator
 from handlers.callbacks import actions
+from handlers.callbacks.access import (
+    CallbackAccess,
+    Unauthorized,
+    UnauthorizedHandler,
+)
 from handlers.callbacks.actions import GONE, Outcome
 from handlers.callbacks.bodies import message_of, parse_closing, unsupported
 from handlers.callbacks.openapi import OpenAPIHandler
 from handlers.callbacks.responses import Response, response_of
-from handlers.callbacks.tokens import CallbackTokens, Unauthorized, UnauthorizedHandler
 from handlers.clients.connection import ClientConnection, Connections
 from handlers.http.application import Routes
 from handlers.http.body import BodyHandler, NotFoundHandler
@@ -159,7 +163,7 @@ class NoConnectionHandler(NotFoundHandler):
 
 def callback_routes(
     prefix: str,
-    tokens: CallbackTokens,
+    access: CallbackAccess,
     readiness: Readiness,
     version: str,
     **shared: Any,
@@ -168,14 +172,14 @@ def callback_routes(
     sockets = f"(?:{re.escape(prefix)})?/socket"
     start = f"{sockets}/([0-9a-f]{{32}})"
     return [
-        (Unauthorized(prefix, tokens), UnauthorizedHandler, {}),
+        (Unauthorized(prefix, access), UnauthorizedHandler, {}),
         (rf"{start}/send", SendHandler, shared),
         (rf"{start}/disconnect", DisconnectHandler, shared),
         (start, ConnectionHandler, shared),
         (rf"{sockets}/[^/]*(?:/(?:send|disconnect))?", NoConnectionHandler, {}),
         (r"/livez", LiveHandler, {}),
         (r"/readyz", ReadyHandler, {"readiness": readiness}),
-        (r"/openapi\.json", OpenAPIHandler, {"version": version, "tokens": tokens}),
+        (r"/openapi\.json", OpenAPIHandler, {"version": version, "access": access}),
     ]
 
 

@@ -4,15 +4,11 @@ import hashlib
 import hmac
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from tornado.httputil import HTTPServerRequest
 from tornado.options import Error as OptionError
 from tornado.options import define
-from tornado.routing import Matcher
 
 from backends.files import read_lines
-from handlers.http.body import RefusingHandler
 
 define("callback_token", multiple=True, metavar="TOKENS",
        help="accepted tokens; each callback needs one (Authorization: Bearer); list "
@@ -30,6 +26,7 @@ CREDENTIALS = re.compile(rf"bearer +({TOKEN.pattern})", re.ASCII | re.IGNORECASE
 # RFC 6750, section 3: no error code without a token.
 NO_TOKEN = 'Bearer realm="SocketDock"'
 WRONG_TOKEN = f'{NO_TOKEN}, error="invalid_token"'
+TOKEN_REQUIRED = "Authorization: Bearer with a token of --callback_token required."
 
 
 class CallbackTokens:
@@ -69,15 +66,26 @@ class CallbackTokens:
         field is single (RFC 9110, section 11.6.2), and a proxy may have checked
         another one.
         """
-        if not self._accepted:
+        if not self._accepted or self.accept(credentials):
             return None
-        if len(credentials) == 1 and (match := CREDENTIALS.fullmatch(credentials[0])):
-            digest = hashlib.sha256(match[1].encode()).digest()
-            # Compare with all, so that the time reveals nothing.
-            if sum(hmac.compare_digest(digest, other) for other in self._accepted):
-                return None
-        tried = any(value.split(" ")[0].lower() == "bearer" for value in credentials)
-        return WRONG_TOKEN if tried else NO_TOKEN
+        return challenge_of(credentials)
+
+    def accept(self, credentials: Sequence[str]) -> bool:
+        """Return whether `Authorization` headers have an accepted token."""
+        if len(credentials) != 1:
+            return False
+        match = CREDENTIALS.fullmatch(credentials[0])
+        if match is None:
+            return False
+        digest = hashlib.sha256(match[1].encode()).digest()
+        # Compare with all, so that the time reveals nothing.
+        return sum(hmac.compare_digest(digest, other) for other in self._accepted) > 0
+
+
+def challenge_of(credentials: Sequence[str]) -> str:
+    """Return `WWW-Authenticate` for `Authorization` headers that are not accepted."""
+    tried = any(value.split(" ")[0].lower() == "bearer" for value in credentials)
+    return WRONG_TOKEN if tried else NO_TOKEN
 
 
 def _read_tokens(path: str) -> Iterator[bytes]:
@@ -94,32 +102,3 @@ def _digest(token: str, where: str) -> bytes:
             " /, and then any number of ="
         )
     return hashlib.sha256(token.encode()).digest()
-
-
-class Unauthorized(Matcher):
-    """Matches requests below `/socket/` without an accepted token.
-
-    It is the first route, so that no path, method or body is checked before.
-    """
-
-    def __init__(self, prefix: str, tokens: CallbackTokens) -> None:
-        self._starts = (f"{prefix}/socket/", "/socket/")
-        self._tokens = tokens
-
-    def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
-        if not request.path.startswith(self._starts):
-            return None
-        challenge = self._tokens.challenge(request.headers.get_list("Authorization"))
-        if challenge is None:
-            return None
-        return {"target_kwargs": {"challenge": challenge}}
-
-
-class UnauthorizedHandler(RefusingHandler):
-    """Answers 401 to every request."""
-
-    def initialize(self, challenge: str) -> None:
-        self._challenge = challenge
-
-    def write_error(self, status_code: int, **kwargs: Any) -> None:
-        self.unauthorized(self._challenge)

@@ -63,13 +63,10 @@ class ProblemHandler(RequestHandler):
         self.set_header("Content-Type", PROBLEM_TYPE)
         self.finish(problem_document(status, detail))
 
-    def unauthorized(self, challenge: str) -> None:
+    def unauthorized(self, challenge: str, detail: str) -> None:
         """Answer 401 with its `WWW-Authenticate` (RFC 9110, section 15.5.2)."""
         self.set_header("WWW-Authenticate", challenge)
-        self.problem(
-            HTTPStatus.UNAUTHORIZED,
-            "Authorization: Bearer with a token of --callback_token required.",
-        )
+        self.problem(HTTPStatus.UNAUTHORIZED, detail)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Write the errors that Tornado raises: 405, and 500 for a bug in a handler."""

@@ -11,7 +11,7 @@ from http import HTTPStatus
 
 from tornado.httputil import HTTPHeaders
 
-from handlers.callbacks.tokens import CallbackTokens
+from handlers.callbacks.tokens import TOKEN_REQUIRED, CallbackTokens
 from handlers.http.body import BodyHandler
 
 # Headers in which a proxy names its client, in addition to X-Forwarded-*.
@@ -107,7 +107,7 @@ class OperatorHandler(BodyHandler):
             challenge = tokens.challenge(request.headers.get_list("Authorization"))
             if challenge is not None:
                 self.set_header("Connection", "close")  # the body is not read
-                self.unauthorized(challenge)
+                self.unauthorized(challenge, TOKEN_REQUIRED)
                 return
         elif (
             refusal := self.guard.refusal(
