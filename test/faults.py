@@ -777,14 +777,16 @@ async def send_raw(
     url: str,
     *pieces: bytes,
     answers: int | None = None,
+    ending: bytes | None = None,
     half_close: bool = False,
     deadline: float = DEADLINE,
     source: str | None = None,
 ) -> Received:
     """Send bytes on a plain connection, and return what is received.
 
-    Ends when the relay closes the connection, or has sent `answers` final responses; at
-    the latest after `deadline` seconds. `source` is the local address.
+    Ends when the relay closes the connection, has sent `answers` final responses, or
+    what is received ends with `ending`; at the latest after `deadline` seconds.
+    `source` is the local address.
     """
     parts = urlsplit(url)
     received = Received()
@@ -797,6 +799,8 @@ async def send_raw(
         sock.bind((source, 0))
 
     def enough() -> bool:
+        if ending is not None and received.data.endswith(ending):
+            return True
         with contextlib.suppress(ValueError):
             return answers is not None and len(received.statuses) >= answers
         return False

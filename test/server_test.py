@@ -127,7 +127,7 @@ async def test_frame_in_the_packet_of_a_request_and_a_handshake_is_kept(relay):
     ):
         for cut in (0, 40, len(data) - 8, len(data) - 2):
             received = await send_raw(
-                relay.ws_url, data[:cut], data[cut:], answers=99, deadline=0.5
+                relay.ws_url, data[:cut], data[cut:], ending=b"\x81\x05hello"
             )
             assert received.data.endswith(b"\x81\x05hello"), (cut, received)
 
