@@ -84,7 +84,7 @@ async def test_stalled_queue_and_silent_server_have_timeouts(io_loop):
     """Each has its own; a request that times out in the queue was never sent."""
     async with serving(answer=b"") as port, using(max_connections=1) as client:
         url = f"http://127.0.0.1:{port}/"
-        first = asyncio.ensure_future(post(client, url, timeout=1, queue_timeout=9))
+        first = asyncio.ensure_future(post(client, url, timeout=3, queue_timeout=9))
         await eventually(lambda: client.open == 1)
         with pytest.raises(NoConnection, match="no connection became free"):
             await post(client, url, timeout=9, queue_timeout=0.2)

@@ -78,7 +78,7 @@ async def test_no_log_at_any_level_holds_a_secret(io_loop, tmp_path, log_format)
         "--disconnect_timeout=0.3",
         "--max_message_size=5000",
         "--breaker_attempts=1000000",
-        "--handshake_timeout=1",
+        "--handshake_timeout=3",
         "--compression",
         "--trusted_proxies=127.0.0.0/8",
         "--callback_capability",

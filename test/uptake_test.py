@@ -346,11 +346,11 @@ async def test_stall_ends_no_send_that_waits(io_loop, loop):
 
 async def test_partial_message_counts_as_activity(io_loop):
     """One byte is sufficient; without more, the idle time runs."""
-    async with Service("--idle_timeout=1", "--ping_interval=0") as service:
+    async with Service("--idle_timeout=2", "--ping_interval=0") as service:
         with await SlowClient.connect(service.ws_url) as client:
             await client.send(frame(TEXT, b"a", fin=False))
             for _ in range(8):
-                await asyncio.sleep(0.35)  # between two bytes
+                await asyncio.sleep(0.6)  # between two bytes
                 await client.send(frame(CONTINUATION, b"a", fin=False))
             await client.send(frame(CONTINUATION, b"a"))
             await client.read()
