@@ -128,6 +128,16 @@ class Replies:
             return None
         return self._executor.carry_out(commands, "batch", own)
 
+    def is_cut(self, response: Response) -> bool:
+        """Whether the end of a body is missing, which is not larger than permitted.
+
+        It may have named failed events, which would be lost.
+        """
+        body = response.body
+        return (
+            body is not None and not response.complete and len(body) < self._max_size
+        )
+
     def read_batch(self, response: Response) -> BatchReply:
         """Parse the response to a batch. Raises `Unusable`."""
         commands, members = self.read(response)

@@ -191,9 +191,13 @@ class Lane:
             self._repeat(batch, outcome, 0.0)
             return
         became = attempt_outcome(outcome)
-        if became == "delivered":
-            assert isinstance(outcome, Response)
-            self._on_accepted(batch, outcome)
+        if isinstance(outcome, Response) and became == "delivered":
+            if self._context.replies.is_cut(outcome):
+                self._report(batch, batch.entries, "error", outcome.status)
+                error = self._error("the response with failed events was cut off")
+                self._repeat(batch, error, 0.0)
+            else:
+                self._on_accepted(batch, outcome)
         elif isinstance(outcome, BackendError):
             self._report(batch, batch.entries, became, None)
             self._on_failed(batch, outcome, None, 0.0)
