@@ -170,6 +170,22 @@ class Events(Peer):
             self._on_event(start, self._tail)
 
 
+class Batches(Peer):
+    """The backend of batches: calls `answer` with each body, and sends the result."""
+
+    def __init__(self, answer: Callable[[bytes], bytes]) -> None:
+        self._answer = answer
+        self._request = bytearray()
+
+    def data_received(self, data: bytes) -> None:
+        self._request += data
+        sizes = wire.http_size(self._request)
+        if sizes is not None and len(self._request) >= sum(sizes):
+            body = bytes(self._request[sizes[0] :])
+            self._request.clear()
+            self.transport.write(self._answer(body))
+
+
 class Callbacks:
     """Keep-alive connections to one callback listener, made when needed."""
 

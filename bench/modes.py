@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import wire
-from bench.load import SEND_URL, BenchError, Callbacks, Client, Events, Peer, Visitor
+from bench.load import (
+    SEND_URL,
+    Batches,
+    BenchError,
+    Callbacks,
+    Client,
+    Events,
+    Peer,
+    Visitor,
+)
 from bench.relays import Relay, running, stolen_seconds
 
 HOST = "127.0.0.1"
@@ -44,11 +53,16 @@ async def measure(cell: Cell) -> Figures:
     """Measure one cell. Raises `BenchError`."""
     run = MODES[cell.mode](cell)
     server = await asyncio.get_running_loop().create_server(
-        lambda: Events(run.answer, run.on_event), HOST, 0, backlog=BACKLOG
+        run.backend, HOST, 0, backlog=BACKLOG
     )
     backend = f"http://{HOST}:{server.sockets[0].getsockname()[1]}"
     try:
-        with running(cell.relay, backend, events=cell.mode == "visit") as run.relay:
+        with running(
+            cell.relay,
+            backend,
+            events=cell.mode == "visit",
+            batches=cell.mode == "echo-batch",
+        ) as run.relay:
             try:
                 return await run.figures()
             finally:
@@ -72,6 +86,10 @@ class Run:
     async def figures(self) -> Figures:
         """Prepare, measure, and return the figures."""
         raise NotImplementedError
+
+    def backend(self) -> Peer:
+        """Return a new connection's end at the backend."""
+        return Events(self.answer, self.on_event)
 
     def answer(self, tail: bytes) -> bytes:
         """Return the backend's response to an event (see `Events`)."""
@@ -220,7 +238,7 @@ class Traffic(Run):
         message = wire.message(self.cell.size, client.number)
         client.callback = wire.callback(host, path, message)
         client.callbacks = self.pools[host]
-        client.reply = wire.reply(message)
+        client.reply = wire.reply(wire.command(message))
         self.known += 1
 
     def call(self, client: Client) -> None:
@@ -232,6 +250,33 @@ class Traffic(Run):
         self.done += 1
         self.ready.append(client)
         self.send(self.ready.popleft())
+
+
+class BatchTraffic(Traffic):
+    """Echoes in batches, by commands; relays without batches echo by callback."""
+
+    def backend(self) -> Peer:
+        if self.relay.peer.replies:
+            return Batches(self.answer_batch)
+        return super().backend()
+
+    def answer_batch(self, body: bytes) -> bytes:
+        """Return the response to a batch: an echo of each message of a known client."""
+        commands = []
+        for found in wire.BATCHED.finditer(body):
+            client = self.clients[int(found[2])]
+            if client.reply:
+                commands.append(client.reply)
+            else:
+                message = wire.message(self.cell.size, client.number)
+                client.reply = wire.command(message, found[1])
+                self.known += 1
+        return wire.reply(*commands)
+
+    def call(self, client: Client) -> None:
+        """Send a client a message through the relay, if its event has not done so."""
+        if not self.relay.peer.replies:
+            super().call(client)
 
 
 class Latency(Traffic):
@@ -370,11 +415,12 @@ MODES: dict[str, type[Run]] = {
     "push": Traffic,
     "echo": Traffic,
     "echo-reply": Traffic,
+    "echo-batch": BatchTraffic,
     "connect": Visits,
     "visit": Visits,
     "idle": Idle,
     "latency": Latency,
     "share": Share,
 }
-ALL_SIZES = ("up", "push", "echo", "echo-reply")
+ALL_SIZES = ("up", "push", "echo", "echo-reply", "echo-batch")
 ONE_SIZE = {"visit": 1024, "latency": 1024}  # bytes; other modes send no messages

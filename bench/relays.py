@@ -36,6 +36,7 @@ class Setting(NamedTuple):
     events: bool  # whether the backend gets connect and disconnect events, too
     folder: Path  # for files, deleted afterwards
     tree: Path  # the checkout that holds socketdock.py
+    batches: bool = False  # whether the backend gets events in batches, if it can
 
 
 class Start(NamedTuple):
@@ -53,7 +54,7 @@ class Peer(NamedTuple):
     # Whether a client's channel is in its path, and the backend gets no JSON.
     channels: bool = False
     cannot: tuple[str, ...] = ("share",)  # modes that it does not support
-    replies: bool = False  # whether the backend's response may have a message
+    replies: bool = False  # whether a response may have messages; batches, too
 
     def can(self, mode: str) -> bool:
         """Whether the relay supports `mode`."""
@@ -111,7 +112,9 @@ class Relay:
 
 def socketdock(setting: Setting, *flags: str, callback_port: int = 0) -> Start:
     """One process of SocketDock; options not given here have their defaults."""
-    kinds = ("message", "connect", "disconnect") if setting.events else ("message",)
+    kinds = ["message", "connect", "disconnect"] if setting.events else ["message"]
+    if setting.batches:
+        kinds = ["batch"]
     command = [
         *(sys.executable, str(setting.tree / "socketdock.py"), "--backend=http"),
         *(f"--{kind}uri={setting.backend}/{kind}" for kind in kinds),
@@ -182,7 +185,9 @@ KNOWN = {
 
 
 @contextlib.contextmanager
-def running(name: str, backend: str, events: bool) -> Iterator[Relay]:
+def running(
+    name: str, backend: str, events: bool, batches: bool = False
+) -> Iterator[Relay]:
     """Run the relay called `name` during the block.
 
     A name may end with @PATH: SocketDock from another checkout.
@@ -191,7 +196,9 @@ def running(name: str, backend: str, events: bool) -> Iterator[Relay]:
     peer = KNOWN[name]
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(port, backend, events, Path(folder), Path(tree or PROJECT))
+        setting = Setting(
+            port, backend, events, Path(folder), Path(tree or PROJECT), batches
+        )
         log = Path(folder) / "log"
         processes: list[subprocess.Popen[bytes]] = []
         relay = Relay(peer, port, [])

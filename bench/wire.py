@@ -6,6 +6,7 @@ connection, with a Content-Length, and complete frames.
 
 import json
 import random
+import re
 import string
 import struct
 
@@ -76,16 +77,28 @@ def callback(host: bytes, path: bytes, body: bytes) -> tuple[bytes, bytes]:
     return head, body
 
 
-def reply(body: bytes) -> bytes:
-    """Make a response to an event with the command to send `body`, as text."""
-    commands = json.dumps({"commands": [{"send": body.decode()}]}).encode()
+# In a batch, each event of a message: its connection, and the number of its client.
+BATCHED = re.compile(
+    rb'"connection_id":"([0-9a-f]+)".*?\\"}(\d{6})"}(?=[,\]])', re.DOTALL
+)
+
+
+def command(body: bytes, connection_id: bytes = b"") -> bytes:
+    """Make the command to send `body` as text; by default to the event's client."""
+    whom = {"connection_id": connection_id.decode()} if connection_id else {}
+    return json.dumps({**whom, "send": body.decode()}).encode()
+
+
+def reply(*commands: bytes) -> bytes:
+    """Make a response with commands."""
+    body = b'{"commands": [%b]}' % b", ".join(commands)
     return (
         b"HTTP/1.1 200 OK\r\nContent-Type: application/vnd.socketdock+json\r\n"
-        b"Content-Length: %d\r\n\r\n%b" % (len(commands), commands)
+        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
     )
 
 
-def http_size(data: bytes) -> tuple[int, int] | None:
+def http_size(data: bytes | bytearray) -> tuple[int, int] | None:
     """Return the sizes of an HTTP message's head and body; None: head incomplete."""
     end = data.find(b"\r\n\r\n")
     if end < 0:
