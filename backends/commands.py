@@ -86,15 +86,16 @@ def parse_commands(value: object) -> list[Command]:
     """
     if not isinstance(value, list):
         raise CommandError("commands must be a list.")
-    commands = [_parse_command(each) for each in value]
-    pairs = sum(
-        1 if command.connection_ids is None else len(command.connection_ids)
-        for command in commands
-    )
-    if pairs > MAX_PAIRS:
-        raise CommandError(
-            f"At most {MAX_PAIRS} pairs of command and connection are permitted."
-        )
+    commands, pairs = [], 0
+    for each in value:
+        command = _parse_command(each)
+        ids = command.connection_ids
+        pairs += 1 if ids is None else len(ids)
+        if pairs > MAX_PAIRS:
+            raise CommandError(
+                f"At most {MAX_PAIRS} pairs of command and connection are permitted."
+            )
+        commands.append(command)
     return commands
 
 

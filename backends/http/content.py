@@ -25,13 +25,14 @@ def decoded(headers: Mapping[str, str], body: bytes, limit: int) -> bytes:
     Raises `MalformedResponse` if a coding is unknown, or the body is invalid in it, is
     incomplete, or decodes to more than `limit` bytes.
     """
+    codings = headers.get("content-encoding")
+    if codings is None or not body:
+        return body
     names = [
         name
-        for part in headers.get("content-encoding", "").lower().split(",")
+        for part in codings.lower().split(",")
         if (name := part.strip()) not in ("", "identity")
     ]
-    if not body:
-        return body
     if len(names) > MAX_CODINGS:
         raise MalformedResponse("the response has too many content codings")
     for name in reversed(names):
@@ -63,7 +64,10 @@ def parsed_json(body: bytes) -> Any:
 
     Raises `ValueError` if it is invalid.
     """
-    encoding = json.detect_encoding(body)
-    if encoding == "utf-8":
+    try:
         return orjson.loads(body)
+    except ValueError:
+        encoding = json.detect_encoding(body)
+        if encoding == "utf-8":
+            raise
     return orjson.loads(body.decode(encoding))
