@@ -3,56 +3,27 @@
 import asyncio
 import base64
 import json
-from collections.abc import Callable
-from typing import Any
+import logging
+import re
 
 import pytest
 import websockets
-from service import DEADLINE, RecordingBackend, Service, eventually
-from tornado.web import RequestHandler
+from reply_backends import (
+    MEDIA_TYPE,
+    ReplyBackend,
+    added,
+    commands,
+    outcomes,
+    received,
+)
+from service import DEADLINE, Service
+from wire import TEXT, handshake
+
+from backends import Observer
+from backends.client import Response
+from backends.http.replies import Replies
 
 pytestmark = pytest.mark.gen_test(timeout=60)
-
-MEDIA_TYPE = "application/vnd.socketdock+json"
-
-
-class ReplyBackend(RecordingBackend):
-    """A backend whose responses to messages are made by `reply`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reply: Callable[[dict[str, Any]], object] = lambda event: {}
-        self.content_type = MEDIA_TYPE
-        self.answers["message"] = self._answer
-
-    async def _answer(self, handler: RequestHandler, event: dict[str, Any]) -> None:
-        reply = self.reply(event)
-        if not isinstance(reply, (str, bytes)):
-            reply = json.dumps(reply)
-        handler.set_header("Content-Type", self.content_type)
-        handler.write(reply)
-
-    async def disconnect_of(self, connection_id: str) -> dict[str, Any]:
-        """Wait for the disconnect event of one connection.
-
-        Those of other tests' clients may arrive at any time.
-        """
-        found: list[dict[str, Any]] = []
-
-        def is_found() -> bool:
-            found[:] = [
-                event
-                for event in self.of("disconnect")
-                if event["connection_id"] == connection_id
-            ]
-            return bool(found)
-
-        await eventually(is_found)
-        return found[0]
-
-    def commands(self, *commands: dict[str, Any]) -> None:
-        """Answer each message with these."""
-        self.reply = lambda event: {"commands": list(commands)}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +36,7 @@ def shared_relay(io_loop, shared):
     async def begin() -> tuple[ReplyBackend, Service]:
         backend = await shared.enter_async_context(ReplyBackend())
         service = await shared.enter_async_context(
-            Service(*backend.flags("message", "disconnect"), "--max_state_size=100")
+            Service(*backend.flags(), "--max_state_size=100")
         )
         return backend, service
 
@@ -75,19 +46,13 @@ def shared_relay(io_loop, shared):
 @pytest.fixture
 def backend(shared_relay) -> ReplyBackend:
     backend = shared_relay[0]
-    backend.events.clear()
-    backend.content_type = MEDIA_TYPE
-    backend.reply = lambda event: {}
+    backend.reset()
     return backend
 
 
 @pytest.fixture
 def service(shared_relay) -> Service:
     return shared_relay[1]
-
-
-async def received(client: websockets.ClientConnection, number: int) -> list[Any]:
-    return [await asyncio.wait_for(client.recv(), DEADLINE) for _ in range(number)]
 
 
 async def test_frames_of_a_reply_arrive_in_order(backend, service):
@@ -170,6 +135,11 @@ MALFORMED = {
     "close-false": b'{"commands": [{"close": false}]}',
     "close-code": b'{"commands": [{"close": {"code": 1005}}]}',
     "state-too-large": b'{"commands": [{"send": "x"}, {"state": "%b"}]}' % (b"x" * 99),
+    "state-too-deep": b'{"commands": [{"send": "x"}, {"state": %b}]}'
+    % (b"[" * 300 + b"]" * 300),
+    "frame-too-large": b'{"commands": [{"send": "x"}, {"send": "%b"}]}'
+    % (b"x" * (4 * 2**20 + 1)),
+    "empty": b"",
     "id": b'{"commands": [{"send": "x", "connection_id": 1}]}',
     "both-ids": b'{"commands": [{"send": "x", "connection_id": "a",'
     b' "connection_ids": ["a"]}]}',
@@ -183,16 +153,19 @@ async def test_malformed_reply_changes_nothing(backend, service, body):
     """One warning; the event is accepted, and the next message goes."""
     replies = iter([body, b'{"commands": [{"send": "ok"}]}'])
     backend.reply = lambda event: next(replies)
-    before = len(service.log)
+    before, counts = len(service.log), await outcomes(service)
     async with websockets.connect(service.ws_url) as client:
         await client.send("one")
         await client.send("two")
         assert await received(client, 1) == ["ok"]
+    counts = added(counts, await outcomes(service))
+    assert counts == {"none/invalid": 1, "send/done": 1}
     (event, _) = backend.of("message")
     disconnect = await backend.disconnect_of(event["meta"]["connection_id"])
     assert disconnect["meta"]["refused"] == disconnect["meta"]["undelivered"] == 0
-    warnings = [line for line in service.log[before:] if "cannot be used" in line]
-    assert len(warnings) == 1
+    (warning,) = [line for line in service.log[before:] if "cannot be used" in line]
+    assert re.search(r"^\[W .* connection \w{32}: the reply to \w{32}-1 ", warning)
+    assert "xxx" not in warning
     assert not service.tracebacks
 
 
@@ -207,3 +180,248 @@ async def test_other_media_types_are_not_read(backend, service):
         backend.commands({"send": "y"})
         await client.send("two")
         assert await received(client, 1) == ["y"]
+
+
+async def test_reply_and_callbacks_are_counted_by_outcome(backend, service):
+    """What is for a connection that is not open is dropped."""
+    before = await outcomes(service)
+    nobody = "0" * 32
+    backend.commands(
+        {"send": "x"}, {"state": 1}, {"send": "y", "connection_ids": [nobody] * 3},
+        {"state": 1, "connection_id": nobody}, {"close": True}, {"send": "z"},
+        {"close": True, "connection_id": nobody}, {"state": 1},
+    )
+    async with websockets.connect(service.ws_url) as client:
+        await client.send("one")
+        with pytest.raises(websockets.ConnectionClosedOK):
+            await received(client, 2)
+    assert added(before, await outcomes(service)) == {
+        "send/done": 1, "state/done": 1, "close/done": 1,
+        "send/gone": 4, "state/gone": 2, "close/gone": 1,
+    }
+
+
+async def test_no_commands_are_no_reply(backend, service):
+    """An empty list, no list, or 204 with the media type of commands."""
+    before, logged = await outcomes(service), len(service.log)
+    async with websockets.connect(service.ws_url) as client:
+        for reply, status in (({"commands": []}, 200), ({}, 201), ("", 204)):
+            backend.reply, backend.status = (lambda event, r=reply: r), status
+            await client.send("x")
+            await backend.wait_for("message", len(backend.of("message")) + 1)
+        backend.commands({"send": "end"})
+        backend.status = 202
+        await client.send("last")
+        assert await received(client, 1) == ["end"]
+    assert added(before, await outcomes(service)) == {"send/done": 1}
+    assert not [line for line in service.log[logged:] if "cannot be used" in line]
+
+
+@pytest.mark.parametrize("status", [400, 500])
+async def test_only_a_2xx_is_read(backend, service, status):
+    """Other responses say whether the event is refused or retried, nothing else."""
+    def reply(event):
+        backend.status = status if len(backend.of("message")) == 1 else 200
+        return {"commands": [{"send": str(backend.status)}]}
+
+    backend.reply = reply
+    async with websockets.connect(service.ws_url) as client:
+        await client.send("one")
+        await client.send("two")
+        assert await received(client, 1) == ["200"]
+
+
+async def test_disconnect_responses_are_not_read(backend, service):
+    """Even if they have commands for an open connection."""
+    async def answer(handler, event):
+        handler.set_header("Content-Type", MEDIA_TYPE)
+        handler.write(commands({"send": "from disconnect", "connection_id": other}))
+
+    async with websockets.connect(service.ws_url) as client:
+        await client.send("id")
+        other = (await backend.wait_for("message", 1))[0]["meta"]["connection_id"]
+        backend.answers["disconnect"] = answer
+        try:
+            async with websockets.connect(service.ws_url) as second:
+                await second.send("id")
+                event = (await backend.wait_for("message", 2))[-1]
+            await backend.disconnect_of(event["meta"]["connection_id"])
+        finally:
+            del backend.answers["disconnect"]
+        backend.commands({"send": "from message"})
+        await client.send("x")
+        assert await received(client, 1) == ["from message"]
+
+
+# Verdicts.
+
+
+@pytest.fixture
+def decide(backend):
+    """Let a test answer connect events: `decide(body, media_type, status)`."""
+    def decide(body, media_type=MEDIA_TYPE, status=200, before=None):
+        async def answer(handler, event):
+            if before is not None:
+                await before(event)
+            handler.set_status(status)
+            handler.set_header("Content-Type", media_type)
+            handler.write(body)
+
+        backend.answers["connect"] = answer
+
+    yield decide
+    backend.answers.pop("connect", None)
+
+
+async def test_frames_of_a_verdict_follow_the_101(backend, service, decide):
+    """After those of earlier callbacks, before those of later ones."""
+    async def call(event):
+        sent = await backend.call(
+            event["meta"]["send"], body="early", headers={"Content-Type": "text/plain"}
+        )
+        assert sent.code == 202
+
+    decide(commands({"send": "a"}, {"send": "b", "type": "binary"}, {"send": "c"}),
+           before=call)
+    reader, writer = await asyncio.open_connection(
+        *service.ws_url.removeprefix("ws://").removesuffix("/ws").split(":")
+    )
+    writer.write(handshake())
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), DEADLINE)
+    assert head.startswith(b"HTTP/1.1 101 ")
+    (event,) = backend.of("connect")
+    sent = await backend.call(
+        event["meta"]["send"], body="late", headers={"Content-Type": "text/plain"}
+    )
+    assert sent.code == 200
+    expected = b"\x81\x05early\x81\x01a\x82\x01b\x81\x01c\x81\x04late"
+    got = await asyncio.wait_for(reader.readexactly(len(expected)), DEADLINE)
+    assert got == expected and TEXT == 1
+    writer.close()
+
+
+async def test_verdict_of_many_frames_is_not_overtaken(backend, service, decide):
+    """A callback after the 101 is behind all of them."""
+    decide(commands(*({"send": str(number)} for number in range(5000))))
+    async with websockets.connect(service.ws_url) as client:
+        url = backend.of("connect")[-1]["meta"]["send"]
+        sent = await backend.call(url, body="x", headers={"Content-Type": "text/plain"})
+        assert sent.code == 200
+        assert await received(client, 5001) == [*map(str, range(5000)), "x"]
+
+
+async def test_verdict_with_state_and_subprotocol(backend, service, decide):
+    """`subprotocol` stands beside the commands."""
+    decide(json.dumps({"subprotocol": "b", "commands": [{"state": {"user": 7}}]}))
+    async with websockets.connect(service.ws_url, subprotocols=["a", "b"]) as client:
+        assert client.subprotocol == "b"
+        await client.send("x")
+        (event,) = await backend.wait_for("message", 1)
+    assert event["meta"]["state"] == {"user": 7}
+
+
+async def test_verdict_may_close(backend, service, decide):
+    """Right after the 101 and its frames; the disconnect event has the state."""
+    decide(commands({"state": 5}, {"send": "full"}, {"close": {"code": 4009}}))
+    async with websockets.connect(service.ws_url) as client:
+        with pytest.raises(websockets.ConnectionClosed) as closed:
+            assert await received(client, 1) == ["full"]
+            await received(client, 1)
+    assert closed.value.rcvd.code == 4009
+    (event,) = backend.of("connect")
+    meta = (await backend.disconnect_of(event["meta"]["connection_id"]))["meta"]
+    assert (meta["code"], meta["initiator"], meta["state"]) == (4009, "backend", 5)
+
+
+async def test_verdict_reaches_other_connections(backend, service, decide):
+    async with websockets.connect(service.ws_url) as first:
+        await first.send("id")
+        (event,) = await backend.wait_for("message", 1)
+        decide(commands({"send": "somebody has come",
+                         "connection_id": event["meta"]["connection_id"]}))
+        async with websockets.connect(service.ws_url):
+            assert await received(first, 1) == ["somebody has come"]
+
+
+async def test_plain_json_of_a_verdict_has_no_commands(backend, service, decide):
+    """Only `subprotocol` is read."""
+    body = {"subprotocol": "b", "commands": [{"send": "x"}, {"state": 1}]}
+    decide(json.dumps(body), "application/json")
+    backend.commands({"send": "end"})
+    async with websockets.connect(service.ws_url, subprotocols=["a", "b"]) as client:
+        assert client.subprotocol == "b"
+        await client.send("x")
+        assert await received(client, 1) == ["end"]
+    assert "state" not in backend.of("message")[0]["meta"]
+
+
+UNUSABLE_VERDICTS = {
+    "not-json": b"{",
+    "wrong-member": b'{"subprotocol": "b", "commands": [{"send": 1}]}',
+    "empty": b"",
+    "state": b'{"commands": [{"state": "%b"}]}' % (b"x" * 99),
+    "large": b'{"commands": []}' + b" " * (8 * 2**20),
+}
+
+
+@pytest.mark.parametrize("body", UNUSABLE_VERDICTS.values(), ids=UNUSABLE_VERDICTS)
+async def test_unusable_verdict_accepts(backend, service, decide, body):
+    """The status alone decides; one warning, without a subprotocol."""
+    decide(body)
+    logged, before = len(service.log), await outcomes(service)
+    backend.commands({"send": "end"})
+    async with websockets.connect(service.ws_url, subprotocols=["b"]) as client:
+        assert client.subprotocol is None
+        await client.send("x")
+        assert await received(client, 1) == ["end"]
+    assert added(before, await outcomes(service)) == {
+        "none/invalid": 1, "send/done": 1
+    }
+    (warning,) = [line for line in service.log[logged:] if "cannot be used" in line]
+    assert "-connect cannot" in warning
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "answered"),
+    [
+        (403, {}, 403),
+        (500, {}, 503),
+        (200, {"subprotocol": "not offered"}, 503),
+    ],
+)
+async def test_rejected_handshake_carries_out_nothing(
+    backend, service, decide, status, body, answered
+):
+    """Refused by the backend, or without a decision that can be used."""
+    async with websockets.connect(service.ws_url) as first:
+        await first.send("id")
+        (event,) = await backend.wait_for("message", 1)
+        other = {"send": "x", "connection_id": event["meta"]["connection_id"]}
+        decide(json.dumps({**body, "commands": [other, {"send": "y"}]}), status=status)
+        with pytest.raises(websockets.InvalidStatus) as refused:
+            await websockets.connect(service.ws_url)
+        assert refused.value.response.status_code == answered
+        backend.commands({"send": "end"})
+        await first.send("x")
+        assert await received(first, 1) == ["end"]
+
+
+class BrokenExecutor:
+    """An executor with a bug."""
+
+    def check(self, commands):
+        raise RuntimeError("bug")
+
+    carry_out = check
+
+
+def test_bug_in_a_reply_ends_it(caplog):
+    """It is logged; the delivery of the connection's messages goes on."""
+    class Connection:
+        id = "0" * 32
+
+    replies = Replies("commands", 1000, BrokenExecutor(), Observer())
+    reply = Response(200, {"content-type": MEDIA_TYPE}, commands({"send": "x"}))
+    with caplog.at_level(logging.ERROR):
+        assert replies.carry_out(Connection(), "event", reply) is None
+    assert "bug in the reply to event" in caplog.text
