@@ -28,6 +28,7 @@ from handlers.admission import Admission
 from handlers.backlog import Backlog
 from handlers.callbacks.access import CallbackAccess
 from handlers.callbacks.address import callback_url
+from handlers.callbacks.bulk import BulkHandler, bulk_routes
 from handlers.callbacks.capabilities import make_capabilities
 from handlers.callbacks.executor import CommandExecutor
 from handlers.callbacks.fast_send import FastSend
@@ -117,10 +118,11 @@ def make_server(
 
     def on_answered(handler: RequestHandler) -> None:
         log_request(handler)
-        if is_send(handler):
+        sends = is_send(handler)
+        if sends:
             observer.send_answered(handler.get_status())
-            if tracing is not None:
-                tracing.answered(handler.request, handler.get_status())
+        if tracing is not None and (sends or isinstance(handler, BulkHandler)):
+            tracing.answered(handler.request, handler.get_status())
 
     def on_fast_answered(method: str, target: str, status: int) -> None:
         log_access(method, target, status)
@@ -262,7 +264,16 @@ class Service:
             connections=self.connections,
             backend=self.backend,
             max_message_size=self.policy.max_message_size,
-        ) + operator_routes(guard, status, self.collector)
+        )
+        routes += bulk_routes(
+            self._prefix,
+            self.tokens,
+            executor=self.executor,
+            turns=self.connections.turns,
+            observer=self.observers,
+            max_bulk_size=options.max_bulk_size,
+        )
+        routes += operator_routes(guard, status, self.collector)
         if options.console:
             routes += console_routes(
                 guard,
@@ -293,7 +304,8 @@ class Service:
 
     def _listen(self) -> None:
         most = self.policy.max_message_size
-        body_budget = BodyBudget(max(MAX_BODY_BYTES, 2 * most))
+        largest = max(most, options.max_bulk_size)
+        body_budget = BodyBudget(max(MAX_BODY_BYTES, 2 * largest))
         one_listener = self.to_clients is self.to_backend
         for_backend = self._for_backend()
         both = make_server(

@@ -145,7 +145,8 @@ class Observer:
     ) -> None:
         """A command for a connection was carried out, or not.
 
-        `none`: a reply to an event of the connection could not be read at all.
+        `none`: a reply to an event of the connection could not be read at all, or a
+        bulk callback; then `connection_id` is empty.
         """
 
 

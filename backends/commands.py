@@ -6,7 +6,7 @@ bulk callback. This module parses commands; the relay's `Executor` carries them 
 
 import asyncio
 import binascii
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -16,6 +16,7 @@ MEDIA_TYPE = "application/vnd.socketdock+json"
 NORMAL_CLOSURE = 1000  # RFC 6455, section 7.4.1
 MAX_CLOSE_REASON = 123  # bytes of UTF-8 (RFC 6455, section 5.5)
 MAX_PAIRS = 10_000  # of a command and a connection, in one response or request
+TOO_MANY = f"At most {MAX_PAIRS} pairs of command and connection are permitted."
 
 Source = Literal["response", "batch", "callback", "broker"]
 CommandName = Literal["send", "close", "state"]
@@ -79,24 +80,35 @@ class Executor(Protocol):
         """
 
 
-def parse_commands(value: object) -> list[Command]:
-    """Return the commands in `value`, parsed JSON. Raises `CommandError`.
+def parse_commands(value: object, named: bool = False) -> list[Command]:
+    """Return the commands in `value`; see `each_command`."""
+    return list(each_command(value, named))
 
-    Members that are not known are ignored.
+
+def each_command(value: object, named: bool = False) -> Iterator[Command]:
+    """Yield the commands in `value`, parsed JSON. Raises `CommandError`.
+
+    Members that are not known are ignored. If `named`, each command must name its
+    connections. A command for no connection counts as one for one, so that a body
+    cannot have any number of them.
     """
     if not isinstance(value, list):
         raise CommandError("commands must be a list.")
-    commands, pairs = [], 0
-    for each in value:
-        command = _parse_command(each)
+    pairs = 0
+    for index, each in enumerate(value):
+        try:
+            command = _parse_command(each)
+        except CommandError as error:
+            raise CommandError(f"commands[{index}]: {error}") from None
         ids = command.connection_ids
-        pairs += 1 if ids is None else len(ids)
-        if pairs > MAX_PAIRS:
+        if ids is None and named:
             raise CommandError(
-                f"At most {MAX_PAIRS} pairs of command and connection are permitted."
+                f"commands[{index}]: connection_id or connection_ids is missing."
             )
-        commands.append(command)
-    return commands
+        pairs += len(ids or ()) or 1
+        if pairs > MAX_PAIRS:
+            raise CommandError(TOO_MANY)
+        yield command
 
 
 def _parse_command(value: object) -> Command:
@@ -183,6 +195,10 @@ def _ids_of(value: dict[str, Any]) -> Sequence[str] | None:
         raise CommandError("connection_id and connection_ids exclude each other.")
     else:
         ids = value["connection_ids"]
-    if not isinstance(ids, list) or not all(isinstance(each, str) for each in ids):
+    if not isinstance(ids, list):
+        raise CommandError("connection_ids must be a list.")
+    if len(ids) > MAX_PAIRS:
+        raise CommandError(TOO_MANY)
+    if not all(isinstance(each, str) for each in ids):
         raise CommandError("A connection id must be a string.")
     return ids

@@ -100,7 +100,7 @@ async def test_relay_does_what_its_document_says(io_loop, tmp_path):
             cwd=tmp_path,
         )
         total = sum(method in path for path in paths.values() for method in METHODS)
-        assert total >= 12
+        assert total >= 13
         assert f"{total} selected / {total} total" in said
         assert f"Tested: {total}" in said
         closed = {
@@ -179,3 +179,17 @@ async def test_document_has_every_callback_of_the_readme(io_loop):
         if method in item and method != "head" and path.startswith("/socket/")
     }
     assert {row for row in rows if "/socket/" in row} == documented
+
+
+async def test_bulk_callback_is_documented_if_it_exists(io_loop):
+    """With a token; a key opens one connection only."""
+    for flags, exists in (
+        ((f"--callback_token={TOKEN}",), True),
+        (("--callback_capability=on",), False),
+        ((), False),
+    ):
+        async with RecordingBackend() as backend, Service(*flags) as service:
+            spoken = await document(backend, service)
+            answer = await backend.call(f"{service.callback_url}/commands")
+        assert ("/commands" in spoken["paths"]) == exists
+        assert (answer.code == 401) == exists

@@ -316,6 +316,28 @@ async def test_sends_that_wait_for_a_slow_client_have_spans(io_loop):
         assert len(collector.named(route)) == len(sends)
 
 
+async def test_bulk_callback_has_a_span(io_loop):
+    """It is a child of the backend's."""
+    token, trace, parent = "0123456789abcdef", "ab" * 16, "cd" * 8
+    async with Collector() as collector, RecordingBackend() as backend:
+        flags = ("--otel", f"--callback_token={token}")
+        async with Service(*flags, environment=collector.environment()) as service:
+            answer = await backend.call(
+                f"{service.callback_url}/commands",
+                body=b'{"commands": []}',
+                headers={
+                    "Authorization": f"Bearer {token}",
+                    "Content-Type": "application/json",
+                    "traceparent": f"00-{trace}-{parent}-01",
+                },
+            )
+            assert answer.code == 200
+        (span,) = collector.named("POST /commands")
+    assert (span.trace_id, span.parent_id) == (trace, parent)
+    assert span.attributes["http.route"] == span.attributes["url.path"] == "/commands"
+    assert span.attributes["http.response.status_code"] == 200
+
+
 async def test_without_a_client_trace_each_event_begins_one(io_loop):
     """Except the connect event, which belongs to the handshake's trace."""
     async with Collector() as collector, RecordingBackend() as backend:

@@ -5,7 +5,8 @@ other transports share them.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from backends import ConnectionClosed, Initiator, SendBufferFull
 from backends.deadlines import RunningTime
 from handlers.clients.connection import ClientConnection, Connections
+from handlers.websocket.frames import SharedFrame
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -54,31 +56,62 @@ def find(
     return connection if connection.state in ("connecting", "open") else None
 
 
+class Sending:
+    """A send whose frame the kernel has not taken yet; await it for the outcome.
+
+    `ended` is done, or fails, without being awaited. `timeout` is in seconds.
+    `accepted` is the outcome if the kernel takes the frame.
+    """
+
+    __slots__ = ("accepted", "ended", "timeout")
+
+    def __init__(
+        self, ended: "asyncio.Future[None]", timeout: float, accepted: Outcome
+    ) -> None:
+        self.ended = ended
+        self.timeout = timeout
+        self.accepted = accepted
+
+    @property
+    def outcome(self) -> Outcome:
+        """The outcome if nobody waits any longer."""
+        ended = self.ended
+        if ended.done() and not ended.cancelled() and ended.exception() is None:
+            return self.accepted
+        return GONE
+
+    def __await__(self) -> Generator[Any, None, Outcome]:
+        yield from all_ended((self,)).__await__()
+        return self.outcome
+
+
+async def all_ended(sendings: Sequence[Sending]) -> None:
+    """Wait until all have ended, or for the longest of their timeouts."""
+    longest = max(sending.timeout for sending in sendings)
+    with contextlib.suppress(TimeoutError):
+        async with RunningTime(asyncio.get_running_loop(), longest):
+            for sending in sendings:
+                with contextlib.suppress(ConnectionClosed):
+                    await sending.ended
+
+
 def send(
-    connection: ClientConnection, message: str | bytes
-) -> Outcome | Awaitable[Outcome]:
-    """Send one frame. Returns the outcome, or an awaitable of it."""
+    connection: ClientConnection,
+    message: str | bytes,
+    limited: bool = True,
+    shared: SharedFrame | None = None,
+) -> Outcome | Sending:
+    """Send one frame, as `ClientConnection.send`; return the outcome, now or later."""
     outcome = _now_or_later(connection)
     try:
-        sent = connection.send(message)
+        sent = connection.send(message, limited, shared)
     except SendBufferFull:
         return FULL
     except ConnectionClosed:
         return GONE
     if sent is None:
         return outcome
-    return _when_sent(connection, sent, outcome)
-
-
-async def _when_sent(
-    connection: ClientConnection, sent: "asyncio.Future[None]", outcome: Outcome
-) -> Outcome:
-    try:
-        async with RunningTime(asyncio.get_running_loop(), connection.send_timeout):
-            await sent
-    except (ConnectionClosed, TimeoutError):
-        return GONE
-    return outcome
+    return Sending(sent, connection.send_timeout, outcome)
 
 
 def close(

@@ -2,31 +2,73 @@
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
 
 from tornado.options import define
 
-from backends import Backend, ConnectionClosed, Observer, SendBufferFull
+from backends import Backend, Observer
 from backends.commands import (
     Action,
     Close,
     Command,
     CommandError,
+    CommandName,
     CommandOutcome,
     Send,
     SetState,
     Source,
 )
-from handlers.callbacks.actions import find
+from handlers.callbacks.actions import (
+    ACCEPTED,
+    FULL,
+    GONE,
+    OK,
+    Outcome,
+    Sending,
+    all_ended,
+    close,
+    find,
+    send,
+)
 from handlers.clients.connection import ClientConnection, Connections
 from handlers.clients.inbox import size_of
-from handlers.websocket.frames import message_frame
-from handlers.websocket.turns import TURN, clock
+from handlers.websocket.frames import SharedFrame
 
 logger = logging.getLogger(__name__)
 
 define("max_state_size", default=4096, metavar="BYTES",
        help="largest state that a backend may keep with a connection, as JSON")
+
+TOO_LARGE = Outcome(
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The frame or the state is too large."
+)
+FAULT = Outcome(HTTPStatus.INTERNAL_SERVER_ERROR, "A fault in the relay.")
+
+OUTCOMES: dict[Outcome, CommandOutcome] = {
+    OK: "done",
+    ACCEPTED: "done",
+    GONE: "gone",
+    FULL: "full",
+    TOO_LARGE: "invalid",
+    FAULT: "invalid",
+}
+
+
+@dataclass(slots=True)
+class Pair:
+    """A command for one connection, and its outcome, now or later."""
+
+    command: CommandName
+    connection_id: str
+    outcome: Outcome | Sending
+
+    @property
+    def status(self) -> HTTPStatus:
+        """Of the outcome, as far as it is known now."""
+        outcome = self.outcome
+        return (outcome.outcome if isinstance(outcome, Sending) else outcome).status
 
 
 class CommandExecutor:
@@ -44,6 +86,7 @@ class CommandExecutor:
     def begin(self, connections: Connections, backend: Backend) -> None:
         """Carry out commands for `connections`; `backend` is told whom they concern."""
         self._connections = connections
+        self._turns = connections.turns
         self._backend = backend
 
     def check(self, commands: Sequence[Command]) -> None:
@@ -67,91 +110,102 @@ class CommandExecutor:
         """Carry out `commands` in order, as far as this turn permits, then the rest."""
         if len(commands) == 1 and commands[0].connection_ids is None:
             # Without the turns, which take longer than most commands.
-            try:
-                self._act(commands[0].action, next(iter(own)), source, True)
-            except Exception:
-                logger.exception("bug in a command")
+            action, connection_id = commands[0].action, next(iter(own))
+            outcome = self._act(action, connection_id, True)
+            self._report(source, action.name, connection_id, outcome)
             return None
-        steps = self._steps(commands, source, own)
-        if self._take(steps):
-            return None
-        loop = self._connections.loop
-        done: asyncio.Future[None] = loop.create_future()
+        pairs = self._pairs(commands, own)
+        return self._turns.run(self._reported(source, pairs))
 
-        def take_on() -> None:
-            if not self._take(steps):
-                self._connections.turns.wait(take_on)
-            elif not done.done():
-                done.set_result(None)
+    async def outcomes(self, commands: Sequence[Command]) -> list[Pair]:
+        """Carry out `commands`, each naming its connections, in order.
 
-        self._connections.turns.wait(take_on)
-        return done
+        Returns each pair of command and connection, in order, when the kernel has
+        taken all frames, or has not for `--send_timeout`.
+        """
+        pairs: list[Pair] = []
+        steps = self._pairs(commands, (), checked=False)
+        await _finished(self._turns.run(map(pairs.append, steps)))
+        sendings = [pair.outcome for pair in pairs if isinstance(pair.outcome, Sending)]
+        if sendings:
+            await all_ended(sendings)
+            for pair in pairs:
+                if isinstance(pair.outcome, Sending):
+                    pair.outcome = pair.outcome.outcome
+        await _finished(self._turns.run(self._reported("callback", pairs)))
+        return pairs
 
-    def _take(self, steps: Iterator[None]) -> bool:
-        """Carry out steps until the turn is over; return whether none is left."""
-        ends_at = clock() + TURN
-        try:
-            for _ in steps:
-                if clock() >= ends_at:
-                    return False
-        except Exception:  # a bug, which must not stop the caller
-            logger.exception("bug in a command")
-        return True
+    def _pairs(
+        self, commands: Sequence[Command], own: Collection[str], checked: bool = True
+    ) -> Iterator[Pair]:
+        """Carry out each command for each of its connections.
 
-    def _steps(
-        self, commands: Sequence[Command], source: Source, own: Collection[str]
-    ) -> Iterator[None]:
+        Unless `checked`, a command that is too large is refused for each of them.
+        """
         for command in commands:
             action = command.action
             ids = own if command.connection_ids is None else command.connection_ids
-            encoded = None
-            if isinstance(action, Send) and len(ids) > 1:
-                encoded = message_frame(action.message)
+            refused = not checked and self.too_large(command) is not None
+            shared = None
+            if isinstance(action, Send) and len(ids) > 1 and not refused:
+                shared = SharedFrame(action.message)
             for connection_id in ids:
-                is_own = connection_id in own
-                self._act(action, connection_id, source, is_own, encoded)
-                yield
+                if refused:
+                    outcome: Outcome | Sending = TOO_LARGE
+                else:
+                    is_own = connection_id in own
+                    outcome = self._act(action, connection_id, is_own, shared)
+                yield Pair(action.name, connection_id, outcome)
 
     def _act(
         self,
         action: Action,
         connection_id: str,
-        source: Source,
         is_own: bool,
-        encoded: bytes | None = None,
-    ) -> None:
+        shared: SharedFrame | None = None,
+    ) -> Outcome | Sending:
         """Carry out one command for one connection.
 
         For its own connection, the response itself shows that the backend has seen the
         message and those before it, but not those after it.
         """
-        connection = find(
-            connection_id,
-            self._connections,
-            _ignore if is_own else self._backend.called_back,
-        )
-        outcome: CommandOutcome = "gone"
-        if connection is not None:
-            outcome = _done_to(connection, action, not is_own, encoded)
-        self._observer.commanded(source, action.name, outcome, connection_id)
-
-
-def _done_to(
-    connection: ClientConnection, action: Action, limited: bool, encoded: bytes | None
-) -> CommandOutcome:
-    if isinstance(action, Send):
+        on_asked = _ignore if is_own else self._backend.called_back
         try:
-            connection.send(action.message, limited, encoded)
-        except SendBufferFull:
-            return "full"
-        except ConnectionClosed:
-            return "gone"
-    elif isinstance(action, Close):
-        connection.close(action.code, action.reason, "backend")
-    else:
-        connection.backend_state = action.state
-    return "done"
+            connection = find(connection_id, self._connections, on_asked)
+            if connection is None:
+                return GONE
+            if isinstance(action, Send):
+                return send(connection, action.message, not is_own, shared)
+            if isinstance(action, Close):
+                return close(connection, action.code, action.reason, "backend")
+            connection.backend_state = action.state
+            return OK
+        except Exception:  # a bug, which must not stop other commands or the caller
+            logger.exception("bug in a command")
+            return FAULT
+
+    def _reported(self, source: Source, pairs: Iterable[Pair]) -> Iterator[None]:
+        for pair in pairs:
+            self._report(source, pair.command, pair.connection_id, pair.outcome)
+            yield
+
+    def _report(
+        self,
+        source: Source,
+        command: CommandName,
+        connection_id: str,
+        outcome: Outcome | Sending,
+    ) -> None:
+        """Count a pair; a frame that nobody waits for counts as sent."""
+        if isinstance(outcome, Sending):
+            outcome = outcome.accepted
+        self._observer.commanded(source, command, OUTCOMES[outcome], connection_id)
 
 
 def _ignore(connection: ClientConnection) -> None:
     """Take no note of a command."""
+
+
+async def _finished(turns: "asyncio.Future[None] | None") -> None:
+    if turns is not None:
+        await turns

@@ -25,6 +25,8 @@ def openapi_document(version: str, schemes: Set[str]) -> Document:
     """
     document: Document = json.loads(DOCUMENT)
     document["info"]["version"] = version
+    if "token" not in schemes:
+        del document["paths"]["/commands"]
     for operations in document["paths"].values():
         for operation in operations.values():
             if "security" in operation:

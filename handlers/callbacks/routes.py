@@ -19,17 +19,17 @@ from handlers.callbacks.access import (
     UnauthorizedHandler,
 )
 from handlers.callbacks.actions import GONE, Outcome
-from handlers.callbacks.bodies import message_of, parse_closing, unsupported
+from handlers.callbacks.answering import OutcomeHandler
+from handlers.callbacks.bodies import message_of, parse_closing
 from handlers.callbacks.openapi import OpenAPIHandler
-from handlers.callbacks.responses import Response, response_of
 from handlers.clients.connection import ClientConnection, Connections
 from handlers.http.application import Routes
-from handlers.http.body import BodyHandler, NotFoundHandler
+from handlers.http.body import NotFoundHandler
 from handlers.probes import LiveHandler, Readiness, ReadyHandler
 from handlers.websocket.frames import CloseCode
 
 
-class OneConnectionHandler(BodyHandler):
+class OneConnectionHandler(OutcomeHandler):
     """A request about one connection, from the backend or from an operator."""
 
     connections: Connections
@@ -44,31 +44,6 @@ class OneConnectionHandler(BodyHandler):
         if connection is None:
             self.send_outcome(GONE)
         return connection
-
-    def send_outcome(self, outcome: Outcome) -> None:
-        """Finish with the response for `outcome`."""
-        self.respond(response_of(outcome))
-
-    def respond(self, response: Response) -> None:
-        """Finish with `response`."""
-        self.set_status(response.status)
-        for name, value in response.headers.items():
-            self.set_header(name, value)
-        self.finish(response.body)
-
-    def take_body(self) -> bytes | None:
-        """Return the whole body; None if it was rejected and answered."""
-        body = super().take_body()
-        if body is None:
-            return None
-        headers = self.request.headers
-        refusal = unsupported(
-            headers.get("Content-Type", ""), headers.get_list("Content-Encoding")
-        )
-        if refusal is not None:
-            self.respond(refusal)
-            return None
-        return body
 
 
 class Sending(OneConnectionHandler):

@@ -33,7 +33,7 @@ from handlers.process.logs import log_event
 from handlers.rates import Throttle
 from handlers.websocket.closing import CLOSE_TIMEOUT
 from handlers.websocket.deflate import Compression
-from handlers.websocket.frames import Close, CloseCode, FrameError
+from handlers.websocket.frames import Close, CloseCode, FrameError, SharedFrame
 from handlers.websocket.protocol import READ_AHEAD, ClientProtocol, State
 from handlers.websocket.turns import Turns
 
@@ -315,12 +315,12 @@ class ClientConnection:
         self,
         message: str | bytes,
         limited: bool = True,
-        encoded: bytes | None = None,
+        shared: SharedFrame | None = None,
     ) -> "asyncio.Future[None] | None":
         """Send one frame; see `backends.Connection.send`.
 
-        Unless `limited`, `--max_send_buffer` does not apply. `encoded` is the frame, if
-        it was built for other clients, too.
+        Unless `limited`, `--max_send_buffer` does not apply. `shared` is the frame, if
+        other clients get it, too.
         """
         limit = self._context.policy.max_send_buffer
         if self.state == "connecting" and self._closing is None:
@@ -334,7 +334,7 @@ class ClientConnection:
         size, waiting = size_of(message), protocol.bytes_waiting
         if waiting and limited and waiting + size > limit:
             raise SendBufferFull
-        sent = protocol.send(message, encoded)
+        sent = protocol.send(message, shared)
         self.messages_out += 1
         self.bytes_out += size
         self._last_message = self._now()

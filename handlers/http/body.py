@@ -34,7 +34,7 @@ class BodyHandler(ProblemHandler):
 
     async def prepare(self) -> None:
         connection: Any = self.request.connection
-        connection.set_max_body_size(MAX_DISCARDED_BODY)
+        connection.set_max_body_size(max(MAX_DISCARDED_BODY, self.max_body_size))
         headers = self.request.headers
         length = _declared_length(headers)
         if length > self.max_body_size:

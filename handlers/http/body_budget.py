@@ -11,7 +11,7 @@ from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
-# Bytes; more if --max_message_size is so large that two bodies would not fit.
+# Bytes; more if one of the limits of a body is so large that two would not fit.
 MAX_BODY_BYTES = 64 * 1024 * 1024
 RETRY_AFTER = 1  # seconds; the bodies that exhausted the budget end meanwhile
 

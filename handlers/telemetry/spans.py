@@ -61,9 +61,10 @@ MAX_ENDED = 10_000  # spans that wait for the SDK
 MAKE_AFTER = 0.1  # seconds
 MADE_AT_ONCE = 50  # spans, which take about 2 ms
 
-SEND_ROUTE = "/socket/{id}/send"
-SEND = f"POST {SEND_ROUTE}"
+SEND_ROUTE, BULK_ROUTE = "/socket/{id}/send", "/commands"
+SEND, BULK = f"POST {SEND_ROUTE}", f"POST {BULK_ROUTE}"
 _SEND_PATH = re.compile(r".{0,200}/socket/[0-9a-f]{32}/send")
+_BULK_PATH = re.compile(r".{0,200}/commands")
 
 Attributes = Mapping[str, str | int]
 
@@ -232,15 +233,17 @@ class Tracing(Observer):
         return traced
 
     def answered(self, request: HTTPServerRequest, status: int) -> None:
-        """A handler has answered a send that `fast` left to it."""
-        if not _SEND_PATH.fullmatch(request.path):
-            return  # not a send
+        """A handler has answered a send that `fast` left to it, or a bulk callback."""
+        scheme, path = request.protocol, request.path
+        is_bulk = _BULK_PATH.fullmatch(path) is not None
+        if not (is_bulk or _SEND_PATH.fullmatch(path)):
+            return
         parent = trace_context(request.headers.get_list("traceparent"))
-        place = self._place(parent, SEND, SpanKind.SERVER)
+        place = self._place(parent, BULK if is_bulk else SEND, SpanKind.SERVER)
         if _is_sampled(place.flags):
+            make = _bulk if is_bulk else _send
             began = _ago(request.request_time())
-            scheme, path = request.protocol, request.path
-            self.add(_send(place, parent, began, scheme, path, status))
+            self.add(make(place, parent, began, scheme, path, status))
 
     # Ended spans are passed to the SDK a little later, several at once, which costs
     # less; but not so many that clients would have to wait.
@@ -382,15 +385,33 @@ def _send(
     path: str,
     status: int,
 ) -> _Span:
-    attributes: dict[str, str | int] = {
-        "http.request.method": "POST",
-        "http.route": SEND_ROUTE,
-        "url.path": path,
-        "url.scheme": scheme,
+    attributes = {
+        **_of_callback(SEND_ROUTE, scheme, path, status),
         "socketdock.connection_id": path.split("/")[-2],
-        **_of_status(status),
     }
     return _Span(SEND, SpanKind.SERVER, place, parent, began, time_ns(), attributes)
+
+
+def _bulk(
+    place: TraceContext,
+    parent: TraceContext | None,
+    began: int,
+    scheme: str,
+    path: str,
+    status: int,
+) -> _Span:
+    attributes = _of_callback(BULK_ROUTE, scheme, path, status)
+    return _Span(BULK, SpanKind.SERVER, place, parent, began, time_ns(), attributes)
+
+
+def _of_callback(route: str, scheme: str, path: str, status: int) -> Attributes:
+    return {
+        "http.request.method": "POST",
+        "http.route": route,
+        "url.path": path,
+        "url.scheme": scheme,
+        **_of_status(status),
+    }
 
 
 def _of_status(status: int) -> Attributes:

@@ -14,7 +14,12 @@ from typing import NamedTuple
 from tornado.util import _websocket_mask as unmask
 from tornado.util import _websocket_mask_python
 
-from handlers.websocket.deflate import BadStream, Inflater, deflate_bound
+from handlers.websocket.deflate import (
+    BadStream,
+    Compression,
+    Inflater,
+    deflate_bound,
+)
 
 UNMASKS_IN_C = unmask is not _websocket_mask_python
 
@@ -365,11 +370,36 @@ def frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes:
     return struct.pack("!BBQ", first, 127, length) + payload
 
 
-def message_frame(message: str | bytes) -> bytes:
-    """Build the frame of a message that is not compressed."""
+def message_frame(message: str | bytes, compression: Compression | None) -> bytes:
+    """Build the frame of a message, compressed if the client has that extension."""
     if isinstance(message, str):
-        return frame(Opcode.TEXT, message.encode())
-    return frame(Opcode.BINARY, message)
+        opcode, payload = Opcode.TEXT, message.encode()
+    else:
+        opcode, payload = Opcode.BINARY, message
+    if compression is None:
+        return frame(opcode, payload)
+    return frame(opcode, compression.compress(payload), compressed=True)
+
+
+class SharedFrame:
+    """The frame of one message for many clients.
+
+    It is built once, and once for each size of the compression window.
+    """
+
+    __slots__ = ("_encoded", "_message")
+
+    def __init__(self, message: str | bytes) -> None:
+        self._message = message
+        self._encoded: dict[int, bytes] = {}  # by window bits; 0: not compressed
+
+    def encoded(self, compression: Compression | None) -> bytes:
+        """Return the frame for a client with these settings."""
+        bits = 0 if compression is None else compression.window_bits
+        built = self._encoded.get(bits)
+        if built is None:
+            built = self._encoded[bits] = message_frame(self._message, compression)
+        return built
 
 
 def close_payload(code: int, reason: str = "") -> bytes:

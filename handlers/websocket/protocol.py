@@ -28,8 +28,10 @@ from handlers.websocket.frames import (
     Ping,
     Pong,
     Received,
+    SharedFrame,
     close_payload,
     frame,
+    message_frame,
 )
 from handlers.websocket.stream import ClientStream, client_stream
 from handlers.websocket.turns import TURN, Turns, clock
@@ -380,24 +382,16 @@ class ClientProtocol:
     # Writing.
 
     def send(
-        self, message: str | bytes, encoded: bytes | None = None
+        self, message: str | bytes, shared: SharedFrame | None = None
     ) -> "asyncio.Future[None] | None":
-        """Send one message as one frame; `encoded` is what `message_frame` returned.
+        """Send one message as one frame; `shared` is its frame, if others get it, too.
 
         Returns None if the kernel took all of it, otherwise a future that is done
         when it has, or fails with `ConnectionClosed`.
         """
-        compression = self._compression
-        if encoded is not None and compression is None:
-            return self._stream.write(encoded)
-        if isinstance(message, str):
-            opcode, payload = Opcode.TEXT, message.encode()
-        else:
-            opcode, payload = Opcode.BINARY, message
-        if compression is None:
-            return self._stream.write(frame(opcode, payload))
-        payload = compression.compress(payload)
-        return self._stream.write(frame(opcode, payload, compressed=True))
+        if shared is not None:
+            return self._stream.write(shared.encoded(self._compression))
+        return self._stream.write(message_frame(message, self._compression))
 
     @property
     def bytes_waiting(self) -> int:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,31 @@ class Turns:
             self._is_due = True
             self._loop.call_soon(self._serve)
 
+    def run(self, steps: Iterator[object]) -> "asyncio.Future[None] | None":
+        """Take all `steps`, as many at a time as a turn permits.
+
+        Returns None if one turn was enough, else a future that is done after the last
+        step. An exception of a step ends them: it is raised, or the future has it.
+        """
+        if _take(steps):
+            return None
+        done: asyncio.Future[None] = self._loop.create_future()
+
+        def resume() -> None:
+            try:
+                is_over = _take(steps)
+            except Exception as error:
+                if not done.done():
+                    done.set_exception(error)
+                return
+            if not is_over:
+                self.wait(resume)
+            elif not done.done():
+                done.set_result(None)
+
+        self.wait(resume)
+        return done
+
     def _serve(self) -> None:
         ends_at = clock() + ALL_TURNS
         while self._waiting and clock() < ends_at:
@@ -52,3 +77,9 @@ class Turns:
         self._is_due = bool(self._waiting)
         if self._is_due:
             self._loop.call_soon(self._serve)
+
+
+def _take(steps: Iterator[object]) -> bool:
+    """Take steps until the turn is over; return whether none is left."""
+    ends_at = clock() + TURN
+    return all(clock() < ends_at for _ in steps)

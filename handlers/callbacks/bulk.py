@@ -1,0 +1,126 @@
+"""`POST /commands`: carries out commands for many connections in one request.
+
+`backends.commands` parses them, and `executor` carries them out.
+"""
+
+import codecs
+import re
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from tornado.httputil import HTTPServerRequest
+from tornado.options import define
+from tornado.routing import Matcher
+
+from backends import Observer
+from backends.commands import Command, CommandError, each_command
+from backends.media_types import media_type_of
+from handlers.callbacks.access import UnauthorizedHandler
+from handlers.callbacks.actions import Outcome
+from handlers.callbacks.answering import OutcomeHandler
+from handlers.callbacks.executor import CommandExecutor, Pair
+from handlers.callbacks.responses import Response
+from handlers.callbacks.tokens import TOKEN_REQUIRED, CallbackTokens
+from handlers.http.application import Routes
+from handlers.websocket.turns import Turns
+
+define("max_bulk_size", default=8 * 1024 * 1024, metavar="BYTES",
+       help="largest body of a bulk callback")
+
+JSON = "application/json"
+OTHER_TYPE = Response(
+    Outcome(
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The Content-Type must be application/json."
+    ),
+    {"Accept": JSON},  # RFC 9110, section 15.5.16
+)
+
+
+class BulkHandler(OutcomeHandler):
+    """Answers when each command was carried out or refused for each connection."""
+
+    def initialize(
+        self,
+        executor: CommandExecutor,
+        turns: Turns,
+        observer: Observer,
+        max_bulk_size: int,
+    ) -> None:
+        self.executor = executor
+        self.turns = turns
+        self.observer = observer
+        self.max_body_size = max_bulk_size
+
+    async def post(self) -> None:
+        body = self.take_body()
+        if body is None:
+            return
+        if media_type_of(self.request.headers.get("Content-Type", "")) != JSON:
+            self.respond(OTHER_TYPE)
+            return
+        try:
+            commands = await self._parse(body)
+        except CommandError as error:
+            self.observer.commanded("callback", "none", "invalid", "")
+            self.problem(HTTPStatus.BAD_REQUEST, str(error))
+            return
+        del body  # it may wait for slow clients
+        pairs = await self.executor.outcomes(commands)
+        self.set_header("Content-Type", "application/json; charset=utf-8")
+        self.finish(_results(pairs))
+
+    async def _parse(self, body: bytes) -> list[Command]:
+        """Return the commands in the body. Raises `CommandError`."""
+        try:
+            document: Any = orjson.loads(body.removeprefix(codecs.BOM_UTF8))
+        except ValueError:
+            raise CommandError("The body must be JSON in UTF-8.") from None
+        if not isinstance(document, dict):
+            raise CommandError("The body must be a JSON object.")
+        if "commands" not in document:
+            raise CommandError("commands is missing.")
+        commands: list[Command] = []
+        steps = each_command(document["commands"], named=True)
+        parsed = self.turns.run(map(commands.append, steps))
+        if parsed is not None:
+            await parsed
+        return commands
+
+
+def _results(pairs: Sequence[Pair]) -> bytes:
+    results = [
+        {"connection_id": pair.connection_id, "status": pair.status} for pair in pairs
+    ]
+    return orjson.dumps({"results": results})
+
+
+class _Unauthorized(Matcher):
+    """Matches bulk callbacks without a token; a connection's key does not count."""
+
+    def __init__(self, path: str, tokens: CallbackTokens) -> None:
+        self._path = re.compile(path)
+        self._tokens = tokens
+
+    def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
+        if self._path.fullmatch(request.path) is None:
+            return None
+        challenge = self._tokens.challenge(request.headers.get_list("Authorization"))
+        if challenge is None:
+            return None
+        return {"target_kwargs": {"challenge": challenge, "detail": TOKEN_REQUIRED}}
+
+
+def bulk_routes(prefix: str, tokens: CallbackTokens, **shared: Any) -> Routes:
+    """Return the routes of bulk callbacks, with and without the path prefix.
+
+    They exist only if there are tokens: one request may reach all clients.
+    """
+    if not tokens.required:
+        return []
+    path = rf"(?:{re.escape(prefix)})?/commands"
+    return [
+        (_Unauthorized(path, tokens), UnauthorizedHandler, {}),
+        (path, BulkHandler, shared),
+    ]
