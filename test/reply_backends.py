@@ -118,7 +118,9 @@ class RawBackend:
         assert task is not None
         self._serving.add(task)
         try:
-            with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+            with contextlib.suppress(
+                asyncio.IncompleteReadError, OSError, asyncio.CancelledError
+            ):
                 while await self._serve(reader, writer):
                     pass
         finally:
@@ -142,7 +144,7 @@ class RawBackend:
             if part is None:
                 return False
             if isinstance(part, Awaitable):
-                await part
+                await asyncio.shield(part)
             else:
                 writer.write(part)
                 await writer.drain()
