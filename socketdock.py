@@ -32,6 +32,7 @@ from handlers.callbacks.bulk import BulkHandler, bulk_routes
 from handlers.callbacks.capabilities import make_capabilities
 from handlers.callbacks.executor import CommandExecutor
 from handlers.callbacks.fast_send import FastSend
+from handlers.callbacks.repeats import Repeats
 from handlers.callbacks.routes import callback_routes, is_send
 from handlers.callbacks.tokens import CallbackTokens
 from handlers.clients.connection import ClientContext, Connections
@@ -263,6 +264,7 @@ class Service:
             __version__,
             connections=self.connections,
             backend=self.backend,
+            repeats=Repeats(self.connections.loop),
             max_message_size=self.policy.max_message_size,
         )
         routes += bulk_routes(

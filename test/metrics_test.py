@@ -47,7 +47,8 @@ COUNTERS = {
     "events": [f'event="{e}",outcome="{o}"' for e in EVENTS for o in OUTCOMES],
     "event_attempts": [f'event="{e}",outcome="{o}"' for e in EVENTS for o in ATTEMPTS],
     "sends": [
-        f'status="{status}"' for status in (200, 202, 400, 401, 410, 413, 429, "other")
+        f'status="{status}"'
+        for status in (200, 202, 400, 401, 410, 413, 422, 429, 504, "other")
     ],
     "commands": [
         f'command="{command}",outcome="{outcome}",source="{source}"'

@@ -78,7 +78,7 @@ class FastSend:
                 host = value
             elif name == b"authorization":
                 credentials.append(value.decode("latin-1"))
-            elif name in (b"expect", b"content-encoding"):
+            elif name in (b"expect", b"content-encoding", b"idempotency-key"):
                 return None
         if host is None:
             return None

@@ -6,6 +6,8 @@
 
 import json
 import re
+from collections.abc import Awaitable, Callable
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -22,11 +24,23 @@ from handlers.callbacks.actions import GONE, Outcome
 from handlers.callbacks.answering import OutcomeHandler
 from handlers.callbacks.bodies import message_of, parse_closing
 from handlers.callbacks.openapi import OpenAPIHandler
+from handlers.callbacks.repeats import (
+    HEADER,
+    REPLAYED,
+    REUSED,
+    Keyed,
+    KeyReused,
+    Repeats,
+    digest_of,
+    key_in,
+)
 from handlers.clients.connection import ClientConnection, Connections
 from handlers.http.application import Routes
 from handlers.http.body import NotFoundHandler
 from handlers.probes import LiveHandler, Readiness, ReadyHandler
 from handlers.websocket.frames import CloseCode
+
+Action = Callable[[ClientConnection], Outcome | Awaitable[Outcome]]
 
 
 class OneConnectionHandler(OutcomeHandler):
@@ -45,6 +59,23 @@ class OneConnectionHandler(OutcomeHandler):
             self.send_outcome(GONE)
         return connection
 
+    async def carry_out(
+        self, connection_id: str, action: Action, kind: str, body: bytes
+    ) -> None:
+        """Carry out `action`, and answer with its outcome.
+
+        `kind` and `body` say what it does.
+        """
+        self.send_outcome(await self.outcome(connection_id, action))
+
+    async def outcome(self, connection_id: str, action: Action) -> Outcome:
+        """Carry out `action`; the outcome is `GONE` without a connection."""
+        connection = actions.find(connection_id, self.connections, self.on_asked)
+        if connection is None:
+            return GONE
+        outcome = action(connection)
+        return outcome if isinstance(outcome, Outcome) else await outcome
+
 
 class Sending(OneConnectionHandler):
     """Sends the body as one frame."""
@@ -62,10 +93,9 @@ class Sending(OneConnectionHandler):
         except ValueError as error:
             self.problem(HTTPStatus.BAD_REQUEST, str(error))
             return
-        if (connection := self.find(connection_id)) is None:
-            return
-        outcome = actions.send(connection, message)
-        self.send_outcome(outcome if isinstance(outcome, Outcome) else await outcome)
+        kind = "text" if isinstance(message, str) else "binary"
+        send = partial(actions.send, message=message)
+        await self.carry_out(connection_id, send, kind, body)
 
 
 class Closing(OneConnectionHandler):
@@ -80,33 +110,68 @@ class Closing(OneConnectionHandler):
         except ValueError as error:
             self.problem(HTTPStatus.BAD_REQUEST, str(error))
             return
-        if (connection := self.find(connection_id)) is None:
-            return
-        self.send_outcome(actions.close(connection, code, reason, self.initiator))
+        close = partial(
+            actions.close, code=code, reason=reason, initiator=self.initiator
+        )
+        await self.carry_out(connection_id, close, "close", body)
 
 
 class CallbackHandler(OneConnectionHandler):
     """A request of the backend about one connection."""
 
     initiator = "backend"
+    route = ""  # of requests that have an effect
 
     def initialize(
-        self, connections: Connections, backend: Backend, max_message_size: int
+        self,
+        connections: Connections,
+        backend: Backend,
+        repeats: Repeats,
+        max_message_size: int,
     ) -> None:
         self.connections = connections
         self.backend = backend
+        self.repeats = repeats
         self.max_body_size = max_message_size
 
     def on_asked(self, connection: ClientConnection) -> None:
         self.backend.called_back(connection)
 
+    async def carry_out(
+        self, connection_id: str, action: Action, kind: str, body: bytes
+    ) -> None:
+        """Carry out `action`, once for all requests with the same key."""
+        try:
+            key = key_in(self.request.headers.get_list(HEADER))
+        except ValueError as error:
+            self.problem(HTTPStatus.BAD_REQUEST, str(error))
+            return
+        if key is None:
+            await super().carry_out(connection_id, action, kind, body)
+            return
+        request = Keyed(connection_id, self.route, key, digest_of(kind, body))
+        try:
+            outcome, is_repeat = await self.repeats.once(
+                request, partial(self.outcome, connection_id, action)
+            )
+        except KeyReused:
+            self.send_outcome(REUSED)
+            return
+        if is_repeat:
+            self.set_header(*REPLAYED)
+        self.send_outcome(outcome)
+
 
 class SendHandler(CallbackHandler, Sending):
     """`POST /socket/<id>/send`: sends the body as one frame."""
 
+    route = "send"
+
 
 class DisconnectHandler(CallbackHandler, Closing):
     """`POST /socket/<id>/disconnect`: closes, with a code and a reason."""
+
+    route = "disconnect"
 
 
 class ConnectionHandler(CallbackHandler):

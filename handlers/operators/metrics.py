@@ -36,7 +36,7 @@ EVENTS: Sequence[str] = get_args(EventName)
 CLOSE_CODES = (1000, 1001, 1002, 1003, 1005, 1006, 1007, 1008, 1009, 1010, 1011,
                1012, 1013, 1014)  # RFC 6455, section 7.4.1, and IANA's registry
 CLOSE_LABELS = (*map(str, CLOSE_CODES), "3xxx", "4xxx", "other")
-SEND_STATUSES = (200, 202, 400, 401, 410, 413, 429)
+SEND_STATUSES = (200, 202, 400, 401, 410, 413, 422, 429, 504)
 OTHER = 0  # any other status
 COMMAND_SOURCES: Sequence[Source] = ("response", "batch", "callback")
 
