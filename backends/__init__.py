@@ -90,6 +90,23 @@ class Attempt(NamedTuple):
     trace: TraceContext | None = None
 
 
+class BatchEnd(NamedTuple):
+    """A batch of events that is not sent again.
+
+    `batch_id` and `traceparent` are what was sent, `events` the `traceparent` of each
+    of its events. `outcome` and `status` are those of its last attempt, `seconds` the
+    time since it was formed. Its events are reported by `Observer.attempted`, too.
+    """
+
+    batch_id: str
+    traceparent: str
+    events: Sequence[str]
+    outcome: AttemptOutcome
+    status: int | None
+    seconds: float
+    url: str
+
+
 class Observer:
     """Is called for what happens to connections, frames and events.
 
@@ -127,6 +144,9 @@ class Observer:
 
     def attempted(self, attempt: Attempt) -> None:
         """An attempt to deliver an event has ended."""
+
+    def batch_ended(self, batch: BatchEnd) -> None:
+        """A batch of events is not sent again; its events may be."""
 
     def ended(
         self, event: EventName, connection_id: str, outcome: Outcome, count: int = 1

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import pytest
 import websockets
+from faults import ScriptedBackend
 from service import DEADLINE, Service, eventually
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
@@ -279,6 +280,201 @@ async def test_commands_of_a_batch_are_carried_out(io_loop):
         await asyncio.gather(*(echoes(service, name) for name in range(20)))
         await backend.wait_for("disconnect", 20)
         assert len(backend.batches) < 400
+
+
+async def until_closed(client: websockets.ClientConnection) -> int:
+    """Return the close code."""
+    with pytest.raises(websockets.ConnectionClosed) as closed:
+        while True:
+            await asyncio.wait_for(client.recv(), DEADLINE)
+    return closed.value.rcvd.code
+
+
+async def test_disconnect_event_is_in_no_batch_with_messages(io_loop):
+    """Not of its connection, which may fail."""
+    async def answer(batch: Batch) -> int:
+        await asyncio.sleep(0.01)  # so that events gather
+        return 200
+
+    async with relay(answer, "--batch_lanes=1") as (backend, service):
+        await asyncio.gather(*(talk(service, "a", "b", "c") for _ in range(30)))
+        await backend.wait_for("disconnect", 30)
+    assert max(len(batch.events) for batch in backend.batches) > 3
+    for batch in backend.batches:
+        ids: dict[str, set[str]] = defaultdict(set)
+        for event in batch.events:
+            ids[event["event"]].add(event["meta"]["connection_id"])
+        assert not ids["message"] & ids["disconnect"]
+
+
+async def test_batch_has_at_most_so_many_bytes(io_loop):
+    """A single event may exceed them."""
+    free = asyncio.Event()
+
+    async def answer(batch: Batch) -> int:
+        await free.wait()
+        return 200
+
+    flags = ("--batch_lanes=1", "--batch_max_bytes=5000")
+    async with relay(answer, *flags) as (backend, service):
+        async with websockets.connect(service.ws_url) as client:
+            for size in (1, 2000, 2000, 2000, 9000, 1):
+                await client.send("x" * size)
+            await asyncio.wait_for(await client.ping(), DEADLINE)
+            free.set()
+            await backend.wait_for("message", 6)
+    sizes = [[len(m) for m in batch.messages] for batch in backend.batches]
+    # The first may have left alone, before the others were read.
+    assert [size for each in sizes for size in each] == [1, 2000, 2000, 2000, 9000, 1]
+    assert [9000] in sizes
+    assert all(sum(each) <= 5000 or len(each) == 1 for each in sizes)
+
+
+async def test_silent_backend_gets_halves(io_loop):
+    """One event that makes it silent does not stop the others."""
+    async def answer(batch: Batch) -> int:
+        if "bad" in batch.messages:
+            await asyncio.sleep(2)
+        return 200
+
+    flags = ("--batch_lanes=1", "--backend_timeout=1", "--delivery_timeout=2")
+    async with relay(answer, *flags) as (backend, service):
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(websockets.connect(service.ws_url))
+                for _ in range(4)
+            ]
+            for number, client in enumerate(clients):
+                await client.send("bad" if number == 1 else f"{number}")
+            await eventually(
+                lambda: {"0", "2", "3"} <= {e["message"] for e in backend.of("message")}
+            )
+            assert await until_closed(clients[1]) == 1013
+
+
+async def test_unavailable_backend_closes_clients_with_1013(io_loop):
+    """With all their messages as undelivered; the disconnect event comes later."""
+    is_away = True
+    async with relay(
+        lambda batch: 503 if is_away else 200, "--delivery_timeout=1"
+    ) as (backend, service):
+        clients = [await websockets.connect(service.ws_url) for _ in range(3)]
+        for client in clients:
+            await client.send("one")
+            await client.send("two")
+        for client in clients:
+            assert await until_closed(client) == 1013
+        is_away = False
+        disconnects = await backend.wait_for("disconnect", 3)
+        assert [event["meta"]["undelivered"] for event in disconnects] == [2, 2, 2]
+        assert not backend.of("message")
+
+
+async def test_cut_response_is_no_answer(io_loop):
+    """It may have named failed events: the same batch is sent again."""
+    answers = [
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/vnd.socketdock+json\r\n"
+        b"Content-Length: 99\r\n\r\n{\"failed\": [" + ScriptedBackend.CUT
+    ]
+    ok = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+    script = lambda kind: answers.pop() if answers else ok  # noqa: E731
+    async with ScriptedBackend(script) as backend:
+        async with Service(
+            "--backend=http", f"--batchuri={backend.url('batch')}"
+        ) as service:
+            await talk(service, "one")
+            await eventually(lambda: len(backend.of("batch")) >= 3)
+    first, second, *_ = backend.of("batch")
+    assert first == second
+
+
+UNUSABLE = {
+    "failed-string": {"failed": "x"},
+    "failed-numbers": {"failed": [1]},
+    "command-for-nobody": {"commands": [{"send": "x"}]},
+    "malformed-command": {"commands": [{}]},
+}
+
+
+@pytest.mark.parametrize("answer", UNUSABLE.values(), ids=UNUSABLE)
+async def test_malformed_response_accepts_the_batch(io_loop, answer):
+    """Its status is valid: a repetition would get the same response."""
+    answers = [answer]
+    async with relay(
+        lambda batch: answers.pop() if answers else 200, "--batch_lanes=1"
+    ) as (backend, service):
+        await talk(service, "one")
+        await backend.wait_for("disconnect", 1)
+        assert len({batch.id for batch in backend.batches}) == len(backend.batches) == 2
+        await eventually(
+            lambda: sum("cannot be used" in line for line in service.log) == 1
+        )
+
+
+async def test_slow_client_delays_its_own_messages_only(io_loop):
+    """It gets all that the commands send; then its next message is posted."""
+    large = "x" * 100_000
+
+    def answer(batch: Batch) -> dict[str, Any]:
+        return {
+            "commands": [
+                {
+                    "connection_id": event["meta"]["connection_id"],
+                    "send": large if event["message"].startswith("large") else "small",
+                }
+                for event in batch.events
+                if event["event"] == "message"
+                for _ in range(300 if event["message"] == "large 1" else 1)
+            ]
+        }
+
+    # 30 MB: more than the kernels keep.
+    flags = ("--batch_lanes=1", "--max_reply_size=40000000", "--send_timeout=60")
+    async with relay(answer, *flags) as (backend, service):
+        slow = await websockets.connect(service.ws_url, max_queue=1)
+        slow.transport.pause_reading()
+        await slow.send("large 1")
+        await backend.wait_for("message", 1)
+        async with websockets.connect(service.ws_url) as other:
+            await slow.send("large 2")
+            for _ in range(5):
+                await other.send("hello")
+                assert await asyncio.wait_for(other.recv(), DEADLINE) == "small"
+            assert "large 2" not in [e["message"] for e in backend.of("message")]
+        slow.transport.resume_reading()
+        for _ in range(301):
+            assert await asyncio.wait_for(slow.recv(), DEADLINE) == large
+        await slow.close()
+
+
+async def test_stop_waits_for_batches(io_loop):
+    """Messages that were read are delivered, then the disconnect events."""
+    free = asyncio.Event()
+
+    async def answer(batch: Batch) -> int:
+        await free.wait()
+        return 200
+
+    async with relay(answer, "--batch_lanes=1") as (backend, service):
+        clients = [await websockets.connect(service.ws_url) for _ in range(5)]
+        for client in clients:
+            await client.send("one")
+            await client.send("two")
+            await asyncio.wait_for(await client.ping(), DEADLINE)
+        service.process.terminate()
+        for client in clients:
+            assert await until_closed(client) == 1001
+        free.set()
+        assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
+    assert len(backend.of("message")) == 10
+    disconnects = backend.of("disconnect")
+    assert [event["meta"]["undelivered"] for event in disconnects] == [0] * 5
+
+
+async def test_options_for_held_responses_have_no_effect(io_loop):
+    """The log says so."""
+    async with relay(lambda batch: 200, "--order_wait=3") as (_, service):
+        assert any("--order_wait has no effect" in line for line in service.log)
 
 
 @pytest.mark.parametrize("option", ["messageuri", "disconnecturi"])

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import websockets
+from batches_test import BatchBackend
 from faults import send_raw
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
@@ -53,6 +54,7 @@ class Span(NamedTuple):
     attributes: dict[str, Any]
     events: list[tuple[str, dict[str, Any]]]
     resource: dict[str, Any]
+    links: list[tuple[str, str]]  # trace and span ids
 
 
 def plain(attributes: Any) -> dict[str, Any]:
@@ -118,6 +120,10 @@ class Collector:
                             plain(span.attributes),
                             [(e.name, plain(e.attributes)) for e in span.events],
                             resource,
+                            [
+                                (link.trace_id.hex(), link.span_id.hex())
+                                for link in span.links
+                            ],
                         )
                     )
 
@@ -360,6 +366,32 @@ async def test_without_a_client_trace_each_event_begins_one(io_loop):
     others = [span for span in collector.spans if span is not connect]
     assert {span.parent_id for span in others} == {""}
     assert len({span.trace_id for span in others}) == 5
+
+
+async def test_span_of_a_batch_links_its_events(io_loop):
+    """Each event keeps its own trace; the request has that of the batch."""
+    async with Collector() as collector, BatchBackend() as backend:
+        async with Service(
+            *backend.flags(), "--otel", environment=collector.environment()
+        ) as service:
+            await visit(service, "one", "two", traceparent=SAMPLED)
+            await backend.wait_for("disconnect", 1)
+        batches = {batch.id: batch for batch in backend.batches}
+        spans = {
+            span.attributes["socketdock.batch_id"]: span
+            for span in collector.spans
+            if "socketdock.batch_id" in span.attributes
+        }
+        assert spans.keys() == batches.keys()
+        for batch_id, span in spans.items():
+            batch = batches[batch_id]
+            _, trace_id, span_id, _ = batch.headers["Traceparent"].split("-")
+            assert (span.trace_id, span.span_id) == (trace_id, span_id)
+            assert span.links == [
+                tuple(event["traceparent"].split("-")[1:3]) for event in batch.events
+            ]
+            assert {trace for trace, _ in span.links} == {TRACE_ID}
+        assert len(collector.of("message")) == 2
 
 
 async def test_retried_event_has_one_span(io_loop):

@@ -281,6 +281,7 @@ def make_backend(relay: Relay) -> HTTPBackend:
                 relay.observer,
                 batch_limits(),
                 boot_id_of(relay.instance),
+                relay.sample,
             ),
             options.batch_lanes,
         )

@@ -31,6 +31,7 @@ from opentelemetry.sdk.trace.sampling import (
     TraceIdRatioBased,
 )
 from opentelemetry.trace import (
+    Link,
     NonRecordingSpan,
     NoOpTracer,
     SpanContext,
@@ -42,7 +43,7 @@ from opentelemetry.trace import (
 from tornado.httputil import HTTPServerRequest
 from tornado.options import Error as OptionError
 
-from backends import Attempt, HandshakeOutcome, Observer, TraceContext
+from backends import Attempt, BatchEnd, HandshakeOutcome, Observer, TraceContext
 from backends.hosts import DEFAULT_PORTS
 from handlers.http.request import FastHandler, FastResponse, Request
 from handlers.telemetry.exporter import (
@@ -180,6 +181,35 @@ class Tracing(Observer):
         if event is not None:
             self.add(event.given_up())
 
+    def batch_ended(self, batch: BatchEnd) -> None:
+        """The span of a batch links those of its events."""
+        _, trace_id, span_id, flags = batch.traceparent.split("-")
+        if not _is_sampled(flags):
+            return
+        name, of_url = _of_url(batch.url)
+        attributes: dict[str, str | int] = {
+            **of_url,
+            "messaging.batch.message_count": len(batch.events),
+            "socketdock.batch_id": batch.batch_id,
+            "socketdock.outcome": batch.outcome,
+        }
+        if batch.status is not None:
+            attributes["http.response.status_code"] = batch.status
+        if batch.outcome != "delivered":
+            attributes["error.type"] = str(batch.status or batch.outcome)
+        self.add(
+            _Span(
+                name,
+                SpanKind.CLIENT,
+                TraceContext(trace_id, flags, span_id),
+                None,
+                _ago(batch.seconds),
+                time_ns(),
+                attributes,
+                links=batch.events,
+            )
+        )
+
     # Sends.
 
     def fast(
@@ -273,6 +303,7 @@ class Tracing(Observer):
             _context(span.parent, remote=span.kind is SpanKind.SERVER),
             span.kind,
             span.attributes,
+            [Link(_linked(each)) for each in span.links],
             start_time=span.began,
         )
         for at, attributes in span.failures:
@@ -320,6 +351,7 @@ class _Span(NamedTuple):
     ended: int
     attributes: Attributes
     failures: Sequence[tuple[int, Attributes]] = ()
+    links: Sequence[str] = ()  # `traceparent` of other spans
 
 
 class HandshakeSpan:
@@ -502,16 +534,24 @@ _ROOT = re.compile(
 _EVEN = "02468ace"  # hexadecimal digits whose lowest bit is not set
 
 
+def _linked(traceparent: str) -> SpanContext:
+    _, trace_id, span_id, flags = traceparent.split("-")
+    return _span_context(trace_id, span_id, flags)
+
+
+def _span_context(
+    trace_id: str, span_id: str, flags: str, remote: bool = False
+) -> SpanContext:
+    return SpanContext(
+        int(trace_id, 16), int(span_id, 16), remote, TraceFlags(int(flags, 16))
+    )
+
+
 def _context(place: TraceContext | None, remote: bool) -> Context:
     """Return the parent context for the SDK; None begins a trace."""
     if place is None or not place.span_id:
         return _NOWHERE
-    span_context = SpanContext(
-        int(place.trace_id, 16),
-        int(place.span_id, 16),
-        remote,
-        TraceFlags(int(place.flags, 16)),
-    )
+    span_context = _span_context(place.trace_id, place.span_id, place.flags, remote)
     return set_span_in_context(NonRecordingSpan(span_context), _NOWHERE)
 
 

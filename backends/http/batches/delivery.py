@@ -199,8 +199,7 @@ class BatchDelivery:
             room.add_done_callback(self._on_room)
             return
         self._outside = False
-        for entry in self._entries:
-            self._lane.add(entry)
+        self._lane.add_again(self._entries)
 
     def _settle_first(self, entry: Entry) -> None:
         entry.owner = None

@@ -103,7 +103,7 @@ class SendingDisconnect:
 
     def _enter(self) -> None:
         if not self.outcome.done():
-            self._lane.add(self._entry)
+            self._lane.add_again([self._entry])
 
     def _end(self, entry: Entry, outcome: BackendError | None) -> None:
         entry.owner = None

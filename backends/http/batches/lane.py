@@ -8,12 +8,19 @@ the others.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
-from backends import Attempt, AttemptOutcome, BackendAway, BackendError, Observer
+from backends import (
+    Attempt,
+    AttemptOutcome,
+    BackendAway,
+    BackendError,
+    BatchEnd,
+    Observer,
+)
 from backends.breaker import Breaker
 from backends.client import Client, Exchange, NoConnection, Response
 from backends.deadlines import STALL, after_reading
@@ -62,6 +69,7 @@ class LaneContext:
     observer: Observer
     limits: BatchLimits
     boot_id: str
+    sample: Callable[[str], bool] | None = None  # see `Relay.sample`
     closing: bool = False  # the relay stops: nothing is retried
 
 
@@ -77,7 +85,12 @@ class Batch:
     event: Event
     suspect: bool = False
     attempts: int = 0  # failed ones
-    began_at: float = 0.0  # of the latest attempt, on the loop's clock
+    # On the loop's clock; `began_at` is that of the latest attempt.
+    formed_at: float = 0.0
+    began_at: float = 0.0
+    # Of the latest attempt.
+    outcome: AttemptOutcome = "unreachable"
+    status: int | None = None
 
 
 class Lane:
@@ -100,6 +113,12 @@ class Lane:
     def add(self, entry: Entry) -> None:
         """Send an event, as soon as it is its turn."""
         self._queue.append(entry)
+        if self._batch is None:
+            self._go_on_soon()
+
+    def add_again(self, entries: Sequence[Entry]) -> None:
+        """Send events next that have been in the lane before: they are the oldest."""
+        self._queue.extendleft(reversed(entries))
         if self._batch is None:
             self._go_on_soon()
 
@@ -149,11 +168,24 @@ class Lane:
             entry.sending = True
         self._sent += 1
         batch_id = f"{self._context.boot_id}-{self._number}-{self._sent}"
-        event = Event(batch_id, batch_body(entries), traceparent(None), None)
-        return Batch(entries, event, suspect)
+        span = traceparent(None, self._context.sample)
+        event = Event(batch_id, batch_body(entries), span, None)
+        return Batch(entries, event, suspect, formed_at=self._loop.time())
 
     def _end_batch(self) -> None:
-        self._batch = None
+        batch, self._batch = self._batch, None
+        assert batch is not None
+        self._context.observer.batch_ended(
+            BatchEnd(
+                batch.event.id,
+                batch.event.traceparent,
+                [entry.event.traceparent for entry in batch.entries],
+                batch.outcome,
+                batch.status,
+                self._loop.time() - batch.formed_at,
+                self._context.target.url,
+            )
+        )
         if self._queue or self._parts:
             self._go_on_soon()
 
@@ -191,6 +223,8 @@ class Lane:
             self._repeat(batch, outcome, 0.0)
             return
         became = attempt_outcome(outcome)
+        batch.outcome = became
+        batch.status = outcome.status if isinstance(outcome, Response) else None
         if isinstance(outcome, Response) and became == "delivered":
             if self._context.replies.is_cut(outcome):
                 self._report(batch, batch.entries, "error", outcome.status)
