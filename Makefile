@@ -2,8 +2,8 @@
 # make test   every test, in parallel; only some: ARGS="-k callback"
 # make demo   one exchange between a client and an HTTP backend, to watch
 # make soak   random faults for five minutes, each message accounted for; then the
-#             console in a browser for five minutes under load (not with ARGS):
-#             ARGS="--seconds=60 --seed=1"
+#             console in a browser for five minutes under load, and batches of 200,000
+#             messages (these two not with ARGS): ARGS="--seconds=60 --seed=1"
 # make bench  the cost of a message compared with other relays, into docs/performance.md:
 #             ARGS="--modes=up,echo --rounds=3 --results=/tmp/results.json"
 # make fuzz   forty times as many random frames, requests and answers as the tests:
@@ -45,6 +45,7 @@ soak: .venv/test.stamp
 	$(BIN)/python test/soak.py $(ARGS)
 	@[ -n "$(ARGS)" ] || CONSOLE_SECONDS=300 $(BIN)/python -m pytest -q -rs \
 	    test/console_page_test.py -k does_not_grow
+	@[ -n "$(ARGS)" ] || $(BIN)/python test/batch_soak.py
 
 # The console's pictures in docs/images; it needs ports 8000 and 8765, and chromium.
 screenshots: .venv/test.stamp

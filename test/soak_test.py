@@ -21,9 +21,18 @@ ROUNDS = {
 @pytest.mark.parametrize("flags", ROUNDS.values(), ids=ROUNDS)
 async def test_random_faults_violate_no_guarantee(io_loop, flags):
     """The soak prints each violation."""
+    await run("soak.py", "--seconds=2", "--round=2", "--clients=20", *flags)
+
+
+async def test_random_faults_violate_no_guarantee_of_batches(io_loop):
+    """Also when the relay stops, or is killed, amid batches."""
+    await run("batch_soak.py", "--seed=1", "--clients=20", "--messages=30")
+
+
+async def run(program: str, *flags: str) -> None:
     soak = await asyncio.create_subprocess_exec(
-        sys.executable, "test/soak.py", "--seconds=2", "--round=2", "--clients=20",
-        *flags, cwd=PROJECT, start_new_session=True,
+        sys.executable, f"test/{program}", *flags,
+        cwd=PROJECT, start_new_session=True,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     try:
