@@ -18,6 +18,7 @@ from authorization_test import Caller, Response, ask
 from faults import memory
 from programs import program
 from project import installation, library
+from reply_backends import ReplyBackend
 from service import (
     DEADLINE,
     DRAINS_SLOWLY,
@@ -758,3 +759,38 @@ def test_no_events_are_collected_without_viewers():
         return counted
 
     assert asyncio.run(run()) == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("bodies", [True, False])
+async def test_commands_and_state_are_shown(io_loop, bodies):
+    """Beside the frames that they caused; the state only where bodies may be shown."""
+    async with ReplyBackend() as backend:
+        backend.commands({"state": {"secret": "é"}}, {"send": "marked"})
+        flags = (*backend.flags("message"), f"--console_bodies={bodies}")
+        async with (
+            Service(*flags) as service,
+            live(service) as (stream, _),
+            websockets.connect(service.ws_url) as client,
+        ):
+            await client.send("one")
+            await client.recv()
+            (event,) = backend.of("message")
+            backend.reply = lambda event: b"not JSON"
+            await client.send("two")
+            await stream.until("command", command="none")
+            shown = [e for e in stream.events() if e["kind"] in ("sent", "command")]
+            connection_id = event["meta"]["connection_id"]
+            assert {e["id"] for e in shown} == {connection_id}
+            assert [(e["kind"], e.get("command"), e.get("outcome")) for e in shown] == [
+                ("command", "state", "done"), ("sent", None, None),
+                ("command", "send", "done"), ("command", "none", "invalid"),
+            ]
+            path = f"/console/connections?search={connection_id}"
+            for query, is_shown in (("", False), ("&state=1", bodies)):
+                answer = await ask(service, "GET", path + query)
+                (described,) = json.loads(answer.body)["connections"]
+                assert described["backend_state_size"] == len('{"secret":"é"}'.encode())
+                assert ("backend_state" in described) == is_shown
+            if bodies:
+                assert json.loads(described["backend_state"]) == {"secret": "é"}
+            assert "marked" not in json.dumps(stream.seen)

@@ -8,7 +8,7 @@ import pytest
 import websockets
 from certificates import Authority
 from faults import memory
-from held_test import held
+from held_test import held, until_held
 from reply_backends import (
     MIB,
     RawBackend,
@@ -89,7 +89,7 @@ async def test_small_send_buffer_does_not_stop_a_connection(io_loop, size):
     async with RawBackend() as backend:
         backend.answers |= {"one": LARGE, "end": END}
         async with Service(
-            *backend.flags(), f"--max_send_buffer={size}"
+            *backend.flags(), f"--max_send_buffer={size}", "--ping_interval=0"
         ) as service:
             with await SlowClient.connect(service.ws_url) as slow:
                 await slow.send(sent("one", "end"))
@@ -282,7 +282,7 @@ async def test_slow_parallel_backend_that_replies_loses_nothing(io_loop):
             for number in range(6):
                 await client.send(str(number))
             for number, gate in enumerate(gates):
-                await id_of(backend, str(min(number + 2, 5)))
+                await until_held(service, min(3, 6 - number))
                 gate.set_result(None)
                 assert await received(client, 1) == [f"reply {number}"]
         assert backend.messages() == [*map(str, range(6))]

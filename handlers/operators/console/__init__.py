@@ -26,7 +26,8 @@ define("console", default=True,
        help="serve the console, a page for operators, at / of the callback listener; "
             "the access rules are those of /status")
 define("console_bodies", default=True,
-       help="let operators view the message bodies of one connection in the console")
+       help="let operators view the message bodies and the backend's state of one "
+            "connection in the console")
 
 
 def console_routes(
@@ -51,7 +52,11 @@ def console_routes(
             {**guarded, "tail": tail, "clients": clients},
         ),
         (r"/console/viewers/([0-9a-f]{32})", ViewerHandler, {**guarded, "tail": tail}),
-        (r"/console/connections", ConnectionsHandler, reached),
+        (
+            r"/console/connections",
+            ConnectionsHandler,
+            {**reached, "may_show_state": tail.may_show_bodies},
+        ),
         (rf"{one}/send", SendHandler, {**reached, "max_body_size": max_message_size}),
         (rf"{one}/close", CloseHandler, reached),
         (

@@ -56,16 +56,18 @@ def _has(connection: ClientConnection, wanted: list[str]) -> bool:
 
 
 class ConnectionsHandler(GuardedHandler):
-    """`GET /console/connections?search=&sort=&limit=`: matches, and their number.
+    """`GET /console/connections?search=&sort=&limit=&state=`: matches, their number.
 
-    Describes each as `GET /socket/<id>` does, but does not count as a callback.
+    Describes each as `GET /socket/<id>` does, but does not count as a callback. Adds
+    the length in bytes of what the backend keeps with it, and with `state` its text.
     """
 
     def initialize(  # type: ignore[override] # each route's own keywords
-        self, guard: OperatorGuard, connections: Connections
+        self, guard: OperatorGuard, connections: Connections, may_show_state: bool
     ) -> None:
         super().initialize(guard)
         self.connections = connections
+        self.may_show_state = may_show_state
 
     async def get(self) -> None:
         order = ORDERS.get(self.get_query_argument("sort", "newest"))
@@ -87,7 +89,7 @@ class ConnectionsHandler(GuardedHandler):
         self.answer(
             {
                 "connections": [
-                    describe(connection)
+                    describe(connection) | self._state(connection)
                     for connection in heapq.nlargest(int(limit), found, key=order)
                 ],
                 "found": len(found),
@@ -95,6 +97,14 @@ class ConnectionsHandler(GuardedHandler):
                 "now": datetime.now(UTC).isoformat(),
             }
         )
+
+
+    def _state(self, connection: ClientConnection) -> dict[str, Any]:
+        state = connection.backend_state
+        described: dict[str, Any] = {"backend_state_size": len(state or b"")}
+        if self.may_show_state and self.get_query_argument("state", ""):
+            described["backend_state"] = (state or b"").decode()
+        return described
 
 
 class OneHandler(GuardedHandler, OneConnectionHandler):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from random import randrange
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -25,6 +25,7 @@ from backends import (
     Observer,
     Outcome,
 )
+from backends.commands import CommandName, CommandOutcome, Source
 from handlers.clients.connection import Connections
 from handlers.telemetry.observers import Observers
 
@@ -39,7 +40,16 @@ SHOWN_OF_BODY = 1024  # characters of a text, bytes of a binary message
 MAX_LATENCIES = 1000  # of one second, sampled for the percentiles
 
 KINDS = frozenset(
-    ("handshake", "opened", "closed", "received", "sent", "attempt", "given_up")
+    (
+        "handshake",
+        "opened",
+        "closed",
+        "received",
+        "sent",
+        "command",
+        "attempt",
+        "given_up",
+    )
 )
 FAILED_ATTEMPTS = ("error", "unreachable", "timeout")
 
@@ -332,6 +342,22 @@ class Tail(Observer):
         if outcome == "failed":  # `attempted` reports all other outcomes
             self._counts.given_up += count
             self._add_event("given_up", connection_id, True, event=event, count=count)
+
+    def commanded(
+        self,
+        source: Source,
+        command: CommandName | Literal["none"],
+        outcome: CommandOutcome,
+        connection_id: str,
+    ) -> None:
+        self._add_event(
+            "command",
+            connection_id,
+            outcome != "done",
+            source=source,
+            command=command,
+            outcome=outcome,
+        )
 
     def _add_event(
         self, kind: str, connection_id: str, failed: bool = False, **details: Any

@@ -7,6 +7,10 @@ import { by, bytes, count, duration, fromHex, make, write } from "./text.js";
 const REFRESH = 2000; // ms
 const MOST = 200; // rows
 
+/** @param {any} connection @returns {string} what the backend keeps with it */
+const stateOf = ({ backend_state_size: size, backend_state: state }) =>
+  size === 0 ? "none" : `${bytes(size)}${state === undefined ? "" : `: ${state}`}`;
+
 export class One {
   /**
    * @param {import("./live.js").Live} live
@@ -63,7 +67,8 @@ export class One {
     clearTimeout(this.timer);
     const { id } = this;
     try {
-      const answer = await ask(`console/connections?limit=1&search=${id}`);
+      const state = this.areBodiesOn ? "&state=1" : "";
+      const answer = await ask(`console/connections?limit=1&search=${id}${state}`);
       const { connections, now } = await answer.json();
       if (id !== this.id || !this.dialog.open) return;
       this.show(connections[0], Date.parse(now));
@@ -84,6 +89,7 @@ export class One {
           Age: duration((now - Date.parse(connection.connected_at)) / 1000),
           "From the client": `${count(connection.messages_in)} messages, ${bytes(connection.bytes_in)}`,
           "To the client": `${count(connection.messages_out)} messages, ${bytes(connection.bytes_out)}`,
+          "Backend's state": stateOf(connection),
           Id: this.id,
         }
       : { State: "closed", Id: this.id };
@@ -128,6 +134,7 @@ export class One {
     const isOn = !this.areBodiesOn;
     const isSet = await this.live.set({ bodies: isOn ? this.id : null });
     this.sayBodies(isOn && isSet);
+    this.refresh();
   }
 
   /** @param {boolean} isOn */

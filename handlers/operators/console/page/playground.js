@@ -37,6 +37,7 @@ export class Playground {
 
   reset() {
     this.sent = this.received = this.delivered = 0;
+    this.latest = this.answered = "opening"; // keys of pairs: the last frame to the client, the last answer
     this.pairs.clear();
     by("pairs").replaceChildren();
   }
@@ -126,12 +127,16 @@ export class Playground {
   /** @param {any} event @returns {string} the pair's key */
   place(event) {
     if (event.kind === "received") return `sent ${event.number}`;
-    if (event.kind === "sent") return `received ${event.number}`;
+    if (event.kind === "sent") return (this.latest = `received ${event.number}`);
+    if (event.kind === "command") {
+      // A frame was sent just before its command is reported, and a message answered.
+      return event.command === "send" && event.outcome === "done" ? this.latest : this.answered;
+    }
     if (event.kind === "opened" || event.event === "connect") return "opening";
     if (event.kind === "closed" || event.event === "disconnect") return "closing";
     if (event.kind === "given_up") return `sent ${this.sent}`;
     // The id of a message's event ends with its number; an echo has no ids.
-    return `sent ${/-(\d+)$/.exec(event.event_id)?.[1] ?? ++this.delivered}`;
+    return (this.answered = `sent ${/-(\d+)$/.exec(event.event_id)?.[1] ?? ++this.delivered}`);
   }
 
   /** The pair of that key; with its frame, once that is known. */

@@ -88,6 +88,19 @@ const OUTCOMES = {
   abandoned: "abandoned, its response was overdue",
 };
 
+const SOURCES = {
+  response: "in a response",
+  batch: "in the response to a batch",
+  callback: "in a callback",
+  broker: "from a broker",
+};
+const COMMANDED = {
+  done: "done",
+  gone: "dropped, the connection is not open",
+  full: "dropped, the send buffer is full",
+  invalid: "malformed",
+};
+
 /**
  * Describe an event of the tail.
  * @param {any} event
@@ -121,6 +134,15 @@ export function describe(event) {
         failed: !["delivered", "abandoned"].includes(event.outcome),
       };
     }
+    case "command":
+      return {
+        label: "command",
+        text:
+          event.command === "none"
+            ? "a reply that cannot be used"
+            : `${event.command}, ${SOURCES[event.source]}: ${COMMANDED[event.outcome]}`,
+        failed: event.outcome !== "done",
+      };
     default:
       return { label: "given up", text: `${event.event} event${event.count > 1 ? `s: ${event.count}` : ""}, not delivered`, failed: true };
   }
