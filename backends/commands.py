@@ -80,9 +80,9 @@ class Executor(Protocol):
         """
 
 
-def parse_commands(value: object, named: bool = False) -> list[Command]:
+def parse_commands(value: object) -> list[Command]:
     """Return the commands in `value`; see `each_command`."""
-    return list(each_command(value, named))
+    return list(each_command(value))
 
 
 def each_command(value: object, named: bool = False) -> Iterator[Command]:
@@ -114,13 +114,12 @@ def each_command(value: object, named: bool = False) -> Iterator[Command]:
 def _parse_command(value: object) -> Command:
     if not isinstance(value, dict):
         raise CommandError("A command must be an object.")
-    names = [name for name in ("send", "close", "state") if name in value]
-    if len(names) != 1:
+    if ("send" in value) + ("close" in value) + ("state" in value) != 1:
         raise CommandError("A command must have exactly one of send, close, state.")
     action: Action
-    if names == ["send"]:
+    if "send" in value:
         action = Send(_message_of(value))
-    elif names == ["close"]:
+    elif "close" in value:
         action = _close_of(value["close"])
     else:
         state = value["state"]
@@ -190,11 +189,12 @@ def _ids_of(value: dict[str, Any]) -> Sequence[str] | None:
     if "connection_ids" not in value:
         if "connection_id" not in value:
             return None
-        ids = [value["connection_id"]]
-    elif "connection_id" in value:
+        if not isinstance(value["connection_id"], str):
+            raise CommandError("A connection id must be a string.")
+        return (value["connection_id"],)
+    if "connection_id" in value:
         raise CommandError("connection_id and connection_ids exclude each other.")
-    else:
-        ids = value["connection_ids"]
+    ids = value["connection_ids"]
     if not isinstance(ids, list):
         raise CommandError("connection_ids must be a list.")
     if len(ids) > MAX_PAIRS:

@@ -44,6 +44,7 @@ class Client(Peer):
         self.callback: Callback = b"", b""  # the request that sends it a message
         self.callbacks: Callbacks
         self.reply = b""  # the response to an event that sends it a message
+        self.command = b""  # the command of a bulk callback that sends it a message
         self._path = path
         self._on_broken = on_broken
         self._cut = b""  # an incomplete head

@@ -30,8 +30,10 @@ PATIENCE = 20.0  # seconds for each step except the measurement
 AT_ONCE = 64  # handshakes, visits, or messages in flight (times the window)
 # Messages of one client in flight at once. In other modes, and for messages of more
 # than WINDOW_SIZE bytes, there is one.
-WINDOW = {"up": 4}
+WINDOW = {"up": 4, "push-bulk": 4}
 WINDOW_SIZE = 256 * 1024
+BULK = 100  # commands of one bulk callback; fewer if they exceed BULK_SIZE
+BULK_SIZE = 4 * 1024 * 1024  # bytes
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 
 Figures = dict[str, float]
@@ -62,6 +64,7 @@ async def measure(cell: Cell) -> Figures:
             backend,
             events=cell.mode == "visit",
             batches=cell.mode == "echo-batch",
+            bulk=cell.mode == "push-bulk",
         ) as run.relay:
             try:
                 return await run.figures()
@@ -184,18 +187,23 @@ class Traffic(Run):
         match self.cell.mode:
             case "up":
                 self.on_arrival = self.on_done
-            case "push":
+            case "push" | "push-bulk":
                 self.send = self.call
             case "echo-reply" if self.relay.peer.replies:
                 self.replying = True
             case _:
                 self.on_arrival = self.call
-        window = WINDOW.get(self.cell.mode, 1) if self.cell.size <= WINDOW_SIZE else 1
+        window = self.window
         self.in_flight = min(len(self.clients), AT_ONCE) * window
         # The clients that send next; a client is in this queue once per message.
         self.ready = deque(self.clients * window)
         for _ in range(self.in_flight):
             self.send(self.ready.popleft())
+
+    @property
+    def window(self) -> int:
+        """Messages of one client in flight at once."""
+        return WINDOW.get(self.cell.mode, 1) if self.cell.size <= WINDOW_SIZE else 1
 
     async def introduce(self) -> None:
         """Let each client send one message, so that the backend can call it back."""
@@ -277,6 +285,41 @@ class BatchTraffic(Traffic):
         """Send a client a message through the relay, if its event has not done so."""
         if not self.relay.peer.replies:
             super().call(client)
+
+
+class BulkTraffic(Traffic):
+    """Pushes in bulk callbacks; relays without them push by single ones.
+
+    A client whose message has arrived is due again. When `BULK` messages are due, or
+    as many as may be in flight, they are sent in one request.
+    """
+
+    async def begin(self) -> None:
+        self.due: list[Client] = []
+        await super().begin()
+
+    @property
+    def window(self) -> int:
+        return super().window if self.relay.peer.replies else 1
+
+    def learn(self, client: Client, start: bytes) -> None:
+        super().learn(client, start)
+        message = wire.message(self.cell.size, client.number)
+        connection_id = client.callback[0].split(b"/")[2]
+        client.command = wire.command(message, connection_id)
+
+    def call(self, client: Client) -> None:
+        """Send a client a message through the relay, together with others."""
+        if not self.relay.peer.replies:
+            super().call(client)
+            return
+        self.due.append(client)
+        if len(self.due) >= min(BULK, self.in_flight, BULK_SIZE // self.cell.size):
+            pool = client.callbacks
+            pool.post(
+                wire.bulk_callback(pool.host, [each.command for each in self.due])
+            )
+            self.due = []
 
 
 class Latency(Traffic):
@@ -413,6 +456,7 @@ class Share(Run):
 MODES: dict[str, type[Run]] = {
     "up": Traffic,
     "push": Traffic,
+    "push-bulk": BulkTraffic,
     "echo": Traffic,
     "echo-reply": Traffic,
     "echo-batch": BatchTraffic,
@@ -422,5 +466,5 @@ MODES: dict[str, type[Run]] = {
     "latency": Latency,
     "share": Share,
 }
-ALL_SIZES = ("up", "push", "echo", "echo-reply", "echo-batch")
+ALL_SIZES = ("up", "push", "push-bulk", "echo", "echo-reply", "echo-batch")
 ONE_SIZE = {"visit": 1024, "latency": 1024}  # bytes; other modes send no messages

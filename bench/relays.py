@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.load import BenchError
+from bench.wire import TOKEN
 
 PROJECT = Path(__file__).resolve().parent.parent
 PEERS = PROJECT / "bench" / "peers"
@@ -37,6 +38,7 @@ class Setting(NamedTuple):
     folder: Path  # for files, deleted afterwards
     tree: Path  # the checkout that holds socketdock.py
     batches: bool = False  # whether the backend gets events in batches, if it can
+    bulk: bool = False  # whether bulk callbacks are possible, if the relay has them
 
 
 class Start(NamedTuple):
@@ -54,7 +56,8 @@ class Peer(NamedTuple):
     # Whether a client's channel is in its path, and the backend gets no JSON.
     channels: bool = False
     cannot: tuple[str, ...] = ("share",)  # modes that it does not support
-    replies: bool = False  # whether a response may have messages; batches, too
+    # Whether a response may have messages; batches and bulk callbacks, too.
+    replies: bool = False
 
     def can(self, mode: str) -> bool:
         """Whether the relay supports `mode`."""
@@ -120,6 +123,7 @@ def socketdock(setting: Setting, *flags: str, callback_port: int = 0) -> Start:
         *(f"--{kind}uri={setting.backend}/{kind}" for kind in kinds),
         f"--bindport={setting.port}",
         *([f"--callbackport={callback_port}"] if callback_port else []),
+        *([f"--callback_token={TOKEN}"] if setting.bulk else []),
         *flags,
     ]
     return Start(command, callback_port or setting.port)
@@ -186,7 +190,7 @@ KNOWN = {
 
 @contextlib.contextmanager
 def running(
-    name: str, backend: str, events: bool, batches: bool = False
+    name: str, backend: str, events: bool, batches: bool = False, bulk: bool = False
 ) -> Iterator[Relay]:
     """Run the relay called `name` during the block.
 
@@ -197,7 +201,7 @@ def running(
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(
-            port, backend, events, Path(folder), Path(tree or PROJECT), batches
+            port, backend, events, Path(folder), Path(tree or PROJECT), batches, bulk
         )
         log = Path(folder) / "log"
         processes: list[subprocess.Popen[bytes]] = []

@@ -32,7 +32,7 @@ BASELINE = "node"  # the relay that ratios compare with
 PLOTTED = {  # the row for each place on the plot
     **{
         mode: f"{mode}, 1 KiB"
-        for mode in ("up", "push", "echo", "echo-reply", "echo-batch")
+        for mode in ("up", "push", "push-bulk", "echo", "echo-reply", "echo-batch")
     },
     "connect": "connect",
     "visit": "visit, 1 KiB",

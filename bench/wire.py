@@ -9,6 +9,7 @@ import random
 import re
 import string
 import struct
+from collections.abc import Iterable
 
 # The example of RFC 6455, section 5.7. Not zero: some servers would skip unmasking.
 MASK = b"\x37\xfa\x21\x3d"
@@ -16,6 +17,7 @@ MASK = b"\x37\xfa\x21\x3d"
 TEXT, CLOSE, PING, PONG = 0x81, 0x88, 0x89, 0x8A  # final frames (section 5.2)
 NUMBER_SIZE = 6  # digits at a message's end: the number of its client
 
+TOKEN = "bench-callback-token"  # no secret: the relay runs on loopback
 NO_CONTENT = b"HTTP/1.1 204 No Content\r\n\r\n"
 
 
@@ -73,6 +75,17 @@ def callback(host: bytes, path: bytes, body: bytes) -> tuple[bytes, bytes]:
     head = (
         b"POST %b HTTP/1.1\r\nHost: %b\r\nContent-Type: text/plain; charset=utf-8\r\n"
         b"Content-Length: %d\r\n\r\n" % (path, host, len(body))
+    )
+    return head, body
+
+
+def bulk_callback(host: bytes, commands: Iterable[bytes]) -> tuple[bytes, bytes]:
+    """Make a callback with many commands; return its head and body."""
+    body = b'{"commands": [%b]}' % b", ".join(commands)
+    head = (
+        b"POST /commands HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\n"
+        b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n"
+        % (host, TOKEN.encode(), len(body))
     )
     return head, body
 

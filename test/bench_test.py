@@ -17,8 +17,10 @@ PRICE = {"cpu_us", "load_us", "per_second", "busy", "stolen"}
 FIGURES = {
     "up": PRICE,
     "push": PRICE,
+    "push-bulk": PRICE,
     "echo": PRICE,
     "echo-reply": PRICE,
+    "echo-batch": PRICE,
     "connect": PRICE,
     "visit": PRICE,
     "idle": {"bytes", "empty"},

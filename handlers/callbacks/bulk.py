@@ -20,7 +20,7 @@ from backends.media_types import media_type_of
 from handlers.callbacks.access import UnauthorizedHandler
 from handlers.callbacks.actions import Outcome
 from handlers.callbacks.answering import OutcomeHandler
-from handlers.callbacks.executor import CommandExecutor, Pair
+from handlers.callbacks.executor import CommandExecutor, Result
 from handlers.callbacks.responses import Response
 from handlers.callbacks.tokens import TOKEN_REQUIRED, CallbackTokens
 from handlers.http.application import Routes
@@ -67,9 +67,9 @@ class BulkHandler(OutcomeHandler):
             self.problem(HTTPStatus.BAD_REQUEST, str(error))
             return
         del body  # it may wait for slow clients
-        pairs = await self.executor.outcomes(commands)
+        results = await self.executor.results(commands)
         self.set_header("Content-Type", "application/json; charset=utf-8")
-        self.finish(_results(pairs))
+        self.finish(_document(results))
 
     async def _parse(self, body: bytes) -> list[Command]:
         """Return the commands in the body. Raises `CommandError`."""
@@ -89,11 +89,15 @@ class BulkHandler(OutcomeHandler):
         return commands
 
 
-def _results(pairs: Sequence[Pair]) -> bytes:
-    results = [
-        {"connection_id": pair.connection_id, "status": pair.status} for pair in pairs
-    ]
-    return orjson.dumps({"results": results})
+def _document(results: Sequence[Result]) -> bytes:
+    return orjson.dumps(
+        {
+            "results": [
+                {"connection_id": connection_id, "status": outcome.status}
+                for connection_id, outcome in results
+            ]
+        }
+    )
 
 
 class _Unauthorized(Matcher):

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
 
 from tornado.options import define
@@ -56,19 +55,9 @@ OUTCOMES: dict[Outcome, CommandOutcome] = {
 }
 
 
-@dataclass(slots=True)
-class Pair:
-    """A command for one connection, and its outcome, now or later."""
-
-    command: CommandName
-    connection_id: str
-    outcome: Outcome | Sending
-
-    @property
-    def status(self) -> HTTPStatus:
-        """Of the outcome, as far as it is known now."""
-        outcome = self.outcome
-        return (outcome.outcome if isinstance(outcome, Sending) else outcome).status
+# A command for a connection, and its outcome, now or later.
+Pair = tuple[CommandName, str, Outcome | Sending]
+Result = tuple[str, Outcome]  # of a connection
 
 
 class CommandExecutor:
@@ -97,11 +86,16 @@ class CommandExecutor:
 
     def too_large(self, command: Command) -> str | None:
         """Return a sentence if a frame or a state is larger than permitted."""
-        match command.action:
-            case Send(message=message) if size_of(message) > self._max_message_size:
+        action = command.action
+        if isinstance(action, Send):
+            if size_of(action.message) > self._max_message_size:
                 return f"A frame may have {self._max_message_size} bytes at most."
-            case SetState(state=bytes(state)) if len(state) > self._max_state_size:
-                return f"A state may have {self._max_state_size} bytes at most."
+        elif (
+            isinstance(action, SetState)
+            and action.state is not None
+            and len(action.state) > self._max_state_size
+        ):
+            return f"A state may have {self._max_state_size} bytes at most."
         return None
 
     def carry_out(
@@ -112,28 +106,44 @@ class CommandExecutor:
             # Without the turns, which take longer than most commands.
             action, connection_id = commands[0].action, next(iter(own))
             outcome = self._act(action, connection_id, True)
-            self._report(source, action.name, connection_id, outcome)
+            self._report(source, action.name, connection_id, _expected(outcome))
             return None
-        pairs = self._pairs(commands, own)
-        return self._turns.run(self._reported(source, pairs))
+        return self._turns.run(self._reported(source, self._pairs(commands, own)))
 
-    async def outcomes(self, commands: Sequence[Command]) -> list[Pair]:
+    async def results(self, commands: Sequence[Command]) -> list[Result]:
         """Carry out `commands`, each naming its connections, in order.
 
-        Returns each pair of command and connection, in order, when the kernel has
-        taken all frames, or has not for `--send_timeout`.
+        Returns a result for each pair of command and connection, in order, when the
+        kernel has taken all frames, or has not for `--send_timeout`.
         """
-        pairs: list[Pair] = []
-        steps = self._pairs(commands, (), checked=False)
-        await _finished(self._turns.run(map(pairs.append, steps)))
-        sendings = [pair.outcome for pair in pairs if isinstance(pair.outcome, Sending)]
-        if sendings:
-            await all_ended(sendings)
-            for pair in pairs:
-                if isinstance(pair.outcome, Sending):
-                    pair.outcome = pair.outcome.outcome
-        await _finished(self._turns.run(self._reported("callback", pairs)))
-        return pairs
+        results: list[Result] = []
+        waiting: list[tuple[int, CommandName, Sending]] = []
+        pairs = self._pairs(commands, (), checked=False)
+        done = self._turns.run(self._collected(pairs, results, waiting))
+        if done is not None:
+            await done
+        if waiting:
+            await all_ended([sending for _, _, sending in waiting])
+        for index, command, sending in waiting:
+            connection_id, outcome = results[index][0], sending.outcome
+            self._report("callback", command, connection_id, outcome)
+            results[index] = connection_id, outcome
+        return results
+
+    def _collected(
+        self,
+        pairs: Iterable[Pair],
+        results: list[Result],
+        waiting: list[tuple[int, CommandName, Sending]],
+    ) -> Iterator[None]:
+        """Append to `results`, and to `waiting` with the index of its result."""
+        for command, connection_id, outcome in pairs:
+            if isinstance(outcome, Sending):
+                waiting.append((len(results), command, outcome))
+            else:
+                self._report("callback", command, connection_id, outcome)
+            results.append((connection_id, _expected(outcome)))
+            yield
 
     def _pairs(
         self, commands: Sequence[Command], own: Collection[str], checked: bool = True
@@ -147,7 +157,7 @@ class CommandExecutor:
             ids = own if command.connection_ids is None else command.connection_ids
             refused = not checked and self.too_large(command) is not None
             shared = None
-            if isinstance(action, Send) and len(ids) > 1 and not refused:
+            if len(ids) > 1 and isinstance(action, Send) and not refused:
                 shared = SharedFrame(action.message)
             for connection_id in ids:
                 if refused:
@@ -155,7 +165,7 @@ class CommandExecutor:
                 else:
                     is_own = connection_id in own
                     outcome = self._act(action, connection_id, is_own, shared)
-                yield Pair(action.name, connection_id, outcome)
+                yield action.name, connection_id, outcome
 
     def _act(
         self,
@@ -185,27 +195,20 @@ class CommandExecutor:
             return FAULT
 
     def _reported(self, source: Source, pairs: Iterable[Pair]) -> Iterator[None]:
-        for pair in pairs:
-            self._report(source, pair.command, pair.connection_id, pair.outcome)
+        for command, connection_id, outcome in pairs:
+            self._report(source, command, connection_id, _expected(outcome))
             yield
 
     def _report(
-        self,
-        source: Source,
-        command: CommandName,
-        connection_id: str,
-        outcome: Outcome | Sending,
+        self, source: Source, command: CommandName, connection_id: str, outcome: Outcome
     ) -> None:
-        """Count a pair; a frame that nobody waits for counts as sent."""
-        if isinstance(outcome, Sending):
-            outcome = outcome.accepted
         self._observer.commanded(source, command, OUTCOMES[outcome], connection_id)
+
+
+def _expected(outcome: Outcome | Sending) -> Outcome:
+    """Return the outcome if the kernel takes the frame."""
+    return outcome.accepted if isinstance(outcome, Sending) else outcome
 
 
 def _ignore(connection: ClientConnection) -> None:
     """Take no note of a command."""
-
-
-async def _finished(turns: "asyncio.Future[None] | None") -> None:
-    if turns is not None:
-        await turns

@@ -81,8 +81,13 @@ class RequestParser:
         if (
             end < len(data)
             and data[-1] not in b"\r\n"
-            and data.find(EMPTY_LINE, end) < 0
-            and (len(data) < LONG_PIECE or _end_of_lines(data, MAX_HEADERS) < 0)
+            and (
+                data.find(b"\n", end) < 0  # usually: a search for more takes longer
+                or (
+                    data.find(EMPTY_LINE, end) < 0
+                    and (len(data) < LONG_PIECE or _end_of_lines(data, MAX_HEADERS) < 0)
+                )
+            )
         ):
             return len(data)  # only its body follows, or the beginning of a head
         return end
