@@ -7,10 +7,13 @@ import sys
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
+import jsonschema_rs
 import pytest
 import websockets
+from reply_backends import ReplyBackend
 from service import DEADLINE, RecordingBackend, Service
 
+from backends.commands import parse_commands
 from socketdock import __version__
 
 pytestmark = pytest.mark.gen_test(timeout=300)
@@ -194,3 +197,77 @@ async def test_bulk_callback_is_documented_if_it_exists(io_loop):
             answer = await backend.call(f"{service.callback_url}/commands")
         assert ("/commands" in spoken["paths"]) == exists
         assert (answer.code == 401) == exists
+
+
+def matches(spoken, *path, value):
+    """Check a value against the schema at this path of the document."""
+    pointer = "/".join(part.replace("/", "~1") for part in path)
+    schema = {"$ref": f"#/{pointer}/schema", **spoken}
+    jsonschema_rs.Draft202012Validator(schema).validate(value)
+
+
+def event_path(kind):
+    return "webhooks", kind, "post", "requestBody", "content", "application/json"
+
+
+def documented(spoken, name):
+    """Return the members of `meta` of an event's schema."""
+    schema = spoken["components"]["schemas"][name]
+    return set(schema["properties"]["meta"]["properties"])
+
+
+async def test_document_describes_the_events(io_loop):
+    """Each event matches its webhook, which names all members of its `meta`."""
+    events = {}
+    async with ReplyBackend() as backend:
+        backend.commands({"state": 1}, {"send": "x"})
+        async with Service(*backend.flags()) as service:
+            spoken = await document(backend, service)
+            async with websockets.connect(service.ws_url) as client:
+                for message in ("text", b"text", b"\xff"):
+                    await client.send(message)
+                    await client.recv()
+            await backend.wait_for("disconnect", 1)
+        for kind in ("connect", "message", "disconnect"):
+            events[kind] = backend.of(kind)
+    assert [len(of_kind) for of_kind in events.values()] == [1, 3, 1]
+    for kind, of_kind in events.items():
+        members = set()
+        for event in of_kind:
+            matches(spoken, *event_path(kind), value=event)
+            members.update(event["meta"])
+        assert members == documented(spoken, f"{kind.capitalize()}Event")
+        with pytest.raises(jsonschema_rs.ValidationError):
+            matches(spoken, *event_path(kind), value={"meta": {}})
+    batch = {
+        "events": [
+            {"event": kind, "id": "x-1", "traceparent": "00", **event}
+            for kind in ("message", "disconnect")
+            for event in events[kind]
+        ]
+    }
+    matches(spoken, *event_path("batch"), value=batch)
+    batch["events"][0]["event"] = "disconnect"
+    with pytest.raises(jsonschema_rs.ValidationError):
+        matches(spoken, *event_path("batch"), value=batch)
+
+
+async def test_document_describes_the_replies(io_loop):
+    """What is documented works: the examples, and no malformed command."""
+    async with RecordingBackend() as backend, Service() as service:
+        spoken = await document(backend, service)
+    examples = 0
+    for kind, item in spoken["webhooks"].items():
+        content = item["post"]["responses"]["2XX"].get("content", {})
+        for media_type, described in content.items():
+            path = "webhooks", kind, "post", "responses", "2XX", "content", media_type
+            if "example" in described:
+                examples += 1
+                reply = described["example"]
+                assert parse_commands(reply["commands"])
+                matches(spoken, *path, value=reply)
+                for command in ({}, {"send": 1}, {"send": "x", "close": True}):
+                    reply = {"commands": [command]}
+                    with pytest.raises(jsonschema_rs.ValidationError):
+                        matches(spoken, *path, value=reply)
+    assert examples == 3

@@ -1,6 +1,7 @@
 """The callbacks as an OpenAPI 3.1 document, at `GET /openapi.json`.
 
-`openapi.json` describes `handlers.callbacks.routes` and `handlers.operators.status`;
+`openapi.json` describes `handlers.callbacks.routes` and `handlers.operators.status`,
+and in its `webhooks` the events that a backend gets and its responses to them;
 the tests check it against a running relay. It holds no secret, so everybody who can
 reach the listener may read it.
 """
