@@ -28,9 +28,11 @@ from handlers.admission import Admission
 from handlers.backlog import Backlog
 from handlers.callbacks.access import CallbackAccess
 from handlers.callbacks.address import callback_url
-from handlers.callbacks.bulk import BulkHandler, bulk_routes
+from handlers.callbacks.bulk import PATH as BULK_PATH
+from handlers.callbacks.bulk import Bulk, BulkHandler, bulk_routes
 from handlers.callbacks.capabilities import make_capabilities
 from handlers.callbacks.executor import CommandExecutor
+from handlers.callbacks.fast_bulk import FastBulk
 from handlers.callbacks.fast_send import FastSend
 from handlers.callbacks.repeats import Repeats
 from handlers.callbacks.routes import callback_routes, is_send
@@ -114,7 +116,7 @@ def make_server(
 ) -> Server:
     """Create the server for `routes`; all other paths get 404.
 
-    `fast` may answer a send without creating a handler.
+    `fast` may answer a send or a bulk callback without creating a handler.
     """
 
     def on_answered(handler: RequestHandler) -> None:
@@ -127,7 +129,8 @@ def make_server(
 
     def on_fast_answered(method: str, target: str, status: int) -> None:
         log_access(method, target, status)
-        observer.send_answered(status)
+        if not target.endswith(BULK_PATH):
+            observer.send_answered(status)
 
     application = RelayApplication(
         routes, default_handler_class=NotFoundHandler, log_function=on_answered
@@ -186,6 +189,7 @@ class Service:
         )
         self.connections = self._make_connections()
         self.executor.begin(self.connections, self.backend)
+        self.bulk = Bulk(self.executor, self.connections.turns, self.observers)
         self.heartbeat = Heartbeat(options.ping_interval, options.ping_timeout)
         self.lifetimes = Lifetimes(options.idle_timeout, options.max_lifetime)
         self.tickets = Tickets()
@@ -270,9 +274,7 @@ class Service:
         routes += bulk_routes(
             self._prefix,
             self.tokens,
-            executor=self.executor,
-            turns=self.connections.turns,
-            observer=self.observers,
+            bulk=self.bulk,
             max_bulk_size=options.max_bulk_size,
         )
         routes += operator_routes(guard, status, self.collector)
@@ -292,17 +294,23 @@ class Service:
         """The path prefix of each callback."""
         return urlsplit(self.callback_url or "").path
 
-    def _fast_send(self) -> Callable[[Request], FastHandler | None]:
-        fast = FastSend(
+    def _fast(self) -> Callable[[Request], FastHandler | None]:
+        send = FastSend(
             self._prefix,
             self.access,
             self.connections,
             self.backend,
             self.policy.max_message_size,
         )
-        if self.tracing is None:
-            return fast
-        return self.tracing.fast(fast, "https" if self.to_backend.has_tls else "http")
+        if self.tracing is not None:  # a handler answers bulk callbacks
+            scheme = "https" if self.to_backend.has_tls else "http"
+            return self.tracing.fast(send, scheme)
+        if not self.tokens.required:
+            return send
+        bulk = FastBulk(
+            self._prefix, self.tokens, self.bulk, options.max_bulk_size
+        )
+        return lambda request: send(request) or bulk(request)
 
     def _listen(self) -> None:
         most = self.policy.max_message_size
@@ -314,7 +322,7 @@ class Service:
             self._for_clients(for_backend) if one_listener else for_backend,
             bounds(body_budget, max_body_size=most),
             self.observers,
-            self._fast_send(),
+            self._fast(),
             self.tracing,
         )
         if one_listener:

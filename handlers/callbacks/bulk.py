@@ -21,7 +21,7 @@ from handlers.callbacks.access import UnauthorizedHandler
 from handlers.callbacks.actions import Outcome
 from handlers.callbacks.answering import OutcomeHandler
 from handlers.callbacks.executor import CommandExecutor, Result
-from handlers.callbacks.responses import Response
+from handlers.callbacks.responses import JSONResponse, Response
 from handlers.callbacks.tokens import TOKEN_REQUIRED, CallbackTokens
 from handlers.http.application import Routes
 from handlers.websocket.turns import Turns
@@ -36,40 +36,28 @@ OTHER_TYPE = Response(
     ),
     {"Accept": JSON},  # RFC 9110, section 15.5.16
 )
+PATH = "/commands"
 
 
-class BulkHandler(OutcomeHandler):
-    """Answers when each command was carried out or refused for each connection."""
+class Bulk:
+    """Carries out the bodies of bulk callbacks."""
 
-    def initialize(
-        self,
-        executor: CommandExecutor,
-        turns: Turns,
-        observer: Observer,
-        max_bulk_size: int,
+    def __init__(
+        self, executor: CommandExecutor, turns: Turns, observer: Observer
     ) -> None:
-        self.executor = executor
-        self.turns = turns
-        self.observer = observer
-        self.max_body_size = max_bulk_size
+        self._executor = executor
+        self._turns = turns
+        self._observer = observer
 
-    async def post(self) -> None:
-        body = self.take_body()
-        if body is None:
-            return
-        if media_type_of(self.request.headers.get("Content-Type", "")) != JSON:
-            self.respond(OTHER_TYPE)
-            return
+    async def answer(self, body: bytes) -> Response:
+        """Answer when each command was carried out or refused for each connection."""
         try:
             commands = await self._parse(body)
         except CommandError as error:
-            self.observer.commanded("callback", "none", "invalid", "")
-            self.problem(HTTPStatus.BAD_REQUEST, str(error))
-            return
+            self._observer.commanded("callback", "none", "invalid", "")
+            return Response(Outcome(HTTPStatus.BAD_REQUEST, str(error)))
         del body  # it may wait for slow clients
-        results = await self.executor.results(commands)
-        self.set_header("Content-Type", "application/json; charset=utf-8")
-        self.finish(_document(results))
+        return JSONResponse(_document(await self._executor.results(commands)))
 
     async def _parse(self, body: bytes) -> list[Command]:
         """Return the commands in the body. Raises `CommandError`."""
@@ -83,7 +71,7 @@ class BulkHandler(OutcomeHandler):
             raise CommandError("commands is missing.")
         commands: list[Command] = []
         steps = each_command(document["commands"], named=True)
-        parsed = self.turns.run(map(commands.append, steps))
+        parsed = self._turns.run(map(commands.append, steps))
         if parsed is not None:
             await parsed
         return commands
@@ -98,6 +86,23 @@ def _document(results: Sequence[Result]) -> bytes:
             ]
         }
     )
+
+
+class BulkHandler(OutcomeHandler):
+    """Answers each bulk callback that `FastBulk` leaves to it."""
+
+    def initialize(self, bulk: Bulk, max_bulk_size: int) -> None:
+        self.bulk = bulk
+        self.max_body_size = max_bulk_size
+
+    async def post(self) -> None:
+        body = self.take_body()
+        if body is None:
+            return
+        if media_type_of(self.request.headers.get("Content-Type", "")) != JSON:
+            self.respond(OTHER_TYPE)
+            return
+        self.respond(await self.bulk.answer(body))
 
 
 class _Unauthorized(Matcher):
@@ -123,7 +128,7 @@ def bulk_routes(prefix: str, tokens: CallbackTokens, **shared: Any) -> Routes:
     """
     if not tokens.required:
         return []
-    path = rf"(?:{re.escape(prefix)})?/commands"
+    path = rf"(?:{re.escape(prefix)})?{PATH}"
     return [
         (_Unauthorized(path, tokens), UnauthorizedHandler, {}),
         (path, BulkHandler, shared),

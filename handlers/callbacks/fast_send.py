@@ -28,6 +28,36 @@ def is_plain_host(value: bytes) -> bool:
     return PLAIN_HOST.fullmatch(value) is not None
 
 
+def plain_headers(request: Request, max_size: int) -> tuple[str, list[str]] | None:
+    """Return `Content-Type` and `Authorization` headers; None if it is not plain.
+
+    A plain request is a POST with a body of up to `max_size` bytes, which needs no
+    other treatment than usual.
+    """
+    if request.method != "POST" or request.version != "1.1":
+        return None
+    if request.upgrade or not request.keep_alive or request.declared > max_size:
+        return None
+    content_type = host = None
+    credentials = []
+    for name, value in request.headers:
+        if name == b"content-type":
+            if content_type is not None:
+                return None
+            content_type = value.decode("latin-1")
+            if ";" in content_type and not has_text_charset(content_type):
+                return None
+        elif name == b"host":
+            if host is not None or not is_plain_host(value):
+                return None
+            host = value
+        elif name == b"authorization":
+            credentials.append(value.decode("latin-1"))
+        elif name in (b"expect", b"content-encoding", b"idempotency-key"):
+            return None
+    return None if host is None else (content_type or "", credentials)
+
+
 class FastSend:
     """Answers a plain send by the rules of `SendHandler`, but without it.
 
@@ -54,34 +84,13 @@ class FastSend:
 
     def __call__(self, request: Request) -> FastHandler | None:
         """Return the function that receives the body; None if it is not plain."""
-        if request.method != "POST" or request.version != "1.1":
-            return None
-        if request.upgrade or not request.keep_alive:
-            return None
-        if request.declared > self._max_message_size:
-            return None
         target = self._target.fullmatch(request.target)
         if target is None:
             return None
-        content_type = host = None
-        credentials = []
-        for name, value in request.headers:
-            if name == b"content-type":
-                if content_type is not None:
-                    return None
-                content_type = value.decode("latin-1")
-                if ";" in content_type and not has_text_charset(content_type):
-                    return None
-            elif name == b"host":
-                if host is not None or not is_plain_host(value):
-                    return None
-                host = value
-            elif name == b"authorization":
-                credentials.append(value.decode("latin-1"))
-            elif name in (b"expect", b"content-encoding", b"idempotency-key"):
-                return None
-        if host is None:
+        plain = plain_headers(request, self._max_message_size)
+        if plain is None:
             return None
+        content_type, credentials = plain
         connection_id, query = target[1].decode(), target[2]
         types: Sequence[str] = ()
         key = None
@@ -89,7 +98,7 @@ class FastSend:
             types, key = _parse(query.decode())
         if self._access.challenge(credentials, connection_id, key) is not None:
             return None
-        return partial(self._send, connection_id, content_type or "", types)
+        return partial(self._send, connection_id, content_type, types)
 
     def _send(
         self, connection_id: str, content_type: str, types: Sequence[str], body: bytes

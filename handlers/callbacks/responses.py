@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from http import HTTPStatus
 
-from handlers.callbacks.actions import Outcome
+from handlers.callbacks.actions import OK, Outcome
 from handlers.http.problem import PROBLEM_TYPE, problem_document
 from handlers.http.request import FastResponse
 
@@ -55,6 +55,19 @@ class Response(FastResponse):
         lines = [f"{name}: {value}" for name, value in self.headers.items()]
         lines.append(f"Content-Length: {len(self.body)}")
         return "\r\n".join((*lines, "", "")).encode() + self.body
+
+
+class JSONResponse(Response):
+    """A response that is OK and has a JSON document."""
+
+    def __init__(self, document: bytes) -> None:
+        super().__init__(OK)
+        vars(self)["body"] = document  # instead of what `body` would compute
+
+    @cached_property
+    def headers(self) -> Mapping[str, str]:
+        """Headers, except those of the exchange itself."""
+        return {"Content-Type": "application/json; charset=utf-8"}
 
 
 @lru_cache
