@@ -34,10 +34,11 @@ FLAGS = (
     "--max_state_size=100",
     "--compression",
 )
+# What answers: without a handler if the connection is kept, a handler of either server.
 KINDS = {
-    "fast": (),
-    "tornado": ("--http_server=tornado",),
-    "own-listener": ("--callbackport=0",),
+    "fast": ("keep-alive", ()),
+    "handler": ("close", ("--callbackport=0",)),
+    "tornado": ("close", ("--http_server=tornado",)),
 }
 numbers = itertools.count()
 
@@ -45,9 +46,15 @@ numbers = itertools.count()
 class Relay:
     """A relay with its backend, which makes bulk callbacks."""
 
-    def __init__(self, backend: RecordingBackend, service: Service) -> None:
+    def __init__(
+        self,
+        backend: RecordingBackend,
+        service: Service,
+        connection: str = "keep-alive",
+    ) -> None:
         self.backend = backend
         self.service = service
+        self.connection = connection  # the header
         self.url = f"{service.callback_url}/commands"
 
     async def post(self, body: bytes | str, **headers: str | None) -> HTTPResponse:
@@ -55,6 +62,7 @@ class Relay:
         given = {
             "Authorization": f"Bearer {TOKEN}",
             "Content-Type": "application/json",
+            "Connection": self.connection,
             **{name.replace("_", "-"): value for name, value in headers.items()},
         }
         return await self.backend.call(
@@ -114,12 +122,14 @@ def io_loop(module_io_loop):
 
 @pytest.fixture(scope="module", params=KINDS)
 def each_relay(io_loop, shared, request) -> Relay:
-    """Each HTTP server and listener."""
+    """Each HTTP server, with and without a handler, on a shared and an own listener."""
+    connection, more = KINDS[request.param]
 
     async def begin() -> Relay:
         backend = await shared.enter_async_context(RecordingBackend())
-        flags = (*backend.flags("message", "disconnect"), *FLAGS, *KINDS[request.param])
-        return Relay(backend, await shared.enter_async_context(Service(*flags)))
+        flags = (*backend.flags("message", "disconnect"), *FLAGS, *more)
+        service = await shared.enter_async_context(Service(*flags))
+        return Relay(backend, service, connection)
 
     return io_loop.run_sync(begin)
 
@@ -459,15 +469,16 @@ async def test_response_waits_until_the_kernel_has_the_frame(io_loop):
                 assert got == [(one, 200), (other, 200), (one, 200)]
 
 
+@pytest.mark.parametrize("target", ["/commands", "/commands?handler"])
 @pytest.mark.parametrize("server", ["fast", "tornado"])
-async def test_request_goes_on_without_its_caller(io_loop, server):
+async def test_request_goes_on_without_its_caller(io_loop, server, target):
     """All commands are carried out, though the caller has left."""
     async with running(f"--http_server={server}") as relay:
         async with relay.client() as (client, one):
             sends = [{"send": str(n), "connection_id": one} for n in range(9000)]
             body = json.dumps({"commands": sends}).encode()
             head = (
-                "POST /commands HTTP/1.1\r\nHost: x\r\n"
+                f"POST {target} HTTP/1.1\r\nHost: x\r\n"
                 f"Authorization: Bearer {TOKEN}\r\n"
                 "Content-Type: application/json\r\n"
                 f"Content-Length: {len(body)}\r\n\r\n"
