@@ -15,6 +15,9 @@ import orjson
 MEDIA_TYPE = "application/vnd.socketdock+json"
 NORMAL_CLOSURE = 1000  # RFC 6455, section 7.4.1
 MAX_CLOSE_REASON = 123  # bytes of UTF-8 (RFC 6455, section 5.5)
+PONG = "pong"  # the only kind of receipt
+RECEIPT_TIMEOUT = 10.0  # seconds
+SHORTEST_RECEIPT, LONGEST_RECEIPT = 0.1, 60.0  # seconds
 MAX_PAIRS = 10_000  # of a command and a connection, in one response or request
 TOO_MANY = f"At most {MAX_PAIRS} pairs of command and connection are permitted."
 
@@ -29,10 +32,14 @@ class CommandError(ValueError):
 
 @dataclass(slots=True)
 class Send:
-    """Send one frame: a `str` as text, `bytes` as binary."""
+    """Send one frame: a `str` as text, `bytes` as binary.
+
+    `receipt`: seconds that the client has to confirm it; None: it need not.
+    """
 
     name: ClassVar[CommandName] = "send"
     message: str | bytes
+    receipt: float | None = None
 
 
 @dataclass(slots=True)
@@ -89,15 +96,15 @@ def each_command(value: object, named: bool = False) -> Iterator[Command]:
     """Yield the commands in `value`, parsed JSON. Raises `CommandError`.
 
     Members that are not known are ignored. If `named`, each command must name its
-    connections. A command for no connection counts as one for one, so that a body
-    cannot have any number of them.
+    connections, and a frame may ask for a receipt. A command for no connection counts
+    as one for one, so that a body cannot have any number of them.
     """
     if not isinstance(value, list):
         raise CommandError("commands must be a list.")
     pairs = 0
     for index, each in enumerate(value):
         try:
-            command = _parse_command(each)
+            command = _parse_command(each, may_confirm=named)
         except CommandError as error:
             raise CommandError(f"commands[{index}]: {error}") from None
         ids = command.connection_ids
@@ -111,14 +118,14 @@ def each_command(value: object, named: bool = False) -> Iterator[Command]:
         yield command
 
 
-def _parse_command(value: object) -> Command:
+def _parse_command(value: object, may_confirm: bool) -> Command:
     if not isinstance(value, dict):
         raise CommandError("A command must be an object.")
     if ("send" in value) + ("close" in value) + ("state" in value) != 1:
         raise CommandError("A command must have exactly one of send, close, state.")
     action: Action
     if "send" in value:
-        action = Send(_message_of(value))
+        action = Send(_message_of(value), _receipt_of(value) if may_confirm else None)
     elif "close" in value:
         action = _close_of(value["close"])
     else:
@@ -142,6 +149,33 @@ def _message_of(value: dict[str, Any]) -> str | bytes:
         return binascii.a2b_base64(text, strict_mode=True)
     except ValueError:
         raise CommandError("send must be base64.") from None
+
+
+def _receipt_of(value: dict[str, Any]) -> float | None:
+    timeout = value.get("timeout", RECEIPT_TIMEOUT)
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+        raise CommandError("timeout must be a number.")
+    try:
+        seconds = receipt_timeout(timeout)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    if "receipt" not in value:
+        return None
+    if value["receipt"] != PONG:
+        raise CommandError(f"receipt must be {PONG}.")
+    return seconds
+
+
+def receipt_timeout(seconds: float) -> float:
+    """Return `seconds` if a receipt may be awaited that long.
+
+    Raises `ValueError` with a sentence for a problem document.
+    """
+    if not SHORTEST_RECEIPT <= seconds <= LONGEST_RECEIPT:
+        raise ValueError(
+            f"timeout must be {SHORTEST_RECEIPT:g} to {LONGEST_RECEIPT:g} seconds."
+        )
+    return float(seconds)
 
 
 def _close_of(value: object) -> Close:

@@ -28,7 +28,7 @@ METHODS = ("get", "post", "delete", "head")
 # what no schema can express, such as a body that is not UTF-8 where `type` is text.
 SETTINGS = """\
 [checks.positive_data_acceptance]
-expected-statuses = ["2xx", 400, 401, 403, 410, 422, 429]
+expected-statuses = ["2xx", 400, 401, 403, 410, 422, 429, 504]
 """
 
 

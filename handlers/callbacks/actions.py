@@ -14,6 +14,7 @@ from typing import Any
 from backends import ConnectionClosed, Initiator, SendBufferFull
 from backends.deadlines import RunningTime
 from handlers.clients.connection import ClientConnection, Connections
+from handlers.clients.receipts import MAX_AWAITED, ReceiptLate
 from handlers.websocket.frames import SharedFrame
 
 
@@ -38,6 +39,15 @@ FULL = Outcome(
     "Send buffer of this client is full.",
     retry_after=1,  # a slow client may have read by then
 )
+TOO_MANY_RECEIPTS = Outcome(
+    HTTPStatus.TOO_MANY_REQUESTS,
+    f"{MAX_AWAITED} receipts of this client are awaited already.",
+    retry_after=1,
+)
+UNCONFIRMED = Outcome(
+    HTTPStatus.GATEWAY_TIMEOUT,
+    "The client has not confirmed the frame in time; it may have received it.",
+)
 
 
 def find(
@@ -57,28 +67,37 @@ def find(
 
 
 class Sending:
-    """A send whose frame the kernel has not taken yet; await it for the outcome.
+    """A send whose outcome is not known yet; await it for the outcome.
 
-    `ended` is done, or fails, without being awaited. `timeout` is in seconds.
-    `accepted` is the outcome if the kernel takes the frame.
+    `ended` is done, or fails, without being awaited: when the kernel has taken the
+    frame, or the client has confirmed it. `accepted` is the outcome then, and `late`
+    the one after `timeout` seconds.
     """
 
-    __slots__ = ("accepted", "ended", "timeout")
+    __slots__ = ("accepted", "ended", "late", "timeout")
 
     def __init__(
-        self, ended: "asyncio.Future[None]", timeout: float, accepted: Outcome
+        self,
+        ended: "asyncio.Future[None]",
+        timeout: float,
+        accepted: Outcome,
+        late: Outcome = GONE,
     ) -> None:
         self.ended = ended
         self.timeout = timeout
         self.accepted = accepted
+        self.late = late
 
     @property
     def outcome(self) -> Outcome:
         """The outcome if nobody waits any longer."""
         ended = self.ended
-        if ended.done() and not ended.cancelled() and ended.exception() is None:
+        if not ended.done() or ended.cancelled():
+            return self.late
+        error = ended.exception()
+        if error is None:
             return self.accepted
-        return GONE
+        return self.late if isinstance(error, ReceiptLate) else GONE
 
     def __await__(self) -> Generator[Any, None, Outcome]:
         yield from all_ended((self,)).__await__()
@@ -91,7 +110,7 @@ async def all_ended(sendings: Sequence[Sending]) -> None:
     with contextlib.suppress(TimeoutError):
         async with RunningTime(asyncio.get_running_loop(), longest):
             for sending in sendings:
-                with contextlib.suppress(ConnectionClosed):
+                with contextlib.suppress(ConnectionClosed, ReceiptLate):
                     await sending.ended
 
 
@@ -100,11 +119,19 @@ def send(
     message: str | bytes,
     limited: bool = True,
     shared: SharedFrame | None = None,
+    receipt: float | None = None,
 ) -> Outcome | Sending:
-    """Send one frame, as `ClientConnection.send`; return the outcome, now or later."""
+    """Send one frame, as `ClientConnection.send`; return the outcome, now or later.
+
+    `receipt`: seconds that the client has to confirm it; None: it need not.
+    """
     outcome = _now_or_later(connection)
+    if receipt is not None and connection.awaits_receipts >= MAX_AWAITED:
+        return TOO_MANY_RECEIPTS
     try:
         sent = connection.send(message, limited, shared)
+        if receipt is not None and outcome is OK:
+            return Sending(connection.receipt(receipt), receipt, OK, UNCONFIRMED)
     except SendBufferFull:
         return FULL
     except ConnectionClosed:

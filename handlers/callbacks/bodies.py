@@ -1,13 +1,22 @@
 """Parses the body of a callback: a message, or a close request."""
 
 import json
+import re
 from collections.abc import Sequence
 from http import HTTPStatus
 
-from backends.commands import NORMAL_CLOSURE, closing_of
+from backends.commands import (
+    NORMAL_CLOSURE,
+    PONG,
+    RECEIPT_TIMEOUT,
+    closing_of,
+    receipt_timeout,
+)
 from backends.media_types import has_text_charset, is_text_type
 from handlers.callbacks.actions import Outcome
 from handlers.callbacks.responses import Response
+
+SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 ENCODED = Response(
     Outcome(
@@ -55,6 +64,23 @@ def is_text(content_type: str, overrides: Sequence[str]) -> bool | None:
     if overrides:
         return {"text": True, "binary": False}.get(overrides[-1])
     return is_text_type(content_type)
+
+
+def receipt_of(receipts: Sequence[str], timeouts: Sequence[str]) -> float | None:
+    """Return the timeout of a receipt in seconds; None: none is wanted.
+
+    `receipts` and `timeouts` are the values of `?receipt=` and `?timeout=`. Raises
+    `ValueError` with the detail for a 400.
+    """
+    seconds = RECEIPT_TIMEOUT
+    if timeouts:
+        is_number = SECONDS.fullmatch(timeouts[-1]) is not None
+        seconds = receipt_timeout(float(timeouts[-1]) if is_number else 0.0)
+    if not receipts:
+        return None
+    if receipts[-1] != PONG:
+        raise ValueError(f"receipt must be {PONG}.")
+    return seconds
 
 
 def parse_closing(body: bytes) -> tuple[int, str]:

@@ -24,6 +24,8 @@ from handlers.callbacks.actions import (
     FULL,
     GONE,
     OK,
+    TOO_MANY_RECEIPTS,
+    UNCONFIRMED,
     Outcome,
     Sending,
     all_ended,
@@ -50,6 +52,8 @@ OUTCOMES: dict[Outcome, CommandOutcome] = {
     ACCEPTED: "done",
     GONE: "gone",
     FULL: "full",
+    TOO_MANY_RECEIPTS: "full",
+    UNCONFIRMED: "done",
     TOO_LARGE: "invalid",
     FAULT: "invalid",
 }
@@ -114,7 +118,8 @@ class CommandExecutor:
         """Carry out `commands`, each naming its connections, in order.
 
         Returns a result for each pair of command and connection, in order, when the
-        kernel has taken all frames, or has not for `--send_timeout`.
+        kernel has taken all frames, or has not for `--send_timeout`, and all receipts
+        have come or are late.
         """
         results: list[Result] = []
         waiting: list[tuple[int, CommandName, Sending]] = []
@@ -185,7 +190,9 @@ class CommandExecutor:
             if connection is None:
                 return GONE
             if isinstance(action, Send):
-                return send(connection, action.message, not is_own, shared)
+                return send(
+                    connection, action.message, not is_own, shared, action.receipt
+                )
             if isinstance(action, Close):
                 return close(connection, action.code, action.reason, "backend")
             connection.backend_state = action.state

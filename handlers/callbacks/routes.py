@@ -22,7 +22,7 @@ from handlers.callbacks.access import (
 )
 from handlers.callbacks.actions import GONE, Outcome
 from handlers.callbacks.answering import OutcomeHandler
-from handlers.callbacks.bodies import message_of, parse_closing
+from handlers.callbacks.bodies import message_of, parse_closing, receipt_of
 from handlers.callbacks.openapi import OpenAPIHandler
 from handlers.callbacks.repeats import (
     HEADER,
@@ -90,11 +90,17 @@ class Sending(OneConnectionHandler):
                 self.request.headers.get("Content-Type", ""),
                 self.get_query_arguments("type", strip=False),
             )
+            receipt = receipt_of(
+                self.get_query_arguments("receipt", strip=False),
+                self.get_query_arguments("timeout", strip=False),
+            )
         except ValueError as error:
             self.problem(HTTPStatus.BAD_REQUEST, str(error))
             return
         kind = "text" if isinstance(message, str) else "binary"
-        send = partial(actions.send, message=message)
+        if receipt is not None:
+            kind += " with receipt"
+        send = partial(actions.send, message=message, receipt=receipt)
         await self.carry_out(connection_id, send, kind, body)
 
 

@@ -27,6 +27,7 @@ from handlers.clients.heartbeat import Heartbeat
 from handlers.clients.inbox import Inbox, size_of
 from handlers.clients.lifetimes import Lifetimes
 from handlers.clients.policy import ClientPolicy
+from handlers.clients.receipts import Receipts
 from handlers.clients.reception import DELAYED_ACK, Reception
 from handlers.connections import ConnectionMap
 from handlers.process.logs import log_event
@@ -211,9 +212,9 @@ class ClientConnection:
         if throttle is not None:
             throttle.on_bytes(size, at_once, self.last_heard)
 
-    def on_pong(self) -> None:
+    def on_pong(self, payload: bytes) -> None:
         """Record a pong: the client has read everything sent before the ping."""
-        self._reception.on_pong()
+        self._reception.on_pong(payload)
 
     def on_message(self, message: str | bytes) -> None:
         """Deliver a message now, or after those that wait."""
@@ -339,9 +340,7 @@ class ClientConnection:
         self.bytes_out += size
         self._last_message = self._now()
         self._context.observer.sent(self, message, size)
-        if sent is not None and self._stall_timer is None:
-            self._look_at_uptake()
-            self._watch_for_stall()
+        self._watch_if_waiting(sent)
         return sent
 
     def give_up(self, error: BackendError, messages: int = 1) -> None:
@@ -405,11 +404,42 @@ class ClientConnection:
             self._protocol.abort()
 
     def send_ping(self) -> None:
-        """Send a ping, and record how many bytes precede it."""
-        if self._protocol is not None:
-            self._look_at_uptake()
-            if self._protocol.send_ping():
-                self._reception.on_pinged(self.bytes_out)
+        """Send a ping, unless frames wait, which would delay it."""
+        protocol, receipts = self._protocol, self._reception.receipts
+        if protocol is None:
+            return
+        self._look_at_uptake()
+        if not protocol.bytes_waiting:
+            # A ping that could be answered confirms receipts, too.
+            payload = receipts.next_ping() if receipts else b""
+            with contextlib.suppress(ConnectionClosed):
+                self._ping(protocol, payload)
+
+    def _ping(self, protocol: ClientProtocol, payload: bytes) -> None:
+        sent = protocol.send_ping(payload)
+        self._reception.on_pinged(self.bytes_out)
+        self._watch_if_waiting(sent)
+
+    @property
+    def awaits_receipts(self) -> int:
+        """Number of receipts that are awaited."""
+        receipts = self._reception.receipts
+        return 0 if receipts is None else len(receipts)
+
+    def receipt(self, timeout: float) -> "asyncio.Future[None]":
+        """Send a ping, and return a future that is done when it was answered.
+
+        The client has then read all that was sent before. The future fails with
+        `ReceiptLate` after `timeout` seconds, or with `ConnectionClosed`. Raises
+        `ConnectionClosed` if the connection is not open.
+        """
+        protocol, reception = self._protocol, self._reception
+        if self.state != "open" or protocol is None:
+            raise ConnectionClosed
+        if reception.receipts is None:
+            reception.receipts = Receipts(self._context.loop)
+        self._ping(protocol, reception.receipts.next_ping())
+        return reception.receipts.expect(timeout)
 
     def is_silent(self, since: float) -> bool:
         """Return whether there was no sign of life since the ping at `since`.
@@ -453,6 +483,12 @@ class ClientConnection:
         return self._reception.look(
             self._protocol.outgoing(), self._now(), self.bytes_out
         )
+
+    def _watch_if_waiting(self, sent: "asyncio.Future[None] | None") -> None:
+        """Watch for a stall if the kernel has not taken all of a frame."""
+        if sent is not None and self._stall_timer is None:
+            self._look_at_uptake()
+            self._watch_for_stall()
 
     def _watch_for_stall(self) -> None:
         """Schedule a check for a client that makes no progress for `send_timeout`."""
@@ -516,6 +552,8 @@ class ClientConnection:
         context = self._context
         context.backlog.keep_part(self, 0)
         context.connections.remove(self)
+        if self._reception.receipts is not None:
+            self._reception.receipts.fail()
         if close is None:
             self._inbox.close()
             return

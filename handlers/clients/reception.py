@@ -1,5 +1,6 @@
 """Tracks what one client has acknowledged of the data sent to it."""
 
+from handlers.clients.receipts import Receipts
 from handlers.websocket.closing import LINGER_TIMEOUT
 from handlers.websocket.uptake import Outgoing, Uptake
 
@@ -14,7 +15,7 @@ class Reception:
     Times are on the loop's clock.
     """
 
-    __slots__ = ("_answered", "_pinged", "_settled", "_uptake", "taken_at")
+    __slots__ = ("_answered", "_pinged", "_settled", "_uptake", "receipts", "taken_at")
 
     def __init__(self, now: float) -> None:
         # When it last acknowledged data of messages, and its progress while data is
@@ -28,6 +29,7 @@ class Reception:
         # one.
         self._answered = 0
         self._pinged: int | None = None
+        self.receipts: Receipts | None = None  # while some are awaited
 
     def look(self, outgoing: Outgoing, now: float, bytes_sent: int) -> float | None:
         """Return for how many seconds it has acknowledged no data.
@@ -55,10 +57,14 @@ class Reception:
         if self._pinged is None:
             self._pinged = bytes_sent
 
-    def on_pong(self) -> None:
+    def on_pong(self, payload: bytes) -> None:
         """Record a pong: the client has read everything sent before the ping."""
         if self._pinged is not None:
             self._answered, self._pinged = self._pinged, None
+        if self.receipts is not None:
+            self.receipts.on_pong(payload)
+            if not self.receipts:
+                self.receipts = None
 
     def reading_time(self, bytes_sent: int) -> float:
         """Return the seconds that a slow client may need to read what it holds."""

@@ -20,8 +20,10 @@ def log_access(method: str, target: str, status: int) -> None:
     A target that is not a path is left out: that of a proxy request may contain a
     user name.
     """
-    # 503 is logged where it is decided, and clients control how often it occurs.
-    level = logging.WARNING if status >= 500 and status != 503 else logging.DEBUG
+    # 503 is logged where it is decided, 504 says that a client has not confirmed a
+    # frame, and clients control how often these occur.
+    is_fault = status >= 500 and status not in (503, 504)
+    level = logging.WARNING if is_fault else logging.DEBUG
     if not logger.isEnabledFor(level):
         return
     path = target.partition("?")[0]

@@ -73,7 +73,7 @@ class Client(Protocol):
 
     def on_message(self, message: str | bytes) -> None: ...
 
-    def on_pong(self) -> None: ...
+    def on_pong(self, payload: bytes) -> None: ...
 
     def on_kept(self, size: int) -> None: ...
 
@@ -237,7 +237,7 @@ class ClientProtocol:
                 elif isinstance(received, Ping):
                     self._send_pong(received.payload)
                 elif isinstance(received, Pong):
-                    self._client.on_pong()
+                    self._client.on_pong(received.payload)
                 elif isinstance(received, Close):
                     self._on_close_frame(received)
                 if self._received is None or (
@@ -421,18 +421,9 @@ class ClientProtocol:
         """Ask the kernel what the peer has not acknowledged yet."""
         return self._stream.outgoing()
 
-    def send_ping(self) -> bool:
-        """Send a ping, unless other frames wait, which would delay it.
-
-        Returns whether it was sent.
-        """
-        if self.bytes_waiting:
-            return False
-        try:
-            self._stream.write(frame(Opcode.PING, b""))
-        except ConnectionClosed:
-            return False
-        return True
+    def send_ping(self, payload: bytes) -> "asyncio.Future[None] | None":
+        """Send a ping; returns as `send` does. Raises `ConnectionClosed`."""
+        return self._stream.write(frame(Opcode.PING, payload))
 
     def _send_pong(self, payload: bytes) -> None:
         if self._client.state != "open":
