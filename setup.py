@@ -87,6 +87,9 @@ setup(
             "websocket-client>=1.8",
             "aiohttp>=3.10,<4",
             "flask>=3,<4",
+            "fastapi>=0.110,<1",
+            "uvicorn>=0.30,<1",
+            "awslambdaric>=3,<5",  # a function as AWS runs it
             "cryptography",
             "hypothesis>=6.100,<7",
             "opentelemetry-sdk>=1.35,<2",  # --otel

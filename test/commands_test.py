@@ -28,7 +28,7 @@ LONG = 60.0  # seconds for a start on a busy machine
 PROGRAMS = (
     r"(\.venv/bin/\S+|\. \.venv|make|python[\d.]*|socketdock|pipx?|docker|npm|curl"
     r"|supervisor(d|ctl)|openssl|echo|systemctl|apt-get|useradd|opentelemetry-\w+|mkdir"
-    r"|[A-Z_]+=\S+|export|cp) "
+    r"|[A-Z_]+=\S+|export|cp|php|node) "
 )
 
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.M | re.S)
@@ -38,7 +38,7 @@ STAYS = {
     r"(.*\n)*.*(\.venv/bin/socketdock|python socketdock\.py) (?!check|health)":
         "clients at",
     r"make run( |$)": "clients at",
-    r"python3 examples/backend\.py": "backend at",
+    r"python3 examples/\w+\.py": "backend at",
     r"WEBHOOK_SECRET=whsec_\.\.\.": "backend at",
 }
 
@@ -65,6 +65,8 @@ NOT_RUN = {
     r"(/etc|mkdir /etc|cp conf|systemctl|useradd|chown|apt-get|python3 -m venv /opt)":
         "it changes this machine; systemd_test runs what the unit runs",
     r"opentelemetry-instrument": "it is a program of the backend's side",
+    r"\.venv/bin/python -m (flask|uvicorn) |php |node ": "reply_examples_test runs it",
+    r"WEBHOOK_SECRET=\S+ CALLBACK_TOKEN=\S+ node ": "examples_test runs it",
     r"python3 -m venv \.venv|\.venv/bin/python -m pip": "make runs it; makefile_test",
 }
 
@@ -86,16 +88,22 @@ def commands() -> Iterator[tuple[str, str]]:
         for code in [*re.findall(r"`([^`\n]+)`", prose), *indented]:
             if re.match(PROGRAMS, code):
                 yield path.name, code
-    for path in sorted([*PROJECT.glob("conf/*"), *PROJECT.glob("examples/*.py")]):
+    examples = [path for path in PROJECT.glob("examples/**/*") if is_source(path)]
+    for path in sorted([*PROJECT.glob("conf/*"), *examples]):
         text = path.read_text("utf-8")
-        if path.suffix == ".py":
-            text = text.split('"""')[1].replace("\\\\\n", "\\\n")
-            found = re.findall(r"^    (\S(?:.*\\\n)*.*)", text, flags=re.M)
+        if text.startswith('"""'):
+            head = text.split('"""')[1].replace("\\\\\n", "\\\n")
         else:
-            head = re.sub(r"^[#;] ?", "", text, flags=re.M)
-            lines = re.findall(r"^    (\S(?:.*\\\n)*.*)", head, flags=re.M)
-            found = [part for line in lines for part in line.split(" && ")]
+            head = re.sub(r"^(//|[#;]) ?", "", text, flags=re.M)
+        found = re.findall(r"^    (\S(?:.*\\\n)*.*)", head, flags=re.M)
+        if path not in examples:
+            found = [part for line in found for part in line.split(" && ")]
         yield from ((path.name, code) for code in found if re.match(PROGRAMS, code))
+
+
+def is_source(path: Path) -> bool:
+    """Whether an example is a program, and no module of npm."""
+    return path.suffix in (".py", ".mjs", ".php") and "node_modules" not in path.parts
 
 
 ALL = sorted(set(commands()))
@@ -160,7 +168,8 @@ def here(command: str) -> tuple[str, dict[str, str]]:
     first = free_ports(3)
     for there, port in (("8765", first), ("8766", first + 1), ("8000", first + 2)):
         command = re.sub(rf"(?<=[:=]){there}\b", str(port), command)
-    command = re.sub(r"\b10\.0\.0\.\d\b|\b[\w.-]+\.internal\b", "127.0.0.1", command)
+    others = r"\b10\.0\.0\.\d\b|\b[\w.-]+\.(internal|on\.aws)\b"
+    command = re.sub(others, "127.0.0.1", command)
     command = re.sub(
         r"(examples/\w+_?backend\.py)(?! --port)", rf"\1 --port={first + 2}", command
     )
@@ -171,7 +180,8 @@ def here(command: str) -> tuple[str, dict[str, str]]:
         for name, value in os.environ.items()
         if not name.startswith(("SOCKETDOCK_", "MAKE"))
     }
-    return command, {**inherited, "SOCKETDOCK_BINDPORT": str(first)}
+    ports = {"SOCKETDOCK_BINDPORT": str(first), "PORT": str(first + 2)}
+    return command, {**inherited, **ports}
 
 
 @pytest.mark.parametrize("command", of(STAYS))

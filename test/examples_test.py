@@ -43,8 +43,13 @@ def least_command() -> list[str]:
     return [sys.executable, "examples/backend.py"]
 
 
+def batch_command() -> list[str]:
+    """The backend that takes batches."""
+    return [sys.executable, "examples/batch_backend.py"]
+
+
 CHATS = {"flask": flask_command, "express": express_command}
-COMMANDS = {**CHATS, "least": least_command}
+COMMANDS = {**CHATS, "least": least_command, "batch": batch_command}
 
 
 class Example:
@@ -84,6 +89,12 @@ class Example:
     def has_said(self, start: str) -> bool:
         """Whether one of its lines has this beginning."""
         return any(line.startswith(start) for line in self.said)
+
+    def all_said(self, start: str) -> list[str]:
+        """Return its lines with this beginning, without it."""
+        return [
+            line.removeprefix(start) for line in self.said if line.startswith(start)
+        ]
 
     def relay(self, *flags: str) -> Service:
         """A relay with this backend."""
@@ -237,6 +248,72 @@ def test_least_backend_that_cannot_listen_says_why(bindip):
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
     assert line.startswith(f"backend: can't listen at port {port} of {bindip}: ")
+
+
+async def test_batches_are_answered_although_events_fail(io_loop):
+    """Each message is answered once, in order; each event is processed once."""
+    texts = [str(number) for number in range(20)]
+    async with Example("batch", "--failing=0.2") as example:
+        flags = ("--backend=http", f"--batchuri={example.url}/batch")
+        async with Service(*flags) as service, contextlib.AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(websockets.connect(service.ws_url))
+                for _ in range(5)
+            ]
+            for text in texts:
+                for client in clients:
+                    await client.send(text)
+            for client in clients:
+                for text in texts:
+                    assert await text_of(client) == f"you said: {text}"
+                await client.close()
+            await eventually(lambda: len(example.all_said("disconnect: ")) == 5)
+        processed = example.all_said("message: ")
+    assert len(processed) == len(set(processed)) == 100
+
+
+def batch(*ids: str) -> str:
+    """A batch of message events with these ids: `<connection>-<number>`."""
+    events = [
+        {
+            "event": "message",
+            "id": event_id,
+            "meta": {"connection_id": event_id.partition("-")[0]},
+            "message": f"hello from {event_id}",
+        }
+        for event_id in ids
+    ]
+    return json.dumps({"events": events})
+
+
+async def test_batch_names_the_first_failed_event_of_each_connection(io_loop):
+    """The later ones of the connection are not processed."""
+    async with Example("batch", "--failing=1") as example:
+        answer = await AsyncHTTPClient().fetch(
+            f"{example.url}/batch", method="POST", body=batch("a-1", "b-7", "a-2")
+        )
+        assert json.loads(answer.body) == {"commands": [], "failed": ["a-1", "b-7"]}
+    assert len(example.said) == 1  # nothing was processed
+
+
+async def test_repeated_event_of_a_batch_is_answered_again(io_loop):
+    """But it is processed once; it may come in another batch."""
+    async with Example("batch") as example:
+        url = f"{example.url}/batch"
+        http = AsyncHTTPClient()
+        await http.fetch(url, method="POST", body=batch("a-1", "b-7"))
+        answer = await http.fetch(url, method="POST", body=batch("b-7", "b-8"))
+        assert answer.headers["Content-Type"] == "application/vnd.socketdock+json"
+        assert json.loads(answer.body) == {
+            "commands": [
+                {"connection_id": "b", "send": "you said: hello from b-7"},
+                {"connection_id": "b", "send": "you said: hello from b-8"},
+            ],
+            "failed": [],
+        }
+        await eventually(lambda: example.has_said("message: b-8"))
+    assert example.all_said("message: ") == ["a-1", "b-7", "b-8"]
+    assert example.all_said("again: ") == ["b-7"]
 
 
 def test_demo_shows_one_exchange_and_ends():

@@ -90,6 +90,7 @@ class Newcomer:
             "LANG": "C.UTF-8",
             "PYTHON": python,
             "SOCKETDOCK_BINDPORT": str(self.relay_port),
+            "PORT": str(self.backend_port),
         }
         # The files of a clone: committed ones, and those that may be committed.
         listed = subprocess.check_output(
@@ -108,9 +109,6 @@ class Newcomer:
     def here(self, command: str) -> str:
         """Replace the ports of a command with free ones."""
         command = command.replace(":8000", f":{self.backend_port}")
-        command = command.replace(
-            "examples/backend.py", f"examples/backend.py --port={self.backend_port}"
-        )
         return command.replace(
             "examples/client.py",
             f"examples/client.py --url=ws://127.0.0.1:{self.relay_port}/ws",
@@ -185,7 +183,7 @@ def go(python: str, who: Who, tests: bool) -> None:
             assert newcomer.runs(client) == "Hello\n"
         with newcomer.keeps(block(". .venv/bin/activate"), "clients at", STARTING):
             assert newcomer.runs(client) == "Hello\n"
-        backend = block("python3 examples/backend.py")
+        backend = block("python3 examples/reply.py")
         relay = block(".venv/bin/socketdock --backend=http")
         with newcomer.keeps(backend, "backend at", STARTING):
             with newcomer.keeps(relay, "clients at", STARTING):

@@ -65,7 +65,7 @@ PARTS = (
 NOT_OF_THE_RELAY = named(
     "balancer", "bench", "commands", "compose", "conformance", "console_page", "docs",
     "examples", "first_use", "imports", "interop", "makefile", "monitoring", "openapi",
-    "packaging", "proxies", "soaking", "supervisord", "systemd",
+    "packaging", "proxies", "reply_examples", "soaking", "supervisord", "systemd",
 )
 TOO_LONG = named("attacks", "faults", "order", "resolver", "soak")
 RELAY = (
