@@ -131,12 +131,14 @@ class PooledConnection(asyncio.Protocol):
         if exchange.timer is not None:
             exchange.timer.cancel()  # for the body `BODY_TIMEOUT` applies
             exchange.timer = None
-        if response.keeps and (self._waits_to_read or exchange.asks_first()):
+        if response.limit and (self._waits_to_read or exchange.asks_first()):
             assert self._transport is not None
             self._waits_to_read = True
             self._transport.pause_reading()
-            return
-        self._go_on(exchange)
+        elif response.complete:
+            self._finish()
+        else:
+            self._go_on(exchange)
 
     def _go_on(self, exchange: Exchange) -> None:
         """Finish if the response has ended, else wait for the rest."""

@@ -75,12 +75,12 @@ class ResponseReader:
         "_head",
         "_keep",
         "_kept",
-        "_limit",
         "_parser",
         "_repairing",
         "complete",
         "has_head",
         "headers",
+        "limit",
         "reusable",
         "size",
         "started",
@@ -110,31 +110,26 @@ class ResponseReader:
         self.status = 0
         self.headers: dict[str, str] = {}
         self.size = 0  # bytes read so far
-        self._limit = 0  # bytes of the body to keep
+        self.limit = 0  # bytes of the body that are kept
         self._body: bytes | bytearray = b""
         self._kept = 0  # bytes of a body to keep that have arrived
         self._head = b""  # bytes received before the head was complete
         self._repairing = False  # whether the parser has rejected the head
 
     @property
-    def keeps(self) -> bool:
-        """Whether the body is kept."""
-        return self._limit > 0
-
-    @property
     def excessive(self) -> bool:
         """Whether more has arrived than is worth reading."""
         return self.size > MAX_DROPPED_BODY + MAX_HEAD_SIZE and (
-            not self._limit or self._kept > self._limit
+            not self.limit or self._kept > self.limit
         )
 
     def response(self) -> Response:
         """Return what has been read."""
-        if not self._limit:
+        if not self.limit:
             return Response(self.status, self.headers, None)
         # Not kept here: the connection may be idle for long.
         body, self._body = bytes(self._body), b""
-        complete = self.whole and self._kept <= self._limit
+        complete = self.whole and self._kept <= self.limit
         return Response(self.status, self.headers, body, complete)
 
     def end(self) -> None:
@@ -207,7 +202,7 @@ class ResponseReader:
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.complete = True  # a body that cannot be read: the status counts
         self.reusable = False
-        self.complete = self.complete or not self._limit
+        self.complete = self.complete or not self.limit
 
     # The parser's callbacks.
 
@@ -236,13 +231,13 @@ class ResponseReader:
             self._head = b""
             self.reusable = self._ends_plainly(status)
             if self._keep is not None:
-                self._limit = self._keep(status, self.headers)
+                self.limit = self._keep(status, self.headers)
 
     def on_body(self, body: bytes) -> None:
-        if not self._limit:
+        if not self.limit:
             return
-        if self._kept < self._limit:
-            part = body[: self._limit - self._kept]
+        if self._kept < self.limit:
+            part = body[: self.limit - self._kept]
             if not self._body:
                 self._body = part
             else:

@@ -72,6 +72,7 @@ class Deliveries:
         self.target = target
         self.limits = limits
         self.replies = replies
+        self.keep = None if replies is None else replies.of_message
         self.closing = False  # the relay stops: nothing is retried
         self.held = Held(limits.max_held_bytes, self.loop)
         # There are only two waits; each line has its requests in the order sent.

@@ -123,8 +123,11 @@ class Delivery:
     @property
     def busy(self) -> bool:
         """Whether a message waits to be sent, or it or its reply delays the next."""
+        replies = self._replies
         return (
-            bool(self._backlog) or self._gate is not None or self._is_carrying_out()
+            bool(self._backlog)
+            or self._gate is not None
+            or (replies is not None and replies.carrying_out)
         )
 
     def _has_failed_open(self) -> bool:
@@ -201,7 +204,9 @@ class Delivery:
         gives up messages that are too late.
         """
         deliveries = self._deliveries
-        while self._backlog and self._gate is None and not self._is_carrying_out():
+        while self._backlog and self._gate is None:
+            if self._replies is not None and self._replies.carrying_out:
+                break
             now = deliveries.loop.time()
             head = self._backlog[0]
             if now < head.not_before:
@@ -237,7 +242,6 @@ class Delivery:
         request.began_at = now
         self._gate = request
         self._open[request] = None
-        replies = deliveries.replies
         request.exchange = deliveries.client.post(
             deliveries.target,
             partial(deliveries.requests.write, deliveries.target, request.event),
@@ -245,8 +249,8 @@ class Delivery:
             on_sent=request.on_sent,
             timeout=deliveries.limits.backend_timeout,
             queue_timeout=deliveries.limits.delivery_timeout,
-            keep=None if replies is None else replies.of_message,
-            may_read=None if replies is None else request.may_read,
+            keep=deliveries.keep,
+            may_read=request.may_read,
         )
 
     def _signal_if_quiet(self) -> None:
@@ -462,10 +466,6 @@ class Delivery:
             assert replies is not None
             self._replies = ReplyTurns(replies, self._connection, self._pump)
         return self._replies
-
-    def _is_carrying_out(self) -> bool:
-        """Whether a reply was read, and its frames have not left yet."""
-        return self._replies is not None and self._replies.carrying_out
 
     # Which overdue requests may be abandoned.
 

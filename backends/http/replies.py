@@ -8,6 +8,7 @@ whether the event is accepted is said by the status alone.
 import asyncio
 import logging
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from tornado.options import define, options
@@ -26,7 +27,12 @@ from backends.commands import (
 )
 from backends.http.content import decoded, parsed_json
 from backends.http.retries import is_success
-from backends.media_types import has_text_charset, is_text_type, media_type_of
+from backends.media_types import (
+    MAX_REMEMBERED,
+    has_text_charset,
+    is_text_type,
+    media_type_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +80,11 @@ class Replies:
 
     def of_message(self, status: int, headers: Mapping[str, str]) -> int:
         """Keep commands, and with `body` any body, of a response to a message."""
-        if is_success(status) and (self.mode == "body" or has_commands(headers)):
-            return self._max_size
-        return 0
+        if self.mode != "body":
+            content_type = headers.get("content-type")
+            if content_type is None or not is_commands(content_type):
+                return 0
+        return self._max_size if is_success(status) else 0
 
     def of_connect(self, status: int, headers: Mapping[str, str]) -> int:
         """Keep the whole body if it has commands, else its beginning."""
@@ -227,9 +235,13 @@ class Replies:
 def has_commands(headers: Mapping[str, str]) -> bool:
     """Whether the body of a response has the media type of commands."""
     content_type = headers.get("content-type")
-    if content_type is None:
-        return False
-    return content_type == MEDIA_TYPE or media_type_of(content_type) == MEDIA_TYPE
+    return content_type is not None and is_commands(content_type)
+
+
+@lru_cache(MAX_REMEMBERED)
+def is_commands(content_type: str) -> bool:
+    """Whether a content type is the media type of commands, maybe with parameters."""
+    return media_type_of(content_type) == MEDIA_TYPE
 
 
 def make_replies(relay: Relay) -> Replies:

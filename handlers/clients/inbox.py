@@ -192,12 +192,12 @@ class Inbox:
         assert self._in_flight
         size, _ = self._in_flight.popleft()
         self._queued_bytes -= size
-        self._make_room()
-        error = _failure(taken)
-        if error is None:
+        if self._full:
+            self._make_room()
+        if not taken.cancelled() and taken.exception() is None:
             self._context.backlog.release(size)
         else:
-            self._on_undeliverable(error, size)
+            self._on_undeliverable(_failure(taken), size)
         if self._in_flight:
             self.waiting_since = self._in_flight[0][1]
         else:
@@ -210,12 +210,11 @@ class Inbox:
             self._rest()
 
     def _on_delivered(self, taken: "asyncio.Future[None]") -> None:
-        error = _failure(taken)
-        if error is None:
+        if not taken.cancelled() and taken.exception() is None:
             self._context.backlog.release(self._head_size)
             self._deliver_next()
         else:
-            self._on_undeliverable(error, self._head_size)
+            self._on_undeliverable(_failure(taken), self._head_size)
             self._rest()
 
     def _next(self) -> tuple[str | bytes, int, float]:
@@ -223,12 +222,14 @@ class Inbox:
         message, read_at = self._queue.popleft()
         size = size_of(message)
         self._queued_bytes -= size
-        self._make_room()
+        if self._full:
+            self._make_room()
         return message, size, read_at
 
     def _make_room(self) -> None:
-        if self._full and self._room is not None:  # it is the room of this queue
-            self._full = False
+        """Read on: the queue, which was full, has room."""
+        self._full = False
+        if self._room is not None:
             self._room.set_result(None)
             self._room = None
 
@@ -281,11 +282,10 @@ class Inbox:
         self._connection = None
 
 
-def _failure(taken: "asyncio.Future[None]") -> BaseException | None:
-    """Return why the backend did not take a message; None if it did."""
-    if taken.cancelled():
-        return BackendError("the relay shuts down")
-    return taken.exception()
+def _failure(taken: "asyncio.Future[None]") -> BaseException:
+    """Return why the backend did not take a message."""
+    error = None if taken.cancelled() else taken.exception()
+    return error or BackendError("the relay shuts down")
 
 
 def size_of(message: str | bytes) -> int:
