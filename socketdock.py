@@ -189,6 +189,7 @@ class Service:
         )
         self.connections = self._make_connections()
         self.executor.begin(self.connections, self.backend)
+        self.repeats = Repeats(self.connections.loop)
         self.bulk = Bulk(self.executor, self.connections.turns, self.observers)
         self.heartbeat = Heartbeat(options.ping_interval, options.ping_timeout)
         self.lifetimes = Lifetimes(options.idle_timeout, options.max_lifetime)
@@ -268,13 +269,14 @@ class Service:
             __version__,
             connections=self.connections,
             backend=self.backend,
-            repeats=Repeats(self.connections.loop),
+            repeats=self.repeats,
             max_message_size=self.policy.max_message_size,
         )
         routes += bulk_routes(
             self._prefix,
             self.tokens,
             bulk=self.bulk,
+            repeats=self.repeats,
             max_bulk_size=options.max_bulk_size,
         )
         routes += operator_routes(guard, status, self.collector)

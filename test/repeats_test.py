@@ -54,11 +54,11 @@ async def deaf(*flags):
                 await asyncio.wait_for(first, DEADLINE)
 
 
-async def bytes_out(backend, url, number):
+async def bytes_out(backend, url, number, **headers):
     """Wait until `number` bytes are being sent to the client."""
     async with asyncio.timeout(DEADLINE):
         while True:
-            answer = await backend.call(url, "GET")
+            answer = await backend.call(url, "GET", headers=headers)
             if answer.code == 200 and json.loads(answer.body)["bytes_out"] >= number:
                 return
 
@@ -330,6 +330,108 @@ async def test_answers_of_sends_with_keys_are_counted(io_loop):
         lines = metrics.body.decode().splitlines()
         assert 'socketdock_sends_total{status="200"} 2.0' in lines
         assert 'socketdock_sends_total{status="422"} 1.0' in lines
+
+
+# In bulk.
+
+TOKEN = "0123456789abcdef"
+
+
+async def bulk(backend, service, key, *commands, **more):
+    """The answer to a bulk callback with a key."""
+    headers = {
+        "Authorization": f"Bearer {TOKEN}",
+        "Content-Type": "application/json",
+        "Idempotency-Key": key,
+    }
+    return await backend.call(
+        f"{service.callback_url}/commands",
+        body=json.dumps({"commands": commands}),
+        headers=headers,
+        request_timeout=DEADLINE,
+        **more,
+    )
+
+
+@servers
+async def test_bulk_callback_is_carried_out_once(io_loop, server):
+    """Its key belongs to the instance; a repeat has the results of the first."""
+    flags = (f"--http_server={server}", f"--callback_token={TOKEN}")
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            clients, ids = [], []
+            for number in (1, 2):
+                clients.append(await websockets.connect(service.ws_url))
+                event = (await backend.wait_for("connect", number))[-1]
+                ids.append(event["meta"]["connection_id"])
+            commands = (
+                {"send": "a", "connection_ids": ids},
+                {"state": 1, "connection_id": ids[0]},
+                {"send": "b", "connection_id": "0" * 32},
+                {"close": True, "connection_id": ids[1]},
+            )
+            first = await bulk(backend, service, "one", *commands)
+            await asyncio.wait_for(clients[1].wait_closed(), DEADLINE)
+            statuses = [
+                result["status"] for result in json.loads(first.body)["results"]
+            ]
+            assert statuses[2:] == [200, 410, 200]
+            assert (first.code, replayed(first)) == (200, None)
+            for _ in range(2):
+                again = await bulk(backend, service, "one", *commands)
+                assert (again.code, again.body) == (200, first.body)
+                assert replayed(again) == "true"
+                assert again.headers["Content-Type"] == first.headers["Content-Type"]
+            for changed in (commands[:1], (*commands, commands[1])):
+                reused = await bulk(backend, service, "one", *changed)
+                assert (reused.code, json.loads(reused.body)["status"]) == (422, 422)
+            malformed = await bulk(backend, service, "one", {"send": 1})
+            assert malformed.code == 400
+            assert (await bulk(backend, service, "a b", *commands)).code == 400
+            # The key is another one for a connection.
+            send = {"Authorization": f"Bearer {TOKEN}", "Idempotency-Key": "one"}
+            url = f"{service.callback_url}/socket/{ids[0]}/send"
+            answer = await backend.call(url, body=b"last", headers=send)
+            assert (answer.code, replayed(answer)) == (200, None)
+            assert await frames_until(clients[0], b"last") == ["a", b"last"]
+            await clients[0].close()
+
+
+@servers
+async def test_concurrent_bulk_repeats_send_one_frame(io_loop, server):
+    """They wait for the first, which waits for a slow client."""
+    token = f"--callback_token={TOKEN}"
+    flags = (f"--http_server={server}", token, ROOM, "--send_timeout=60")
+    async with RecordingBackend() as backend:
+        async with Service(
+            *backend.flags(), *flags, f"--max_message_size={LARGE}"
+        ) as service:
+            with await SlowClient.connect(service.ws_url, 4096) as client:
+                (event,) = await backend.wait_for("connect", 1)
+                name = event["meta"]["connection_id"]
+                url = event["meta"]["send"].removesuffix("/send")
+                authorized = {"Authorization": f"Bearer {TOKEN}"}
+                large = asyncio.create_task(
+                    backend.call(f"{url}/send", body=bytes(LARGE), headers=authorized)
+                )
+                await bytes_out(backend, url, LARGE, **authorized)
+                command = {"send": "small", "connection_id": name}
+                calls = [
+                    asyncio.create_task(bulk(backend, service, "one", command))
+                    for _ in range(20)
+                ]
+                await bytes_out(backend, url, LARGE + 5, **authorized)
+                assert not any(call.done() for call in calls)
+                close = {"close": True, "connection_id": name}
+                assert (await bulk(backend, service, "two", close)).code == 200
+                await client.read()
+                answers = [await asyncio.wait_for(call, DEADLINE) for call in calls]
+                assert (await asyncio.wait_for(large, DEADLINE)).code == 200
+    assert {answer.body for answer in answers} == {answers[0].body}
+    assert json.loads(answers[0].body)["results"][0]["status"] == 200
+    assert [replayed(answer) for answer in answers].count(None) == 1
+    sizes = [len(payload) for opcode, payload in client.frames() if opcode != 8]
+    assert sizes == [LARGE, 5]
 
 
 # The store.

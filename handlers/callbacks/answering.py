@@ -1,9 +1,24 @@
 """The base of all callback handlers: takes the body, and answers with an outcome."""
 
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
 from handlers.callbacks.actions import Outcome
 from handlers.callbacks.bodies import unsupported
+from handlers.callbacks.repeats import (
+    HEADER,
+    REPLAYED,
+    REUSED,
+    Answer,
+    Keyed,
+    KeyReused,
+    Repeats,
+    key_in,
+)
 from handlers.callbacks.responses import Response, response_of
 from handlers.http.body import BodyHandler
+
+A = TypeVar("A", bound=Answer)
 
 
 class OutcomeHandler(BodyHandler):
@@ -33,3 +48,29 @@ class OutcomeHandler(BodyHandler):
             self.respond(refusal)
             return None
         return body
+
+
+class RepeatableHandler(OutcomeHandler):
+    """A handler of requests that may have an `Idempotency-Key`."""
+
+    repeats: Repeats
+
+    def key(self) -> str | None:
+        """Return the key, or None. Raises `ValueError` with the detail for a 400."""
+        return key_in(self.request.headers.get_list(HEADER))
+
+    async def once(
+        self, request: Keyed, act: Callable[[], Coroutine[Any, Any, A]]
+    ) -> A | None:
+        """Call `act` for the first request with its key, and return the answer.
+
+        None: the key was used for another request, which has been answered.
+        """
+        try:
+            answer, is_repeat = await self.repeats.once(request, act)
+        except KeyReused:
+            self.send_outcome(REUSED)
+            return None
+        if is_repeat:
+            self.set_header(*REPLAYED)
+        return answer

@@ -5,9 +5,13 @@
 
 import codecs
 import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
-from typing import Any
+from itertools import chain
+from typing import Any, ClassVar
 
 import orjson
 from tornado.httputil import HTTPServerRequest
@@ -19,8 +23,9 @@ from backends.commands import Command, CommandError, each_command
 from backends.media_types import media_type_of
 from handlers.callbacks.access import UnauthorizedHandler
 from handlers.callbacks.actions import Outcome
-from handlers.callbacks.answering import OutcomeHandler
+from handlers.callbacks.answering import RepeatableHandler
 from handlers.callbacks.executor import CommandExecutor, Result
+from handlers.callbacks.repeats import INSTANCE, Keyed, Repeats, digest_of
 from handlers.callbacks.responses import JSONResponse, Response
 from handlers.callbacks.tokens import TOKEN_REQUIRED, CallbackTokens
 from handlers.http.application import Routes
@@ -52,15 +57,26 @@ class Bulk:
     async def answer(self, body: bytes) -> Response:
         """Answer when each command was carried out or refused for each connection."""
         try:
-            commands = await self._parse(body)
+            commands = await self.parse(body)
         except CommandError as error:
-            self._observer.commanded("callback", "none", "invalid", "")
             return Response(Outcome(HTTPStatus.BAD_REQUEST, str(error)))
         del body  # it may wait for slow clients
         return JSONResponse(_document(await self._executor.results(commands)))
 
+    async def statuses(self, commands: Sequence[Command]) -> "Statuses":
+        """Return the statuses when each command was carried out or refused."""
+        results = await self._executor.results(commands)
+        return Statuses(array("H", [outcome.status for _, outcome in results]))
+
+    async def parse(self, body: bytes) -> list[Command]:
+        """Return the commands in the body. Raises `CommandError`, and counts it."""
+        try:
+            return await self._parse(body)
+        except CommandError:
+            self._observer.commanded("callback", "none", "invalid", "")
+            raise
+
     async def _parse(self, body: bytes) -> list[Command]:
-        """Return the commands in the body. Raises `CommandError`."""
         try:
             document: Any = orjson.loads(body.removeprefix(codecs.BOM_UTF8))
         except ValueError:
@@ -88,11 +104,33 @@ def _document(results: Sequence[Result]) -> bytes:
     )
 
 
-class BulkHandler(OutcomeHandler):
+@dataclass(frozen=True, eq=False, slots=True)
+class Statuses:
+    """The answer to a bulk callback, as it is remembered.
+
+    It has no connection ids: these are in a repeat, which has the same commands.
+    """
+
+    status: ClassVar[HTTPStatus] = HTTPStatus.OK
+    each: "array[int]"
+
+    def document(self, commands: Iterable[Command]) -> bytes:
+        """Return the JSON of the answer to `commands`."""
+        ids = chain.from_iterable(each.connection_ids or () for each in commands)
+        return orjson.dumps({
+            "results": [
+                {"connection_id": connection_id, "status": status}
+                for connection_id, status in zip(ids, self.each, strict=True)
+            ]
+        })
+
+
+class BulkHandler(RepeatableHandler):
     """Answers each bulk callback that `FastBulk` leaves to it."""
 
-    def initialize(self, bulk: Bulk, max_bulk_size: int) -> None:
+    def initialize(self, bulk: Bulk, repeats: Repeats, max_bulk_size: int) -> None:
         self.bulk = bulk
+        self.repeats = repeats
         self.max_body_size = max_bulk_size
 
     async def post(self) -> None:
@@ -102,7 +140,27 @@ class BulkHandler(OutcomeHandler):
         if media_type_of(self.request.headers.get("Content-Type", "")) != JSON:
             self.respond(OTHER_TYPE)
             return
-        self.respond(await self.bulk.answer(body))
+        try:
+            key = self.key()
+        except ValueError as error:
+            self.problem(HTTPStatus.BAD_REQUEST, str(error))
+            return
+        if key is None:
+            self.respond(await self.bulk.answer(body))
+        else:
+            await self._answer_once(key, body)
+
+    async def _answer_once(self, key: str, body: bytes) -> None:
+        try:
+            commands = await self.bulk.parse(body)
+        except CommandError as error:
+            self.problem(HTTPStatus.BAD_REQUEST, str(error))
+            return
+        request = Keyed(INSTANCE, "commands", key, digest_of("commands", body))
+        del body  # it may wait for slow clients
+        statuses = await self.once(request, partial(self.bulk.statuses, commands))
+        if statuses is not None:
+            self.respond(JSONResponse(statuses.document(commands)))
 
 
 class _Unauthorized(Matcher):

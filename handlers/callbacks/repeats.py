@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from handlers.callbacks.actions import Outcome
 
+INSTANCE = ""  # the scope of requests that belong to no connection
 HEADER = "Idempotency-Key"
 REPLAYED = ("Idempotent-Replayed", "true")  # the header of a repeated answer
 KEY = re.compile(r"[!-~]{1,255}")
@@ -29,7 +30,7 @@ REUSED = Outcome(
     f"This {HEADER} was used for another request.",
 )
 
-# The connection, or nothing for the whole instance; and a digest of route and key.
+# The scope, and a digest of route and key.
 Name = tuple[str, bytes]
 
 
@@ -51,8 +52,8 @@ class KeyReused(Exception):
 class Keyed:
     """A request with a key.
 
-    `scope` is the connection id, or empty for a request to the instance. `digest` is
-    the same for all requests that have the same effect.
+    `scope` is the connection id, or `INSTANCE`. `digest` is the same for all requests
+    that have the same effect.
     """
 
     scope: str

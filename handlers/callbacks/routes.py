@@ -21,19 +21,10 @@ from handlers.callbacks.access import (
     UnauthorizedHandler,
 )
 from handlers.callbacks.actions import GONE, Outcome
-from handlers.callbacks.answering import OutcomeHandler
+from handlers.callbacks.answering import OutcomeHandler, RepeatableHandler
 from handlers.callbacks.bodies import message_of, parse_closing, receipt_of
 from handlers.callbacks.openapi import OpenAPIHandler
-from handlers.callbacks.repeats import (
-    HEADER,
-    REPLAYED,
-    REUSED,
-    Keyed,
-    KeyReused,
-    Repeats,
-    digest_of,
-    key_in,
-)
+from handlers.callbacks.repeats import Keyed, Repeats, digest_of
 from handlers.clients.connection import ClientConnection, Connections
 from handlers.http.application import Routes
 from handlers.http.body import NotFoundHandler
@@ -122,10 +113,10 @@ class Closing(OneConnectionHandler):
         await self.carry_out(connection_id, close, "close", body)
 
 
-class CallbackHandler(OneConnectionHandler):
+class CallbackHandler(RepeatableHandler, OneConnectionHandler):
     """A request of the backend about one connection."""
 
-    initiator = "backend"
+    initiator: Initiator = "backend"
     route = ""  # of requests that have an effect
 
     def initialize(
@@ -148,24 +139,19 @@ class CallbackHandler(OneConnectionHandler):
     ) -> None:
         """Carry out `action`, once for all requests with the same key."""
         try:
-            key = key_in(self.request.headers.get_list(HEADER))
+            key = self.key()
         except ValueError as error:
             self.problem(HTTPStatus.BAD_REQUEST, str(error))
             return
         if key is None:
             await super().carry_out(connection_id, action, kind, body)
             return
-        request = Keyed(connection_id, self.route, key, digest_of(kind, body))
-        try:
-            outcome, is_repeat = await self.repeats.once(
-                request, partial(self.outcome, connection_id, action)
-            )
-        except KeyReused:
-            self.send_outcome(REUSED)
-            return
-        if is_repeat:
-            self.set_header(*REPLAYED)
-        self.send_outcome(outcome)
+        outcome = await self.once(
+            Keyed(connection_id, self.route, key, digest_of(kind, body)),
+            partial(self.outcome, connection_id, action),
+        )
+        if outcome is not None:
+            self.send_outcome(outcome)
 
 
 class SendHandler(CallbackHandler, Sending):
