@@ -125,7 +125,7 @@ def send(
 
     `receipt`: seconds that the client has to confirm it; None: it need not.
     """
-    outcome = _now_or_later(connection)
+    outcome = ACCEPTED if connection.state == "connecting" else OK
     if receipt is not None and connection.awaits_receipts >= MAX_AWAITED:
         return TOO_MANY_RECEIPTS
     try:
@@ -145,14 +145,9 @@ def close(
     connection: ClientConnection, code: int, reason: str, initiator: Initiator
 ) -> Outcome:
     """Start the closing handshake; `reason` is at most 123 bytes of UTF-8."""
-    outcome = _now_or_later(connection)
+    outcome = ACCEPTED if connection.state == "connecting" else OK
     connection.close(code, reason, initiator)
     return outcome
-
-
-def _now_or_later(connection: ClientConnection) -> Outcome:
-    """Return OK, or ACCEPTED while connecting. Call it before the action."""
-    return ACCEPTED if connection.state == "connecting" else OK
 
 
 def describe(connection: ClientConnection) -> dict[str, Any]:

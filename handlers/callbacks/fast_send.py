@@ -79,6 +79,7 @@ class FastSend:
             % (re.escape(prefix.encode()), PLAIN_QUERY)
         )
         self._access = access
+        self._guarded = access.required
         self._connections = connections
         self._backend = backend
 
@@ -96,7 +97,9 @@ class FastSend:
         key = None
         if query is not None:
             types, key = _parse(query.decode())
-        if self._access.challenge(credentials, connection_id, key) is not None:
+        if self._guarded and (
+            self._access.challenge(credentials, connection_id, key) is not None
+        ):
             return None
         return partial(self._send, connection_id, content_type, types)
 

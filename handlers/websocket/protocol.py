@@ -389,9 +389,16 @@ class ClientProtocol:
         Returns None if the kernel took all of it, otherwise a future that is done
         when it has, or fails with `ConnectionClosed`.
         """
+        compression = self._compression
         if shared is not None:
-            return self._stream.write(shared.encoded(self._compression))
-        return self._stream.write(message_frame(message, self._compression))
+            encoded = shared.encoded(compression)
+        elif compression is not None:
+            encoded = message_frame(message, compression)
+        elif isinstance(message, str):
+            encoded = frame(Opcode.TEXT, message.encode())
+        else:
+            encoded = frame(Opcode.BINARY, message)
+        return self._stream.write(encoded)
 
     @property
     def bytes_waiting(self) -> int:
