@@ -18,6 +18,8 @@ from handlers.callbacks.responses import Response
 
 SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
+OVERRIDES = {"text": True, "binary": False}  # values of `?type=`: is it text?
+
 ENCODED = Response(
     Outcome(
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
@@ -48,7 +50,7 @@ def message_of(body: bytes, content_type: str, types: Sequence[str]) -> str | by
 
     Raises `ValueError` with the detail for a 400.
     """
-    text = is_text(content_type, types)
+    text = OVERRIDES.get(types[-1]) if types else is_text_type(content_type)
     if text is None:
         raise ValueError("type must be text or binary.")
     if not text:
@@ -57,13 +59,6 @@ def message_of(body: bytes, content_type: str, types: Sequence[str]) -> str | by
         return body.decode()
     except UnicodeDecodeError:
         raise ValueError("A text frame must be UTF-8.") from None
-
-
-def is_text(content_type: str, overrides: Sequence[str]) -> bool | None:
-    """Return whether the frame is text; None for an invalid `?type=`."""
-    if overrides:
-        return {"text": True, "binary": False}.get(overrides[-1])
-    return is_text_type(content_type)
 
 
 def receipt_of(receipts: Sequence[str], timeouts: Sequence[str]) -> float | None:

@@ -338,9 +338,11 @@ class ClientConnection:
         sent = protocol.send(message, shared)
         self.messages_out += 1
         self.bytes_out += size
-        self._last_message = self._now()
-        self._context.observer.sent(self, message, size)
-        self._watch_if_waiting(sent)
+        context = self._context
+        self._last_message = context.loop.time()
+        context.observer.sent(self, message, size)
+        if sent is not None:
+            self._watch_if_waiting(sent)
         return sent
 
     def give_up(self, error: BackendError, messages: int = 1) -> None:

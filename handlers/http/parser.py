@@ -161,7 +161,9 @@ class RequestParser:
         else:
             name, value = name.lower(), value.strip(b" \t")
             request.headers.append((name, value))
-            if name in FRAMING_HEADERS:
+            if name == b"content-length":
+                request.declared = int(value)
+            elif name in FRAMING_HEADERS:
                 _note_framing(request, name, value)
         if len(request.headers) + request.trailers > MAX_HEADERS:
             self._status = HEADERS_TOO_LARGE
@@ -189,7 +191,7 @@ class RequestParser:
     def on_body(self, body: bytes) -> None:
         request = self.partial
         if request is not None:
-            request.body = joined(request.body, body)
+            request.body = joined(request.body, body) if request.body else body
             request.length += len(body)
 
     def on_message_complete(self) -> None:
@@ -205,10 +207,8 @@ class RequestParser:
 
 
 def _note_framing(request: Request, name: bytes, value: bytes) -> None:
-    """Record a header that says where the request ends, or asks for a protocol."""
-    if name == b"content-length":
-        request.declared = int(value)
-    elif name == b"upgrade":
+    """Record a header that says that chunks follow, or asks for a protocol."""
+    if name == b"upgrade":
         request.upgrade = True
     elif request.chunked or value.lower() != b"chunked":
         raise ValueError("a transfer coding that is not supported")
