@@ -156,7 +156,7 @@ async def test_late_receipt_is_504(io_loop, server):
     async with opened(f"--http_server={server}") as (service, backend, peer, url):
         began = time.monotonic()
         late = await answer(sending(backend, url, b"x", "receipt=pong&timeout=0.5"))
-        assert time.monotonic() - began >= 0.5
+        assert time.monotonic() - began > 0.45
         assert late.code == 504
         assert late.headers["Content-Type"] == "application/problem+json"
         assert json.loads(late.body)["status"] == 504

@@ -825,7 +825,11 @@ async def test_no_span_holds_a_secret(io_loop):
             SOCKETDOCK_CALLBACK_TOKEN="leak-token-0123456789",
         )
         async with Service(
-            *flags, "--otel", "--logging=debug", environment=environment
+            *flags,
+            "--otel",
+            "--logging=debug",
+            "--callback_capability",
+            environment=environment,
         ) as service:
             async with websockets.connect(
                 f"{service.ws_url}?leak-query",
@@ -838,9 +842,13 @@ async def test_no_span_holds_a_secret(io_loop):
             ) as client:
                 await client.send("leak-message")
                 (event,) = await backend.wait_for("message", 1)
-                for token in ("leak-token-0123456789", "leak-wrong"):
+                url, _, key = event["meta"]["send"].partition("?key=")
+                for token, query in (
+                    ("leak-token-0123456789", f"key={key}"),
+                    ("leak-wrong", f"key={key[:-1]}"),
+                ):
                     await backend.call(
-                        f"{event['meta']['send']}?type=text&leak-key",
+                        f"{url}?{query}&type=text&leak-key",
                         body=b"leak-answer",
                         headers={"Authorization": f"Bearer {token}"},
                     )
@@ -853,6 +861,7 @@ async def test_no_span_holds_a_secret(io_loop):
         assert collector.headers[0]["x-api-key"] == "leak-key"
         exported = b"".join(collector.bodies)
         assert b"leak" not in exported
+        assert key[:-1].encode() not in exported
         assert b"stranger" not in exported
         assert "leak" not in "\n".join(service.log)
         sdk = [line for line in service.log if "OpenTelemetry:" in line]

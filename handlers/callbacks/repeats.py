@@ -107,7 +107,7 @@ class Repeats:
         self._under_way: dict[Name, tuple[bytes, asyncio.Task[Any]]] = {}
         self._answered: OrderedDict[Name, _Answered] = OrderedDict()  # oldest first
         # Its names by scope, oldest first.
-        self._by_scope: dict[str, OrderedDict[Name, None]] = {}
+        self._by_scope: dict[str, dict[Name, None]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -151,7 +151,7 @@ class Repeats:
     def _remember(self, name: Name, digest: bytes, answer: Answer) -> None:
         forget_at = self._loop.time() + PERIOD
         self._answered[name] = _Answered(digest, answer, forget_at)
-        names = self._by_scope.setdefault(name[0], OrderedDict())
+        names = self._by_scope.setdefault(name[0], {})
         names[name] = None
         if len(names) > MAX_OF_SCOPE:
             self._forget(next(iter(names)))
