@@ -42,6 +42,7 @@ OTHER_TYPE = Response(
     {"Accept": JSON},  # RFC 9110, section 15.5.16
 )
 PATH = "/commands"
+AT_ONCE = 200  # commands that are parsed without turns, in about the time of one turn
 
 
 class Bulk:
@@ -85,8 +86,11 @@ class Bulk:
             raise CommandError("The body must be a JSON object.")
         if "commands" not in document:
             raise CommandError("commands is missing.")
+        value = document["commands"]
+        steps = each_command(value, named=True)
+        if isinstance(value, list) and len(value) <= AT_ONCE:
+            return list(steps)
         commands: list[Command] = []
-        steps = each_command(document["commands"], named=True)
         parsed = self._turns.run(map(commands.append, steps))
         if parsed is not None:
             await parsed

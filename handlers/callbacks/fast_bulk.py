@@ -27,6 +27,8 @@ class FastBulk:
         self._tokens = tokens
         self._bulk = bulk
         self._max_bulk_size = max_bulk_size
+        # Stored, since asking for it is a system call (getpid) before Python 3.12.
+        self._loop = asyncio.get_running_loop()
         # Kept until they are done, also if their callers disconnect.
         self._running: set[asyncio.Task[Response]] = set()
 
@@ -43,7 +45,7 @@ class FastBulk:
         return None if self._tokens.challenge(credentials) else self._answer
 
     def _answer(self, body: bytes) -> Awaitable[Response]:
-        task = asyncio.get_running_loop().create_task(self._bulk.answer(body))
+        task = self._loop.create_task(self._bulk.answer(body))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return asyncio.shield(task)
