@@ -356,8 +356,9 @@ class Service:
         callbacks = self.to_backend.url("http")
         local = self.to_backend.is_loopback
         if not (self.access.required or local):
-            logger.warning("callbacks need no token: set --callback_token, or let"
-                           " only the backend reach %s", callbacks)
+            logger.warning("callbacks need no token: set --callback_token or"
+                           " --callback_capability, or let only the backend reach %s",
+                           callbacks)
         logger.info(
             "SocketDock %s: clients at %s%s, callbacks at %s, backend %s",
             __version__,
@@ -489,7 +490,8 @@ async def _check_ends(found: list[Finding]) -> None:
                 Finding(
                     "error",
                     f"callbacks need no token, and {to_backend.address or '*'} can be"
-                    " reached from other machines; set --callback_token_file",
+                    " reached from other machines; set --callback_token_file or"
+                    " --callback_capability",
                 )
             )
     backend = Check()

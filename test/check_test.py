@@ -266,6 +266,7 @@ async def test_check_reports_callbacks_without_a_token_on_a_public_address(io_lo
     line = only("error", await check(*flags, status=1))
     assert "callbacks need no token" in line and "--callback_token_file" in line
     await check(*flags, "--callback_token=0123456789abcdef", status=0)
+    await check(*flags, "--callback_capability", status=0)
 
 
 async def test_check_reports_too_few_descriptors(io_loop):
