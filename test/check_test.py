@@ -115,7 +115,7 @@ async def test_bad_option_is_status_2(io_loop):
 async def test_check_reports_options_that_need_another_option(io_loop):
     """Together with all other findings."""
     line = only("error", await check("--bindport=0", "--backend=http", status=1))
-    assert line == "error:   --backend=http needs --messageuri"
+    assert line == "error:   --backend=http needs --messageuri or --batchuri"
 
 
 async def test_check_reports_unreachable_backend(io_loop):
