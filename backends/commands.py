@@ -121,6 +121,11 @@ def each_command(value: object, named: bool = False) -> Iterator[Command]:
 def _parse_command(value: object, may_confirm: bool) -> Command:
     if not isinstance(value, dict):
         raise CommandError("A command must be an object.")
+    if len(value) == 2:
+        text, connection_id = value.get("send"), value.get("connection_id")
+        if isinstance(text, str) and isinstance(connection_id, str):
+            # Most commands of a bulk callback: they need no other check.
+            return Command(Send(text), (connection_id,))
     if ("send" in value) + ("close" in value) + ("state" in value) != 1:
         raise CommandError("A command must have exactly one of send, close, state.")
     action: Action
@@ -152,6 +157,8 @@ def _message_of(value: dict[str, Any]) -> str | bytes:
 
 
 def _receipt_of(value: dict[str, Any]) -> float | None:
+    if "receipt" not in value and "timeout" not in value:
+        return None
     timeout = value.get("timeout", RECEIPT_TIMEOUT)
     if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
         raise CommandError("timeout must be a number.")
