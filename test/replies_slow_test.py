@@ -142,6 +142,27 @@ async def test_held_answers_of_a_slow_client_take_the_memory_of_one(io_loop, loo
             await echo(other)
 
 
+@pytest.mark.long
+async def test_hundreds_of_held_answers_follow_a_slow_one(io_loop):
+    """They have arrived when it is their turn, and are carried out in one go."""
+    number = 300
+    async with RawBackend() as backend:
+        release = asyncio.get_running_loop().create_future()
+        backend.answers["0"] = [release, *LARGE]
+        for index in range(1, number):
+            reply = response(commands({"send": str(index)}))
+            backend.answers[str(index)] = [release, reply]
+        async with Service(
+            *backend.flags(), "--order_wait=0.001", f"--max_unanswered={number}"
+        ) as service:
+            with await SlowClient.connect(service.ws_url) as slow:
+                await slow.send(sent(*map(str, range(number))))
+                await until_held(service, number)
+                release.set_result(None)
+                await slow.read(lambda data: len(slow.frames()) == number + 6)
+                assert sorted(map(int, texts(slow)[7:])) == [*range(1, number)]
+
+
 async def test_full_buffers_of_other_connections_drop_commands(io_loop):
     """They are counted; the connection of the event is not slowed down."""
     async with RawBackend() as backend:

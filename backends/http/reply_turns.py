@@ -23,6 +23,7 @@ class ReplyTurns:
 
     __slots__ = (
         "_connection",
+        "_going_on",
         "_on_carried_out",
         "_reading",
         "_received",
@@ -42,6 +43,7 @@ class ReplyTurns:
         self._on_carried_out = on_carried_out
         # Whether a reply was read whose commands, or frames, are still under way.
         self.carrying_out = False
+        self._going_on = False  # whether `go_on` runs
         self._reading: Request | None = None
         self._waiting: list[Request] = []  # to be read, in the order of their heads
         # Replies whose connection ended before their turn.
@@ -71,15 +73,19 @@ class ReplyTurns:
 
     def go_on(self) -> None:
         """Take the next reply, unless one is being read or carried out."""
+        if self._going_on:  # called again below: there may be hundreds of replies
+            return
+        self._going_on = True
         while not self.carrying_out and self._reading is None:
             if self._received:
                 self._carry_out(*self._received.popleft())
             elif self._waiting:
                 request = self._reading = self._waiting.pop(0)
                 assert request.exchange is not None
-                request.exchange.read_on()  # may end the attempt immediately
+                request.exchange.read_on()  # may end the attempt, which calls this
             else:
-                return
+                break
+        self._going_on = False
 
     def _carry_out(self, event_id: str, response: Response) -> None:
         self._wait_for(self._replies.carry_out(self._connection, event_id, response))
