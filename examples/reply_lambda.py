@@ -1,8 +1,9 @@
 # The smallest backend on AWS Lambda: it answers each message in the response.
 # Deploy this file with the handler `reply_lambda.handler` and a function URL (auth type
-# NONE: the relay has no AWS credentials), and give the relay this URL:
+# NONE: the relay has no AWS credentials), and give the relay this URL. Lambda takes at
+# most 6 MB, so messages must be shorter: in JSON a byte may take six.
 #
-#     .venv/bin/socketdock --backend=http \
+#     .venv/bin/socketdock --backend=http --max_message_size=950000 \
 #         --messageuri=https://abc123.lambda-url.eu-central-1.on.aws/
 import base64
 import json

@@ -79,7 +79,7 @@ class FunctionUrl:
         """Return what the handler returns. Raises if it does not."""
         invocation = Invocation(event)
         self._waiting.put(invocation)
-        return invocation.result.result(DEADLINE)
+        return invocation.result.result(3 * DEADLINE)
 
     def next(self) -> Invocation:
         """Wait for an invocation."""
