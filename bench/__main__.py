@@ -29,7 +29,6 @@ COMPARED: dict[str, Any] = {
     "rounds": 15,
     "seconds": 2.0,
     "warm_up": 1.0,
-    "idle_clients": 2000,
     "results": None,
 }
 

@@ -149,7 +149,7 @@ class ClientProtocol:
 
     def begin(self, stream: IOStream) -> None:
         """Take over the socket of `stream`, to which the 101 was written."""
-        self._stream = client_stream(stream, self._on_readable, self._on_lost)
+        self._stream = client_stream(stream, self)
         try:
             self._client.on_open()
         except Exception:
@@ -157,11 +157,11 @@ class ClientProtocol:
         if self._stream.closed:
             self.abort()
         elif self._stream.pending:
-            self._on_readable()
+            self.on_readable()
 
     # Reading.
 
-    def _on_readable(self) -> None:
+    def on_readable(self) -> None:
         if self._received is None:  # else `turns` continues with the last chunk
             self._read_on(at_once=False)
 
@@ -348,7 +348,7 @@ class ClientProtocol:
         self._closing.shut_down()
         self._closing.watch()
 
-    def _on_lost(self) -> None:
+    def on_lost(self) -> None:
         """A write has failed: read what the kernel still has, then end.
 
         The peer may have sent messages and a close frame before it disconnected.

@@ -11,8 +11,8 @@ import socket
 import ssl
 from bisect import insort
 from collections import deque
-from collections.abc import Callable
 from operator import itemgetter
+from typing import Protocol
 
 from tornado.iostream import IOStream
 
@@ -23,29 +23,36 @@ from handlers.websocket.uptake import Outgoing, outgoing
 RECORD = 16 * 1024  # bytes; the largest TLS record (RFC 8446, section 5.1)
 
 
-def client_stream(
-    stream: IOStream, on_readable: Callable[[], None], on_lost: Callable[[], None]
-) -> "ClientStream":
+class Owner(Protocol):
+    """What a stream reports to."""
+
+    def on_readable(self) -> None:
+        """There is something to read."""
+
+    def on_lost(self) -> None:
+        """A write has failed: nothing more is sent."""
+
+
+def client_stream(stream: IOStream, owner: Owner) -> "ClientStream":
     """Take over the socket of `stream`, plain or TLS."""
     is_tls = isinstance(stream.socket, ssl.SSLSocket)
-    return (TLSClientStream if is_tls else ClientStream)(stream, on_readable, on_lost)
+    return (TLSClientStream if is_tls else ClientStream)(stream, owner)
 
 
 class ClientStream:
-    """Calls `on_readable` when there is something to read, while reading is on.
+    """Calls `owner.on_readable` when there is something to read, while reading is on.
 
     Reading is on at first; the loop reports what there is in its next turn.
-    When a write has failed, `lost` is set, and the loop calls `on_lost` later. From
-    then on nothing is sent, but what arrived before can still be read. Only `close`
-    closes the socket.
+    When a write has failed, `lost` is set, and the loop calls `owner.on_lost` later.
+    From then on nothing is sent, but what arrived before can still be read. Only
+    `close` closes the socket.
     """
 
     # Whether the kernel still sends what was written after `close`, if all was read.
     closes_cleanly = True
 
     __slots__ = (
-        "_on_lost",
-        "_on_readable",
+        "_owner",
         "_reading",
         "_sock",
         "_unread",
@@ -57,16 +64,10 @@ class ClientStream:
         "taken",
     )
 
-    def __init__(
-        self,
-        stream: IOStream,
-        on_readable: Callable[[], None],
-        on_lost: Callable[[], None],
-    ) -> None:
+    def __init__(self, stream: IOStream, owner: Owner) -> None:
         # Stored, since `get_running_loop` makes a system call before Python 3.12.
         self.loop = asyncio.get_running_loop()
-        self._on_readable = on_readable
-        self._on_lost = on_lost
+        self._owner: Owner | None = owner  # None once it is closed
         self._reading = False
         self.closed = stream.closed()
         self.lost = False
@@ -98,10 +99,10 @@ class ClientStream:
         return len(self._unsent) if self._unsent else 0
 
     def start_reading(self) -> None:
-        """Call `on_readable` whenever there are bytes to read; level-triggered."""
-        if not self._reading and not self.closed:
+        """Call `on_readable` whenever there are bytes to read (level-triggered)."""
+        if not self._reading and self._owner is not None and not self.closed:
             self._reading = True
-            self.loop.add_reader(self._sock, self._on_readable)
+            self.loop.add_reader(self._sock, self._owner.on_readable)
 
     def stop_reading(self) -> None:
         """Leave what arrives in the kernel, so that the peer must wait."""
@@ -193,7 +194,8 @@ class ClientStream:
             self.loop.call_soon(self._report_loss)
 
     def _report_loss(self) -> None:
-        self._on_lost()
+        if self._owner is not None:
+            self._owner.on_lost()
 
     def shut_down(self) -> None:
         """End the writing side. May be called again."""
@@ -208,7 +210,7 @@ class ClientStream:
         self.closed = True
         self._drop_unsent()
         self._sock.close()
-        self._on_readable = self._on_lost = _ignore
+        self._owner = None
 
     def _drop_unsent(self) -> None:
         if self._unsent:
@@ -292,10 +294,6 @@ class TLSClientStream(ClientStream):
                     break
                 sent += taken
         return sent
-
-
-def _ignore() -> None:
-    """Do nothing: the callback of a closed stream."""
 
 
 def _fail(future: "asyncio.Future[None]") -> None:
