@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
+from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from handlers.callbacks.actions import Outcome
@@ -23,7 +24,8 @@ KEY = re.compile(r"[!-~]{1,255}")
 
 PERIOD = 300.0  # seconds for which an answer is remembered
 MAX_OF_SCOPE = 1_000  # answers for one connection
-MAX_IN_ALL = 100_000  # answers
+MAX_IN_ALL = 100_000  # answers; each takes about 500 bytes
+FORGOTTEN_PER_TURN = 1_000  # answers, which takes about 1 ms
 
 REUSED = Outcome(
     HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -149,16 +151,14 @@ class Repeats:
             self._remember(name, digest, answer)
 
     def _remember(self, name: Name, digest: bytes, answer: Answer) -> None:
-        forget_at = self._loop.time() + PERIOD
-        self._answered[name] = _Answered(digest, answer, forget_at)
+        self._answered[name] = _Answered(digest, answer, self._loop.time() + PERIOD)
         names = self._by_scope.setdefault(name[0], {})
         names[name] = None
         if len(names) > MAX_OF_SCOPE:
             self._forget(next(iter(names)))
         if len(self._answered) > MAX_IN_ALL:
             self._forget(next(iter(self._answered)))
-        if self._timer is None:
-            self._timer = self._loop.call_at(forget_at, self._on_time)
+        self._watch()
 
     def _forget(self, name: Name) -> None:
         del self._answered[name]
@@ -167,13 +167,17 @@ class Repeats:
         if not names:
             del self._by_scope[name[0]]
 
+    def _watch(self) -> None:
+        """Wait until the oldest answer is to be forgotten."""
+        if self._timer is None and self._answered:
+            oldest = next(iter(self._answered.values()))
+            self._timer = self._loop.call_at(oldest.forget_at, self._on_time)
+
     def _on_time(self) -> None:
-        """Forget what is too old, and wait for the next."""
         self._timer = None
         now = self._loop.time()
-        while self._answered:
-            name, answered = next(iter(self._answered.items()))
+        for name, answered in list(islice(self._answered.items(), FORGOTTEN_PER_TURN)):
             if answered.forget_at > now:
-                self._timer = self._loop.call_at(answered.forget_at, self._on_time)
                 break
             self._forget(name)
+        self._watch()
