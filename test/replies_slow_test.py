@@ -24,6 +24,7 @@ from wire import TEXT, frame
 
 pytestmark = pytest.mark.gen_test(timeout=180)
 
+NO_PINGS = "--ping_interval=0"  # they would be among the frames that are read
 END = [response(commands({"send": "end"}))]
 # More than the kernels of relay and client hold for a `SlowClient`.
 LARGE = [response(commands(*[{"send": "x" * MIB}] * 7))]
@@ -64,7 +65,7 @@ async def test_slow_client_slows_down_its_own_messages(
     """It gets a whole reply above its buffer; then its next message is posted."""
     authority = Authority(tmp_path)
     tls = authority.server("127.0.0.1").server_context() if is_tls else None
-    flags = [f"--event_loop={loop}"]
+    flags = [f"--event_loop={loop}", NO_PINGS]
     if is_tls:
         flags.append(f"--backend_ca={authority.path}")
     async with RawBackend(tls) as backend:
@@ -90,7 +91,7 @@ async def test_small_send_buffer_does_not_stop_a_connection(io_loop, size):
         large = [response(commands({"send": "x" * 4 * MIB}))]
         backend.answers |= {"one": large, "end": END}
         async with Service(
-            *backend.flags(), f"--max_send_buffer={size}", "--ping_interval=0"
+            *backend.flags(), f"--max_send_buffer={size}", NO_PINGS
         ) as service:
             with await SlowClient.connect(service.ws_url) as slow:
                 await slow.send(sent("one", "end"))
@@ -153,21 +154,91 @@ async def test_hundreds_of_held_answers_follow_a_slow_one(io_loop):
             reply = response(commands({"send": str(index)}))
             backend.answers[str(index)] = [release, reply]
         async with Service(
-            *backend.flags(), "--order_wait=0.001", f"--max_unanswered={number}"
+            *backend.flags(), "--order_wait=0.001", f"--max_unanswered={number}",
+            NO_PINGS,
         ) as service:
             with await SlowClient.connect(service.ws_url) as slow:
                 await slow.send(sent(*map(str, range(number))))
                 await until_held(service, number)
                 release.set_result(None)
-                await slow.read(lambda data: len(slow.frames()) == number + 6)
+                await slow.read(lambda data: len(slow.frames()) >= number + 6)
                 assert sorted(map(int, texts(slow)[7:])) == [*range(1, number)]
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])
+async def test_connections_that_end_while_their_replies_wait(
+    io_loop, tmp_path, loop, is_tls
+):
+    """A whole reply counts, one that was cut off does not; the next message goes."""
+    authority = Authority(tmp_path)
+    tls = authority.server("127.0.0.1").server_context() if is_tls else None
+    flags = [f"--event_loop={loop}", "--order_wait=0.01", NO_PINGS]
+    if is_tls:
+        flags.append(f"--backend_ca={authority.path}")
+    async with RawBackend(tls) as backend:
+        release = asyncio.get_running_loop().create_future()
+        backend.answers |= {
+            "0": [release, *LARGE],
+            "1": [release, response(commands({"send": "cut"}))[:-1], None],
+            "2": [release, response(commands({"send": "2"}), "Connection: close"),
+                  None],
+            "end": END,
+        }
+        async with (
+            Service(*backend.flags(), *flags) as service,
+            websockets.connect(service.ws_url) as other,
+        ):
+            with await SlowClient.connect(service.ws_url) as slow:
+                await slow.send(sent("0", "1", "2"))
+                await until_held(service, 3)
+                await slow.send(sent("end"))
+                release.set_result(None)
+                await echo(other)
+                # Held replies have no order.
+                await slow.read(lambda data: len(slow.frames()) >= 9)
+                small = [text for text in texts(slow, 3) if text != "xxx"]
+                assert sorted(small) == ["2", "end"]
+            counts = await outcomes(service)
+            assert counts == {"send/done": 7 + 1 + 1 + 5, "none/invalid": 1}
+        assert sorted(backend.messages()) == ["0", "1", "2", *["end"] * 6]
+
+
+@pytest.mark.long
+async def test_drain_with_replies_that_wait_for_a_slow_client(io_loop):
+    """Its connection ends as others do, and no reply is reported as unusable."""
+    async with RawBackend() as backend:
+        release = asyncio.get_running_loop().create_future()
+        names = [str(number) for number in range(4)]
+        backend.answers |= {name: [release, *LARGE] for name in names}
+        backend.answers["end"] = END
+        async with Service(
+            *backend.flags(), "--order_wait=0.01", "--send_timeout=2"
+        ) as service:
+            other = await websockets.connect(service.ws_url)
+            with await SlowClient.connect(service.ws_url) as slow:
+                await slow.send(sent(*names))
+                connection_id = await id_of(backend, names[-1])
+                await until_held(service, 4)
+                release.set_result(None)
+                await echo(other)
+                service.process.send_signal(signal.SIGTERM)
+                meta = (await backend.disconnect_of(connection_id))["meta"]
+                assert meta["undelivered"] == 0
+                assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
+            assert not [line for line in service.log if "cannot be used" in line]
+            assert not service.tracebacks
+            with pytest.raises(websockets.ConnectionClosed):
+                await other.recv()
 
 
 async def test_full_buffers_of_other_connections_drop_commands(io_loop):
     """They are counted; the connection of the event is not slowed down."""
     async with RawBackend() as backend:
         async with (
-            Service(*backend.flags(), "--max_send_buffer=65536") as service,
+            Service(
+                *backend.flags(), "--max_send_buffer=65536", NO_PINGS
+            ) as service,
             websockets.connect(service.ws_url) as client,
         ):
             with await SlowClient.connect(service.ws_url) as slow:
@@ -196,7 +267,7 @@ async def test_overdue_reply_is_carried_out_when_it_comes(io_loop):
     """After those of later messages, which did not wait for it."""
     async with RawBackend() as backend:
         release = asyncio.get_running_loop().create_future()
-        late = response(commands({"send": "late"}, {"state": 1}))
+        late = response(commands({"state": 1}, {"send": "late"}))
         backend.answers |= {"held": [release, late], "end": END}
         async with (
             Service(*backend.flags(), "--order_wait=0.05") as service,
