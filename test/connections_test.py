@@ -11,6 +11,8 @@ from tornado.web import Application
 from backends import Backend, Observer
 from handlers.admission import Admission
 from handlers.backlog import Backlog
+from handlers.callbacks.access import CallbackAccess
+from handlers.callbacks.repeats import Repeats
 from handlers.callbacks.routes import callback_routes
 from handlers.callbacks.tokens import CallbackTokens
 from handlers.clients.connection import ClientContext
@@ -48,7 +50,8 @@ async def make_application(**bounds: int) -> Application:
     connections = ConnectionMap(Backlog(**bounds), admission)
     lifetimes = Lifetimes(idle_timeout=3600, max_lifetime=3600)
     backend = HoldingBackend()
-    shared = {"connections": connections, "backend": backend}
+    repeats = Repeats(connections.loop)
+    shared = {"connections": connections, "backend": backend, "repeats": repeats}
     context = ClientContext(
         connections, backend, Heartbeat(0, 0), lifetimes, ClientPolicy()
     )
@@ -57,7 +60,12 @@ async def make_application(**bounds: int) -> Application:
     routes = client_routes(
         ClientPaths(["/ws"]),
         callback_routes(
-            "", CallbackTokens(), readiness, "1", max_message_size=1000, **shared
+            "",
+            CallbackAccess(CallbackTokens(), None),
+            readiness,
+            "1",
+            max_message_size=1000,
+            **shared,
         ),
         context=context,
         tickets=Tickets(),

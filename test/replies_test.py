@@ -15,6 +15,7 @@ from reply_backends import (
     commands,
     outcomes,
     received,
+    unusable_reply,
 )
 from service import DEADLINE, Service
 from wire import TEXT, handshake
@@ -36,7 +37,7 @@ def shared_relay(io_loop, shared):
     async def begin() -> tuple[ReplyBackend, Service]:
         backend = await shared.enter_async_context(ReplyBackend())
         service = await shared.enter_async_context(
-            Service(*backend.flags(), "--max_state_size=100")
+            Service(*backend.flags(), "--max_state_size=100", "--logging=debug")
         )
         return backend, service
 
@@ -163,7 +164,7 @@ async def test_malformed_reply_changes_nothing(backend, service, body):
     (event, _) = backend.of("message")
     disconnect = await backend.disconnect_of(event["meta"]["connection_id"])
     assert disconnect["meta"]["refused"] == disconnect["meta"]["undelivered"] == 0
-    (warning,) = [line for line in service.log[before:] if "cannot be used" in line]
+    warning = await unusable_reply(service, before)
     assert re.search(r"^\[W .* connection \w{32}: the reply to \w{32}-1 ", warning)
     assert "xxx" not in warning
     assert not service.tracebacks
@@ -380,7 +381,7 @@ async def test_unusable_verdict_accepts(backend, service, decide, body):
     assert added(before, await outcomes(service)) == {
         "none/invalid": 1, "send/done": 1
     }
-    (warning,) = [line for line in service.log[logged:] if "cannot be used" in line]
+    warning = await unusable_reply(service, logged)
     assert "-connect cannot" in warning
 
 

@@ -197,3 +197,16 @@ def added(
         for name, value in after.items()
         if value != before.get(name, 0)
     }
+
+
+async def unusable_reply(service: Service, since: int) -> str:
+    """Return the only line about a reply after number `since` of the log.
+
+    The relay logs at level debug, at which no line is only counted.
+    """
+    def lines() -> list[str]:
+        return [line for line in service.log[since:] if "cannot be used" in line]
+
+    await eventually(lines)
+    (line,) = lines()
+    return line
