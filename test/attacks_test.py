@@ -8,10 +8,12 @@ from handlers.http.body_budget import MAX_BODY_BYTES
 
 pytestmark = [pytest.mark.gen_test(timeout=240), pytest.mark.long]
 
-COUNT = 30  # peers at once
+# Peers at once: fewer for the server that works longer for each of them.
+COUNTS = {"fast": 30, "tornado": 15}
 CROWD = 60  # whose bodies together are twice what the process keeps
 # Per peer: bytes read ahead, a head, a response, and bytes in the kernel.
 EACH = 512 * 1024
+SLACK = 2 * 2**20  # bytes; what a measurement may differ by
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])
@@ -19,13 +21,14 @@ EACH = 512 * 1024
 async def test_peers_that_read_nothing_take_little_memory(io_loop, server, door):
     """The relay serves a client meanwhile; each kind of peer runs in turn."""
     flags = ("--callbackport=0", f"--http_server={server}")
+    count = COUNTS[server]
     # A body may be as large as a message, and is kept until it is complete.
     flags += ("--max_message_size=262144",)
     async with Service(*flags) as service:
-        await attack(service, doors(service)[door], "empty lines", COUNT, 0.2)
+        await attack(service, doors(service)[door], "empty lines", count, 0.2)
         for kind in PEERS:
-            found = await attack(service, doors(service)[door], kind, COUNT, 0.4)
-            assert found.during - found.before < COUNT * EACH, (kind, found)
+            found = await attack(service, doors(service)[door], kind, count, 0.4)
+            assert found.during - found.before < count * EACH + SLACK, (kind, found)
             assert found.sent > 0, kind
             assert found.longest_echo < 10, (kind, found)
 

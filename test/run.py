@@ -17,7 +17,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 PROCESSORS = len(os.sched_getaffinity(0))
 # More than there are processors, since tests often wait for deadlines.
-WORKERS = PROCESSORS * 3
+WORKERS = PROCESSORS * 4
 # Tests share no ports and no folders.
 PARALLEL = (f"--numprocesses={WORKERS}", "--dist=worksteal")
 

@@ -419,8 +419,7 @@ async def test_pings_and_pongs_are_no_activity(io_loop, pinged_by):
 # All of them.
 
 
-@LOOPS
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("loop", "seed"), [("asyncio", 1), ("uvloop", 2)])
 async def test_all_kinds_of_clients_at_once(io_loop, loop, seed):
     """Each message that was sent before a close frame arrives once and in order.
 
