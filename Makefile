@@ -43,8 +43,9 @@ demo: .venv/run.stamp
 
 soak: .venv/test.stamp
 	$(BIN)/python test/soak.py $(ARGS)
-	@[ -n "$(ARGS)" ] || CONSOLE_SECONDS=300 $(BIN)/python -m pytest -q -rs \
-	    test/console_page_test.py -k does_not_grow
+	@[ -n "$(ARGS)" ] || CONSOLE_SECONDS=300 CONSOLE_CLIENTS=10000 \
+	    $(BIN)/python -m pytest -q -rs test/console_page_test.py \
+	    -k "does_not_grow or many_connections"
 	@[ -n "$(ARGS)" ] || $(BIN)/python test/batch_soak.py
 
 # The console's pictures in docs/images; it needs ports 8000 and 8765, and chromium.

@@ -38,23 +38,18 @@ def named(*modules: str) -> tuple[str, ...]:
 PARTS = (
     Part(
         f"Every test, {WORKERS} at a time",
-        (*PARALLEL, "-m", "not alone"),
-    ),
-    Part(
-        "One at a time: what would not be quick enough beside other tests",
-        ("-m", "alone"),
+        PARALLEL,
     ),
     # The code that the defaults do not use: another HTTP server, another way of TLS,
     # sends without the fast path, streams of another loop. The code behind these
-    # (delivery, signing, limits) is the same.
+    # (frames, tokens, delivery, signing, limits) is the same.
     Part(
         "Again on asyncio's own loop and Tornado's own server",
         (
             *PARALLEL,
             "-m",
             "not once",
-            *named("handshake", "bad_input", "websocket", "frames", "callback"),
-            *named("authorization", "tls", "backend_tls"),
+            *named("handshake", "bad_input", "callback", "tls", "backend_tls"),
         ),
         {"TEST_FLAGS": "--event_loop=asyncio --http_server=tornado"},
     ),
@@ -73,8 +68,6 @@ RELAY = (
         f"The relay's tests, {WORKERS} at a time",
         (
             *PARALLEL,
-            "-m",
-            "not alone",
             *(f"--ignore={path}" for path in NOT_OF_THE_RELAY + TOO_LONG),
         ),
     ),

@@ -470,7 +470,7 @@ async def test_all_kinds_of_clients_at_once(io_loop, loop, seed):
         async def answer(handler: RequestHandler, event: dict) -> None:
             if event["meta"]["message_id"].endswith("-1") and chance.random() < 0.5:
                 url = event["meta"]["send"]
-                pause = chance.choice([0.0, 0.05])
+                pause = chance.choice([0.01, 0.05])
                 feeding.append(asyncio.create_task(feed(backend, url, pause)))
             await asyncio.sleep(chance.random() / 50)  # the backend's work
 
