@@ -670,7 +670,7 @@ async def test_page_works_with_many_connections(io_loop, browser):
                     await client.send("x")
                     await client.recv()
             nodes = await page.evaluate("document.querySelectorAll('*').length")
-            assert nodes < CROWD / 2
+            assert nodes < 5000  # a row for each would be several times as many
 
 
 @contextlib.asynccontextmanager
