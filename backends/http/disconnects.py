@@ -3,6 +3,7 @@
 `attempts` makes the attempts. `open_connections` records which events are due.
 """
 
+import abc
 import asyncio
 import itertools
 import logging
@@ -102,16 +103,40 @@ class DisconnectNotification:
         return event
 
 
-class Disconnects(Protocol):
-    """Delivers disconnect events."""
+class Disconnects(abc.ABC):
+    """Delivers disconnect events, and reports what became of each."""
 
-    closing: bool  # the relay stops: the next start sends failed events
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self.closing = False  # the relay stops: the next start sends failed events
 
     async def deliver(self, notification: DisconnectNotification) -> None:
         """Send the event. Raises `BackendError` if it was refused or given up."""
+        connection_id, observer = notification.connection_id, self._observer
+        try:
+            refused = await self._send(notification)
+        except BackendError:
+            if not self.closing:
+                observer.given_up(f"{connection_id}-disconnect")
+                observer.ended("disconnect", connection_id, "failed")
+            raise
+        if refused is None:
+            observer.ended("disconnect", connection_id, "delivered")
+        else:
+            observer.ended("disconnect", connection_id, "refused")
+            raise refused
+
+    @abc.abstractmethod
+    async def _send(
+        self, notification: DisconnectNotification
+    ) -> BackendError | None:
+        """Send until accepted or refused; then return None or the error for the log.
+
+        Raises `BackendError` if it is given up.
+        """
 
 
-class DisconnectDelivery:
+class DisconnectDelivery(Disconnects):
     """Delivers disconnect events to `target`; None: no events are sent.
 
     An event is given up `timeout` seconds after its first failure.
@@ -125,39 +150,24 @@ class DisconnectDelivery:
         timeout: float,
         observer: Observer,
     ) -> None:
+        super().__init__(observer)
         self.target = target
         self._attempts = attempts
         self._breaker = breaker
         self._timeout = timeout
-        self._observer = observer
-        self.closing = False  # the relay stops: the next start sends failed events
 
     async def deliver(self, notification: DisconnectNotification) -> None:
         """Send the event. Raises `BackendError` if it was refused or given up."""
         if self.target is None:
             await notification.wait_until_ready()
-            return
-        connection_id = notification.connection_id
-        try:
-            refused = await self._retry(self.target, notification)
-        except BackendError:
-            if not self.closing:
-                self._observer.given_up(f"{connection_id}-disconnect")
-                self._observer.ended("disconnect", connection_id, "failed")
-            raise
-        if refused is None:
-            self._observer.ended("disconnect", connection_id, "delivered")
         else:
-            self._observer.ended("disconnect", connection_id, "refused")
-            raise refused
+            await super().deliver(notification)
 
-    async def _retry(
-        self, target: Target, notification: DisconnectNotification
+    async def _send(
+        self, notification: DisconnectNotification
     ) -> BackendError | None:
-        """Send until accepted or refused; then return None or the error for the log.
-
-        Raises `BackendError` if it is given up.
-        """
+        target = self.target
+        assert target is not None
         loop = asyncio.get_running_loop()
         deadline = float("inf")
         for attempt in itertools.count(1):

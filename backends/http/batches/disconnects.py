@@ -8,14 +8,14 @@ from backends import BackendError, EventName
 from backends.deadlines import after_reading
 from backends.http.batches.entry import Entry
 from backends.http.batches.lane import Lane, LaneContext
-from backends.http.disconnects import DisconnectNotification
+from backends.http.disconnects import DisconnectNotification, Disconnects
 from backends.http.retries import backoff, hint
 
 logger = logging.getLogger(__name__)
 
 
-class BatchDisconnects:
-    """Delivers disconnect events; the counterpart of `disconnects.DisconnectDelivery`.
+class BatchDisconnects(Disconnects):
+    """Delivers disconnect events in the lanes of their connections.
 
     An event is given up `timeout` seconds after its first failure.
     """
@@ -23,29 +23,19 @@ class BatchDisconnects:
     def __init__(
         self, context: LaneContext, lane_of: Callable[[str], Lane], timeout: float
     ) -> None:
+        super().__init__(context.observer)
         self.target = context.target
-        self.closing = False  # the relay stops: the next start sends what is left
         self._context = context
         self._lane_of = lane_of
         self._timeout = timeout
 
-    async def deliver(self, notification: DisconnectNotification) -> None:
-        """Send the event. Raises `BackendError` if it was refused or given up."""
+    async def _send(
+        self, notification: DisconnectNotification
+    ) -> BackendError | None:
         await notification.wait_until_ready()
-        connection_id = notification.connection_id
-        lane = self._lane_of(connection_id)
+        lane = self._lane_of(notification.connection_id)
         sending = SendingDisconnect(notification, lane, self._context, self._timeout)
-        observer = self._context.observer
-        try:
-            refused = await sending.outcome
-        except BackendError:
-            observer.given_up(f"{connection_id}-disconnect")
-            observer.ended("disconnect", connection_id, "failed")
-            raise
-        if refused is not None:
-            observer.ended("disconnect", connection_id, "refused")
-            raise refused
-        observer.ended("disconnect", connection_id, "delivered")
+        return await sending.outcome
 
 
 class SendingDisconnect:
