@@ -6,6 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
+REPOSITORY = "https://github.com/socketdock/socketdock"
+PAGES = f"{REPOSITORY}/blob/main/"
 
 
 def version() -> str:
@@ -16,12 +18,27 @@ def version() -> str:
     return found[1]
 
 
+def readme() -> str:
+    """README.md for PyPI, which shows it without the files that it links to."""
+    text = (HERE / "README.md").read_text("utf-8")
+    text = re.sub(r"(!\[[^]]*\]\()(?!https:)", rf"\1{REPOSITORY}/raw/main/", text)
+    return re.sub(r"(?<!!)(\[[^]]*\]\()(?!https:)", rf"\1{PAGES}", text)
+
+
 setup(
     name="socketdock",
     version=version(),
     description="Lets WebSocket clients talk to backends that speak only HTTP",
-    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description=readme(),
     long_description_content_type="text/markdown",
+    author="The SocketDock developers",
+    url=REPOSITORY,
+    project_urls={
+        "Documentation": f"{PAGES}docs/README.md",
+        "Changelog": f"{PAGES}CHANGELOG.md",
+        "Issues": f"{REPOSITORY}/issues",
+    },
+    keywords="websocket relay gateway http webhook didcomm serverless",
     license="Apache-2.0",
     classifiers=[
         "Environment :: No Input/Output (Daemon)",
@@ -105,6 +122,7 @@ setup(
             "pyyaml>=6,<7",  # conf/compose.yaml, and --log_config
             "standardwebhooks>=1.1,<2",
             "supervisor>=4.3,<5",
+            "twine>=5,<7",  # checks what PyPI would show
             "ruff",
             "mypy",
             "types-setuptools",

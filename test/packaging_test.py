@@ -1,12 +1,14 @@
 """The installation has exactly what setup.py lists."""
 
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
-from project import installation, library, wheel
+from project import installation, library, source_distribution, wheel
 from service import PROJECT
 
 MODULES = {"socketdock.py"}
@@ -79,6 +81,45 @@ def test_wheel_has_the_conf_files(names):
     conf = {f"data/share/socketdock/conf/{f.name}" for f in PROJECT.glob("conf/*")}
     assert len(conf) >= 6
     assert shipped == conf
+
+
+@pytest.mark.once
+@pytest.mark.long
+def test_source_distribution_has_what_a_clone_has(tmp_path):
+    """Also docs, tests and CHANGELOG; nothing that is generated or installed."""
+    listed = subprocess.check_output(["git", "ls-files"], cwd=PROJECT, text=True)
+    clone = set(listed.splitlines()) - {".gitignore"}
+    built = source_distribution(tmp_path)
+    with tarfile.open(built) as archive:
+        names = {file.name for file in archive.getmembers() if file.isfile()}
+    shipped = {name.partition("/")[2] for name in names}
+    assert clone <= shipped
+    generated = {"PKG-INFO", "setup.cfg"}
+    assert not {
+        name
+        for name in shipped - clone - generated
+        if "egg-info/" not in name and not (PROJECT / name).is_file()
+    }
+    assert not [name for name in shipped if "node_modules/" in name]
+    twine = [sys.executable, "-m", "twine", "check", "--strict", str(built)]
+    subprocess.run(twine, check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+@pytest.mark.once
+def test_readme_is_short_and_works_on_the_package_index(tmp_path_factory):
+    """At most 120 lines. Its links and images are absolute in the metadata."""
+    lines = (PROJECT / "README.md").read_text("utf-8").splitlines()
+    assert len(lines) <= 120
+    built = wheel(tmp_path_factory.getbasetemp())
+    with zipfile.ZipFile(built) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        description = archive.read(name).decode()
+    links = re.findall(r"\]\(([^)]+)\)", description)
+    assert len(links) > 20
+    assert all(link.startswith("https://") for link in links)
+    images = re.findall(r"!\[[^]]*\]\(([^)]+)\)", description)
+    assert images and all("/raw/" in image for image in images)
+    assert "\nProject-URL: Changelog, https://" in description
 
 
 def test_wheel_has_its_license(names):

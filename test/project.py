@@ -31,6 +31,28 @@ def wheel(temporary: Path) -> Path:
         return _wheel(shared)
 
 
+def source_distribution(temporary: Path) -> Path:
+    """Build the project's sdist in a copy of the checkout, and return it."""
+    tree = temporary / "sdist" / "tree"
+    shutil.copytree(
+        PROJECT,
+        tree,
+        ignore=shutil.ignore_patterns(
+            ".git", ".venv", ".*_cache", ".hypothesis",
+            "node_modules", "build", "dist", "*.egg-info",
+        ),
+    )
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir=.."],
+        cwd=tree,
+        stderr=subprocess.DEVNULL,
+        check=True,
+        timeout=120,
+    )
+    (built,) = tree.parent.glob("*.tar.gz")
+    return built
+
+
 def installation(temporary: Path) -> Path:
     """Return the folder of the installed wheel, made once per run."""
     with _alone(temporary) as shared:
