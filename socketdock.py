@@ -23,7 +23,7 @@ from tornado.options import define, options
 from tornado.web import RequestHandler
 
 import backends
-from backends import Backend, Check, Finding, Observer, Relay, Unavailable
+from backends import Backend, Check, Finding, Observer, Occupancy, Relay, Unavailable
 from handlers.admission import Admission
 from handlers.backlog import Backlog
 from handlers.callbacks.access import CallbackAccess
@@ -222,9 +222,13 @@ class Service:
                 self.tracing.sample if self.tracing is not None else None,
                 self.executor,
                 self.access.key_of,
+                self._occupancy,
             )
         )
         return backend if backend.observes else ObservedBackend(backend, self.observers)
+
+    def _occupancy(self) -> Occupancy:
+        return Occupancy(len(self.connections), self.connections.stopping)
 
     def _make_connections(self) -> Connections:
         admission = Admission(

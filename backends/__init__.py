@@ -153,6 +153,9 @@ class Observer:
     ) -> None:
         """An event of a connection has ended so, or `count` of them."""
 
+    def heartbeat_ended(self, delivered: bool) -> None:
+        """A heartbeat of this instance was accepted by the backend, or was not."""
+
     def given_up(self, event_id: str) -> None:
         """An event that was attempted is given up; `ended` counts it, too."""
 
@@ -170,6 +173,13 @@ class Observer:
         """
 
 
+class Occupancy(NamedTuple):
+    """How many connections this instance has, and whether it is being stopped."""
+
+    connections: int
+    draining: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Relay:
     """What a backend is given of the relay that it serves.
@@ -181,7 +191,8 @@ class Relay:
     reports attempts and outcomes to `observer`; see `Backend.observes`. `sample`
     decides by the id of a new trace whether it is recorded; None: none is. `executor`
     carries out the commands of a backend's responses. `key_of` returns the key of a
-    connection's callback URLs, by its id; None: they have none.
+    connection's callback URLs, by its id; None: they have none. `occupancy` returns
+    that of now.
     """
 
     callback_url: str | None
@@ -191,6 +202,7 @@ class Relay:
     sample: Callable[[str], bool] | None = None
     executor: Executor | None = None
     key_of: Callable[[str], str] | None = None
+    occupancy: Callable[[], Occupancy] = lambda: Occupancy(0, draining=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ COUNTERS = {
         )
         for outcome in outcomes
     ],
+    "heartbeats": ['outcome="delivered"', 'outcome="failed"'],
     "closes": [
         f'code="{code}",initiator="{initiator}"'
         for code in CODES

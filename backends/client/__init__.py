@@ -25,10 +25,13 @@ define("max_backend_connections", default=4096, metavar="COUNT",
        help="most connections to the backend, including those with held answers")
 
 
-def make_client() -> Client:
-    """Make the client for a backend, from the options."""
+def make_client(max_connections: int | None = None) -> Client:
+    """Make a client for a backend, from the options.
+
+    It may have `max_connections`; None: those of `--max_backend_connections`.
+    """
     return Client(
-        options.max_backend_connections,
+        max_connections or options.max_backend_connections,
         options.backend_connect_timeout,
         options.backend_dead_after,
         options.backend_connection_age or float("inf"),

@@ -24,6 +24,7 @@ from backends import (
 from backends.breaker import Breaker, breaker_settings
 from backends.client import make_client
 from backends.events import Ended, EventWriter
+from backends.heartbeat import CONNECTIONS, Heartbeat
 from backends.http.attempts import Attempts
 from backends.http.batches import (
     BatchDeliveries,
@@ -50,7 +51,12 @@ from backends.http.targets import make_targets
 from backends.target import Target
 
 # The shared modules whose options this backend reads.
-OPTION_MODULES = ("backends.breaker", "backends.client", "backends.journal")
+OPTION_MODULES = (
+    "backends.breaker",
+    "backends.client",
+    "backends.heartbeat",
+    "backends.journal",
+)
 
 RETRY_AFTER = "1"  # seconds, for clients rejected while the backend is unreachable
 
@@ -68,6 +74,7 @@ class HTTPBackend(Backend):
         disconnects: DisconnectDelivery | BatchDisconnects,
         open_connections: OpenConnections,
         credentials: CredentialSources,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self._events = events
         self._decisions = decisions
@@ -75,6 +82,7 @@ class HTTPBackend(Backend):
         self._disconnects = disconnects
         self._open_connections = open_connections
         self._credentials = credentials
+        self._heartbeat = heartbeat
         self._observer = deliveries.observer
         self._client = deliveries.client
         self._breaker = deliveries.breaker
@@ -203,6 +211,8 @@ class HTTPBackend(Backend):
             credentials.headers, credentials.signer
         )
         self._client.trust(credentials.tls)
+        if self._heartbeat is not None:
+            self._heartbeat.client.trust(credentials.tls)
 
     async def drain(self, timeout: float) -> int:
         """Wait for held requests; those that fail meanwhile are retried.
@@ -230,6 +240,8 @@ class HTTPBackend(Backend):
         await self._open_connections.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
         await self._client.close()
+        if self._heartbeat is not None:
+            await self._heartbeat.close()
         self._open_connections.close()
 
 
@@ -312,4 +324,14 @@ def make_backend(relay: Relay) -> HTTPBackend:
         disconnects,
         OpenConnections(state, events, disconnects),
         credential_sources(*targets.values()),
+        make_heartbeat(targets["instance"], requests, relay),
     )
+
+
+def make_heartbeat(
+    target: Target | None, requests: RequestWriter, relay: Relay
+) -> Heartbeat | None:
+    """Make the heartbeat to `target`, which starts on the next turn of the loop."""
+    if target is None:
+        return None
+    return Heartbeat(target, make_client(CONNECTIONS), requests.write, relay)

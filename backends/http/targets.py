@@ -19,7 +19,7 @@ def make_targets(relay: Relay) -> dict[str, Target | None]:
     """
     targets = {
         name: _target_of(f"{name}uri")
-        for name in ("message", "disconnect", "connect", "batch")
+        for name in ("message", "disconnect", "connect", "batch", "instance")
     }
     if targets["batch"] is not None:
         check_batch_options()

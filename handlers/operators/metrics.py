@@ -58,6 +58,7 @@ class Metrics(Observer):
         self.durations = {event: [0] * (len(BOUNDS) + 1) for event in EVENTS}
         self.seconds = dict.fromkeys(EVENTS, 0.0)
         self.sends = dict.fromkeys((*SEND_STATUSES, OTHER), 0)
+        self.heartbeats = {"delivered": 0, "failed": 0}
         self.closes = {code: _zeroes(Initiator) for code in CLOSE_LABELS}
         # By source, command and outcome; command is "none" for unreadable replies.
         self.commands = {
@@ -103,6 +104,9 @@ class Metrics(Observer):
             seconds = attempt.seconds
             self.durations[event][bisect_left(BOUNDS, seconds)] += 1
             self.seconds[event] += seconds
+
+    def heartbeat_ended(self, delivered: bool) -> None:
+        self.heartbeats["delivered" if delivered else "failed"] += 1
 
     def ended(
         self, event: EventName, connection_id: str, outcome: Outcome, count: int = 1

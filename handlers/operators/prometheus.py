@@ -147,6 +147,10 @@ class RelayCollector(Collector):
             ["source", "command", "outcome"], seen.commands.items(),
         )
         yield _counter(
+            "heartbeats", "Heartbeats to --instanceuri, by outcome.", ["outcome"],
+            [((outcome,), count) for outcome, count in seen.heartbeats.items()],
+        )
+        yield _counter(
             "closes", "Closed client connections, by close code and initiator.",
             ["code", "initiator"], _pairs(seen.closes),
         )
