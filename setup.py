@@ -77,7 +77,17 @@ setup(
                 "conf/socketdock.service",
                 "conf/supervisord.conf",
             ],
-        )
+        ),
+        (
+            "share/socketdock/conf/kubernetes",
+            [
+                "conf/kubernetes/autoscaler.yaml",
+                "conf/kubernetes/common.yaml",
+                "conf/kubernetes/deployment.yaml",
+                "conf/kubernetes/servicemonitor.yaml",
+                "conf/kubernetes/statefulset.yaml",
+            ],
+        ),
     ],
     entry_points={"console_scripts": ["socketdock=socketdock:main"]},
     install_requires=[
@@ -120,6 +130,8 @@ setup(
             "playwright>=1.49,<2",  # the console, in a browser
             "schemathesis>=4,<5",  # the OpenAPI document against the relay
             "pyyaml>=6,<7",  # conf/compose.yaml, and --log_config
+            "kubernetes-validate>=1.36,<2",  # conf/kubernetes
+            "jsonschema>=4.18,<5",  # its custom resource
             "standardwebhooks>=1.1,<2",
             "supervisor>=4.3,<5",
             "twine>=5,<7",  # checks what PyPI would show

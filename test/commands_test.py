@@ -28,7 +28,7 @@ LONG = 60.0  # seconds for a start on a busy machine
 PROGRAMS = (
     r"(\.venv/bin/\S+|\. \.venv|make|python[\d.]*|socketdock|pipx?|docker|npm|curl"
     r"|supervisor(d|ctl)|openssl|echo|systemctl|apt-get|useradd|opentelemetry-\w+|mkdir"
-    r"|[A-Z_]+=\S+|export|cp|php|node) "
+    r"|[A-Z_]+=\S+|export|cp|php|node|kubectl) "
 )
 
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.M | re.S)
@@ -62,6 +62,7 @@ NOT_RUN = {
     r"\.venv/bin/python -m pip install supervisor\n|(\.venv/bin/)?supervisor(d|ctl) ":
         "supervisord_test runs the real one with this file",
     r"docker |CALLBACK_TOKEN_FILE=": "it needs Docker; compose_test has the files",
+    r"kubectl ": "it needs a cluster; kubernetes_test has the files",
     r"(/etc|mkdir /etc|cp conf|systemctl|useradd|chown|apt-get|python3 -m venv /opt)":
         "it changes this machine; systemd_test runs what the unit runs",
     r"opentelemetry-instrument": "it is a program of the backend's side",
@@ -88,8 +89,9 @@ def commands() -> Iterator[tuple[str, str]]:
         for code in [*re.findall(r"`([^`\n]+)`", prose), *indented]:
             if re.match(PROGRAMS, code):
                 yield path.name, code
+    conf = [path for path in PROJECT.glob("conf/**/*") if path.is_file()]
     examples = [path for path in PROJECT.glob("examples/**/*") if is_source(path)]
-    for path in sorted([*PROJECT.glob("conf/*"), *examples]):
+    for path in sorted([*conf, *examples]):
         text = path.read_text("utf-8")
         if text.startswith('"""'):
             head = text.split('"""')[1].replace("\\\\\n", "\\\n")

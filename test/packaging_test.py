@@ -76,10 +76,11 @@ class CountBackend(Backend):
 
 
 def test_wheel_has_the_conf_files(names):
-    """Each file of conf/, in share/socketdock/conf."""
+    """Each file of conf/ and its folders, in share/socketdock/conf."""
     shipped = {name.partition(".data/")[2] for name in names if ".data/" in name}
-    conf = {f"data/share/socketdock/conf/{f.name}" for f in PROJECT.glob("conf/*")}
-    assert len(conf) >= 6
+    files = [path for path in PROJECT.glob("conf/**/*") if path.is_file()]
+    conf = {f"data/share/socketdock/{path.relative_to(PROJECT)}" for path in files}
+    assert len(conf) >= 16
     assert shipped == conf
 
 

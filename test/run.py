@@ -59,8 +59,9 @@ PARTS = (
 # measurements, new environments.
 NOT_OF_THE_RELAY = named(
     "balancer", "bench", "commands", "compose", "conformance", "console_page", "docs",
-    "examples", "first_use", "imports", "interop", "makefile", "monitoring", "openapi",
-    "packaging", "proxies", "reply_examples", "soaking", "supervisord", "systemd",
+    "examples", "first_use", "imports", "interop", "kubernetes", "makefile",
+    "monitoring", "openapi", "packaging", "proxies", "reply_examples", "soaking",
+    "supervisord", "systemd", "workflow",
 )
 TOO_LONG = named("attacks", "faults", "order", "resolver", "soak")
 RELAY = (

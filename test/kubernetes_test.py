@@ -1,0 +1,373 @@
+"""conf/kubernetes matches the relay, its image, and the schemas of Kubernetes.
+
+No cluster is run. A relay runs with the environment of each form, at other ports.
+"""
+
+import copy
+import http.client
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from programs import kill
+from service import DEADLINE, PROJECT, Service
+
+pytestmark = [pytest.mark.gen_test(timeout=60), pytest.mark.once]
+
+CONF = PROJECT / "conf" / "kubernetes"
+OLDEST, NEWEST = "1.27", "1.36"  # versions of Kubernetes
+TOKEN = "0123456789abcdef"
+SECRETS = {"callback-token": TOKEN, "webhook-secret": "whsec_" + "a" * 32}
+OPTION_IN_A_COMMENT = re.compile(r"^( *)# (SOCKETDOCK_\w+: )", flags=re.M)
+
+Manifest = dict[str, Any]
+
+
+def manifests(path) -> list[Manifest]:
+    """Return the manifests of a file, with the options that are in comments."""
+    text = OPTION_IN_A_COMMENT.sub(r"\1\2", path.read_text("utf-8"))
+    return list(yaml.safe_load_all(text))
+
+
+ALL = [
+    (path.name, manifest)
+    for path in sorted(CONF.glob("*.yaml"))
+    for manifest in manifests(path)
+]
+FORMS = [
+    pytest.param(manifest, id=manifest["kind"])
+    for _, manifest in ALL
+    if manifest["kind"] in ("Deployment", "StatefulSet")
+]
+DOCKERFILE = (PROJECT / "Dockerfile").read_text("utf-8")
+
+
+def of_kind(kind: str, name: str = "socketdock") -> Manifest:
+    (found,) = (
+        manifest
+        for _, manifest in ALL
+        if (manifest["kind"], manifest["metadata"]["name"]) == (kind, name)
+    )
+    return found
+
+
+def pod_of(form: Manifest) -> Manifest:
+    return form["spec"]["template"]["spec"]
+
+
+def container_of(form: Manifest) -> Manifest:
+    (container,) = pod_of(form)["containers"]
+    return container
+
+
+def ports_of(form: Manifest) -> dict[str, int]:
+    """Return the container's ports by name."""
+    return {port["name"]: port["containerPort"] for port in container_of(form)["ports"]}
+
+
+def environment_of(form: Manifest) -> dict[str, str]:
+    """Return the variables of the container, as the kubelet sets them.
+
+    The pod's address is 127.0.0.1.
+    """
+    container = container_of(form)
+    image = re.search(r"^ENV ((?:.*\\\n)*.*)", DOCKERFILE, flags=re.M)[1]
+    environment = dict(re.findall(r"(SOCKETDOCK_\w+)=(\S+)", image))
+    for source in container["envFrom"]:
+        environment |= of_kind("ConfigMap", source["configMapRef"]["name"])["data"]
+    fields = {"status.podIP": "127.0.0.1"}
+    for variable in container["env"]:
+        if "valueFrom" in variable:
+            value = fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+        else:
+            value = re.sub(
+                r"\$\((\w+)\)", lambda m: environment[m[1]], variable["value"]
+            )
+        environment[variable["name"]] = value
+    return environment
+
+
+@dataclass
+class Relay:
+    """A relay that runs with the environment of a form."""
+
+    form: Manifest
+    service: Service
+
+    def port(self, name: str) -> int:
+        """Return the port that this relay has instead of the named one."""
+        url = {
+            "clients": self.service.ws_url,
+            "callbacks": self.service.callback_url,
+        }[name]
+        return int(re.search(r":(\d+)", url)[1])
+
+
+@pytest.fixture(scope="module")
+def io_loop(module_io_loop):
+    """One loop for all tests: they share the relays."""
+    return module_io_loop
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def relay(io_loop, shared, request, tmp_path_factory) -> Relay:
+    """A relay for each form, with its secrets and its state in other folders."""
+    form = request.param
+    folder = tmp_path_factory.mktemp("pod")
+    environment = environment_of(form) | {"SOCKETDOCK_CALLBACKPORT": "0"}
+    for mount in container_of(form)["volumeMounts"]:
+        here = folder / mount["name"]
+        here.mkdir()
+        environment = {
+            name: re.sub(rf"^{mount['mountPath']}(?=/)", str(here), value)
+            for name, value in environment.items()
+        }
+    for name, secret in SECRETS.items():
+        (folder / "secrets" / name).write_text(secret)
+
+    async def begin() -> Relay:
+        service = await shared.enter_async_context(Service(environment=environment))
+        shared.push_async_callback(kill, service.process)  # before its drain_delay
+        return Relay(form, service)
+
+    return io_loop.run_sync(begin)
+
+
+# The schemas of Kubernetes.
+
+
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+def test_manifests_are_valid(version):
+    """No member is unknown; all apply to the same namespace."""
+    kinds = set()
+    for name, manifest in ALL:
+        if manifest["kind"] != "ServiceMonitor":
+            kubernetes_validate.validate(manifest, version, strict=True)
+        kinds.add(manifest["kind"])
+        assert "namespace" not in manifest["metadata"], name
+    assert len(kinds) == 8
+
+
+def test_service_monitor_is_valid():
+    """It is a custom resource, whose schema is in test/servicemonitor.schema.json."""
+    schema = json.loads(
+        (PROJECT / "test" / "servicemonitor.schema.json").read_text("utf-8")
+    )
+    monitor = of_kind("ServiceMonitor")
+    jsonschema.validate(monitor, schema)
+    wrong = copy.deepcopy(monitor)
+    wrong["spec"]["endpoints"][0]["prot"] = "callbacks"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, schema)
+
+
+# The relay.
+
+
+def get(port: int, path: str, **headers: str) -> tuple[int, str]:
+    """Return status and body of the answer to a GET."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
+    connection.request("GET", path, headers=headers)
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, text
+
+
+def test_relay_starts_with_the_environment(relay):
+    """Each variable is an option, its value is valid, and it has an effect."""
+    assert [line for line in relay.service.log if not line.startswith("[I ")] == []
+
+
+def test_probes_are_answered(relay):
+    """At the path and the port of each, without a token."""
+    for name in ("livenessProbe", "readinessProbe"):
+        asked = container_of(relay.form)[name]["httpGet"]
+        status, _ = get(relay.port(asked["port"]), asked["path"])
+        assert status == 200, name
+
+
+def test_prometheus_gets_the_metric_that_the_autoscaler_uses(relay):
+    """With the token of the Secret, at the ServiceMonitor's path and port."""
+    (endpoint,) = of_kind("ServiceMonitor")["spec"]["endpoints"]
+    authorization = endpoint["authorization"]
+    token = SECRETS[authorization["credentials"]["key"]]
+    status, text = get(
+        relay.port(endpoint["port"]),
+        endpoint["path"],
+        Authorization=f"{authorization['type']} {token}",
+    )
+    assert status == 200
+    values = dict(re.findall(r"^(\w+) (\S+)$", text, flags=re.M))
+    (metric,) = of_kind("HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert values[metric["pods"]["metric"]["name"]] == "0.0"
+    limit = float(values["socketdock_connections_limit"])
+    assert float(metric["pods"]["target"]["averageValue"]) < 0.8 * limit
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ports_are_those_of_the_relay(form):
+    """The image's port for clients; the option's for callbacks, also in their URL."""
+    environment = environment_of(form)
+    callbacks = int(environment["SOCKETDOCK_CALLBACKPORT"])
+    exposed = int(re.search(r"^EXPOSE (\d+)$", DOCKERFILE, flags=re.M)[1])
+    assert ports_of(form) == {"clients": exposed, "callbacks": callbacks}
+    external = environment["SOCKETDOCK_EXTERNALHOSTANDPORT"]
+    assert external == f"127.0.0.1:{callbacks}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pod_is_killed_after_the_drain(form):
+    """And it is unready before handshakes are rejected."""
+    environment = environment_of(form)
+    delay, spread, timeout = (
+        float(environment.get(f"SOCKETDOCK_DRAIN_{part}", default))
+        for part, default in [("DELAY", 0), ("SPREAD", 0), ("TIMEOUT", 25)]
+    )
+    drain = delay + spread + timeout
+    assert pod_of(form)["terminationGracePeriodSeconds"] > drain + 1
+    readiness = container_of(form)["readinessProbe"]
+    failures = readiness["failureThreshold"]
+    assert delay > readiness["periodSeconds"] * failures + readiness["timeoutSeconds"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pod_runs_as_the_user_of_the_image(form):
+    """It can read the secrets and write to its volume by its group."""
+    user, group = re.search(r"^USER (\d+):(\d+)$", DOCKERFILE, flags=re.M).groups()
+    context = pod_of(form)["securityContext"]
+    assert context["runAsNonRoot"] is True
+    assert (context["runAsUser"], context["runAsGroup"]) == (int(user), int(group))
+    assert context["fsGroup"] == int(group)
+    (secrets,) = (v for v in pod_of(form)["volumes"] if v["name"] == "secrets")
+    assert oct(secrets["secret"]["defaultMode"]) == "0o440"
+    assert container_of(form)["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_files_of_the_options_are_mounted(form):
+    """Secrets from the Secret that the commands create; the state on a volume."""
+    container = container_of(form)
+    mounted = {m["mountPath"]: m for m in container["volumeMounts"]}
+    given = {volume["name"] for volume in pod_of(form)["volumes"]}
+    given |= {
+        claim["metadata"]["name"]
+        for claim in form["spec"].get("volumeClaimTemplates", [])
+    }
+    assert {mount["name"] for mount in mounted.values()} == given
+    paths = {
+        name: value
+        for name, value in environment_of(form).items()
+        if value.startswith("/")
+    }
+    assert len(paths) == len(mounted) + 1
+    for name, path in paths.items():
+        folder, _, file = path.rpartition("/")
+        assert folder in mounted, name
+        assert (file in SECRETS) is name.endswith("_FILE"), name
+        assert mounted[folder].get("readOnly", False) is name.endswith("_FILE"), name
+
+
+@pytest.mark.parametrize("page", ["conf/kubernetes/common.yaml", "docs/deploying.md"])
+def test_commands_create_the_secret(page):
+    """With the keys that are mounted; the files that are applied exist."""
+    text = (PROJECT / page).read_text("utf-8")
+    created = re.search(r"kubectl create secret generic socketdock (.*\n){3}", text)[0]
+    assert set(re.findall(r"--from-literal=([\w-]+)=", created)) == set(SECRETS)
+    applied = re.findall(r"-f (conf/kubernetes/\S*)", text)
+    assert len(applied) >= 2
+    for path in applied:
+        assert (PROJECT / path).is_file(), path
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_image_has_the_version_of_the_relay(form):
+    """Otherwise the options might be those of another version."""
+    source = (PROJECT / "socketdock.py").read_text("utf-8")
+    version = re.search(r'^__version__ = "(.+)"', source, flags=re.M)[1]
+    assert container_of(form)["image"].rpartition(":")[2] == version
+    docs = (PROJECT / "docs" / "deploying.md").read_text("utf-8")
+    assert f"docker build -t {container_of(form)['image']} ." in docs
+
+
+# The manifests among each other.
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_labels_are_selected(form):
+    """By the form itself, the Services, the budget and the network policy."""
+    labels = form["spec"]["template"]["metadata"]["labels"]
+    clients, callbacks = (
+        of_kind("Service", name) for name in ("socketdock", "socketdock-callbacks")
+    )
+    for selector in (
+        form["spec"]["selector"]["matchLabels"],
+        clients["spec"]["selector"],
+        callbacks["spec"]["selector"],
+        of_kind("PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
+        of_kind("NetworkPolicy")["spec"]["podSelector"]["matchLabels"],
+        pod_of(form)["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"],
+    ):
+        assert selector.items() <= labels.items()
+    monitored = of_kind("ServiceMonitor")["spec"]["selector"]["matchLabels"].items()
+    assert monitored <= callbacks["metadata"]["labels"].items()
+    assert not monitored <= clients["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_services_and_policy_name_ports_of_the_pod(form):
+    """By name; a Service's own port has the number that the pod has."""
+    ports = ports_of(form)
+    for name in ("socketdock", "socketdock-callbacks"):
+        for port in of_kind("Service", name)["spec"]["ports"]:
+            assert ports[port["targetPort"]] == port["port"]
+    monitored = of_kind("ServiceMonitor")["spec"]["endpoints"][0]["port"]
+    callbacks = of_kind("Service", "socketdock-callbacks")["spec"]["ports"]
+    assert monitored in {port["name"] for port in callbacks}
+    allowed = {
+        port["port"]
+        for rule in of_kind("NetworkPolicy")["spec"]["ingress"]
+        for port in rule["ports"]
+    }
+    assert allowed == set(ports)
+
+
+def test_policy_lets_the_relay_reach_its_backend():
+    """The ports of the URLs of events, beside DNS."""
+    urls = [
+        value
+        for value in of_kind("ConfigMap")["data"].values()
+        if value.startswith("http://")
+    ]
+    assert len(urls) == 3
+    dns, backend = of_kind("NetworkPolicy")["spec"]["egress"]
+    assert {port["port"] for port in dns["ports"]} == {53}
+    allowed = {port["port"] for port in backend["ports"]}
+    assert {int(re.search(r":(\d+)/", url)[1]) for url in urls} == allowed
+
+
+def test_autoscaler_scales_one_of_the_forms():
+    """And its least number is that of the form."""
+    spec = of_kind("HorizontalPodAutoscaler")["spec"]
+    form = of_kind(spec["scaleTargetRef"]["kind"], spec["scaleTargetRef"]["name"])
+    assert form["apiVersion"] == spec["scaleTargetRef"]["apiVersion"]
+    assert form["spec"]["replicas"] == spec["minReplicas"]
+
+
+def test_update_keeps_all_relays():
+    """A new relay is ready before an old one stops, where the form allows it."""
+    strategy = of_kind("Deployment")["spec"]["strategy"]["rollingUpdate"]
+    assert strategy["maxUnavailable"] == 0
+    headless = of_kind("Service", of_kind("StatefulSet")["spec"]["serviceName"])
+    assert headless["spec"]["clusterIP"] == "None"
+    # While a pod drains, Prometheus goes on to scrape it.
+    assert headless["spec"]["publishNotReadyAddresses"] is True
