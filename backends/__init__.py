@@ -76,7 +76,8 @@ class Attempt(NamedTuple):
     `event_id` is the same on every attempt of one event, `traceparent` is what was
     sent, `seconds` is the time from its start to its response or failure. `status`
     is None where there was no response. `url` is the target without its query, or
-    empty, and `trace` is what the event belongs to, or None.
+    empty, and `trace` is what the event belongs to, or None. `number` counts the
+    attempts of the event, from 1.
     """
 
     event: EventName
@@ -88,6 +89,7 @@ class Attempt(NamedTuple):
     seconds: float
     url: str = ""
     trace: TraceContext | None = None
+    number: int = 1
 
 
 class BatchEnd(NamedTuple):
@@ -334,8 +336,9 @@ class Condition:
     """The state of a backend, for probes, operators and metrics.
 
     `away` is for how many seconds it has been considered unreachable; None while
-    it is reachable. `untried` means that the next event is sent nevertheless, to
-    find out whether the backend is back. `held` counts requests that wait for an
+    it is reachable. `cause` says why the latest attempt did not reach it. `untried`
+    means that the next event is sent nevertheless, to find out whether the backend is
+    back. `held` counts requests that wait for an
     overdue response, `connections` those that are open to it.
     """
 
@@ -343,6 +346,7 @@ class Condition:
     untried: bool = False
     held: int = 0
     connections: int = 0
+    cause: str | None = None
 
 
 class Backend(abc.ABC):

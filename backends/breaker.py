@@ -80,6 +80,8 @@ class Breaker:
         self.connections = settings.connections
         self.open = False
         self.opened_at = 0.0  # on the loop's clock
+        # Why the latest attempt did not reach the backend; None while closed.
+        self.cause: str | None = None
 
     def open_for(self) -> float | None:
         """Seconds since it opened; None while it is closed."""
@@ -107,10 +109,14 @@ class Breaker:
         """Leave the line."""
         self._line.leave(call)
 
-    def record(self, connection_id: str, away: bool) -> None:
-        """Record the end of an attempt; `away` if it did not reach the backend."""
+    def record(self, connection_id: str, cause: str | None) -> None:
+        """Record the end of an attempt.
+
+        `cause` says why it did not reach the backend; None: it did.
+        """
         if self.open:
-            if away:
+            if cause is not None:
+                self.cause = cause
                 self._schedule_probe()
             else:
                 self._close()
@@ -118,12 +124,12 @@ class Breaker:
         now = self._loop.time()
         bucket = self._bucket(now)
         bucket.attempts += 1
-        if away:
+        if cause is not None:
             bucket.away += 1
             if len(bucket.connections) < self._settings.connections:
                 bucket.connections.add(connection_id)
             if self._is_tripped(now):
-                self._open(now)
+                self._open(now, cause)
 
     def record_nothing(self) -> None:
         """Record that an attempt has ended without an outcome."""
@@ -151,10 +157,10 @@ class Breaker:
             and len(connections) >= self._settings.connections
         )
 
-    def _open(self, now: float) -> None:
+    def _open(self, now: float, cause: str) -> None:
         logger.error("backend unavailable: probing",
                      extra={"event": "backend_unavailable"})
-        self.open, self.opened_at = True, now
+        self.open, self.opened_at, self.cause = True, now, cause
         self._between = self._settings.first_probe
         self._schedule_probe()
 
@@ -163,6 +169,7 @@ class Breaker:
         logger.warning("backend available again after %.1f s", now - self.opened_at,
                        extra={"event": "backend_available"})
         self.open = self._permit = False
+        self.cause = None
         self._buckets.clear()
         if self._probe_timer is not None:
             self._probe_timer.cancel()

@@ -14,7 +14,7 @@ QUICK = BreakerSettings(first_probe=0.05, last_probe=0.2)
 
 def fail(breaker: Breaker, attempts: int, connections: int) -> None:
     for number in range(attempts):
-        breaker.record(f"connection {number % connections}", away=True)
+        breaker.record(f"connection {number % connections}", cause="refused")
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ async def test_opens_at_its_limits_and_not_before(
     """Half of twenty attempts failed, of five connections."""
     breaker = Breaker(QUICK)
     for _ in range(answered):
-        breaker.record("someone", away=False)
+        breaker.record("someone", cause=None)
     fail(breaker, away, connections)
     assert breaker.open is opens
     assert breaker.take() is not opens
@@ -60,7 +60,7 @@ async def test_probes_are_sent_one_at_a_time_in_turn(io_loop):
     def answer(number: int) -> None:
         under_way.remove(number)
         wait_in_line(number)
-        breaker.record(str(number), away=True)
+        breaker.record(str(number), cause="refused")
 
     under_way: list[int] = []
     for number in range(3):
@@ -82,7 +82,7 @@ async def test_a_response_closes_it_and_wakes_all_waiters(io_loop):
 
         breaker.wait(call)
     await eventually(lambda: woken == [0])
-    breaker.record("0", away=False)
+    breaker.record("0", cause=None)
     assert not breaker.open
     assert woken == [0, 1, 2, 3, 4]
 
@@ -123,5 +123,5 @@ async def test_failing_waiter_does_not_block_others(io_loop):
     await eventually(lambda: turns == ["probe"])
     breaker.wait(break_down)
     breaker.wait(probe)
-    breaker.record("someone", away=False)
+    breaker.record("someone", cause=None)
     assert turns == ["probe", "probe"]

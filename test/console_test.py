@@ -335,7 +335,7 @@ async def test_stream_has_failures(io_loop):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}/"
-        flags = ("--backend=http", f"--messageuri={url}", "--delivery_timeout=0.1")
+        flags = ("--backend=http", f"--messageuri={url}", "--delivery_timeout=1")
         async with Service(*flags) as service, live(service) as (stream, _):
             with pytest.raises(websockets.InvalidStatus):
                 await websockets.connect(service.ws_url, origin="http://x.example")
@@ -345,6 +345,7 @@ async def test_stream_has_failures(io_loop):
                 await client.send("x")
                 attempt = await stream.until("attempt", event="message")
                 assert (attempt["outcome"], attempt["status"]) == ("unreachable", None)
+                await stream.until("attempt", event="message", attempt=2)
                 await client.wait_closed()
             await stream.until("snapshot", open=0)
             given_up = [e for e in stream.events() if e["kind"] == "given_up"]
@@ -352,6 +353,8 @@ async def test_stream_has_failures(io_loop):
             counts = stream.seen[-1]["counts"]
             assert counts["failed_attempts"] >= 1
             assert (counts["rejected"], counts["given_up"]) == (1, 1)
+            snapshots = [line for line in stream.seen if line["kind"] == "snapshot"]
+            assert {snapshot["latency"]["p50"] for snapshot in snapshots} == {None}
 
 
 async def test_bodies_of_one_connection_are_sent_on_request(io_loop):

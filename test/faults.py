@@ -245,6 +245,12 @@ class FaultyBackend(Book):
             for connection in list(self.connections):
                 connection.reset()
 
+    def reset(self, *attempts: Attempt) -> None:
+        """Reset the connections of these attempts, in this order."""
+        by_attempt = {id(c.attempt): c for c in self.connections}
+        for attempt in attempts:
+            by_attempt[id(attempt)].reset()
+
     async def make_reachable(self) -> None:
         """Serve again, on the same port."""
         how, self.outage = self.outage, None
@@ -290,6 +296,11 @@ class _BackendConnection(asyncio.Protocol):
         self._latest: Attempt | None = None  # the last one with an outcome
         self._timer: asyncio.TimerHandle | None = None
         self._endless: int | None = None  # bytes of an endless body that were written
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """The attempt that is being answered."""
+        return self._attempt
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)

@@ -126,13 +126,16 @@ async def test_unreachable_backend_can_end_readiness(io_loop):
                 assert not current["ready"]
                 assert current["state"] == "serving"
                 assert current["backend"]["away"] >= 0.5
+                cause = current["backend"]["cause"]
+                assert cause.startswith(f"POST {backend.url('message')}: ")
                 for _ in range(50):  # the retry of its message probes the backend
                     assert await readyz(service)
                 backend.script = lambda kind: OK
                 async with asyncio.timeout(DEADLINE):
                     while await readyz(service) is not None:
                         pass
-                assert (await status(service))["backend"]["away"] is None
+                recovered = (await status(service))["backend"]
+                assert recovered["away"] is recovered["cause"] is None
 
 
 async def test_readyz_recovers_when_no_event_can_probe(io_loop):

@@ -202,6 +202,7 @@ class HTTPBackend(Backend):
             self._breaker.untried,
             self._deliveries.overdue,
             self._client.open,
+            self._breaker.cause,
         )
 
     def reload(self) -> None:

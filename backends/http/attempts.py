@@ -12,7 +12,7 @@ from backends.client import Client, NoConnection, Response
 from backends.client.response import Keep
 from backends.events import Event
 from backends.http.request import RequestWriter
-from backends.http.retries import attempt_outcome
+from backends.http.retries import attempt_outcome, unreachable_cause
 from backends.target import Target
 
 
@@ -40,8 +40,9 @@ class Attempts:
         timeout: float,
         queue_timeout: float | None = None,
         keep: Keep | None = None,
+        number: int = 1,
     ) -> Response:
-        """Post `event`, and wait at most `timeout` seconds for the response.
+        """Post `event`, attempt `number`, and wait `timeout` seconds for the response.
 
         With `queue_timeout` these begin when it is sent, see `Client.post`. `keep`
         decides how much of the response's body is kept. Raises `BackendError` if there
@@ -58,7 +59,8 @@ class Attempts:
         except BackendError as error:
             outcome = error
         became = attempt_outcome(outcome)
-        self._breaker.record(connection_id, became == "unreachable")
+        cause = unreachable_cause(became, target.url, outcome)
+        self._breaker.record(connection_id, cause)
         answer = outcome if isinstance(outcome, Response) else None
         self._observer.attempted(
             Attempt(
@@ -71,6 +73,7 @@ class Attempts:
                 loop.time() - began,
                 target.url,
                 event.trace,
+                number,
             )
         )
         if isinstance(outcome, BackendError):

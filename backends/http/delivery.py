@@ -22,7 +22,13 @@ from backends.events import Event
 from backends.http.deliveries import IMPATIENT_ORDER_WAIT, Deliveries
 from backends.http.held import Request
 from backends.http.reply_turns import ReplyTurns
-from backends.http.retries import attempt_outcome, backoff, hint, retry_after
+from backends.http.retries import (
+    attempt_outcome,
+    backoff,
+    hint,
+    retry_after,
+    unreachable_cause,
+)
 from backends.waiting import Line, done_future
 
 logger = logging.getLogger(__name__)
@@ -282,7 +288,7 @@ class Delivery:
         exchange.forbid_resend()  # a server closes idle connections earlier
         self._deliveries.held.add(request)
         # The backend received all of it, and did not reset the connection.
-        self._deliveries.breaker.record(self._connection.id, away=False)
+        self._deliveries.breaker.record(self._connection.id, cause=None)
         self._gate = None
         if self._called_back_at >= request.sent_at:
             self._order_wait = IMPATIENT_ORDER_WAIT
@@ -309,7 +315,8 @@ class Delivery:
                 error = self._error(f"answered {outcome.status}")
                 self._on_failed(request, error, retry_after(outcome) or 0.0)
         # Now others may be sent, but no message of this connection before a failed one.
-        self._deliveries.breaker.record(self._connection.id, became == "unreachable")
+        cause = unreachable_cause(became, self._deliveries.target.url, outcome)
+        self._deliveries.breaker.record(self._connection.id, cause)
         if self._changed is not None:
             self._signal_change()
         if self._replies is not None:
@@ -342,6 +349,7 @@ class Delivery:
                 self._deliveries.loop.time() - request.began_at,
                 self._deliveries.target.url,
                 event.trace,
+                request.attempts + 1,
             )
         )
 

@@ -188,6 +188,7 @@ class DisconnectDelivery(Disconnects):
                     notification.event(),
                     timeout=DISCONNECT_TIMEOUT,
                     queue_timeout=DISCONNECT_TIMEOUT,
+                    number=attempt,
                 )
             except BackendError as failure:
                 error = failure

@@ -60,6 +60,17 @@ def attempt_outcome(outcome: Response | BackendError) -> AttemptOutcome:
     return "error" if is_retryable(outcome.status) else "refused"
 
 
+def unreachable_cause(
+    became: AttemptOutcome, url: str, outcome: Response | BackendError
+) -> str | None:
+    """Say for operators why an attempt did not reach the backend; None: it did."""
+    if became != "unreachable":
+        return None
+    if isinstance(outcome, Response):
+        return f"POST {url}: answered {outcome.status}"
+    return str(outcome)
+
+
 def is_retryable(status: int) -> bool:
     """Whether the backend may accept the event in a retry; otherwise it is refused."""
     return status >= 500 or status in RETRYABLE

@@ -50,6 +50,7 @@ class Status:
             "backend": {
                 "name": self._backend_name,
                 "away": None if backend.away is None else round(backend.away, 3),
+                "cause": backend.cause,
                 "held": backend.held,
                 "connections": backend.connections,
             },

@@ -34,6 +34,7 @@ from backends.http.retries import (
     hint,
     is_retryable,
     retry_after,
+    unreachable_cause,
 )
 from backends.target import Target
 
@@ -240,14 +241,15 @@ class Lane:
             error = self._error(f"answered {outcome.status}{hint(outcome.status)}")
             wait = retry_after(outcome) or 0.0
             self._on_failed(batch, error, outcome.status, wait)
-        self._record(batch, became == "unreachable")
+        url = self._context.target.url
+        self._record(batch, unreachable_cause(became, url, outcome))
 
-    def _record(self, batch: Batch, away: bool) -> None:
+    def _record(self, batch: Batch, cause: str | None) -> None:
         """Report the attempt to the breaker, for as many connections as open it."""
         breaker = self._context.breaker
         connections = {entry.connection_id for entry in batch.entries}
-        for connection_id in islice(connections, breaker.connections if away else 1):
-            breaker.record(connection_id, away)
+        for connection_id in islice(connections, breaker.connections if cause else 1):
+            breaker.record(connection_id, cause)
 
     def _report(
         self,
@@ -271,6 +273,7 @@ class Lane:
                     seconds,
                     url,
                     event.trace,
+                    entry.attempts + 1,
                 )
             )
 

@@ -52,6 +52,8 @@ KINDS = frozenset(
     )
 )
 FAILED_ATTEMPTS = ("error", "unreachable", "timeout")
+# A connection that is refused takes a fraction of a millisecond, and is no latency.
+WITH_LATENCY = ("delivered", "error", "timeout")
 
 Event = dict[str, Any]
 
@@ -258,6 +260,7 @@ class Tail(Observer):
             "total": connections.total,
             "pending": connections.backlog.events,
             "pending_bytes": connections.backlog.bytes,
+            "oldest_pending": connections.oldest_pending,
             "backend": asdict(condition),
             "counts": asdict(self._counts),
             "latency": {
@@ -323,7 +326,7 @@ class Tail(Observer):
         failed = attempt.outcome in FAILED_ATTEMPTS
         counts.failed_attempts += failed
         counts.refused += attempt.outcome == "refused"
-        if attempt.outcome != "abandoned":
+        if attempt.outcome in WITH_LATENCY:
             self._keep(attempt.seconds)
         self._add_event(
             "attempt",
@@ -334,6 +337,7 @@ class Tail(Observer):
             outcome=attempt.outcome,
             status=attempt.status,
             ms=_milliseconds(attempt.seconds),
+            attempt=attempt.number,
         )
 
     def ended(
