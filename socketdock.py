@@ -93,8 +93,8 @@ __version__ = "0.1.0"
 logger = logging.getLogger("socketdock")
 
 define("backend", default="loopback", metavar="NAME",
-       help="the backend: loopback (an echo server), http, or the full name of a "
-            "module")
+       help="the backend: loopback (an echo server), http, apigateway, or the full "
+            "name of a module")
 define("instance_name", type=str, metavar="NAME",
        help="name of this instance in events; none: the host name")
 define("config", type=str, metavar="PATH",

@@ -28,6 +28,7 @@ import importlib.util
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from types import ModuleType
 from typing import Literal, NamedTuple, Protocol
 
@@ -40,7 +41,7 @@ from backends.check import expiry_finding as expiry_finding
 from backends.commands import CommandName, CommandOutcome, Executor, Source
 
 # Listed, since this package also has modules that backends share.
-BUILT_IN = ("http", "loopback")
+BUILT_IN = ("apigateway", "http", "loopback")
 
 Initiator = Literal["client", "backend", "relay"]
 
@@ -248,6 +249,10 @@ class Connection(Protocol):
     @property
     def id(self) -> str:
         """128 random bits as 32 hex digits."""
+
+    @property
+    def connected_at(self) -> datetime:
+        """When its handshake began, in UTC."""
 
     @property
     def trace(self) -> TraceContext | None:

@@ -164,7 +164,7 @@ def test_unknown_backend_is_one_line(name, elsewhere):
     """The error names the unknown backend and the known ones."""
     line = refusal(f"--backend={name}", **elsewhere)
     assert f"there is no backend {name!r}" in line
-    assert "http, loopback" in line
+    assert "apigateway, http, loopback" in line
     assert "failed to import" not in line
     assert ("the current folder" in line and "PYTHONPATH" in line) == ("." in name)
 

@@ -116,7 +116,11 @@ class Exchange:
             self.timer.cancel()
             self.timer = None
         if self.connection is not None:
-            self.connection.close()
+            self.leave(self.connection)
+
+    def leave(self, connection: Used) -> None:
+        """Nobody waits for the response on `connection` any more: close it."""
+        connection.close()
 
     def asks_first(self) -> bool:
         """Ask whether the body may be read now; return whether it has to wait."""
@@ -154,7 +158,7 @@ class Exchange:
         connection = self.connection
         self.finish(BackendError(f"POST {self.target}: no response in {timeout:g} s"))
         if connection is not None:
-            connection.close()
+            self.leave(connection)
 
     def sent(self) -> None:
         """The kernel has taken the last byte."""

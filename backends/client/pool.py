@@ -53,6 +53,11 @@ class Client:
     so that changes of DNS and new servers are found.
     """
 
+    # What a client for other services may have otherwise.
+    exchange_type: type[Exchange] = Exchange
+    idle_timeout = IDLE_TIMEOUT
+    queue_may_move = True  # a request may wait for longer if its queue moves
+
     def __init__(
         self,
         max_connections: int,
@@ -98,7 +103,7 @@ class Client:
         `queue_timeout` seconds. `keep` decides how much of the response's body is kept,
         and `may_read` when that is read, see `Exchange`.
         """
-        exchange = Exchange(target, write, on_done, on_sent, keep, may_read)
+        exchange = self.exchange_type(target, write, on_done, on_sent, keep, may_read)
         if self.closed:
             self.loop.call_soon(exchange.finish, stopped(target))
             return exchange
@@ -113,6 +118,10 @@ class Client:
         if exchange.queued:
             self.on_queued(exchange)
         return exchange
+
+    def connections_to(self, target: Target) -> float:
+        """Return the most connections to a target's origin, if that has a limit."""
+        return float("inf")
 
     def on_queued(self, exchange: Exchange) -> None:
         """Record that it waits for a connection, for the first time or again."""
@@ -206,7 +215,7 @@ class Client:
         """Fail a request if its queue has not moved for `timeout` seconds."""
         if exchange.timer is None or not exchange.queued:
             return
-        if self.moved_at > since:
+        if self.moved_at > since and self.queue_may_move:
             self._limit_queue(exchange, self.moved_at, timeout)
             return
         exchange.finish(
@@ -228,6 +237,7 @@ class _Origin:
         self.target = target
         # For new connections; None: plain TCP.
         self.tls = client.tls if target.scheme == "https" else None
+        self._max_size = client.connections_to(target)
         self.idle: list[PooledConnection] = []
         self.busy: set[PooledConnection] = set()
         self.waiting: deque[Exchange] = deque()
@@ -261,6 +271,8 @@ class _Origin:
         if self.client.paused:
             return
         while len(self._connecting) < min(len(self.waiting), MAX_CONNECTING):
+            if self.size() >= self._max_size:
+                return
             if self.client.open >= self.client.max_connections:
                 self.client.make_room()
                 return
@@ -393,14 +405,16 @@ class _Origin:
         connection.idle_since = self.client.loop.time()
         self.idle.append(connection)
         if self._expiry is None:
-            self._expiry = self.client.loop.call_later(IDLE_TIMEOUT, self._expire)
+            self._expiry = self.client.loop.call_later(
+                self.client.idle_timeout, self._expire
+            )
 
     def _expire(self) -> None:
-        """Close connections unused for `IDLE_TIMEOUT`, the oldest first."""
+        """Close connections unused for `idle_timeout`, the oldest first."""
         self._expiry = None
         now = self.client.loop.time()
         for connection in list(self.idle):
-            left = connection.idle_since + IDLE_TIMEOUT - now
+            left = connection.idle_since + self.client.idle_timeout - now
             if left > 0:
                 self._expiry = self.client.loop.call_later(left, self._expire)
                 return

@@ -12,7 +12,7 @@ from backends.client import Client, NoConnection, Response
 from backends.client.response import Keep
 from backends.events import Event
 from backends.http.request import RequestWriter
-from backends.http.retries import attempt_outcome, unreachable_cause
+from backends.http.retries import OutcomeOf, attempt_outcome, unreachable_cause
 from backends.target import Target
 
 
@@ -25,7 +25,12 @@ class Attempts:
         requests: RequestWriter,
         breaker: Breaker,
         observer: Observer,
+        outcome_of: OutcomeOf = attempt_outcome,
+        keep: Keep | None = None,
     ) -> None:
+        """`outcome_of` says what a response means; `keep` what it needs of its body."""
+        self.outcome_of = outcome_of
+        self._keep = keep
         self._client = client
         self._requests = requests
         self._breaker = breaker
@@ -52,13 +57,15 @@ class Attempts:
         began = loop.time()
         outcome: Response | BackendError
         try:
-            outcome = await self._post(target, event, timeout, queue_timeout, keep)
+            outcome = await self._post(
+                target, event, timeout, queue_timeout, keep or self._keep
+            )
         except (NoConnection, asyncio.CancelledError):
             self._breaker.record_nothing()
             raise
         except BackendError as error:
             outcome = error
-        became = attempt_outcome(outcome)
+        became = self.outcome_of(outcome)
         cause = unreachable_cause(became, target.url, outcome)
         self._breaker.record(connection_id, cause)
         answer = outcome if isinstance(outcome, Response) else None

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from tornado.options import Error as OptionError
 from tornado.options import define, options
 
-from backends import Observer
+from backends import Connection, Observer
 from backends.breaker import Breaker
 from backends.client import Client
+from backends.events import Event
 from backends.http.held import Held, OverdueLine, Request
-from backends.http.replies import Replies
+from backends.http.reply_turns import MessageReplies
 from backends.http.request import RequestWriter
+from backends.http.retries import OutcomeOf, attempt_outcome
 from backends.target import Target
 
 define("messageuri", type=str, metavar="URL",
@@ -40,7 +42,10 @@ class DeliveryLimits:
     An infinite `order_wait` sends strictly one message at a time. With
     `backend_timeout` None, a response may take as long as the connection to the backend
     lives. While the overdue messages of all connections take `max_held_bytes`, a
-    connection that has one waits as if it had `max_unanswered`.
+    connection that has one waits as if it had `max_unanswered`. A message is retried
+    `retries` times, then it has failed and the next ones are sent; None: it is retried
+    until `delivery_timeout`, and its connection is then closed. A held request
+    outlives its connection by `held_after_disconnect` seconds.
     """
 
     order_wait: float = 1.0
@@ -48,6 +53,8 @@ class DeliveryLimits:
     backend_timeout: float | None = None
     delivery_timeout: float = 60.0
     max_held_bytes: int = 256 * 1024 * 1024
+    retries: int | None = None
+    held_after_disconnect: float = 5.0
 
 
 class Deliveries:
@@ -61,9 +68,13 @@ class Deliveries:
         target: Target,
         limits: DeliveryLimits,
         observer: Observer,
-        replies: Replies | None = None,
+        replies: MessageReplies | None = None,
+        outcome_of: OutcomeOf = attempt_outcome,
     ) -> None:
-        """Without `replies`, nothing is read of a response but its status."""
+        """Without `replies`, nothing is read of a response but its status.
+
+        `outcome_of` says what a response, or its absence, means for its message.
+        """
         self.loop = client.loop
         self.observer = observer
         self.client = client
@@ -72,6 +83,7 @@ class Deliveries:
         self.target = target
         self.limits = limits
         self.replies = replies
+        self.outcome_of = outcome_of
         self.keep = None if replies is None else replies.of_message
         self.closing = False  # the relay stops: nothing is retried
         self.held = Held(limits.max_held_bytes, self.loop)
@@ -81,6 +93,9 @@ class Deliveries:
             for wait in (limits.order_wait, IMPATIENT_ORDER_WAIT)
         }
         client.on_starved = self.held.abandon_one
+
+    def on_failed(self, connection: Connection, event: Event) -> None:
+        """A message of `connection` was retried `retries` times, and has failed."""
 
     def line(self, wait: float) -> OverdueLine:
         """Return the requests that become overdue after `wait` seconds."""

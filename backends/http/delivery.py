@@ -22,19 +22,11 @@ from backends.events import Event
 from backends.http.deliveries import IMPATIENT_ORDER_WAIT, Deliveries
 from backends.http.held import Request
 from backends.http.reply_turns import ReplyTurns
-from backends.http.retries import (
-    attempt_outcome,
-    backoff,
-    hint,
-    retry_after,
-    unreachable_cause,
-)
+from backends.http.retries import backoff, hint, retry_after, unreachable_cause
+from backends.target import Target
 from backends.waiting import Line, done_future
 
 logger = logging.getLogger(__name__)
-
-HELD_AFTER_DISCONNECT = 5.0  # seconds that a held request outlives its connection
-
 
 class Delivery:
     """Delivers one connection's messages to the backend.
@@ -88,9 +80,15 @@ class Delivery:
         self.disconnected = False
         self.undelivered = 0
 
-    def post(self, event: Event) -> "asyncio.Future[None]":
-        """Send the next message; when the future is done, another may follow."""
-        self._backlog.append(Request(self, self.number, event))
+    def post(
+        self, event: Event, target: Target | None = None
+    ) -> "asyncio.Future[None]":
+        """Send the next message; when the future is done, another may follow.
+
+        Without a `target` of its own it goes where most of them go.
+        """
+        target = target or self._deliveries.target
+        self._backlog.append(Request(self, self.number, event, target))
         self._pump()
         return self.quiet()
 
@@ -116,7 +114,7 @@ class Delivery:
         """Wait until each message is answered, given up, or overdue without a failure.
 
         Waits for one that has failed and is overdue again for at most
-        `HELD_AFTER_DISCONNECT` seconds: the backend may hold the response until it gets
+        `held_after_disconnect` seconds: the backend may hold the response until it gets
         the disconnect event.
         """
         failures = -1
@@ -144,11 +142,11 @@ class Delivery:
     ) -> bool:
         """Wait while requests are held; return whether `failures` is above `before`.
 
-        Waits at most `HELD_AFTER_DISCONNECT` seconds, at most until the first failure,
+        Waits at most `held_after_disconnect` seconds, at most until the first failure,
         and only while `awaited` returns a true value (default: while any is held).
         """
         loop = self._deliveries.loop
-        deadline = loop.time() + HELD_AFTER_DISCONNECT
+        deadline = loop.time() + self._deliveries.limits.held_after_disconnect
         awaits = self._open.__len__ if awaited is None else awaited
         while awaits() and self.failures == before and loop.time() < deadline:
             self._changed = loop.create_future()
@@ -249,8 +247,8 @@ class Delivery:
         self._gate = request
         self._open[request] = None
         request.exchange = deliveries.client.post(
-            deliveries.target,
-            partial(deliveries.requests.write, deliveries.target, request.event),
+            request.target,
+            partial(deliveries.requests.write, request.target, request.event),
             on_done=request.on_done,
             on_sent=request.on_sent,
             timeout=deliveries.limits.backend_timeout,
@@ -301,7 +299,7 @@ class Delivery:
         if isinstance(outcome, NoConnection):
             self._on_unsent(request, outcome)
             return
-        became = attempt_outcome(outcome)
+        became = self._deliveries.outcome_of(outcome)
         if isinstance(outcome, BackendError):
             self._report_attempt(request, became, None)
             self._on_failed(request, outcome, 0.0)
@@ -312,10 +310,10 @@ class Delivery:
                 if outcome.body is not None:
                     self._reply_turns().add(request.event.id, outcome)
             else:
-                error = self._error(f"answered {outcome.status}")
+                error = self._error(f"answered {outcome.status}", request.target)
                 self._on_failed(request, error, retry_after(outcome) or 0.0)
         # Now others may be sent, but no message of this connection before a failed one.
-        cause = unreachable_cause(became, self._deliveries.target.url, outcome)
+        cause = unreachable_cause(became, request.target.url, outcome)
         self._deliveries.breaker.record(self._connection.id, cause)
         if self._changed is not None:
             self._signal_change()
@@ -347,7 +345,7 @@ class Delivery:
                 outcome,
                 status,
                 self._deliveries.loop.time() - request.began_at,
-                self._deliveries.target.url,
+                request.target.url,
                 event.trace,
                 request.attempts + 1,
             )
@@ -367,7 +365,7 @@ class Delivery:
                 self._connection.id,
                 request.number,
                 status,
-                self._deliveries.target.url,
+                request.target.url,
                 hint(status),
                 extra={"connection_id": self._connection.id, "status": status},
             )
@@ -384,8 +382,12 @@ class Delivery:
             return
         now = self._deliveries.loop.time()
         self.failures += 1
-        self._deliveries.held.on_failed(request)
         request.attempts += 1
+        retries = self._deliveries.limits.retries
+        if retries is not None and request.attempts > retries:
+            self._fail(request, error)
+            return
+        self._deliveries.held.on_failed(request)
         request.failed_at = min(request.failed_at, now)
         request.sent_at = float("inf")
         self._put_back(request)
@@ -404,6 +406,21 @@ class Delivery:
         )
         if now >= self._deadline():
             self._give_up(error)
+
+    def _fail(self, request: Request, error: BackendError) -> None:
+        """End a message that is not retried; those behind it go on."""
+        deliveries = self._deliveries
+        deliveries.held.discard(request)
+        deliveries.observer.given_up(request.event.id)
+        deliveries.observer.ended("message", self._connection.id, "failed")
+        logger.warning(
+            "connection %s: message %d has failed: %s",
+            self._connection.id,
+            request.number,
+            error,
+            extra={"connection_id": self._connection.id},
+        )
+        deliveries.on_failed(self._connection, request.event)
 
     def _put_back(self, request: Request) -> None:
         """Put a request into the backlog, in the order of numbers."""
@@ -436,8 +453,11 @@ class Delivery:
     def _on_unsent(self, request: Request, error: NoConnection) -> None:
         """Handle a request that got no connection: others use all of them."""
         self._deliveries.breaker.record_nothing()
-        self._put_back(request)
-        self._give_up(error)
+        if self._deliveries.limits.retries is None:
+            self._put_back(request)
+            self._give_up(error)
+        else:
+            self._fail(request, error)
         if self._changed is not None:
             self._signal_change()
         self._pump()
@@ -562,8 +582,8 @@ class Delivery:
                 self._give_up(self._error("backend unavailable"))
         self._pump()
 
-    def _error(self, why: str) -> BackendError:
-        return BackendError(f"POST {self._deliveries.target}: {why}")
+    def _error(self, why: str, target: Target | None = None) -> BackendError:
+        return BackendError(f"POST {target or self._deliveries.target}: {why}")
 
 
 class SingleDeliveries(Deliveries):

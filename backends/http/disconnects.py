@@ -14,15 +14,9 @@ from tornado.options import define
 from backends import BackendAway, BackendError, Observer
 from backends.breaker import Breaker
 from backends.deadlines import after_reading
-from backends.events import Ended, Event, EventWriter
+from backends.events import Ended, Event
 from backends.http.attempts import Attempts
-from backends.http.retries import (
-    backoff,
-    hint,
-    is_retryable,
-    is_success,
-    retry_after,
-)
+from backends.http.retries import backoff, hint, retry_after
 from backends.target import Target
 
 logger = logging.getLogger(__name__)
@@ -56,6 +50,13 @@ class Messages(Protocol):
         """Wait until `settled`, or until it takes too long."""
 
 
+class DisconnectEvents(Protocol):
+    """Makes disconnect events: an `EventWriter`."""
+
+    def disconnect(self, ended: Ended, undelivered: int, refused: int) -> Event:
+        """Make the event of a connection's end, with the counts of its messages."""
+
+
 class DisconnectNotification:
     """One connection's disconnect event.
 
@@ -64,7 +65,7 @@ class DisconnectNotification:
     """
 
     def __init__(
-        self, events: EventWriter, ended: Ended, delivery: Messages | None = None
+        self, events: DisconnectEvents, ended: Ended, delivery: Messages | None = None
     ) -> None:
         self.connection_id = ended.id
         self._events = events
@@ -139,7 +140,7 @@ class Disconnects(abc.ABC):
 class DisconnectDelivery(Disconnects):
     """Delivers disconnect events to `target`; None: no events are sent.
 
-    An event is given up `timeout` seconds after its first failure.
+    An event is given up `timeout` seconds after its first failure, and after `retries`.
     """
 
     def __init__(
@@ -149,8 +150,10 @@ class DisconnectDelivery(Disconnects):
         breaker: Breaker,
         timeout: float,
         observer: Observer,
+        retries: float = float("inf"),
     ) -> None:
         super().__init__(observer)
+        self._retries = retries
         self.target = target
         self._attempts = attempts
         self._breaker = breaker
@@ -193,13 +196,14 @@ class DisconnectDelivery(Disconnects):
             except BackendError as failure:
                 error = failure
             else:
-                if is_success(response.status):
+                became = self._attempts.outcome_of(response)
+                if became == "delivered":
                     return None
                 error = BackendError(f"POST {target}: answered {response.status}")
-                if not is_retryable(response.status):
+                if became == "refused":
                     return BackendError(f"{error}{hint(response.status)}")
                 wait = retry_after(response) or 0.0
-            if self.closing:
+            if self.closing or attempt > self._retries:
                 raise error
             deadline = min(deadline, loop.time() + self._timeout)
             left = deadline - loop.time()

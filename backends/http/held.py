@@ -13,6 +13,7 @@ from backends import BackendError
 from backends.client import Exchange, Response
 from backends.deadlines import after_reading
 from backends.events import Event
+from backends.target import Target
 from backends.waiting import Waiters, call_one
 
 OWN_PAGES = 16 * 1024  # bytes; a held body of that size gets its own memory pages
@@ -55,12 +56,16 @@ class Request:
         "overdue",
         "owner",
         "sent_at",
+        "target",
     )
 
-    def __init__(self, owner: Owner, number: int, event: Event) -> None:
+    def __init__(
+        self, owner: Owner, number: int, event: Event, target: Target
+    ) -> None:
         self.owner = owner
         self.number = number
         self.event = event
+        self.target = target
         self.exchange: Exchange | None = None  # during an attempt
         self.attempts = 0  # failed attempts
         # All times are on the loop's clock.

@@ -10,8 +10,9 @@ from pathlib import Path
 from tornado.options import options
 
 from backends import BackendError, Closure
-from backends.events import Ended, EventWriter
+from backends.events import Ended
 from backends.http.disconnects import (
+    DisconnectEvents,
     DisconnectNotification,
     Disconnects,
     log_failure,
@@ -33,7 +34,7 @@ class OpenConnections:
     def __init__(
         self,
         state: StateDirectory | None,
-        events: EventWriter,
+        events: DisconnectEvents,
         disconnects: Disconnects,
     ) -> None:
         self._state = state

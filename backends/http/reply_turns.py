@@ -7,12 +7,24 @@ connection's send buffer. So what waits for a slow client is at most one reply.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from backends import Connection
 from backends.client import Response
 from backends.http.held import Request
-from backends.http.replies import Replies
+
+
+class MessageReplies(Protocol):
+    """Reads the replies to messages, and has them carried out."""
+
+    def of_message(self, status: int, headers: Mapping[str, str]) -> int:
+        """Return how many bytes to keep of a response (`client.response.Keep`)."""
+
+    def carry_out(
+        self, connection: Connection, event_id: str, response: Response
+    ) -> "asyncio.Future[None] | None":
+        """Carry out one; returns None if all was done at once, or a future."""
 
 
 class ReplyTurns:
@@ -34,7 +46,7 @@ class ReplyTurns:
 
     def __init__(
         self,
-        replies: Replies,
+        replies: MessageReplies,
         connection: Connection,
         on_carried_out: Callable[[], None],
     ) -> None:

@@ -5,6 +5,7 @@
 
 import random
 import time
+from collections.abc import Callable
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -47,6 +48,10 @@ HINTS = {
 def is_success(status: int) -> bool:
     """Whether the backend accepted the event."""
     return 200 <= status < 300
+
+
+# Classifies an attempt, as `attempt_outcome` does.
+OutcomeOf = Callable[[Response | BackendError], AttemptOutcome]
 
 
 def attempt_outcome(outcome: Response | BackendError) -> AttemptOutcome:

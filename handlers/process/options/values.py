@@ -15,8 +15,8 @@ NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 # Options for which 0 seconds would always expire immediately.
 NEVER_ZERO = frozenset({
     "backend_connect_timeout", "backend_dead_after", "body_timeout",
-    "breaker_first_probe", "breaker_last_probe", "breaker_window", "handshake_timeout",
-    "header_timeout", "send_timeout",
+    "breaker_first_probe", "breaker_last_probe", "breaker_window", "function_timeout",
+    "handshake_timeout", "header_timeout", "send_timeout",
 })
 LEAST_TIME = 0.001  # seconds
 # The minimum of other options. No handshake fits into fewer bytes of headers.
@@ -26,8 +26,10 @@ LEAST = {
     "log_rotate_interval": 1,
     "max_header_size": 1024,
 }
-# Options for which 0 means no limit.
-MAY_BE_ZERO = frozenset({"bytes_per_second", "max_connections_per_ip"})
+# Options for which 0 means no limit, or never.
+MAY_BE_ZERO = frozenset({
+    "bytes_per_second", "function_retries", "max_connections_per_ip"
+})
 
 MAX_NUMBER = 2**48  # the largest value of any count; system calls accept more
 MAX_SHOWN = 100  # characters of a wrong value

@@ -1,0 +1,257 @@
+"""The `apigateway` backend: API Gateway's WebSocket APIs, without AWS.
+
+It invokes Lambda functions, or HTTP services that take the same requests, with events
+in API Gateway's proxy format (`events`). `routes` selects a function for each message,
+`answers` reads what functions return, `authorizer` asks who may connect, and
+`functions` has the HTTP client. Order and accounting are those of `backends.http`.
+"""
+
+import logging
+from collections.abc import Awaitable
+from urllib.parse import urlsplit
+
+from tornado.options import Error as OptionError
+from tornado.options import define, options
+
+from backends import (
+    BackendError,
+    Connection,
+    ConnectionRefused,
+    Handshake,
+    Outcome,
+    Relay,
+)
+from backends.apigateway.answers import (
+    FORBIDDEN,
+    SERVER_ERROR,
+    Answers,
+    BadAnswer,
+    error_frame,
+    invocation_outcome,
+    keep_answer,
+    read_answer,
+)
+from backends.apigateway.authorizer import (
+    Authorizer,
+    identity_sources,
+    make_authorizer_target,
+)
+from backends.apigateway.decisions import error_refusal, refusal_of, subprotocol_of
+from backends.apigateway.events import Caller, ConnectionEnd, FunctionEvents
+from backends.apigateway.functions import (
+    FunctionDeliveries,
+    InvokeTimeouts,
+    NoBreaker,
+    function_limits,
+    invoke_timeouts,
+    make_function_client,
+)
+from backends.apigateway.routes import Routes, make_routes
+from backends.breaker import BreakerSettings
+from backends.events import Event
+from backends.http import credential_sources
+from backends.http.attempts import Attempts
+from backends.http.credentials import CredentialSources
+from backends.http.delivery import Delivery
+from backends.http.disconnects import DisconnectDelivery, DisconnectEvents
+from backends.http.open_connections import OpenConnections, make_state
+from backends.http.posting import PostingBackend
+from backends.http.request import RequestWriter
+
+logger = logging.getLogger(__name__)
+
+# The modules of others whose options this backend reads.
+OPTION_MODULES = (
+    "backends.client",
+    "backends.http.credentials",
+    "backends.http.deliveries",
+    "backends.http.disconnects",
+    "backends.journal",
+)
+
+define("stage", default="local", metavar="NAME",
+       help="the stage: clients connect to /<stage>, or to --ws_path")
+define("api_id", default="socketdock", metavar="ID",
+       help="apiId in events")
+define("domain_name", type=str, metavar="NAME",
+       help="domainName in events, by which functions reach /@connections; none: host "
+            "and port of --externalhostandport")
+
+
+class ApiGatewayBackend(PostingBackend):
+    """Invokes functions as API Gateway does.
+
+    `timeouts` are those of `$connect`. Without `authorizer` nobody is asked before.
+    """
+
+    def __init__(
+        self,
+        events: FunctionEvents,
+        routes: Routes,
+        authorizer: Authorizer | None,
+        attempts: Attempts,
+        timeouts: InvokeTimeouts,
+        deliveries: FunctionDeliveries,
+        disconnects: DisconnectDelivery,
+        open_connections: OpenConnections,
+        credentials: CredentialSources,
+    ) -> None:
+        super().__init__(
+            events, deliveries, disconnects, open_connections, credentials
+        )
+        self._events = events
+        self._routes = routes
+        self._authorizer = authorizer
+        self._attempts = attempts
+        self._timeouts = timeouts
+        self._functions = deliveries
+        self._callers: dict[str, Caller] = {}  # by id of each accepted connection
+
+    async def connect(
+        self, connection: Connection, handshake: Handshake
+    ) -> str | None:
+        """Ask the authorizer, then `$connect`; without them, accept every client."""
+        caller = self._events.caller(connection, handshake)
+        if self._authorizer is not None:
+            context = await self._authorizer.ask(connection.id, caller, handshake)
+            caller = caller._replace(authorizer=context)
+        self._open_connections.add(connection.id)
+        self._callers[connection.id] = caller
+        try:
+            return await self._ask(connection.id, caller, handshake)
+        except ConnectionRefused:
+            self._open_connections.remove(connection.id)
+            del self._callers[connection.id]
+            raise
+
+    async def _ask(
+        self, connection_id: str, caller: Caller, handshake: Handshake
+    ) -> str | None:
+        """Invoke `$connect`; return the subprotocol. Raises `ConnectionRefused`."""
+        target = self._routes.connect
+        if target is None:
+            return None
+        event = self._events.connect(connection_id, caller, handshake)
+        outcome: Outcome = "failed"
+        try:
+            response = await self._attempts.make(
+                "connect",
+                connection_id,
+                target,
+                event,
+                *self._timeouts,
+            )
+            answer = read_answer(response)
+            if not answer.accepts:
+                refusal = refusal_of(answer)
+                outcome = "refused"
+                raise refusal
+            subprotocol = subprotocol_of(answer, handshake.subprotocols)
+            outcome = "delivered"
+            return subprotocol
+        except (BackendError, BadAnswer) as error:
+            logger.warning(
+                "connection %s has no decision: POST %s: %s", connection_id, target,
+                error, extra={"connection_id": connection_id},
+            )
+            raise error_refusal(502, SERVER_ERROR, connection_id, event) from error
+        finally:
+            self._observer.ended("connect", connection_id, outcome)
+
+    def message(
+        self, connection: Connection, message: str | bytes
+    ) -> Awaitable[None] | None:
+        """Invoke the function of the message's route."""
+        delivery = self._by_id.get(connection.id)
+        if delivery is None:
+            delivery = self._by_id[connection.id] = self._functions.new(connection)
+        assert isinstance(delivery, Delivery)
+        delivery.number += 1
+        key = self._routes.key_of(message)
+        event = self._events.message(
+            connection, self._callers[connection.id], delivery.number, key, message
+        )
+        target = self._routes.target_of(key)
+        if target is None:  # there is no $default
+            return self._forbid(connection, event)
+        return delivery.post(event, target)
+
+    def _forbid(
+        self, connection: Connection, event: Event
+    ) -> Awaitable[None] | None:
+        self._observer.ended("message", connection.id, "refused")
+        frame = error_frame(FORBIDDEN, connection.id, event)
+        return self._functions.answers.send(connection, frame)
+
+    def called_back(self, connection: Connection) -> None:
+        """Do nothing: no invocation is abandoned."""
+
+    def disconnect_events(self, connection: Connection) -> DisconnectEvents:
+        """Return what makes the connection's last event."""
+        return ConnectionEnd(self._events, self._callers.pop(connection.id, None))
+
+
+def domain_name(relay: Relay) -> str:
+    """Return `domainName` of events. Raises `OptionError` if it is not known."""
+    if options.domain_name:
+        return str(options.domain_name)
+    if relay.callback_url is None:
+        raise OptionError(
+            "--backend=apigateway needs --domain_name or --externalhostandport, since"
+            " callbacks are bound to a wildcard address"
+        )
+    return urlsplit(relay.callback_url).netloc
+
+
+def make_backend(relay: Relay) -> ApiGatewayBackend:
+    """Make the backend for `--backend=apigateway`, from the options."""
+    routes, authorizer_target = make_routes(), make_authorizer_target()
+    targets = [*routes.targets]
+    if authorizer_target is not None:
+        targets.append(authorizer_target)
+    events = FunctionEvents(relay, options.stage, options.api_id, domain_name(relay))
+    client = make_function_client(targets)
+    requests = RequestWriter(relay.version)
+    breaker = NoBreaker(BreakerSettings())
+    attempts = Attempts(
+        client, requests, breaker, relay.observer, invocation_outcome, keep_answer
+    )
+    timeouts = invoke_timeouts()
+    authorizer = None
+    if authorizer_target is not None:
+        authorizer = Authorizer(
+            authorizer_target,
+            identity_sources(),
+            events,
+            attempts,
+            timeouts,
+        )
+    assert relay.executor is not None
+    disconnects = DisconnectDelivery(
+        routes.disconnect,
+        attempts,
+        breaker,
+        options.disconnect_timeout,
+        relay.observer,
+        options.function_retries,
+    )
+    state = make_state(relay.instance, routes.disconnect)
+    return ApiGatewayBackend(
+        events,
+        routes,
+        authorizer,
+        attempts,
+        timeouts,
+        FunctionDeliveries(
+            client,
+            requests,
+            breaker,
+            routes.function,
+            function_limits(),
+            relay.observer,
+            Answers(relay.executor, options.route_response),
+        ),
+        disconnects,
+        OpenConnections(state, events, disconnects),
+        credential_sources(*targets),
+    )

@@ -1,0 +1,177 @@
+"""Invokes functions: the HTTP client, and the deliveries of messages.
+
+As on AWS an invocation is not repeated, unless `--function_retries` says so; and an
+emulator that dies of two invocations at once gets one at a time.
+"""
+
+import asyncio
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
+
+from tornado.options import define, options
+
+from backends import Connection, Observer
+from backends.apigateway.answers import SERVER_ERROR, Answers, error_frame
+from backends.breaker import Breaker
+from backends.client import Client, Exchange
+from backends.client.exchange import Used
+from backends.events import Event
+from backends.http.deliveries import DeliveryLimits
+from backends.http.delivery import SingleDeliveries
+from backends.http.held import Request
+from backends.http.request import RequestWriter
+from backends.target import Target
+
+define("function_timeout", default=29.0, metavar="SECONDS",
+       help="longest wait for the answer of a function, from sending its request")
+define("function_retries", default=0, metavar="COUNT",
+       help="how often a failed invocation for a message or $disconnect is repeated")
+define("function_concurrency", type=int, metavar="COUNT",
+       help="most invocations at once at one host and port, authorizer included; none: "
+            "1 for URLs that end in /functions/function/invocations, else no limit")
+
+# The path of the runtime interface emulator, which has one function.
+EMULATOR_PATH = "/functions/function/invocations"
+# Seconds. Lambda's longest invocation; until then an emulator may still be busy with
+# one that nobody waits for.
+LONGEST_INVOCATION = 900.0
+# Seconds. Servers close idle connections after some seconds, and a request that was
+# lost with one may have been carried out, so it is not sent again.
+IDLE_TIMEOUT = 1.0
+
+
+class InvokeTimeouts(NamedTuple):
+    """How long to wait, in seconds: for an answer, from sending, and before that."""
+
+    answer: float
+    queue: float
+
+
+class Invocation(Exchange):
+    """One invocation, which is sent once only.
+
+    Unless `loop` is None, its connection is kept until the function has ended, even if
+    nobody waits for it: the next invocation has to wait so long.
+    """
+
+    __slots__ = ("loop",)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.resent = True  # never again
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def leave(self, connection: Used) -> None:
+        """Close the connection, unless the next invocation has to wait."""
+        if self.loop is None:
+            super().leave(connection)
+        else:
+            self.timer = self.loop.call_later(LONGEST_INVOCATION, connection.close)
+
+
+class FunctionClient(Client):
+    """A client that sends no request twice.
+
+    `concurrency` is the most invocations at once for each origin; None: 1 for the
+    origins in `emulators`, no limit for others.
+    """
+
+    exchange_type: type[Exchange] = Invocation
+    idle_timeout = IDLE_TIMEOUT
+    queue_may_move = False
+
+    concurrency: int | None = None
+    emulators: Collection[tuple[str, str, int]] = ()
+
+    def connections_to(self, target: Target) -> float:
+        """Return the most invocations at once."""
+        if self.concurrency is not None:
+            return self.concurrency
+        return 1 if target.origin in self.emulators else float("inf")
+
+    def post(self, target: Target, *args: Any, **kwargs: Any) -> Exchange:
+        """Send a request, at most once; see `Client.post`."""
+        exchange = super().post(target, *args, **kwargs)
+        assert isinstance(exchange, Invocation)
+        if self.connections_to(target) < float("inf"):
+            exchange.loop = self.loop
+        return exchange
+
+
+class NoBreaker(Breaker):
+    """A breaker that never opens: API Gateway has none."""
+
+    def record(self, connection_id: str, cause: str | None) -> None:
+        """Do nothing."""
+
+
+class FunctionDeliveries(SingleDeliveries):
+    """The deliveries of connections whose messages invoke functions.
+
+    No invocation is abandoned: each ends within `limits.backend_timeout`.
+    """
+
+    def __init__(
+        self,
+        client: FunctionClient,
+        requests: RequestWriter,
+        breaker: NoBreaker,
+        target: Target,
+        limits: DeliveryLimits,
+        observer: Observer,
+        answers: Answers,
+    ) -> None:
+        super().__init__(
+            client,
+            requests,
+            breaker,
+            target,
+            limits,
+            observer,
+            answers,
+            answers.outcome_of,
+        )
+        self.answers = answers
+
+    def mark_expendable(self, request: Request) -> None:
+        """Do nothing."""
+
+    def on_failed(self, connection: Connection, event: Event) -> None:
+        """Tell the client that its message has failed; the connection stays."""
+        self.answers.send(connection, error_frame(SERVER_ERROR, connection.id, event))
+
+
+def make_function_client(targets: Iterable[Target]) -> FunctionClient:
+    """Make the client for the functions at `targets`, from the options."""
+    client = FunctionClient(
+        options.max_backend_connections,
+        options.backend_connect_timeout,
+        options.backend_dead_after,
+        options.backend_connection_age or float("inf"),
+    )
+    client.concurrency = options.function_concurrency
+    client.emulators = {
+        target.origin
+        for target in targets
+        if target.path.partition("?")[0].endswith(EMULATOR_PATH)
+    }
+    return client
+
+
+def invoke_timeouts() -> InvokeTimeouts:
+    """Read them from the options."""
+    return InvokeTimeouts(options.function_timeout, options.delivery_timeout)
+
+
+def function_limits() -> DeliveryLimits:
+    """Read the limits of messages from the options."""
+    return DeliveryLimits(
+        options.order_wait,
+        options.max_unanswered,
+        options.function_timeout,
+        # More than the time in which each invocation ends, which makes room for others.
+        max(options.delivery_timeout, options.function_timeout + 1.0),
+        options.max_queued_bytes,
+        options.function_retries,
+        options.function_timeout,
+    )
