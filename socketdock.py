@@ -104,6 +104,9 @@ define("config", type=str, metavar="PATH",
 END_GRACE = 0.8  # seconds after the drain timeouts, before the rest is cut off
 STOP_REPORT_INTERVAL = 2.0  # seconds
 DESCRIPTORS = 256  # for open callbacks, the log, and the process itself
+# The name in the instance of test events. It differs from that of each relay, since an
+# event with a new boot id says that the connections of the run before are lost.
+CHECK_INSTANCE = "socketdock-check"
 USAGE_ERROR = 2  # exit status: an invalid option
 
 
@@ -447,11 +450,11 @@ def bounds(body_budget: BodyBudget, max_body_size: int) -> RequestBounds:
     )
 
 
-async def check(warnings: Sequence[str]) -> int:
+async def check(warnings: Sequence[str], sends: bool) -> int:
     """Print problems that would disturb the relay, and how to fix them.
 
-    `warnings` are those of the options. Returns the exit status, 1 if there is
-    an error.
+    `warnings` are those of the options. If it `sends`, each URL of the backend gets a
+    test event. Returns the exit status, 1 if there is an error.
     """
     found = [Finding("warning", warning) for warning in warnings]
     with _errors_added_to(found):
@@ -470,14 +473,14 @@ async def check(warnings: Sequence[str]) -> int:
         address = bindable(options.callbackip or options.bindip)
         found += [port_finding("--callbackport", address, options.callbackport)]
     with _errors_added_to(found):
-        await _check_ends(found)
+        await _check_ends(found, sends)
     with contextlib.suppress(BrokenPipeError):  # the exit status still reports it
         for finding in found:
             print(f"{finding.level + ':':<9}{finding.text}")
     return int(any(finding.level == "error" for finding in found))
 
 
-async def _check_ends(found: list[Finding]) -> None:
+async def _check_ends(found: list[Finding], sends: bool) -> None:
     # Listening on the real ports would take clients from a running relay.
     to_clients, to_backend = bind_listeners(elsewhere=True)
     on_loopback = to_backend.is_loopback
@@ -506,12 +509,31 @@ async def _check_ends(found: list[Finding]) -> None:
         for path in backend.certificates:
             found.append(certificate_finding(path))
         found += [finding async for finding in backend.findings()]
+        if sends:
+            found += await _test_events(external)
     found.append(
         descriptors_finding(
             options.max_connections + backend.descriptors + DESCRIPTORS,
             options.max_connections,
         )
     )
+
+
+async def _test_events(external: str | None) -> list[Finding]:
+    """Return what the backend answers to test events. Raises `OptionError`."""
+    module = backends.load(options.backend)
+    if not hasattr(module, "make_trial"):
+        why = f"--backend={options.backend} has no URL to send a test event to"
+        return [Finding("warning", f"{why}; leave out --send")]
+    relay = Relay(
+        external,
+        f"{CHECK_INSTANCE}/{secrets.token_hex(8)}",
+        __version__,
+        executor=CommandExecutor(
+            options.max_message_size, options.max_state_size, Observer()
+        ),
+    )
+    return [finding async for finding in module.make_trial(relay).findings()]
 
 
 @contextlib.contextmanager
@@ -548,12 +570,15 @@ def run(command: str, words: list[str]) -> int:
         return 0
     if command == "health" and words[:1] and words[0].startswith("--pid="):
         words = arguments_of(words[0].removeprefix("--pid=")) + words[1:]
+    sends = command == "check" and "--send" in words
+    if sends:
+        words = [word for word in words if word != "--send"]
     warnings = parse_options(words, os.environ)
     if command == "health":
         return health()
     factory = loop_factory(options.event_loop)
     if command == "check":
-        return asyncio.Runner(loop_factory=factory).run(check(warnings))
+        return asyncio.Runner(loop_factory=factory).run(check(warnings, sends))
     log = make_log(lambda: settings_of("logging", words, os.environ))
     for warning in warnings:
         logger.warning(warning)

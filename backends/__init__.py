@@ -5,8 +5,9 @@ any importable module with a dot in its name (`--backend=mycompany.queue`), whic
 may be in the current folder. It has one function, `make_backend(relay)`, which
 returns a `Backend`, and may `tornado.options.define` options of its own at import.
 With a second function, `make_check(relay)`, which returns a `Check`,
-`socketdock check` also checks what it needs. A built-in one lists the shared
-modules whose options it reads in `OPTION_MODULES`. To write one:
+`socketdock check` also checks what it needs; with `make_trial(relay)`, which returns
+a `Trial`, `socketdock check --send` sends it test events. A built-in one lists the
+shared modules whose options it reads in `OPTION_MODULES`. To write one:
 
     from backends import Backend
 

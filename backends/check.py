@@ -1,10 +1,11 @@
 """What `socketdock check` reports: findings, and the checks that make them.
 
-A backend's `make_check(relay)` returns a `Check`; `handlers.process.findings` makes
-the findings about this machine.
+A backend's `make_check(relay)` returns a `Check`, and `make_trial(relay)` a `Trial`;
+`handlers.process.findings` makes the findings about this machine.
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -54,3 +55,15 @@ class Check:
         """Yield what was found. Sends no event and changes nothing."""
         return
         yield
+
+
+class Trial(ABC):
+    """Sends a test event to each URL of a backend, for `socketdock check --send`.
+
+    `make_trial(relay)` makes it, from the same options. Events have the mark
+    `meta.test`, and the instance `relay.instance`, which no running relay has.
+    """
+
+    @abstractmethod
+    def findings(self) -> AsyncIterator[Finding]:
+        """Yield what came back from each URL. Shows no secret and no body."""

@@ -66,7 +66,7 @@ class Heartbeat:
         await self.client.close()
 
     async def _send(self, ttl: int, timeout: float) -> None:
-        event = self._event(ttl)
+        event = heartbeat_event(self._relay, next(self._numbers), ttl)
         answered: asyncio.Future[Response | BackendError]
         answered = self.client.loop.create_future()
         exchange = self.client.post(
@@ -79,23 +79,6 @@ class Heartbeat:
             self._record(await answered)
         finally:
             exchange.abandon()
-
-    def _event(self, ttl: int) -> Event:
-        relay = self._relay
-        occupancy = relay.occupancy()
-        meta = {
-            "instance": relay.instance,
-            "connections": occupancy.connections,
-            "ttl": ttl,
-            "draining": occupancy.draining,
-        }
-        boot_id = relay.instance.rpartition("/")[2]
-        return Event(
-            f"{boot_id}-heartbeat-{next(self._numbers)}",
-            serialized({"meta": meta}),
-            traceparent(None),
-            None,
-        )
 
     def _record(self, outcome: Response | BackendError) -> None:
         why = None
@@ -110,3 +93,21 @@ class Heartbeat:
         elif why is None and self._failing:
             logger.info("heartbeats are accepted again")
         self._failing = why is not None
+
+
+def heartbeat_event(relay: Relay, number: int, ttl: int) -> Event:
+    """Return the heartbeat with this `number`; `ttl` is in seconds."""
+    occupancy = relay.occupancy()
+    meta = {
+        "instance": relay.instance,
+        "connections": occupancy.connections,
+        "ttl": ttl,
+        "draining": occupancy.draining,
+    }
+    boot_id = relay.instance.rpartition("/")[2]
+    return Event(
+        f"{boot_id}-heartbeat-{number}",
+        serialized({"meta": meta}),
+        traceparent(None),
+        None,
+    )

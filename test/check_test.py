@@ -2,6 +2,8 @@
 
 import asyncio
 import datetime
+import json
+import re
 import resource
 import socket
 import ssl
@@ -15,7 +17,9 @@ from certificates import Authority, self_signed
 from faults import RESET_ON_CLOSE
 from ports import free_ports
 from service import DEADLINE, PROJECT, RecordingBackend, Service, tcp_server
+from standardwebhooks import Webhook
 
+from backends.commands import MEDIA_TYPE
 from backends.http.check import tls_remedy
 
 pytestmark = pytest.mark.gen_test(timeout=60)
@@ -101,6 +105,135 @@ async def test_unknown_variable_of_the_environment_is_a_warning(io_loop):
     """As at the start."""
     lines = await check("--bindport=0", status=0, env={"SOCKETDOCK_BIDPORT": "1"})
     assert "unknown variable SOCKETDOCK_BIDPORT" in only("warning", lines)
+
+
+# Test events.
+
+
+def sent(lines):
+    """Return the findings about test events, by option."""
+    rows = (re.fullmatch(r"(\w+): +--(\w+): (POST .*)", line) for line in lines)
+    return {row[2]: (row[1], row[3]) for row in rows if row is not None}
+
+
+def replies(content_type, reply, status=200):
+    """Return the answer to an event."""
+
+    async def answer(handler, event):
+        handler.set_status(status)
+        handler.set_header("Content-Type", content_type)
+        handler.write(reply)
+
+    return answer
+
+
+async def test_check_sends_signed_test_events(io_loop):
+    """A whole connection: one event to each URL, in order, each with the mark."""
+    secret = "whsec_" + "a" * 32
+    async with RecordingBackend() as backend:
+        flags = [*backend.flags(), f"--webhook_secret={secret}", "--bindport=0"]
+        found = sent(await check("--send", *flags, status=0))
+        events = list(backend.events)
+    assert [kind for kind, *_ in events] == ["connect", "message", "disconnect"]
+    assert len({event["meta"]["connection_id"] for _, event, _ in events}) == 1
+    for _, event, headers in events:
+        assert event["meta"]["test"] is True
+        assert event["meta"]["instance"].startswith("socketdock-check/")
+        assert headers["Webhook-Id"].startswith(event["meta"]["connection_id"])
+        body = json.dumps(event, separators=(",", ":"))
+        assert Webhook(secret).verify(body, dict(headers)) == event
+    for kind in ("connect", "message", "disconnect"):
+        level, text = found[f"{kind}uri"]
+        assert level == "ok"
+        url = re.escape(backend.url(kind))
+        assert re.fullmatch(rf"POST {url} answered 200 in \d+ ms", text)
+
+
+async def test_check_shows_what_came_back(io_loop):
+    """The commands that the relay would carry out, but neither frames nor secrets."""
+    commands = {"commands": [{"send": "a frame"}, {"send": "b"}, {"state": "hidden"}]}
+    async with RecordingBackend() as backend:
+        backend.answers = {
+            "connect": replies("text/plain", "not for these clients", status=403),
+            "message": replies(MEDIA_TYPE, json.dumps(commands)),
+            "disconnect": replies("text/html; charset=utf-8", "<p>a page"),
+        }
+        flags = (*backend.flags(), "--callback_token=0123456789abcdef")
+        lines = await check("--bindport=0", "--send", *flags, status=0)
+    found = sent(lines)
+    assert found["connecturi"][0] == "ok"
+    assert found["connecturi"][1].endswith("it refuses a client without credentials")
+    assert found["messageuri"][1].endswith(" ms: commands: 2 send, 1 state")
+    assert found["disconnecturi"][1].endswith(" ms: 9 bytes of text/html")
+    for hidden in ("frame", "hidden", "these clients", "page", "0123456789abcdef"):
+        assert hidden not in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("answer", "remedy"),
+    [
+        (replies("text/html", "none", status=404), "check that this path exists"),
+        (replies("text/html", "none", status=401), "check --backend_headers_file and"),
+        (replies("text/html", "none", status=500), "see the backend's log"),
+        (replies("application/json", '{"commands": []}'), f"Content-Type {MEDIA_TYPE}"),
+        (replies(MEDIA_TYPE, '{"commands": {}}'), "commands must be a list; correct"),
+        (replies(MEDIA_TYPE, "no JSON"), "it is not JSON in UTF-8; correct it"),
+    ],
+)
+async def test_check_warns_of_an_answer_that_is_a_mistake(io_loop, answer, remedy):
+    """The relay would go on, but the backend would not do what it means to."""
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = answer
+        flags = backend.flags("message")
+        lines = await check("--bindport=0", "--send", *flags, status=0)
+    level, text = sent(lines)["messageuri"]
+    assert level == "warning" and remedy in text
+
+
+async def test_check_sends_to_the_urls_of_batches_and_of_heartbeats(io_loop):
+    """One batch with both events, and a heartbeat that ends its instance."""
+    received = []
+
+    async def serve(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])
+        received.append((head.split()[1], json.loads(await reader.readexactly(length))))
+        writer.write(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with tcp_server(serve) as port:
+        url = f"http://127.0.0.1:{port}"
+        flags = ("--backend=http", f"--batchuri={url}/b", f"--instanceuri={url}/i")
+        lines = await check("--send", "--bindport=0", *flags, status=0)
+    assert set(sent(lines)) == {"batchuri", "instanceuri"}
+    (_, batch), (_, heartbeat) = received
+    assert [event["event"] for event in batch["events"]] == ["message", "disconnect"]
+    assert all(event["meta"]["test"] for event in batch["events"])
+    assert heartbeat["meta"]["test"] is True and heartbeat["meta"]["ttl"] == 0
+
+
+async def test_check_does_not_wait_for_an_answer_that_is_held(io_loop):
+    """For at most --backend_timeout. Some backends answer when a session ends."""
+    forever = asyncio.Event()
+
+    async def hold(handler, event):
+        await forever.wait()
+
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = hold
+        flags = (*backend.flags("message"), "--backend_timeout=0.2")
+        lines = await check("--bindport=0", "--send", *flags, status=0)
+        forever.set()
+    level, text = sent(lines)["messageuri"]
+    assert level == "warning" and "no response in 0.2 s" in text
+    assert text.endswith("unless the backend holds answers")
+
+
+async def test_check_cannot_send_to_loopback(io_loop):
+    """It has no URL; other backends may have none, either."""
+    line = only("warning", await check("--send", "--bindport=0", status=0))
+    assert line.endswith("has no URL to send a test event to; leave out --send")
 
 
 # Problems.
@@ -278,6 +411,21 @@ async def test_check_reports_too_few_descriptors(io_loop):
     )
     line = only("error", lines)
     assert "at most 512 files may be open here" in line and "LimitNOFILE=" in line
+
+
+async def test_check_names_the_limit_of_files_and_the_need(io_loop):
+    """Of this process, which a shell or a unit may have limited."""
+    limit = (4_000, 4_000)
+    lines = await check(
+        "--bindport=0",
+        "--max_connections=1000",
+        status=0,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit),
+    )
+    assert lines[-1] == (
+        "ok:      4000 files may be open at once, and at most 1256 are needed for"
+        " --max_connections=1000 and the backend"
+    )
 
 
 async def test_check_reports_state_dir_that_is_not_a_folder(io_loop):

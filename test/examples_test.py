@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from typing import Self
 
 import pytest
 import websockets
+from check_test import check
 from programs import leave_out, program
 from service import DEADLINE, PROJECT, Service, eventually
 from standardwebhooks import Webhook
@@ -163,6 +165,21 @@ async def test_everybody_gets_what_one_client_sends(io_loop, name):
             await one.send("alone")
             assert await text_of(one) == "alone"
     assert len(example.said) == 1  # there was no error
+
+
+@each_example
+async def test_test_event_reaches_no_client(io_loop, name):
+    """`socketdock check --send` sees that it is accepted, with its signature."""
+    async with Example(name) as example, example.relay() as service:
+        async with websockets.connect(service.ws_url) as client:
+            lines = await check(
+                "--send", *service.flags, status=0, env=service.environment
+            )
+            sent = [line for line in lines if " POST " in line]
+            assert len(sent) == 3
+            assert all(re.search(r"^ok: .* answered 204 in", line) for line in sent)
+            await client.send("first")
+            assert await text_of(client) == "first"
 
 
 @each_example

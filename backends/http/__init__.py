@@ -5,7 +5,7 @@ keeps the order, `request` writes each attempt, and `backends.client` sends it.
 `posting` has what does not depend on the format of events.
 """
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from pathlib import Path
 
 from tornado.options import options
@@ -34,6 +34,7 @@ from backends.http.posting import PostingBackend
 from backends.http.replies import make_replies
 from backends.http.request import RequestWriter
 from backends.http.targets import make_targets
+from backends.http.trial import HTTPTrial
 from backends.target import Target
 
 # The shared modules whose options this backend reads.
@@ -127,13 +128,39 @@ def make_check(relay: Relay) -> HTTPCheck:
     """Make the checks of `socketdock check`, from the options."""
     targets = make_targets(relay)
     return HTTPCheck(
-        {f"--{name}uri": t for name, t in targets.items() if t is not None},
+        by_option(targets),
         credential_sources(*targets.values()).read().tls,
         connect_timeout=options.backend_connect_timeout,
         certificates=[options.backend_cert] if options.backend_cert else [],
         state_dir=Path(options.state_dir) if options.state_dir else None,
         descriptors=options.max_backend_connections,
     )
+
+
+def make_trial(relay: Relay) -> HTTPTrial:
+    """Make the test events of `socketdock check --send`, from the options."""
+    targets = make_targets(relay)
+    credentials = credential_sources(*targets.values()).read()
+    requests = RequestWriter(relay.version)
+    requests.set_credentials(credentials.headers, credentials.signer)
+    client = make_client()
+    client.trust(credentials.tls)
+    return HTTPTrial(
+        relay,
+        by_option(targets),
+        client,
+        Attempts(client, requests, Breaker(breaker_settings()), relay.observer),
+        make_replies(relay),
+        {
+            "--connecturi": options.handshake_timeout,
+            "--messageuri": options.backend_timeout,
+        },
+    )
+
+
+def by_option(targets: Mapping[str, Target | None]) -> dict[str, Target]:
+    """Return the targets that are set, by their option."""
+    return {f"--{name}uri": t for name, t in targets.items() if t is not None}
 
 
 def make_backend(relay: Relay) -> HTTPBackend:

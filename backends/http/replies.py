@@ -72,7 +72,7 @@ class Replies:
         self, mode: Mode, max_size: int, executor: Executor, observer: Observer
     ) -> None:
         self.mode = mode
-        self._max_size = max_size
+        self.max_size = max_size  # bytes
         self._executor = executor
         self._observer = observer
 
@@ -84,18 +84,18 @@ class Replies:
             content_type = headers.get("content-type")
             if content_type is None or not is_commands(content_type):
                 return 0
-        return self._max_size if is_success(status) else 0
+        return self.max_size if is_success(status) else 0
 
     def of_connect(self, status: int, headers: Mapping[str, str]) -> int:
         """Keep the whole body if it has commands, else its beginning."""
         if self.mode != "off" and is_success(status) and has_commands(headers):
-            return self._max_size
+            return self.max_size
         return MAX_KEPT_BODY
 
     def of_batch(self, status: int, headers: Mapping[str, str]) -> int:
         """Keep the body of a response to a batch if it has commands or failed ids."""
         if is_success(status) and has_commands(headers):
-            return self._max_size
+            return self.max_size
         return 0
 
     # What it says.
@@ -108,10 +108,7 @@ class Replies:
         Returns None if all was done at once, or a future that is done when it was.
         """
         try:
-            if has_commands(response.headers):
-                commands = self.read(response).commands
-            else:
-                commands = self._plain(response)
+            commands = self.of_response(response)
             if not commands:
                 return None
             return self._executor.carry_out(commands, "response", (connection.id,))
@@ -143,7 +140,7 @@ class Replies:
         """
         body = response.body
         return (
-            body is not None and not response.complete and len(body) < self._max_size
+            body is not None and not response.complete and len(body) < self.max_size
         )
 
     def read_batch(self, response: Response) -> BatchReply:
@@ -157,6 +154,12 @@ class Replies:
         if any(command.connection_ids is None for command in commands):
             raise Unusable("a command names no connection")
         return BatchReply(commands, frozenset(failed))
+
+    def of_response(self, response: Response) -> list[Command]:
+        """Parse the reply to a message, in either mode. Raises `Unusable`."""
+        if has_commands(response.headers):
+            return self.read(response).commands
+        return self._plain(response) if self.mode == "body" else []
 
     def read(self, response: Response) -> Reply:
         """Parse commands. Raises `Unusable`."""
@@ -203,10 +206,10 @@ class Replies:
         if not response.complete:
             raise Unusable(
                 "its body was cut off, came too late, or is larger than"
-                f" --max_reply_size ({self._max_size} bytes)"
+                f" --max_reply_size ({self.max_size} bytes)"
             )
         try:
-            return decoded(response.headers, response.body, self._max_size)
+            return decoded(response.headers, response.body, self.max_size)
         except MalformedResponse as error:
             raise Unusable(str(error)) from None
 

@@ -92,6 +92,10 @@ function verify(request, response, next) {
     response.sendStatus(401);
     return;
   }
+  if (request.event.meta.test) { // of `socketdock check --send`
+    response.sendStatus(204);
+    return;
+  }
   const id = request.headers["webhook-id"];
   if (seen.has(id)) {
     console.log(`again: ${id}`);

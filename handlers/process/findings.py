@@ -100,7 +100,7 @@ def _elements(der: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def descriptors_finding(wanted: int, max_connections: int) -> Finding:
-    """Check that `wanted` files and sockets may be open at once."""
+    """Check that the limit of open files, with sockets, is at least `wanted`."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < wanted:
         return Finding(
@@ -110,4 +110,9 @@ def descriptors_finding(wanted: int, max_connections: int) -> Finding:
             f" {wanted}; raise the limit (ulimit -Hn, LimitNOFILE=, minfds), or"
             " lower --max_connections",
         )
-    return Finding("ok", f"{wanted} files may be open at once")
+    limit = "any number" if hard == resource.RLIM_INFINITY else f"{hard}"
+    return Finding(
+        "ok",
+        f"{limit} files may be open at once, and at most {wanted} are needed for"
+        f" --max_connections={max_connections} and the backend",
+    )

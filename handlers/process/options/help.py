@@ -17,6 +17,7 @@ EVERYDAY = frozenset({
 USAGE = """\
 Usage: socketdock [--option=value ...]
        socketdock check [--option=value ...]   finds problems before the start
+       socketdock check --send ...             sends the backend test events, too
        socketdock health [--option=value ...]  asks whether this relay serves
        socketdock --version | --help | --help-all
 
