@@ -116,10 +116,12 @@ def make_server(
     observer: Observer,
     fast: Callable[[Request], FastHandler | None] = lambda request: None,
     tracing: "Tracing | None" = None,
+    keep_names: bool = False,
 ) -> Server:
     """Create the server for `routes`; all other paths get 404.
 
-    `fast` may answer a send or a bulk callback without creating a handler.
+    `fast` may answer a send or a bulk callback without creating a handler. If
+    `keep_names`, handlers can see the names of headers as they were written.
     """
 
     def on_answered(handler: RequestHandler) -> None:
@@ -140,7 +142,7 @@ def make_server(
     )
     if options.http_server == "tornado":
         return TornadoServer(application, bounds)
-    return RequestServer(application, bounds, fast, on_fast_answered)
+    return RequestServer(application, bounds, fast, on_fast_answered, keep_names)
 
 
 async def serve(log: Log) -> int:
@@ -165,7 +167,8 @@ class Service:
     def __init__(self) -> None:
         self.systemd = SystemdNotifier(os.environ)
         self.policy = make_policy()
-        self.paths = make_paths()
+        paths = client_paths()
+        self.paths, self._forbids_others = make_paths(paths or ()), paths is not None
         self.tokens = CallbackTokens(
             options.callback_token, options.callback_token_file
         )
@@ -253,6 +256,7 @@ class Service:
         return client_routes(
             self.paths,
             others,
+            forbid=self._forbids_others,
             context=context,
             tickets=self.tickets,
             tracer=self.tracing,
@@ -333,6 +337,7 @@ class Service:
             self.observers,
             self._fast(),
             self.tracing,
+            one_listener and self.backend.wants_fields,
         )
         if one_listener:
             self.to_clients.serve(both, self.descriptors.client)
@@ -342,6 +347,7 @@ class Service:
             self._for_clients([]),
             bounds(body_budget, max_body_size=options.max_header_size),
             self.observers,
+            keep_names=self.backend.wants_fields,
         )
         self.to_clients.serve(for_clients, self.descriptors.client)
 
@@ -425,6 +431,17 @@ class Service:
         self.systemd.close()
 
 
+def client_paths() -> Sequence[str] | None:
+    """Return the paths of the backend's own; None: it has none.
+
+    Raises `OptionError`.
+    """
+    paths: Callable[[], Sequence[str]] | None = getattr(
+        backends.load(options.backend), "client_paths", None
+    )
+    return None if paths is None else paths()
+
+
 async def report_stop(connections: Connections, backend: Backend) -> None:
     """Log every few seconds what the shutdown waits for, until cancelled."""
     while True:
@@ -460,7 +477,7 @@ async def check(warnings: Sequence[str], sends: bool) -> int:
     with _errors_added_to(found):
         make_policy()
     with _errors_added_to(found):
-        make_paths()
+        make_paths(client_paths() or ())
     with _errors_added_to(found):
         if options.log_config:
             read_log_config(options.log_config)

@@ -6,8 +6,11 @@ may be in the current folder. It has one function, `make_backend(relay)`, which
 returns a `Backend`, and may `tornado.options.define` options of its own at import.
 With a second function, `make_check(relay)`, which returns a `Check`,
 `socketdock check` also checks what it needs; with `make_trial(relay)`, which returns
-a `Trial`, `socketdock check --send` sends it test events. A built-in one lists the
-shared modules whose options it reads in `OPTION_MODULES`. To write one:
+a `Trial`, `socketdock check --send` sends it test events. `option_defaults()` returns
+values of the relay's own options, by name, for those that are not set, and
+`client_paths()` paths where clients connect beside `--ws_path`; handshakes to others
+then get 403. A built-in one lists the shared modules whose options it reads in
+`OPTION_MODULES`. To write one:
 
     from backends import Backend
 
@@ -216,6 +219,7 @@ class Handshake:
     Header names are lower-case, and a repeated header is joined with `, `.
     `query` is without its question mark. `subprotocols` are the client's
     offers, in its order. `trace` is that of the handshake, where there is one.
+    `fields` are the header fields as they were sent, for a backend that `wants_fields`.
     """
 
     headers: Mapping[str, str]
@@ -224,6 +228,7 @@ class Handshake:
     remote_ip: str
     subprotocols: Sequence[str]
     trace: TraceContext | None = None
+    fields: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,12 +373,14 @@ class Backend(abc.ABC):
     methods return and raise.
 
     One that `takes_many` is given a message of a connection although others are not
-    completed; their awaitables then complete in order.
+    completed; their awaitables then complete in order. One that `wants_fields` gets
+    `Handshake.fields`.
     """
 
     descriptors = 0
     observes = False
     takes_many = False
+    wants_fields = False
 
     async def connect(
         self, connection: Connection, handshake: Handshake

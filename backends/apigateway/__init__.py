@@ -7,7 +7,8 @@ in API Gateway's proxy format (`events`). `routes` selects a function for each m
 """
 
 import logging
-from collections.abc import Awaitable
+import re
+from collections.abc import Awaitable, Sequence
 from urllib.parse import urlsplit
 
 from tornado.options import Error as OptionError
@@ -46,6 +47,7 @@ from backends.apigateway.functions import (
     invoke_timeouts,
     make_function_client,
 )
+from backends.apigateway.limits import option_defaults as option_defaults
 from backends.apigateway.routes import Routes, make_routes
 from backends.breaker import BreakerSettings
 from backends.events import Event
@@ -78,11 +80,16 @@ define("domain_name", type=str, metavar="NAME",
             "and port of --externalhostandport")
 
 
+STAGE = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
 class ApiGatewayBackend(PostingBackend):
     """Invokes functions as API Gateway does.
 
     `timeouts` are those of `$connect`. Without `authorizer` nobody is asked before.
     """
+
+    wants_fields = True
 
     def __init__(
         self,
@@ -191,6 +198,20 @@ class ApiGatewayBackend(PostingBackend):
         return ConnectionEnd(self._events, self._callers.pop(connection.id, None))
 
 
+def stage_name() -> str:
+    """Return the name of the stage. Raises `OptionError` if it is invalid."""
+    if not STAGE.fullmatch(options.stage):
+        raise OptionError(
+            f"--stage={options.stage} is not a name of letters, digits, - and _"
+        )
+    return str(options.stage)
+
+
+def client_paths() -> Sequence[str]:
+    """Return the path of the stage; handshakes to others get 403."""
+    return [f"/{stage_name()}"]
+
+
 def domain_name(relay: Relay) -> str:
     """Return `domainName` of events. Raises `OptionError` if it is not known."""
     if options.domain_name:
@@ -209,7 +230,7 @@ def make_backend(relay: Relay) -> ApiGatewayBackend:
     targets = [*routes.targets]
     if authorizer_target is not None:
         targets.append(authorizer_target)
-    events = FunctionEvents(relay, options.stage, options.api_id, domain_name(relay))
+    events = FunctionEvents(relay, stage_name(), options.api_id, domain_name(relay))
     client = make_function_client(targets)
     requests = RequestWriter(relay.version)
     breaker = NoBreaker(BreakerSettings())

@@ -23,6 +23,7 @@ REASONS = {
 }
 # For a connection of an earlier run, of which only the id is known.
 UNKNOWN_ADDRESS = "0.0.0.0"
+FORWARDED_FOR = "x-forwarded-for"
 # Parts of the method's ARN that nobody but AWS has.
 REGION, ACCOUNT = "us-east-1", "123456789012"
 
@@ -199,7 +200,13 @@ def _reason(closure: Closure) -> str:
 
 def _of_handshake(handshake: Handshake) -> dict[str, Any]:
     """Return headers and query; without a query its members are missing."""
-    content = _headers(handshake.headers.items())
+    content = _headers(
+        [
+            *(field for field in handshake.fields if field[0].lower() != FORWARDED_FOR),
+            # API Gateway adds it; a client's own value would only look like that.
+            ("X-Forwarded-For", handshake.remote_ip),
+        ]
+    )
     query = parse_qsl(handshake.query, keep_blank_values=True)
     if query:
         content["queryStringParameters"] = dict(query)  # the last of each name
@@ -208,15 +215,20 @@ def _of_handshake(handshake: Handshake) -> dict[str, Any]:
 
 
 def _headers(headers: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    lists = _lists(headers)
+    lists = _lists(headers, ignore_case=True)
     return {
         "headers": {name: values[-1] for name, values in lists.items()},
         "multiValueHeaders": lists,
     }
 
 
-def _lists(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+def _lists(
+    pairs: Iterable[tuple[str, str]], ignore_case: bool = False
+) -> dict[str, list[str]]:
+    """Return all values by name; if cases are ignored, the first spelling counts."""
+    names: dict[str, str] = {}
     lists: dict[str, list[str]] = {}
     for name, value in pairs:
-        lists.setdefault(name, []).append(value)
+        key = names.setdefault(name.lower(), name) if ignore_case else name
+        lists.setdefault(key, []).append(value)
     return lists

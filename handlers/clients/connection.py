@@ -34,6 +34,7 @@ from handlers.process.logs import log_event
 from handlers.rates import Throttle
 from handlers.websocket.closing import CLOSE_TIMEOUT
 from handlers.websocket.deflate import Compression
+from handlers.websocket.fragments import FragmentingProtocol
 from handlers.websocket.frames import Close, CloseCode, FrameError, SharedFrame
 from handlers.websocket.protocol import READ_AHEAD, ClientProtocol, State
 from handlers.websocket.turns import Turns
@@ -175,9 +176,11 @@ class ClientConnection:
         policy = self._context.policy
         if policy.rates:
             self._inbox.throttle = Throttle(policy.rates, policy.stalls)
-        self._protocol = ClientProtocol(
-            self, policy.max_message_size, compression, policy.rates.bytes
-        )
+        limits = policy.max_message_size, compression, policy.rates.bytes
+        if policy.max_frame_size:
+            self._protocol = FragmentingProtocol(self, *limits, policy.max_frame_size)
+        else:
+            self._protocol = ClientProtocol(self, *limits)
         self._protocol.begin(stream)
 
     # Called by ClientProtocol.

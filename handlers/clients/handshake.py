@@ -19,10 +19,12 @@ from backends import (
 )
 from handlers.clients.connection import ClientConnection, ClientContext
 from handlers.clients.headers import (
+    forwarded_fields,
     forwarded_headers,
     is_key,
     malformed_reason,
     members,
+    written_as_usual,
 )
 from handlers.clients.tickets import Claim, Tickets
 from handlers.http.problem import ProblemHandler
@@ -229,7 +231,15 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
             remote_ip=self.remote_ip,
             subprotocols=subprotocols(headers.get_list("Sec-WebSocket-Protocol")),
             trace=trace if self._span is None else self._span.trace,
+            fields=self._fields() if self.context.backend.wants_fields else (),
         )
+
+    def _fields(self) -> list[tuple[str, str]]:
+        """Return the header fields as they were sent."""
+        fields = getattr(self.request.connection, "fields", None)
+        if fields is None:  # Tornado's server does not keep the case of names
+            fields = written_as_usual(self.request.headers.get_all())
+        return forwarded_fields(fields, self.policy.withheld_headers)
 
     def _refuse(
         self, connection: ClientConnection, refused: ConnectionRefused
@@ -266,3 +276,11 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         the handler. Without this each handler would wait for the garbage collector.
         """
         self.ui.clear()
+
+
+class UnknownPathHandler(ClientSocketHandler):
+    """Rejects a handshake to a path where no clients connect."""
+
+    async def get(self, *args: Any, **kwargs: Any) -> None:
+        """Answer 403."""
+        self._reject(HTTPStatus.FORBIDDEN, "No clients connect at this path.")

@@ -3,7 +3,7 @@
 import base64
 import binascii
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.options import define
@@ -33,6 +33,15 @@ HOP_BY_HOP_HEADERS = frozenset({
     "sec-websocket-version",
 })
 
+# Those that say what a client offers, which some backends want to see.
+WEBSOCKET_HEADERS = frozenset({
+    "sec-websocket-extensions",
+    "sec-websocket-key",
+    "sec-websocket-protocol",
+    "sec-websocket-version",
+})
+WEBSOCKET_NAME = re.compile("^sec-websocket-", re.IGNORECASE)
+
 _NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)  # RFC 9110, section 5.6.2
 
 
@@ -61,6 +70,33 @@ def forwarded_headers(headers: HTTPHeaders, withheld: frozenset[str]) -> dict[st
         for name in headers
         if name.lower() not in withheld and name.lower() not in for_one_hop
     }
+
+
+def forwarded_fields(
+    fields: Iterable[tuple[str, str]], withheld: frozenset[str]
+) -> list[tuple[str, str]]:
+    """Return the header fields for a backend that wants each as it was sent.
+
+    Unlike `forwarded_headers` it includes those of the WebSocket handshake.
+    """
+    listed = list(fields)
+    for_one_hop = {
+        member.strip().lower()
+        for name, value in listed
+        if name.lower() == "connection"
+        for member in value.split(",")
+    }
+    omitted = (withheld - WEBSOCKET_HEADERS) | for_one_hop
+    return [(name, value) for name, value in listed if name.lower() not in omitted]
+
+
+def written_as_usual(fields: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield header fields with the names that most clients write.
+
+    For a server that does not keep names as they were written.
+    """
+    for name, value in fields:
+        yield WEBSOCKET_NAME.sub("Sec-WebSocket-", name), value
 
 
 def members(headers: HTTPHeaders, name: str) -> list[str]:

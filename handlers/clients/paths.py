@@ -60,9 +60,16 @@ class Handshakes(Matcher):
         return found
 
 
-def make_paths() -> ClientPaths:
-    """Create the paths from the options."""
+class AnyHandshake(Matcher):
+    """Matches WebSocket requests to any path."""
+
+    def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
+        return {} if "websocket" in members(request.headers, "Upgrade") else None
+
+
+def make_paths(others: Iterable[str] = ()) -> ClientPaths:
+    """Create the paths from the options, and `others`."""
     try:
-        return ClientPaths(options.ws_path)
+        return ClientPaths([*options.ws_path, *others])
     except ValueError as error:
         raise OptionError(f"--ws_path: {error}") from None

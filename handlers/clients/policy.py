@@ -16,6 +16,9 @@ from handlers.websocket.negotiation import subprotocols
 define("max_message_size", default=4 * 1024 * 1024, metavar="BYTES",
        help="largest message in either direction; a larger one closes with 1009, or "
             "gets 413")
+define("max_frame_size", default=0, metavar="BYTES",
+       help="largest frame in either direction: a larger one of a client closes with "
+            "1009, larger messages to clients are fragmented; 0: no limit")
 define("subprotocols", multiple=True, metavar="NAMES",
        help="subprotocols to select from when the backend selected none; the first "
             "one that the client offers is used")
@@ -41,6 +44,7 @@ class ClientPolicy:
     """The limits and features of each client."""
 
     max_message_size: int = 4 * 1024 * 1024
+    max_frame_size: int = 0
     allowed_origins: AllowedOrigins = field(default_factory=AllowedOrigins)
     require_origin: bool = False
     trusted_proxies: TrustedProxies = field(default_factory=TrustedProxies)
@@ -81,6 +85,7 @@ def make_policy() -> ClientPolicy:
         )
     return ClientPolicy(
         max_message_size=options.max_message_size,
+        max_frame_size=options.max_frame_size,
         allowed_origins=allowed_origins,
         require_origin=options.require_origin,
         trusted_proxies=trusted_proxies,

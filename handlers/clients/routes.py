@@ -2,22 +2,24 @@
 
 from typing import Any
 
-from handlers.clients.handshake import ClientSocketHandler
-from handlers.clients.paths import ClientPaths, Handshakes
+from handlers.clients.handshake import ClientSocketHandler, UnknownPathHandler
+from handlers.clients.paths import AnyHandshake, ClientPaths, Handshakes
 from handlers.http.application import Routes
 from handlers.probes import LiveHandler
 
 
 def client_routes(
-    paths: ClientPaths, others: Routes, **shared: Any
+    paths: ClientPaths, others: Routes, *, forbid: bool = False, **shared: Any
 ) -> Routes:
     """Return the client routes of a listener that also serves `others`.
 
     A route of `others` may share a path with clients: WebSocket requests to it are
-    clients.
+    clients. Those to paths that nothing serves get 403 if `forbid`, else 404.
     """
+    forbidden: Routes = [(AnyHandshake(), UnknownPathHandler, shared)]
     return [
         (Handshakes(paths), ClientSocketHandler, shared),
         *(others or [(r"/livez", LiveHandler, {})]),
         (paths, ClientSocketHandler, shared),
+        *(forbidden if forbid else ()),
     ]

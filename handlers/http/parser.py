@@ -10,7 +10,7 @@ import httptools
 
 from handlers.http.body_budget import joined
 from handlers.http.bounds import LINES_PER_PIECE, MAX_HEADERS
-from handlers.http.request import Request
+from handlers.http.request import NamedRequest, Request
 
 # Length in bytes from which a piece is searched for many short lines.
 LONG_PIECE = 4096
@@ -204,6 +204,23 @@ class RequestParser:
             request.upgrade = request.method == "GET"
         request.complete = True
         self.partial = None
+
+
+class NamingParser(RequestParser):
+    """A parser whose requests keep the names of headers as they were written."""
+
+    __slots__ = ()
+
+    def on_message_begin(self) -> None:
+        if not self._resuming:
+            self.partial = NamedRequest()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        request = self.partial
+        is_in_head = not (self._resuming or request is None or request.version)
+        if is_in_head and isinstance(request, NamedRequest):
+            request.names.append(name)
+        super().on_header(name, value)
 
 
 def _note_framing(request: Request, name: bytes, value: bytes) -> None:

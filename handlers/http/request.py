@@ -83,6 +83,13 @@ class Request:
         self.fast: FastHandler | None = None  # answers it without a handler
         self.response: Response | None = None  # None: not begun, or needs none
 
+    def fields(self) -> list[tuple[str, str]]:
+        """Return names and values of the headers, as text."""
+        return [
+            (name.decode("latin-1"), value.decode("latin-1"))
+            for name, value in self.headers
+        ]
+
     def take_body(self) -> bytes:
         """Return the received part of the body, and keep nothing of it."""
         body, self.body = self.body, b""
@@ -109,3 +116,21 @@ class Request:
             name == b"expect" and value.lower() == b"100-continue"
             for name, value in self.headers
         )
+
+
+class NamedRequest(Request):
+    """A request that also keeps the names of its headers as they were written."""
+
+    __slots__ = ("names",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[bytes] = []
+
+    def fields(self) -> list[tuple[str, str]]:
+        """Return names, as they were written, and values of the headers."""
+        values = (value for _, value in self.headers)
+        return [
+            (name.decode("latin-1"), value.decode("latin-1"))
+            for name, value in zip(self.names, values, strict=True)
+        ]

@@ -195,6 +195,11 @@ class HandlerResponse(HTTPConnection):
         return self._connection.descriptor
 
     @property
+    def fields(self) -> list[tuple[str, str]]:
+        """Names and values of the request's headers; see `Request.fields`."""
+        return self._request.fields()
+
+    @property
     def body_budget(self) -> BodyBudget:
         """Counts all bodies until their handlers take them."""
         return self._connection.bounds.body_budget

@@ -26,7 +26,7 @@ from backends.waiting import done_future
 from handlers.http.body_budget import RETRY_AFTER
 from handlers.http.bounds import ANSWER_TIMEOUT, IDLE_TIMEOUT, RequestBounds
 from handlers.http.deadlines import Deadlines
-from handlers.http.parser import MalformedRequest, RequestParser
+from handlers.http.parser import MalformedRequest, NamingParser, RequestParser
 from handlers.http.request import FastHandler, FastResponse, Request, Response
 from handlers.http.response import (
     Context,
@@ -57,7 +57,10 @@ class RequestServer:
         bounds: RequestBounds,
         fast: Callable[[Request], FastHandler | None] = lambda request: None,
         log: Callable[[str, str, int], None] = lambda method, target, status: None,
+        keep_names: bool = False,
     ) -> None:
+        """If `keep_names`, requests keep the names of headers as they were written."""
+        self.parser_type = NamingParser if keep_names else RequestParser
         self.application = application
         self.bounds = bounds
         self.fast = fast
@@ -138,7 +141,7 @@ class RequestConnection(SocketConnection):
         # The current request: its head was parsed, and it is not answered.
         self.request: Request | None = None
         self._server = server
-        self._parser = RequestParser(self, server.bounds.max_header_size)
+        self._parser = server.parser_type(self, server.bounds.max_header_size)
         self._inbox = bytearray()  # what was read and not parsed
         self._turning = False  # `_on_turn` is scheduled
         self._rejection = b""  # the last response, to bytes that are not HTTP

@@ -86,6 +86,7 @@ class ObservedBackend(Backend):
         self._observer = observer
         self.descriptors = backend.descriptors
         self.takes_many = backend.takes_many
+        self.wants_fields = backend.wants_fields
         # These are not observed: use the backend's own.
         self.called_back = backend.called_back  # type: ignore[method-assign]
         self.reload = backend.reload  # type: ignore[method-assign]

@@ -142,6 +142,7 @@ class FrameParser:
         "_fragments",
         "_inflater",
         "_mask",
+        "_max_frame_size",
         "_max_message_size",
         "_needed",
         "_remaining",
@@ -149,7 +150,7 @@ class FrameParser:
     )
 
     def __init__(self, max_message_size: int, inflater: Inflater | None = None) -> None:
-        self._max_message_size = max_message_size
+        self._max_message_size = self._max_frame_size = max_message_size
         self._inflater = inflater
         # An incomplete header, or an incomplete control frame.
         self._buffer = b""
@@ -161,6 +162,10 @@ class FrameParser:
         self._mask = b""
         self._fragments: Fragments | None = None  # None between messages
         self._size = 0  # bytes in `_fragments`
+
+    def limit_frames(self, size: int) -> None:
+        """Accept only frames of at most `size` bytes, as they are sent."""
+        self._max_frame_size = min(size, self._max_message_size)
 
     @property
     def kept(self) -> int:
@@ -210,8 +215,8 @@ class FrameParser:
                 position += extended
             is_control = first & 0x08
             size = length + self._size
-            if size > self._max_message_size and not is_control:
-                self._check_size(first, size)
+            if size > self._max_frame_size and not is_control:
+                self._check_size(first, length, size)
             wanted = 4 + length if is_control else 4
             if end - position < wanted:
                 self._needed = position - start + wanted
@@ -244,16 +249,20 @@ class FrameParser:
             first &= ~FIN
         return self._take(first, unmask(mask, part))
 
-    def _check_size(self, first: int, size: int) -> None:
-        """Check the received `size` of a message, which exceeds the maximum.
+    def _check_size(self, first: int, length: int, size: int) -> None:
+        """Check a frame of `length` bytes, and `size`, that of its message so far.
 
         A compressed message may be larger than the original, if that was
         incompressible.
         """
         fragments = self._fragments
-        compressed = first & RSV1 if fragments is None else fragments.compressed
-        if not compressed or size > deflate_bound(self._max_message_size):
+        largest_frame, largest = self._max_frame_size, self._max_message_size
+        if first & RSV1 if fragments is None else fragments.compressed:
+            largest_frame, largest = map(deflate_bound, (largest_frame, largest))
+        if size > largest:
             raise FrameError(CloseCode.MESSAGE_TOO_BIG, "message too big")
+        if length > largest_frame:
+            raise FrameError(CloseCode.MESSAGE_TOO_BIG, "frame too big")
 
     def _check_header(self, first: int, second: int, length: int) -> None:
         opcode = first & 0x0F

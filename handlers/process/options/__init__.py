@@ -56,6 +56,7 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
             )
     for name, value in read_flags(argv):
         given.append(_set(name, value, f"--{name}"))
+    _set_defaults(given)
     return warnings + _unused(given)
 
 
@@ -112,6 +113,15 @@ def _set(name: str, value: Any, where: str) -> Any:
     option = option_of(name)
     option.set(checked(name, value, where))
     return option
+
+
+def _set_defaults(given: Sequence[Any]) -> None:
+    """Set the selected backend's own defaults of options that are not `given`."""
+    module = backends.load(options.backend)
+    for name, value in getattr(module, "option_defaults", dict)().items():
+        option = option_of(name)
+        if option not in given:
+            option.set(value)
 
 
 def _unused(given: Sequence[Any]) -> list[str]:

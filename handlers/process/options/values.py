@@ -28,7 +28,7 @@ LEAST = {
 }
 # Options for which 0 means no limit, or never.
 MAY_BE_ZERO = frozenset({
-    "bytes_per_second", "function_retries", "max_connections_per_ip"
+    "bytes_per_second", "function_retries", "max_connections_per_ip", "max_frame_size"
 })
 
 MAX_NUMBER = 2**48  # the largest value of any count; system calls accept more
