@@ -79,6 +79,7 @@ from handlers.process.options import (
     settings_of,
 )
 from handlers.process.options.help import print_help
+from handlers.process.options.template import print_template
 from handlers.process.signals import reload_on_signal, stop_signal
 from handlers.process.systemd import SystemdNotifier
 from handlers.telemetry import load_tracing, make_tracing
@@ -107,6 +108,7 @@ DESCRIPTORS = 256  # for open callbacks, the log, and the process itself
 # The name in the instance of test events. It differs from that of each relay, since an
 # event with a new boot id says that the connections of the run before are lost.
 CHECK_INSTANCE = "socketdock-check"
+COMMANDS = ("check", "config", "health")  # none: relay
 USAGE_ERROR = 2  # exit status: an invalid option
 
 
@@ -585,6 +587,12 @@ def run(command: str, words: list[str]) -> int:
         load_backends(words, os.environ)
         print_help(all_options=not {"--help", "-h"} & set(words))
         return 0
+    if command == "config":
+        if words:
+            raise OptionError("config takes no options; it prints all of them")
+        load_backends(words, os.environ)
+        print_template()
+        return 0
     if command == "health" and words[:1] and words[0].startswith("--pid="):
         words = arguments_of(words[0].removeprefix("--pid=")) + words[1:]
     sends = command == "check" and "--send" in words
@@ -606,7 +614,7 @@ def main() -> None:
     """The console script `socketdock`."""
     open_standard_streams()
     words = sys.argv[1:]
-    command = words.pop(0) if words[:1] in (["check"], ["health"]) else ""
+    command = words.pop(0) if words[:1] and words[0] in COMMANDS else ""
     try:
         status = run(command, words)
     except OptionError as error:

@@ -19,6 +19,7 @@ Usage: socketdock [--option=value ...]
        socketdock check [--option=value ...]   finds problems before the start
        socketdock check --send ...             sends the backend test events, too
        socketdock health [--option=value ...]  asks whether this relay serves
+       socketdock config                       prints an options file to edit
        socketdock --version | --help | --help-all
 
 Relays WebSocket clients to a backend that speaks only HTTP. An echo server:
