@@ -28,17 +28,16 @@ from handlers.admission import Admission
 from handlers.backlog import Backlog
 from handlers.callbacks.access import CallbackAccess
 from handlers.callbacks.address import callback_url
+from handlers.callbacks.apigateway import connections_routes
 from handlers.callbacks.bulk import PATH as BULK_PATH
 from handlers.callbacks.bulk import Bulk, BulkHandler, bulk_routes
 from handlers.callbacks.capabilities import make_capabilities
 from handlers.callbacks.executor import CommandExecutor
 from handlers.callbacks.fast_bulk import FastBulk
-from handlers.callbacks.fast_hop import FastHop
 from handlers.callbacks.fast_send import FastSend
-from handlers.callbacks.peers import make_peers
-from handlers.callbacks.received_hops import ReceivedHops, hop_routes
 from handlers.callbacks.repeats import Repeats
 from handlers.callbacks.routes import callback_routes, is_send
+from handlers.callbacks.sigv4_keys import make_signing_keys
 from handlers.callbacks.tokens import CallbackTokens
 from handlers.clients.connection import ClientContext, Connections
 from handlers.clients.heartbeat import Heartbeat
@@ -53,6 +52,7 @@ from handlers.http.binding import bind_listeners
 from handlers.http.body import NotFoundHandler
 from handlers.http.body_budget import MAX_BODY_BYTES, BodyBudget
 from handlers.http.bounds import RequestBounds
+from handlers.http.development import DevelopmentAuthority, set_development_options
 from handlers.http.listener import Descriptors, Server, bindable, is_wildcard
 from handlers.http.request import FastHandler, Request
 from handlers.http.server import RequestServer
@@ -82,7 +82,6 @@ from handlers.process.options import (
     settings_of,
 )
 from handlers.process.options.help import print_help
-from handlers.process.options.template import print_template
 from handlers.process.signals import reload_on_signal, stop_signal
 from handlers.process.systemd import SystemdNotifier
 from handlers.telemetry import load_tracing, make_tracing
@@ -105,17 +104,14 @@ define("config", type=str, metavar="PATH",
        help="options file; none: conf/socketdock.conf beside socketdock.py, if it "
             "exists")
 
-# Returns what can answer a request without a handler, or None.
-Fast = Callable[[Request], FastHandler | None]
-
 END_GRACE = 0.8  # seconds after the drain timeouts, before the rest is cut off
 STOP_REPORT_INTERVAL = 2.0  # seconds
 DESCRIPTORS = 256  # for open callbacks, the log, and the process itself
 # The name in the instance of test events. It differs from that of each relay, since an
 # event with a new boot id says that the connections of the run before are lost.
 CHECK_INSTANCE = "socketdock-check"
-COMMANDS = ("check", "config", "health")  # none: relay
 USAGE_ERROR = 2  # exit status: an invalid option
+COMMANDS = ("check", "dev", "health")
 
 
 def make_server(
@@ -153,14 +149,19 @@ def make_server(
     return RequestServer(application, bounds, fast, on_fast_answered, keep_names)
 
 
-async def serve(log: Log) -> int:
+async def serve(log: Log, variables: Sequence[str] = ()) -> int:
     """Start, relay until a signal, and drain. Returns the exit status.
 
-    Raises `OptionError` if an option prevents the start.
+    `variables` are for functions that call back, and are printed. Raises `OptionError`
+    if an option prevents the start.
     """
     stop = stop_signal()  # before anything can observe the start
     service = Service()
     service.start(log)
+    if variables:
+        address = f"{service.to_clients.url('ws')}/{options.stage}"
+        with contextlib.suppress(BrokenPipeError):
+            print("\n".join((*variables, f"clients connect to {address}")), flush=True)
     await stop.wait()
     return await service.stop(log)
 
@@ -180,16 +181,15 @@ class Service:
         self.tokens = CallbackTokens(
             options.callback_token, options.callback_token_file
         )
+        self.signing_keys = make_signing_keys()
+        self.access = CallbackAccess(
+            self.tokens, make_capabilities(), closed=self.signing_keys is not None
+        )
         self.to_clients, self.to_backend = bind_listeners()
         self.listeners = {self.to_clients, self.to_backend}
         self.callback_url = callback_url(options.externalhostandport, self.to_backend)
         name = options.instance_name or socket.gethostname()
         self.instance = f"{name}/{secrets.token_hex(8)}"
-        self.peers = make_peers(self.instance)
-        self.access = CallbackAccess(
-            self.tokens,
-            make_capabilities() if self.peers is None else self.peers.capabilities,
-        )
         self.observers = Observers()
         self.tracing = make_tracing(__version__, self.instance)
         if self.tracing is not None:
@@ -198,38 +198,20 @@ class Service:
             self.policy.max_message_size, options.max_state_size, self.observers
         )
         self.backend = self._make_backend()
-        outgoing = self.backend.descriptors
-        if self.peers is not None:
-            outgoing += self.peers.descriptors
         claim_descriptors(
-            options.max_connections + outgoing + DESCRIPTORS,
+            options.max_connections + self.backend.descriptors + DESCRIPTORS,
             options.max_connections,
         )
         self.descriptors = Descriptors.shared(
-            outgoing, self.to_clients is self.to_backend
+            self.backend.descriptors, self.to_clients is self.to_backend
         )
         self.connections = self._make_connections()
         self.executor.begin(self.connections, self.backend)
         self.repeats = Repeats(self.connections.loop)
-        self.forwarder = None
-        if self.peers is not None:
-            self.forwarder = self.peers.forwarder(
-                self.connections, self.policy.send_timeout, __version__
-            )
         self.bulk = Bulk(self.executor, self.connections.turns, self.observers)
-        self.received = None
-        if self.peers is not None:
-            self.received = ReceivedHops(
-                self._prefix,
-                self.peers.hops,
-                self.connections,
-                self.backend,
-                self.bulk,
-                self.repeats,
-            )
         self.heartbeat = Heartbeat(options.ping_interval, options.ping_timeout)
         self.lifetimes = Lifetimes(options.idle_timeout, options.max_lifetime)
-        self.tickets = Tickets(owners=self.connections.owners)
+        self.tickets = Tickets()
         self.readiness = Readiness(
             self.connections, self.backend, options.ready_breaker_timeout
         )
@@ -275,8 +257,7 @@ class Service:
             self.policy.stalls,
         )
         backlog = Backlog(options.max_pending, options.max_queued_bytes)
-        owners = None if self.peers is None else self.peers.owners
-        return Connections(backlog, admission, self.observers, owners)
+        return Connections(backlog, admission, self.observers)
 
     # Routes.
 
@@ -304,20 +285,19 @@ class Service:
             options.backend,
             limits(),
         )
+        callbacks = {
+            "connections": self.connections,
+            "backend": self.backend,
+            "repeats": self.repeats,
+            "max_message_size": self.policy.max_message_size,
+        }
         routes = callback_routes(
-            self._prefix,
-            self.access,
-            self.readiness,
-            __version__,
-            connections=self.connections,
-            backend=self.backend,
-            repeats=self.repeats,
-            max_message_size=self.policy.max_message_size,
-            forwarder=self.forwarder,
+            self._prefix, self.access, self.readiness, __version__, **callbacks
         )
-        if self.received is not None:
-            largest = max(self.policy.max_message_size, 2 * options.max_bulk_size)
-            routes = hop_routes(self.received, largest) + routes
+        if options.backend == "apigateway":
+            routes += connections_routes(
+                self._prefix, options.stage, self.signing_keys, self.access, **callbacks
+            )
         routes += bulk_routes(
             self._prefix,
             self.tokens,
@@ -342,17 +322,14 @@ class Service:
         """The path prefix of each callback."""
         return urlsplit(self.callback_url or "").path
 
-    def _fast(self) -> Fast:
-        send: Fast = FastSend(
+    def _fast(self) -> Callable[[Request], FastHandler | None]:
+        send = FastSend(
             self._prefix,
             self.access,
             self.connections,
             self.backend,
             self.policy.max_message_size,
-            self.forwarder,
         )
-        if self.received is not None:
-            send = either(send, FastHop(self.received, self.policy.max_message_size))
         if self.tracing is not None:  # a handler answers bulk callbacks
             scheme = "https" if self.to_backend.has_tls else "http"
             return self.tracing.fast(send, scheme)
@@ -361,7 +338,7 @@ class Service:
         bulk = FastBulk(
             self._prefix, self.tokens, self.bulk, options.max_bulk_size
         )
-        return either(send, bulk)
+        return lambda request: send(request) or bulk(request)
 
     def _listen(self) -> None:
         most = self.policy.max_message_size
@@ -395,13 +372,9 @@ class Service:
         """Listen, and log the addresses."""
         self._listen()
         log.begin()
+        keys = [] if self.signing_keys is None else [self.signing_keys]
         reload_on_signal(
-            self.systemd,
-            log,
-            *self.listeners,
-            self.tokens,
-            *filter(None, [self.peers]),
-            self.backend,
+            self.systemd, log, *self.listeners, self.tokens, *keys, self.backend
         )
         self._log_start()
         self.readiness.started = True
@@ -467,8 +440,6 @@ class Service:
         self.policy.stalls.close()
         self.connections.refusals.log_summary()
         await self.backend.close()
-        if self.forwarder is not None:
-            await self.forwarder.close()
         for listener in self.listeners:
             await listener.close()
         if self.tracing is not None:
@@ -485,11 +456,6 @@ def client_paths() -> Sequence[str] | None:
         backends.load(options.backend), "client_paths", None
     )
     return None if paths is None else paths()
-
-
-def either(first: Fast, second: Fast) -> Fast:
-    """Return what answers requests by `first`, or else by `second`."""
-    return lambda request: first(request) or second(request)
 
 
 async def report_stop(connections: Connections, backend: Backend) -> None:
@@ -558,7 +524,8 @@ async def _check_ends(found: list[Finding], sends: bool) -> None:
         found.append(certificate_finding(path))
     with _errors_added_to(found):
         tokens = CallbackTokens(options.callback_token, options.callback_token_file)
-        access = tokens.required or options.callback_capability
+        signed = make_signing_keys() is not None
+        access = tokens.required or options.callback_capability or signed
         if not (access or on_loopback):
             found.append(
                 Finding(
@@ -635,18 +602,17 @@ def run(command: str, words: list[str]) -> int:
         load_backends(words, os.environ)
         print_help(all_options=not {"--help", "-h"} & set(words))
         return 0
-    if command == "config":
-        if words:
-            raise OptionError("config takes no options; it prints all of them")
-        load_backends(words, os.environ)
-        print_template()
-        return 0
     if command == "health" and words[:1] and words[0].startswith("--pid="):
         words = arguments_of(words[0].removeprefix("--pid=")) + words[1:]
     sends = command == "check" and "--send" in words
     if sends:
         words = [word for word in words if word != "--send"]
+    develops = command == "dev" or words[:1] == ["dev"]  # of a relay in a process
+    if develops:
+        words = ["--backend=apigateway", *words[command != "dev" :]]
     warnings = parse_options(words, os.environ)
+    if develops:
+        folder = set_development_options(os.environ)
     if command == "health":
         return health()
     factory = loop_factory(options.event_loop)
@@ -655,7 +621,11 @@ def run(command: str, words: list[str]) -> int:
     log = make_log(lambda: settings_of("logging", words, os.environ))
     for warning in warnings:
         logger.warning(warning)
-    return asyncio.Runner(loop_factory=factory).run(serve(log))
+    variables: Sequence[str] = ()
+    if develops:
+        hosts = options.externalhostandport, options.domain_name
+        variables = DevelopmentAuthority(folder, hosts, os.environ).variables
+    return asyncio.Runner(loop_factory=factory).run(serve(log, variables))
 
 
 def main() -> None:

@@ -49,7 +49,10 @@ PARTS = (
             *PARALLEL,
             "-m",
             "not once",
-            *named("handshake", "bad_input", "callback", "tls", "backend_tls"),
+            *named(
+                "handshake", "bad_input", "callback", "connections_api", "tls",
+                "backend_tls",
+            ),
         ),
         {"TEST_FLAGS": "--event_loop=asyncio --http_server=tornado"},
     ),
@@ -58,10 +61,10 @@ PARTS = (
 # in front of the relay, programs in other languages. And tests that take long: floods,
 # measurements, new environments.
 NOT_OF_THE_RELAY = named(
-    "balancer", "bench", "commands", "compose", "conformance", "console_page", "docs",
-    "examples", "first_use", "imports", "interop", "kubernetes", "makefile",
-    "monitoring", "openapi", "packaging", "proxies", "reply_examples", "soaking",
-    "supervisord", "systemd", "workflow",
+    "apigateway_e2e", "balancer", "bench", "commands", "compose", "conformance",
+    "console_page", "development", "docs", "examples", "first_use", "imports",
+    "interop", "kubernetes", "makefile", "monitoring", "openapi", "packaging",
+    "proxies", "reply_examples", "soaking", "supervisord", "systemd", "workflow",
 )
 TOO_LONG = named("attacks", "faults", "order", "resolver", "soak")
 RELAY = (

@@ -21,19 +21,24 @@ KEY_REQUIRED = (
 class CallbackAccess:
     """Accepts a request with a token, or with the key of its connection.
 
-    Without tokens and without `capabilities`, it accepts every request.
+    Without tokens and without `capabilities`, it accepts every request, or none if it
+    is `closed`.
     """
 
     def __init__(
-        self, tokens: CallbackTokens, capabilities: Capabilities | None
+        self,
+        tokens: CallbackTokens,
+        capabilities: Capabilities | None,
+        closed: bool = False,
     ) -> None:
         self._tokens = tokens
         self._capabilities = capabilities
+        self._closed = closed
 
     @property
     def required(self) -> bool:
         """Whether requests need a token or a key."""
-        return bool(self.schemes)
+        return self._closed or bool(self.schemes)
 
     @property
     def schemes(self) -> Set[str]:
@@ -59,6 +64,8 @@ class CallbackAccess:
         `credentials` are its `Authorization` headers.
         """
         if self._capabilities is None:
+            if self._closed and not self._tokens.required:
+                return challenge_of(credentials)
             return self._tokens.challenge(credentials)
         if self._tokens.accept(credentials) or (
             key is not None and self._capabilities.opens(key, connection_id)

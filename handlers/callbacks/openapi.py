@@ -13,20 +13,18 @@ from typing import Any
 
 from handlers.callbacks.access import CallbackAccess
 from handlers.http.problem import ProblemHandler
-from handlers.owners import ID
 
 DOCUMENT = Path(__file__).with_suffix(".json").read_text("utf-8")
 
 Document = dict[str, Any]
 
 
-def openapi_document(version: str, schemes: Set[str], pattern: str = ID) -> Document:
+def openapi_document(version: str, schemes: Set[str]) -> Document:
     """Return the document of everything on the callback listener but client routes.
 
-    `schemes` are the security schemes in use, as in `CallbackAccess.schemes`. `pattern`
-    is that of the ids of connections.
+    `schemes` are the security schemes in use, as in `CallbackAccess.schemes`.
     """
-    document: Document = json.loads(DOCUMENT.replace(f"^{ID}$", f"^{pattern}$"))
+    document: Document = json.loads(DOCUMENT)
     document["info"]["version"] = version
     if "token" not in schemes:
         del document["paths"]["/commands"]
@@ -50,18 +48,13 @@ def openapi_document(version: str, schemes: Set[str], pattern: str = ID) -> Docu
 class OpenAPIHandler(ProblemHandler):
     """`GET /openapi.json`."""
 
-    def initialize(
-        self, version: str, access: CallbackAccess, pattern: str = ID
-    ) -> None:
+    def initialize(self, version: str, access: CallbackAccess) -> None:
         self.version = version
         self.access = access
-        self.pattern = pattern
 
     def get(self) -> None:
         self.set_header("Content-Type", "application/json; charset=utf-8")
-        document = openapi_document(
-            self.version, self.access.schemes, self.pattern
-        )
+        document = openapi_document(self.version, self.access.schemes)
         self.finish(json.dumps(document))
 
     head = get

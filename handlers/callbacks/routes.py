@@ -6,7 +6,7 @@
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -23,7 +23,6 @@ from handlers.callbacks.access import (
 from handlers.callbacks.actions import GONE, Outcome
 from handlers.callbacks.answering import OutcomeHandler, RepeatableHandler
 from handlers.callbacks.bodies import message_of, parse_closing, receipt_of
-from handlers.callbacks.forward import Forwarded, Forwarder, without_key
 from handlers.callbacks.openapi import OpenAPIHandler
 from handlers.callbacks.repeats import Keyed, Repeats, digest_of
 from handlers.clients.connection import ClientConnection, Connections
@@ -33,30 +32,6 @@ from handlers.probes import LiveHandler, Readiness, ReadyHandler
 from handlers.websocket.frames import CloseCode
 
 Action = Callable[[ClientConnection], Outcome | Awaitable[Outcome]]
-
-
-def send_action(
-    body: bytes, content_type: str, query: Mapping[str, Sequence[str]]
-) -> tuple[Action, str]:
-    """Return what a send does, and a word for it; `query` has the values by name.
-
-    Raises `ValueError` with the detail for a 400.
-    """
-    message = message_of(body, content_type, query.get("type", ()))
-    receipt = receipt_of(query.get("receipt", ()), query.get("timeout", ()))
-    kind = "text" if isinstance(message, str) else "binary"
-    if receipt is not None:
-        kind += " with receipt"
-    return partial(actions.send, message=message, receipt=receipt), kind
-
-
-def close_action(body: bytes, initiator: Initiator) -> tuple[Action, str]:
-    """Return what a disconnect does, and a word for it; raises as `send_action`."""
-    code, reason = parse_closing(body)
-    return (
-        partial(actions.close, code=code, reason=reason, initiator=initiator),
-        "close",
-    )
 
 
 class OneConnectionHandler(OutcomeHandler):
@@ -100,16 +75,23 @@ class Sending(OneConnectionHandler):
         body = self.take_body()
         if body is None:
             return
-        content_type = self.request.headers.get("Content-Type", "")
-        values = {
-            name: self.get_query_arguments(name, strip=False)
-            for name in ("type", "receipt", "timeout")
-        }
         try:
-            send, kind = send_action(body, content_type, values)
+            message = message_of(
+                body,
+                self.request.headers.get("Content-Type", ""),
+                self.get_query_arguments("type", strip=False),
+            )
+            receipt = receipt_of(
+                self.get_query_arguments("receipt", strip=False),
+                self.get_query_arguments("timeout", strip=False),
+            )
         except ValueError as error:
             self.problem(HTTPStatus.BAD_REQUEST, str(error))
             return
+        kind = "text" if isinstance(message, str) else "binary"
+        if receipt is not None:
+            kind += " with receipt"
+        send = partial(actions.send, message=message, receipt=receipt)
         await self.carry_out(connection_id, send, kind, body)
 
 
@@ -121,11 +103,14 @@ class Closing(OneConnectionHandler):
         if body is None:
             return
         try:
-            close, kind = close_action(body, self.initiator)
+            code, reason = parse_closing(body)
         except ValueError as error:
             self.problem(HTTPStatus.BAD_REQUEST, str(error))
             return
-        await self.carry_out(connection_id, close, kind, body)
+        close = partial(
+            actions.close, code=code, reason=reason, initiator=self.initiator
+        )
+        await self.carry_out(connection_id, close, "close", body)
 
 
 class CallbackHandler(RepeatableHandler, OneConnectionHandler):
@@ -133,6 +118,7 @@ class CallbackHandler(RepeatableHandler, OneConnectionHandler):
 
     initiator: Initiator = "backend"
     route = ""  # of requests that have an effect
+    sends = False  # whether POST is a send
 
     def initialize(
         self,
@@ -140,13 +126,11 @@ class CallbackHandler(RepeatableHandler, OneConnectionHandler):
         backend: Backend,
         repeats: Repeats,
         max_message_size: int,
-        forwarder: Forwarder | None = None,
     ) -> None:
         self.connections = connections
         self.backend = backend
         self.repeats = repeats
         self.max_body_size = max_message_size
-        self.forwarder = forwarder
 
     def on_asked(self, connection: ClientConnection) -> None:
         self.backend.called_back(connection)
@@ -160,8 +144,6 @@ class CallbackHandler(RepeatableHandler, OneConnectionHandler):
         except ValueError as error:
             self.problem(HTTPStatus.BAD_REQUEST, str(error))
             return
-        if await self.is_forwarded(connection_id, key or "", body):
-            return
         if key is None:
             await super().carry_out(connection_id, action, kind, body)
             return
@@ -173,49 +155,11 @@ class CallbackHandler(RepeatableHandler, OneConnectionHandler):
             self.send_outcome(outcome)
 
 
-    async def is_forwarded(
-        self, connection_id: str, key: str = "", body: bytes = b""
-    ) -> bool:
-        """Forward a request for a connection of another instance, and answer it.
-
-        Returns False for one that is here, or gone.
-        """
-        forwarder = self.forwarder
-        owner = None if forwarder is None else forwarder.owner_of(connection_id)
-        if forwarder is None or owner is None:
-            return False
-        request = self.request
-        traceparents = request.headers.get_list("traceparent")
-        callback = Forwarded(
-            # The owner's answer to a HEAD would have no body to read.
-            "GET" if request.method == "HEAD" else f"{request.method}",
-            without_key(request.path, request.query),
-            request.headers.get("Content-Type", ""),
-            self.longest(forwarder.send_timeout),
-            key,
-            body,
-            connection_id,
-            traceparents[0] if len(traceparents) == 1 else "",
-        )
-        self.respond(await forwarder.forward(owner, callback))
-        return True
-
-    def longest(self, send_timeout: float) -> float:
-        """Return how many seconds the request itself may take."""
-        return send_timeout
-
-
 class SendHandler(CallbackHandler, Sending):
     """`POST /socket/<id>/send`: sends the body as one frame."""
 
     route = "send"
-
-    def longest(self, send_timeout: float) -> float:
-        receipt = receipt_of(
-            self.get_query_arguments("receipt", strip=False),
-            self.get_query_arguments("timeout", strip=False),
-        )
-        return max(send_timeout, receipt or 0.0)
+    sends = True
 
 
 class DisconnectHandler(CallbackHandler, Closing):
@@ -228,8 +172,6 @@ class ConnectionHandler(CallbackHandler):
     """`GET`, `HEAD` and `DELETE` of `/socket/<id>`."""
 
     async def get(self, connection_id: str) -> None:
-        if await self.is_forwarded(connection_id):
-            return
         if (connection := self.find(connection_id)) is None:
             return
         self.set_header("Content-Type", "application/json; charset=utf-8")
@@ -239,8 +181,6 @@ class ConnectionHandler(CallbackHandler):
     head = get
 
     async def delete(self, connection_id: str) -> None:
-        if await self.is_forwarded(connection_id):
-            return
         if (connection := self.find(connection_id)) is None:
             return
         actions.close(connection, CloseCode.NORMAL_CLOSURE, "", self.initiator)
@@ -252,10 +192,7 @@ class ConnectionHandler(CallbackHandler):
 class NoConnectionHandler(NotFoundHandler):
     """404 for a connection route with an invalid id."""
 
-    detail = (
-        "Invalid connection id: expected 32 lowercase hex digits, or 60 or 84 with"
-        " --peer_address."
-    )
+    detail = "Invalid connection id: expected 32 lowercase hex digits."
 
 
 def callback_routes(
@@ -267,9 +204,7 @@ def callback_routes(
 ) -> Routes:
     """Return the callback routes, with and without the path prefix."""
     sockets = f"(?:{re.escape(prefix)})?/socket"
-    pattern = shared["connections"].owners.pattern
-    start = f"{sockets}/({pattern})"
-    description = {"version": version, "access": access, "pattern": pattern}
+    start = f"{sockets}/([0-9a-f]{{32}})"
     return [
         (Unauthorized(prefix, access), UnauthorizedHandler, {}),
         (rf"{start}/send", SendHandler, shared),
@@ -278,14 +213,14 @@ def callback_routes(
         (rf"{sockets}/[^/]*(?:/(?:send|disconnect))?", NoConnectionHandler, {}),
         (r"/livez", LiveHandler, {}),
         (r"/readyz", ReadyHandler, {"readiness": readiness}),
-        (r"/openapi\.json", OpenAPIHandler, description),
+        (r"/openapi\.json", OpenAPIHandler, {"version": version, "access": access}),
     ]
 
 
 def is_send(handler: RequestHandler) -> bool:
     """Return whether a request is a send, with or without a token."""
     return handler.request.method == "POST" and (
-        isinstance(handler, SendHandler)
+        (isinstance(handler, CallbackHandler) and handler.sends)
         or (
             isinstance(handler, UnauthorizedHandler)
             and handler.request.path.endswith("/send")

@@ -28,19 +28,16 @@ SPELLINGS = {
         "Sec-WebSocket-Protocol",
         "Sec-WebSocket-Version",
         "WWW-Authenticate",
+        "x-amzn-ErrorType",
+        "x-amzn-RequestId",
     )
 }
 
 
-def problem_document(status: int, detail: str, kind: str | None = None) -> bytes:
-    """Return the body of an error response; its media type is `PROBLEM_TYPE`.
-
-    `kind` is the problem's type; None: there is no more to know than the status.
-    """
+def problem_document(status: int, detail: str) -> bytes:
+    """Return the body of an error response; its media type is `PROBLEM_TYPE`."""
     title = HTTPStatus(status).phrase
     document = {"title": title, "status": status, "detail": detail}
-    if kind is not None:
-        document = {"type": kind, **document}
     return json.dumps(document).encode()
 
 

@@ -16,10 +16,10 @@ EVERYDAY = frozenset({
 })
 USAGE = """\
 Usage: socketdock [--option=value ...]
+       socketdock dev [--option=value ...]     serves functions written for AWS
        socketdock check [--option=value ...]   finds problems before the start
        socketdock check --send ...             sends the backend test events, too
        socketdock health [--option=value ...]  asks whether this relay serves
-       socketdock config                       prints an options file to edit
        socketdock --version | --help | --help-all
 
 Relays WebSocket clients to a backend that speaks only HTTP. An echo server:
@@ -29,6 +29,10 @@ Relays WebSocket clients to a backend that speaks only HTTP. An echo server:
 Each message is POSTed to a backend, which replies by callbacks:
 
     socketdock --backend=http --messageuri=http://127.0.0.1:8000/message
+
+An AWS Lambda function of a WebSocket API is invoked on this machine, with TLS:
+
+    socketdock dev --functionuri=http://127.0.0.1:8000/function
 
 Options can also be set in the environment (SOCKETDOCK_<OPTION>) and in the file that
 --config names. A flag overrides the environment, the environment the file."""
@@ -41,8 +45,7 @@ PURPOSES = (
     ("Client connections and limits",
      ("handlers.clients", "handlers.admission", "handlers.rates")),
     ("Listeners and TLS", ("handlers.http",)),
-    ("Callbacks, operators and console",
-     ("handlers.callbacks", "handlers.operators", "handlers.owners")),
+    ("Callbacks, operators and console", ("handlers.callbacks", "handlers.operators")),
     ("Metrics, tracing and probes",
      ("handlers.operators.prometheus", "handlers.probes",
       "handlers.telemetry")),
