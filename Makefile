@@ -24,6 +24,8 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # npm writes these files; the tests with Node need the modules beside them.
 NODE_MODULES = test/interop/node_modules/.package-lock.json \
     examples/express_backend/node_modules/.package-lock.json
+# AWS's emulator of Lambda, for the tests of functions.
+EMULATOR = test/rie/aws-lambda-rie
 
 .PHONY: run test demo soak screenshots bench fuzz conformance lint clean
 
@@ -36,6 +38,8 @@ test: .venv/test.stamp
 	    $(MAKE) --no-print-directory --keep-going $(NODE_MODULES) || \
 	        echo "npm failed, so the tests with Node.js are left out." >&2; \
 	fi
+	@$(MAKE) --no-print-directory $(EMULATOR) || \
+	    echo "AWS's emulator is missing, so the tests with it are left out." >&2
 	@exec $(BIN)/python test/run.py $(ARGS)
 
 demo: .venv/run.stamp
@@ -71,7 +75,7 @@ lint: .venv/test.stamp
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	rm -rf test/interop/node_modules examples/express_backend/node_modules
-	rm -rf bench/peers/node_modules supervisord.pid
+	rm -rf bench/peers/node_modules test/rie supervisord.pid
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # `venv` installs pip last: if it is there, the rest is complete. A .venv that was moved
@@ -106,6 +110,9 @@ endif
 .venv/bench.stamp: setup.py pyproject.toml | .venv/bin/pip
 	$(PIP) -e '.[bench]'
 	@touch .venv/run.stamp $@
+
+$(EMULATOR): test/rie.py | .venv/test.stamp
+	$(BIN)/python test/rie.py
 
 %/node_modules/.package-lock.json: %/package.json %/package-lock.json
 	npm ci --prefix $* --no-audit --no-fund --loglevel=error \

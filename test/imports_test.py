@@ -15,7 +15,6 @@ LAYERS = (
     "http",
     "websocket",
     "telemetry",
-    "owners",
     "rates",
     "backlog",
     "admission",

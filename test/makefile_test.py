@@ -18,7 +18,7 @@ def tree(tmp_path: Path) -> Path:
     """What `make` reads of the project, in a path with a space."""
     tree = tmp_path / "my socketdock"
     for name in (
-        "Makefile", "setup.py", "pyproject.toml", "test/run.py",
+        "Makefile", "setup.py", "pyproject.toml", "test/run.py", "test/rie.py",
         "test/interop/package.json", "test/interop/package-lock.json",
         "examples/express_backend/package.json",
         "examples/express_backend/package-lock.json",
@@ -146,8 +146,8 @@ def test_make_reports_a_missing_python(tree):
     assert "make PYTHON=" in made.stderr
 
 
-def test_tests_run_without_npm_s_registry(tree, environment, tmp_path):
-    """Tests with Node.js are skipped, and a line says so."""
+def test_tests_run_without_registries(tree, environment, tmp_path):
+    """Tests with Node.js or AWS's emulator are skipped, and a line says so."""
     program("nodejs npm", "npm")
     put(environment, tree)
     (tree / ".venv" / "test.stamp").touch()
@@ -156,8 +156,11 @@ def test_tests_run_without_npm_s_registry(tree, environment, tmp_path):
         npm_config_registry="http://127.0.0.1:9/",
         npm_config_cache=str(tmp_path / "cache"),
         npm_config_fetch_retry_mintimeout="10",
+        PIP_NO_INDEX="1",
+        PIP_CONFIG_FILE=os.devnull,
         PYTHONPATH=str(Path(pytest.__file__).parent.parent),
     )
     assert made.returncode == 0, made.stderr
     assert "the tests with Node.js are left out" in made.stderr
+    assert "emulator is missing, so the tests with it are left out" in made.stderr
     assert "pytest " in made.stdout + made.stderr
