@@ -34,7 +34,10 @@ from handlers.callbacks.bulk import Bulk, BulkHandler, bulk_routes
 from handlers.callbacks.capabilities import make_capabilities
 from handlers.callbacks.executor import CommandExecutor
 from handlers.callbacks.fast_bulk import FastBulk
+from handlers.callbacks.fast_hop import FastHop
 from handlers.callbacks.fast_send import FastSend
+from handlers.callbacks.peers import make_peers
+from handlers.callbacks.received_hops import ReceivedHops, hop_routes
 from handlers.callbacks.repeats import Repeats
 from handlers.callbacks.routes import callback_routes, is_send
 from handlers.callbacks.sigv4_keys import make_signing_keys
@@ -82,6 +85,7 @@ from handlers.process.options import (
     settings_of,
 )
 from handlers.process.options.help import print_help
+from handlers.process.options.template import print_template
 from handlers.process.signals import reload_on_signal, stop_signal
 from handlers.process.systemd import SystemdNotifier
 from handlers.telemetry import load_tracing, make_tracing
@@ -104,6 +108,9 @@ define("config", type=str, metavar="PATH",
        help="options file; none: conf/socketdock.conf beside socketdock.py, if it "
             "exists")
 
+# Returns what can answer a request without a handler, or None.
+Fast = Callable[[Request], FastHandler | None]
+
 END_GRACE = 0.8  # seconds after the drain timeouts, before the rest is cut off
 STOP_REPORT_INTERVAL = 2.0  # seconds
 DESCRIPTORS = 256  # for open callbacks, the log, and the process itself
@@ -111,7 +118,7 @@ DESCRIPTORS = 256  # for open callbacks, the log, and the process itself
 # event with a new boot id says that the connections of the run before are lost.
 CHECK_INSTANCE = "socketdock-check"
 USAGE_ERROR = 2  # exit status: an invalid option
-COMMANDS = ("check", "dev", "health")
+COMMANDS = ("check", "config", "dev", "health")  # none: relay
 
 
 def make_server(
@@ -182,14 +189,17 @@ class Service:
             options.callback_token, options.callback_token_file
         )
         self.signing_keys = make_signing_keys()
-        self.access = CallbackAccess(
-            self.tokens, make_capabilities(), closed=self.signing_keys is not None
-        )
         self.to_clients, self.to_backend = bind_listeners()
         self.listeners = {self.to_clients, self.to_backend}
         self.callback_url = callback_url(options.externalhostandport, self.to_backend)
         name = options.instance_name or socket.gethostname()
         self.instance = f"{name}/{secrets.token_hex(8)}"
+        self.peers = make_peers(self.instance)
+        self.access = CallbackAccess(
+            self.tokens,
+            make_capabilities() if self.peers is None else self.peers.capabilities,
+            closed=self.signing_keys is not None,
+        )
         self.observers = Observers()
         self.tracing = make_tracing(__version__, self.instance)
         if self.tracing is not None:
@@ -198,20 +208,38 @@ class Service:
             self.policy.max_message_size, options.max_state_size, self.observers
         )
         self.backend = self._make_backend()
+        outgoing = self.backend.descriptors
+        if self.peers is not None:
+            outgoing += self.peers.descriptors
         claim_descriptors(
-            options.max_connections + self.backend.descriptors + DESCRIPTORS,
+            options.max_connections + outgoing + DESCRIPTORS,
             options.max_connections,
         )
         self.descriptors = Descriptors.shared(
-            self.backend.descriptors, self.to_clients is self.to_backend
+            outgoing, self.to_clients is self.to_backend
         )
         self.connections = self._make_connections()
         self.executor.begin(self.connections, self.backend)
         self.repeats = Repeats(self.connections.loop)
+        self.forwarder = None
+        if self.peers is not None:
+            self.forwarder = self.peers.forwarder(
+                self.connections, self.policy.send_timeout, __version__
+            )
         self.bulk = Bulk(self.executor, self.connections.turns, self.observers)
+        self.received = None
+        if self.peers is not None:
+            self.received = ReceivedHops(
+                self._prefix,
+                self.peers.hops,
+                self.connections,
+                self.backend,
+                self.bulk,
+                self.repeats,
+            )
         self.heartbeat = Heartbeat(options.ping_interval, options.ping_timeout)
         self.lifetimes = Lifetimes(options.idle_timeout, options.max_lifetime)
-        self.tickets = Tickets()
+        self.tickets = Tickets(owners=self.connections.owners)
         self.readiness = Readiness(
             self.connections, self.backend, options.ready_breaker_timeout
         )
@@ -257,7 +285,8 @@ class Service:
             self.policy.stalls,
         )
         backlog = Backlog(options.max_pending, options.max_queued_bytes)
-        return Connections(backlog, admission, self.observers)
+        owners = None if self.peers is None else self.peers.owners
+        return Connections(backlog, admission, self.observers, owners)
 
     # Routes.
 
@@ -292,12 +321,20 @@ class Service:
             "max_message_size": self.policy.max_message_size,
         }
         routes = callback_routes(
-            self._prefix, self.access, self.readiness, __version__, **callbacks
+            self._prefix,
+            self.access,
+            self.readiness,
+            __version__,
+            forwarder=self.forwarder,
+            **callbacks,
         )
         if options.backend == "apigateway":
             routes += connections_routes(
                 self._prefix, options.stage, self.signing_keys, self.access, **callbacks
             )
+        if self.received is not None:
+            largest = max(self.policy.max_message_size, 2 * options.max_bulk_size)
+            routes = hop_routes(self.received, largest) + routes
         routes += bulk_routes(
             self._prefix,
             self.tokens,
@@ -322,14 +359,17 @@ class Service:
         """The path prefix of each callback."""
         return urlsplit(self.callback_url or "").path
 
-    def _fast(self) -> Callable[[Request], FastHandler | None]:
-        send = FastSend(
+    def _fast(self) -> Fast:
+        send: Fast = FastSend(
             self._prefix,
             self.access,
             self.connections,
             self.backend,
             self.policy.max_message_size,
+            self.forwarder,
         )
+        if self.received is not None:
+            send = either(send, FastHop(self.received, self.policy.max_message_size))
         if self.tracing is not None:  # a handler answers bulk callbacks
             scheme = "https" if self.to_backend.has_tls else "http"
             return self.tracing.fast(send, scheme)
@@ -338,7 +378,7 @@ class Service:
         bulk = FastBulk(
             self._prefix, self.tokens, self.bulk, options.max_bulk_size
         )
-        return lambda request: send(request) or bulk(request)
+        return either(send, bulk)
 
     def _listen(self) -> None:
         most = self.policy.max_message_size
@@ -372,9 +412,14 @@ class Service:
         """Listen, and log the addresses."""
         self._listen()
         log.begin()
-        keys = [] if self.signing_keys is None else [self.signing_keys]
         reload_on_signal(
-            self.systemd, log, *self.listeners, self.tokens, *keys, self.backend
+            self.systemd,
+            log,
+            *self.listeners,
+            self.tokens,
+            *filter(None, [self.signing_keys]),
+            *filter(None, [self.peers]),
+            self.backend,
         )
         self._log_start()
         self.readiness.started = True
@@ -440,6 +485,8 @@ class Service:
         self.policy.stalls.close()
         self.connections.refusals.log_summary()
         await self.backend.close()
+        if self.forwarder is not None:
+            await self.forwarder.close()
         for listener in self.listeners:
             await listener.close()
         if self.tracing is not None:
@@ -456,6 +503,11 @@ def client_paths() -> Sequence[str] | None:
         backends.load(options.backend), "client_paths", None
     )
     return None if paths is None else paths()
+
+
+def either(first: Fast, second: Fast) -> Fast:
+    """Return what answers requests by `first`, or else by `second`."""
+    return lambda request: first(request) or second(request)
 
 
 async def report_stop(connections: Connections, backend: Backend) -> None:
@@ -601,6 +653,12 @@ def run(command: str, words: list[str]) -> int:
     if {"--help", "-h", "--help-all", "--help_all"} & set(words):
         load_backends(words, os.environ)
         print_help(all_options=not {"--help", "-h"} & set(words))
+        return 0
+    if command == "config":
+        if words:
+            raise OptionError("config takes no options; it prints all of them")
+        load_backends(words, os.environ)
+        print_template()
         return 0
     if command == "health" and words[:1] and words[0].startswith("--pid="):
         words = arguments_of(words[0].removeprefix("--pid=")) + words[1:]

@@ -61,6 +61,9 @@ AttemptOutcome = Literal[
 # What became of a handshake: "refused" by the backend, "rejected" by the relay, or
 # "no_decision" of the backend; the client may also have left.
 HandshakeOutcome = Literal["opened", "refused", "rejected", "no_decision", "left"]
+# What became of a callback for a connection of another instance: "answered" by it; or
+# the instance is "gone", was "unreachable", or left the callback "unanswered".
+ForwardOutcome = Literal["answered", "gone", "unreachable", "unanswered"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,14 @@ class Observer:
 
     def heartbeat_ended(self, delivered: bool) -> None:
         """A heartbeat of this instance was accepted by the backend, or was not."""
+
+    def forwarded(
+        self, connection_id: str, owner: str, outcome: ForwardOutcome, status: int
+    ) -> None:
+        """A callback was forwarded to `owner`, and is answered with `status`.
+
+        `connection_id` is empty for a bulk callback.
+        """
 
     def given_up(self, event_id: str) -> None:
         """An event that was attempted is given up; `ended` counts it, too."""

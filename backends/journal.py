@@ -34,8 +34,9 @@ COMPACT_ABOVE = 4 * 1024 * 1024  # bytes; a journal of this size is rewritten
 MAX_UNWRITTEN = 64 * 1024  # bytes of lines that are kept while the disk is full
 RETRY_INTERVAL = 1.0  # seconds between two attempts to write lines after a failure
 KEPT_ASIDE = 10  # the latest corrupt journals, kept for an operator to examine
-LINE_LENGTH = len("+\n") + 32  # bytes
-_LINE = re.compile(rb"([+-])([0-9a-f]{32})")
+LINE_LENGTH = len("+\n") + 84  # bytes, at most
+# See `handlers.owners` for ids: with --peer_address they are longer.
+_LINE = re.compile(rb"([+-])([0-9a-f]{32}(?:[0-9a-f]{28}|[0-9a-f]{52})?)")
 _ASIDE = re.compile(r"\.corrupt-([0-9]{1,20})")
 _HEAD = re.compile(rb"socketdock journal 1 (\S.*)")
 # After these errors a file still has its previous content.

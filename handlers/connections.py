@@ -18,6 +18,7 @@ from backends import Observer
 from backends.deadlines import after_reading
 from handlers.admission import RETRY_AFTER, Admission, Refusal, RefusalLog
 from handlers.backlog import Backlog
+from handlers.owners import Owners
 from handlers.websocket.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ C = TypeVar("C", bound=Listed)
 class ConnectionMap(Generic[C]):
     """Connections from before their handshake is decided until they close.
 
-    `backlog` bounds what waits for the backend, `admission` the connections.
+    `backlog` bounds what waits for the backend, `admission` the connections. `owners`
+    makes their ids, and finds the owners of those that are not here.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class ConnectionMap(Generic[C]):
         backlog: Backlog | None = None,
         admission: Admission | None = None,
         observer: Observer | None = None,
+        owners: Owners | None = None,
     ) -> None:
         # Kept because each lookup is a system call (getpid) before Python 3.12.
         self.loop = asyncio.get_running_loop()
@@ -82,6 +85,7 @@ class ConnectionMap(Generic[C]):
         self._admission = admission or Admission()
         self.refusals = RefusalLog()
         self.observer = observer or Observer()
+        self.owners = owners or Owners()
         self.stopping = False  # /readyz returns 503
         self.draining = False  # handshakes are rejected
 

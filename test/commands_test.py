@@ -35,7 +35,7 @@ FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.M | re.S)
 
 # Commands that keep running, by what they print once they work.
 STAYS = {
-    r"(.*\n)*.*(\.venv/bin/socketdock|python socketdock\.py) (?!check|health)":
+    r"(.*\n)*.*(\.venv/bin/socketdock|python socketdock\.py) (?!check|config|health)":
         "clients at",
     r"make run( |$)": "clients at",
     r"python3 examples/\w+\.py": "backend at",
@@ -46,6 +46,7 @@ STAYS = {
 ENDS = {
     r"\.venv/bin/socketdock check": (0, 1),  # 2 is for a command line that is wrong
     r"\.venv/bin/socketdock health$": (0, 1),
+    r"\.venv/bin/socketdock config$": (0,),
     r'echo "whsec_|openssl rand': (0,),
     r"(make demo|\.venv/bin/python examples/demo\.py)$": (0,),
     r"make PYTHON=python3\.12": None,  # with a target that `…` stands for

@@ -15,6 +15,7 @@ LAYERS = (
     "http",
     "websocket",
     "telemetry",
+    "owners",
     "rates",
     "backlog",
     "admission",

@@ -48,7 +48,7 @@ COUNTERS = {
     "event_attempts": [f'event="{e}",outcome="{o}"' for e in EVENTS for o in ATTEMPTS],
     "sends": [
         f'status="{status}"'
-        for status in (200, 202, 400, 401, 410, 413, 422, 429, 504, "other")
+        for status in (200, 202, 400, 401, 410, 413, 422, 429, 503, 504, "other")
     ],
     "commands": [
         f'command="{command}",outcome="{outcome}",source="{source}"'
@@ -59,6 +59,10 @@ COUNTERS = {
               for name in ("send", "close", "state")),
         )
         for outcome in outcomes
+    ],
+    "forwarded": [
+        f'outcome="{outcome}"'
+        for outcome in ("answered", "gone", "unreachable", "unanswered")
     ],
     "heartbeats": ['outcome="delivered"', 'outcome="failed"'],
     "closes": [

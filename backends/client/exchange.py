@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from backends import BackendError
+from backends import BackendAway, BackendError
 from backends.client.response import Keep, Response
 from backends.deadlines import after_reading
 from backends.target import Target
@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 
 class NoConnection(BackendError):
     """The request was not sent: no request of its queue got a connection in time."""
+
+
+class Refused(BackendAway):
+    """The host refused the connection: nothing listens on the port."""
 
 
 class Used(Protocol):

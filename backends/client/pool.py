@@ -19,7 +19,7 @@ import aiohappyeyeballs
 from backends import BackendAway, BackendError
 from backends.client.connection import PooledConnection
 from backends.client.dead_peers import set_keepalive
-from backends.client.exchange import Exchange, NoConnection, stopped
+from backends.client.exchange import Exchange, NoConnection, Refused, stopped
 from backends.client.resolver import Resolver
 from backends.client.response import Keep, Response
 from backends.client.tls_failures import TLS_HANG_UP, connect_failure, is_hang_up
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 # This process or its machine has no descriptor left: not a failure of the backend.
 NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
 NO_DESCRIPTORS_PAUSE = 0.5  # seconds until the next attempt to open a connection
+MAX_ORIGINS = 1024  # that are kept although they have no connection
 MAX_CONNECTING = 128  # TCP handshakes under way at once to one origin
 ADDRESSES_TTL = 5.0  # seconds for which a name's addresses are used again
 IDLE_TIMEOUT = 60.0  # seconds; a connection unused for that long is closed
@@ -113,7 +114,7 @@ class Client:
             exchange.limit(self.loop, timeout)
         origin = self._origins.get(target.origin)
         if origin is None:
-            origin = self._origins[target.origin] = _Origin(self, target)
+            origin = self._new_origin(target)
         origin.dispatch(exchange)
         if exchange.queued:
             self.on_queued(exchange)
@@ -122,6 +123,13 @@ class Client:
     def connections_to(self, target: Target) -> float:
         """Return the most connections to a target's origin, if that has a limit."""
         return float("inf")
+
+    def _new_origin(self, target: Target) -> "_Origin":
+        if len(self._origins) >= MAX_ORIGINS:
+            used = {k: each for k, each in self._origins.items() if not each.unused}
+            self._origins = used
+        origin = self._origins[target.origin] = _Origin(self, target)
+        return origin
 
     def on_queued(self, exchange: Exchange) -> None:
         """Record that it waits for a connection, for the first time or again."""
@@ -252,6 +260,11 @@ class _Origin:
         """Connections that are open or being opened."""
         return len(self.idle) + len(self.busy) + len(self._connecting)
 
+    @property
+    def unused(self) -> bool:
+        """Whether it has no connection, and no request waits for one."""
+        return not self.size() and not self.waiting and self._expiry is None
+
     def dispatch(self, exchange: Exchange) -> None:
         """Send on an idle connection, or wait for one."""
         while self.idle:
@@ -299,7 +312,8 @@ class _Origin:
             self._slot_free()
             # Also for a bug: otherwise each waiting request would repeat it.
             if (exchange := self._next_waiting()) is not None:
-                exchange.finish(BackendAway(f"POST {exchange.target}: {error}"))
+                kind = Refused if isinstance(error, Refused) else BackendAway
+                exchange.finish(kind(f"POST {exchange.target}: {error}"))
             if not isinstance(error, BackendAway):
                 raise
             return
@@ -338,7 +352,8 @@ class _Origin:
         except (OSError, UnicodeError) as error:  # UnicodeError: not a DNS name
             if isinstance(error, OSError) and error.errno in NO_DESCRIPTORS:
                 raise _NoDescriptors from error
-            raise BackendAway(connect_failure(error)) from error
+            kind = Refused if isinstance(error, ConnectionRefusedError) else BackendAway
+            raise kind(connect_failure(error)) from error
 
     async def _wrap(self, sock: socket.socket) -> PooledConnection:
         """Make a connection from a connected socket, with TLS for https."""

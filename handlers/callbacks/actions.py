@@ -22,12 +22,14 @@ from handlers.websocket.frames import SharedFrame
 class Outcome:
     """The result of an action: an HTTP status code and a sentence.
 
-    `retry_after`: seconds after which a retry may succeed.
+    `retry_after`: seconds after which a retry may succeed. `problem` is the type of
+    its problem document, if it has one.
     """
 
     status: HTTPStatus
     detail: str
     retry_after: int | None = None
+    problem: str | None = None
 
 
 OK = Outcome(HTTPStatus.OK, "OK")

@@ -33,7 +33,7 @@ class OutcomeHandler(BodyHandler):
         self.set_status(response.status)
         for name, value in response.headers.items():
             self.set_header(name, value)
-        self.finish(response.body)
+        self.finish(response.body or None)  # 204 must have none
 
     def take_body(self) -> bytes | None:
         """Return the whole body; None if it was rejected and answered."""

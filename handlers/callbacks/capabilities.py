@@ -7,6 +7,7 @@ checks it.
 import base64
 import hmac
 import secrets
+from collections.abc import Sequence
 
 from tornado.options import define, options
 
@@ -27,19 +28,40 @@ def make_capabilities() -> "Capabilities | None":
 
 
 class Capabilities:
-    """Makes and verifies the keys of connections.
+    """Makes the keys of connections with the first secret, and verifies with each.
 
-    Whoever knows `secret` can make the key of each connection.
+    Whoever knows a secret can make the key of each connection.
     """
 
-    def __init__(self, secret: bytes) -> None:
-        self._secret = secret
+    def __init__(self, *secrets_: bytes) -> None:
+        self._secrets = secrets_
+
+    @classmethod
+    def derived(cls, peer_secrets: Sequence[bytes]) -> "Capabilities":
+        """Return those that all instances with the same secrets have."""
+        return cls(*map(_derived, peer_secrets))
+
+    def derive(self, peer_secrets: Sequence[bytes]) -> None:
+        """Replace the secrets."""
+        self._secrets = tuple(map(_derived, peer_secrets))
 
     def key_of(self, connection_id: str) -> str:
         """Return the key of a connection: `KEY_LENGTH` characters of base64url."""
-        digest = hmac.digest(self._secret, connection_id.encode(), "sha256")
-        return base64.urlsafe_b64encode(digest[:KEPT])[:KEY_LENGTH].decode()
+        return _key(self._secrets[0], connection_id)
 
     def opens(self, key: str, connection_id: str) -> bool:
         """Return whether `key` is that of the connection, in constant time."""
-        return hmac.compare_digest(key.encode(), self.key_of(connection_id).encode())
+        given = key.encode()
+        return any(
+            hmac.compare_digest(given, _key(secret, connection_id).encode())
+            for secret in self._secrets
+        )
+
+
+def _key(secret: bytes, connection_id: str) -> str:
+    digest = hmac.digest(secret, connection_id.encode(), "sha256")
+    return base64.urlsafe_b64encode(digest[:KEPT])[:KEY_LENGTH].decode()
+
+
+def _derived(peer_secret: bytes) -> bytes:
+    return hmac.digest(peer_secret, b"capability", "sha256")

@@ -9,9 +9,11 @@ from backends.media_types import has_text_charset
 from handlers.callbacks.access import CallbackAccess
 from handlers.callbacks.actions import GONE, Outcome, find, send
 from handlers.callbacks.bodies import message_of
+from handlers.callbacks.forward import Forwarded, Forwarder, without_key
 from handlers.callbacks.responses import response_of
 from handlers.clients.connection import Connections
 from handlers.http.request import FastHandler, FastResponse, Request
+from handlers.owners import Address
 
 # Cached Host headers. Backends send few, each many times.
 MAX_REMEMBERED = 64
@@ -72,16 +74,22 @@ class FastSend:
         connections: Connections,
         backend: Backend,
         max_message_size: int,
+        forwarder: Forwarder | None = None,
     ) -> None:
         self._max_message_size = max_message_size
         self._target = re.compile(
-            rb"(?:%b)?/socket/([0-9a-f]{32})/send(?:\?(%b))?"
-            % (re.escape(prefix.encode()), PLAIN_QUERY)
+            rb"(?:%b)?/socket/(%b)/send(?:\?(%b))?"
+            % (
+                re.escape(prefix.encode()),
+                connections.owners.pattern.encode(),
+                PLAIN_QUERY,
+            )
         )
         self._access = access
         self._guarded = access.required
         self._connections = connections
         self._backend = backend
+        self._forwarder = forwarder
 
     def __call__(self, request: Request) -> FastHandler | None:
         """Return the function that receives the body; None if it is not plain."""
@@ -101,7 +109,34 @@ class FastSend:
             self._access.challenge(credentials, connection_id, key) is not None
         ):
             return None
+        if self._forwarder is not None:
+            owner = self._forwarder.owner_of(connection_id)
+            if owner is not None:
+                callback = Forwarded(
+                    "POST",
+                    without_key(*_parts(request.target)),
+                    content_type,
+                    connection_id=connection_id,
+                    seconds=self._forwarder.send_timeout,
+                    traceparent=_traceparent(request),
+                )
+                return partial(self._forward, owner, types, callback)
         return partial(self._send, connection_id, content_type, types)
+
+    def _forward(
+        self,
+        owner: Address,
+        types: Sequence[str],
+        callback: Forwarded,
+        body: bytes,
+    ) -> Awaitable[FastResponse] | None:
+        """Forward a send to the instance that has its connection."""
+        assert self._forwarder is not None
+        try:
+            message_of(body, callback.content_type, types)
+        except ValueError:
+            return None
+        return self._forwarder.forward(owner, callback._replace(body=body))
 
     def _send(
         self, connection_id: str, content_type: str, types: Sequence[str], body: bytes
@@ -115,6 +150,18 @@ class FastSend:
             return response_of(GONE)
         outcome = send(connection, message)
         return response_of(outcome) if isinstance(outcome, Outcome) else _later(outcome)
+
+
+def _parts(target: bytes) -> tuple[str, str]:
+    """Return path and query of a target."""
+    path, _, query = target.decode().partition("?")
+    return path, query
+
+
+def _traceparent(request: Request) -> str:
+    """Return the trace to which a request belongs; empty: none."""
+    found = [value for name, value in request.headers if name == b"traceparent"]
+    return found[0].decode("latin-1") if len(found) == 1 else ""
 
 
 def _parse(query: str) -> tuple[Sequence[str], str | None]:

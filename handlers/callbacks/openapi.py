@@ -13,18 +13,20 @@ from typing import Any
 
 from handlers.callbacks.access import CallbackAccess
 from handlers.http.problem import ProblemHandler
+from handlers.owners import ID
 
 DOCUMENT = Path(__file__).with_suffix(".json").read_text("utf-8")
 
 Document = dict[str, Any]
 
 
-def openapi_document(version: str, schemes: Set[str]) -> Document:
+def openapi_document(version: str, schemes: Set[str], pattern: str = ID) -> Document:
     """Return the document of everything on the callback listener but client routes.
 
-    `schemes` are the security schemes in use, as in `CallbackAccess.schemes`.
+    `schemes` are the security schemes in use, as in `CallbackAccess.schemes`. `pattern`
+    is that of the ids of connections.
     """
-    document: Document = json.loads(DOCUMENT)
+    document: Document = json.loads(DOCUMENT.replace(f"^{ID}$", f"^{pattern}$"))
     document["info"]["version"] = version
     if "token" not in schemes:
         del document["paths"]["/commands"]
@@ -48,13 +50,18 @@ def openapi_document(version: str, schemes: Set[str]) -> Document:
 class OpenAPIHandler(ProblemHandler):
     """`GET /openapi.json`."""
 
-    def initialize(self, version: str, access: CallbackAccess) -> None:
+    def initialize(
+        self, version: str, access: CallbackAccess, pattern: str = ID
+    ) -> None:
         self.version = version
         self.access = access
+        self.pattern = pattern
 
     def get(self) -> None:
         self.set_header("Content-Type", "application/json; charset=utf-8")
-        document = openapi_document(self.version, self.access.schemes)
+        document = openapi_document(
+            self.version, self.access.schemes, self.pattern
+        )
         self.finish(json.dumps(document))
 
     head = get

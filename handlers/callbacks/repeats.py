@@ -130,10 +130,26 @@ class Repeats:
         if (under_way := self._under_way.get(name)) is not None:
             self._compare(under_way[0], request)
             return await asyncio.shield(under_way[1]), True
-        task = self._loop.create_task(act())
+        return await asyncio.shield(self.begin(request, act())), False
+
+    def is_new(self, request: Keyed) -> bool:
+        """Return whether no request with its key is known."""
+        name = request.name
+        return name not in self._answered and name not in self._under_way
+
+    def begin(
+        self, request: Keyed, answer: Coroutine[Any, Any, A]
+    ) -> "asyncio.Task[A]":
+        """Run `answer` for a request that is new."""
+        name = request.name
+        task = self._loop.create_task(answer)
         self._under_way[name] = request.digest, task
         task.add_done_callback(partial(self._on_answer, name))
-        return await asyncio.shield(task), False
+        return task
+
+    def add(self, request: Keyed, answer: Answer) -> None:
+        """Remember the answer to a request that was new, and took no time."""
+        self._add(request.name, request.digest, answer)
 
     @staticmethod
     def _compare(digest: bytes, request: Keyed) -> None:
@@ -144,7 +160,9 @@ class Repeats:
         digest, _ = self._under_way.pop(name)
         if task.cancelled() or task.exception() is not None:
             return
-        answer: Answer = task.result()
+        self._add(name, digest, task.result())
+
+    def _add(self, name: Name, digest: bytes, answer: Answer) -> None:
         if answer.status < HTTPStatus.MULTIPLE_CHOICES or (
             answer.status == HTTPStatus.GATEWAY_TIMEOUT
         ):

@@ -1,6 +1,7 @@
 """Outcomes as HTTP responses: text, or a problem document."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from http import HTTPStatus
@@ -19,6 +20,13 @@ class Response(FastResponse):
 
     outcome: Outcome
     more_headers: Mapping[str, str] = field(default_factory=dict)
+
+    def with_header(self, name: str, value: str) -> "Response":
+        """Return the same response with one more header."""
+        other = copy(self)
+        vars(other).pop("rest", None)
+        vars(other)["headers"] = {**self.headers, name: value}
+        return other
 
     @cached_property
     def status(self) -> int:  # type: ignore[override] # read-only here
@@ -41,7 +49,8 @@ class Response(FastResponse):
         """Text, or a problem document."""
         if self.status < HTTPStatus.BAD_REQUEST:
             return self.outcome.detail.encode()
-        return problem_document(self.outcome.status, self.outcome.detail)
+        outcome = self.outcome
+        return problem_document(outcome.status, outcome.detail, outcome.problem)
 
     @cached_property
     def start(self) -> bytes:

@@ -6,7 +6,7 @@
 
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -23,6 +23,7 @@ from handlers.callbacks.access import (
 from handlers.callbacks.actions import GONE, Outcome
 from handlers.callbacks.answering import OutcomeHandler, RepeatableHandler
 from handlers.callbacks.bodies import message_of, parse_closing, receipt_of
+from handlers.callbacks.forward import Forwarded, Forwarder, without_key
 from handlers.callbacks.openapi import OpenAPIHandler
 from handlers.callbacks.repeats import Keyed, Repeats, digest_of
 from handlers.clients.connection import ClientConnection, Connections
@@ -32,6 +33,30 @@ from handlers.probes import LiveHandler, Readiness, ReadyHandler
 from handlers.websocket.frames import CloseCode
 
 Action = Callable[[ClientConnection], Outcome | Awaitable[Outcome]]
+
+
+def send_action(
+    body: bytes, content_type: str, query: Mapping[str, Sequence[str]]
+) -> tuple[Action, str]:
+    """Return what a send does, and a word for it; `query` has the values by name.
+
+    Raises `ValueError` with the detail for a 400.
+    """
+    message = message_of(body, content_type, query.get("type", ()))
+    receipt = receipt_of(query.get("receipt", ()), query.get("timeout", ()))
+    kind = "text" if isinstance(message, str) else "binary"
+    if receipt is not None:
+        kind += " with receipt"
+    return partial(actions.send, message=message, receipt=receipt), kind
+
+
+def close_action(body: bytes, initiator: Initiator) -> tuple[Action, str]:
+    """Return what a disconnect does, and a word for it; raises as `send_action`."""
+    code, reason = parse_closing(body)
+    return (
+        partial(actions.close, code=code, reason=reason, initiator=initiator),
+        "close",
+    )
 
 
 class OneConnectionHandler(OutcomeHandler):
@@ -75,23 +100,16 @@ class Sending(OneConnectionHandler):
         body = self.take_body()
         if body is None:
             return
+        content_type = self.request.headers.get("Content-Type", "")
+        values = {
+            name: self.get_query_arguments(name, strip=False)
+            for name in ("type", "receipt", "timeout")
+        }
         try:
-            message = message_of(
-                body,
-                self.request.headers.get("Content-Type", ""),
-                self.get_query_arguments("type", strip=False),
-            )
-            receipt = receipt_of(
-                self.get_query_arguments("receipt", strip=False),
-                self.get_query_arguments("timeout", strip=False),
-            )
+            send, kind = send_action(body, content_type, values)
         except ValueError as error:
             self.problem(HTTPStatus.BAD_REQUEST, str(error))
             return
-        kind = "text" if isinstance(message, str) else "binary"
-        if receipt is not None:
-            kind += " with receipt"
-        send = partial(actions.send, message=message, receipt=receipt)
         await self.carry_out(connection_id, send, kind, body)
 
 
@@ -103,14 +121,11 @@ class Closing(OneConnectionHandler):
         if body is None:
             return
         try:
-            code, reason = parse_closing(body)
+            close, kind = close_action(body, self.initiator)
         except ValueError as error:
             self.problem(HTTPStatus.BAD_REQUEST, str(error))
             return
-        close = partial(
-            actions.close, code=code, reason=reason, initiator=self.initiator
-        )
-        await self.carry_out(connection_id, close, "close", body)
+        await self.carry_out(connection_id, close, kind, body)
 
 
 class CallbackHandler(RepeatableHandler, OneConnectionHandler):
@@ -126,11 +141,13 @@ class CallbackHandler(RepeatableHandler, OneConnectionHandler):
         backend: Backend,
         repeats: Repeats,
         max_message_size: int,
+        forwarder: Forwarder | None = None,
     ) -> None:
         self.connections = connections
         self.backend = backend
         self.repeats = repeats
         self.max_body_size = max_message_size
+        self.forwarder = forwarder
 
     def on_asked(self, connection: ClientConnection) -> None:
         self.backend.called_back(connection)
@@ -144,6 +161,8 @@ class CallbackHandler(RepeatableHandler, OneConnectionHandler):
         except ValueError as error:
             self.problem(HTTPStatus.BAD_REQUEST, str(error))
             return
+        if await self.is_forwarded(connection_id, key or "", body):
+            return
         if key is None:
             await super().carry_out(connection_id, action, kind, body)
             return
@@ -155,11 +174,50 @@ class CallbackHandler(RepeatableHandler, OneConnectionHandler):
             self.send_outcome(outcome)
 
 
+    async def is_forwarded(
+        self, connection_id: str, key: str = "", body: bytes = b""
+    ) -> bool:
+        """Forward a request for a connection of another instance, and answer it.
+
+        Returns False for one that is here, or gone.
+        """
+        forwarder = self.forwarder
+        owner = None if forwarder is None else forwarder.owner_of(connection_id)
+        if forwarder is None or owner is None:
+            return False
+        request = self.request
+        traceparents = request.headers.get_list("traceparent")
+        callback = Forwarded(
+            # The owner's answer to a HEAD would have no body to read.
+            "GET" if request.method == "HEAD" else f"{request.method}",
+            without_key(request.path, request.query),
+            request.headers.get("Content-Type", ""),
+            self.longest(forwarder.send_timeout),
+            key,
+            body,
+            connection_id,
+            traceparents[0] if len(traceparents) == 1 else "",
+        )
+        self.respond(await forwarder.forward(owner, callback))
+        return True
+
+    def longest(self, send_timeout: float) -> float:
+        """Return how many seconds the request itself may take."""
+        return send_timeout
+
+
 class SendHandler(CallbackHandler, Sending):
     """`POST /socket/<id>/send`: sends the body as one frame."""
 
     route = "send"
     sends = True
+
+    def longest(self, send_timeout: float) -> float:
+        receipt = receipt_of(
+            self.get_query_arguments("receipt", strip=False),
+            self.get_query_arguments("timeout", strip=False),
+        )
+        return max(send_timeout, receipt or 0.0)
 
 
 class DisconnectHandler(CallbackHandler, Closing):
@@ -172,6 +230,8 @@ class ConnectionHandler(CallbackHandler):
     """`GET`, `HEAD` and `DELETE` of `/socket/<id>`."""
 
     async def get(self, connection_id: str) -> None:
+        if await self.is_forwarded(connection_id):
+            return
         if (connection := self.find(connection_id)) is None:
             return
         self.set_header("Content-Type", "application/json; charset=utf-8")
@@ -181,6 +241,8 @@ class ConnectionHandler(CallbackHandler):
     head = get
 
     async def delete(self, connection_id: str) -> None:
+        if await self.is_forwarded(connection_id):
+            return
         if (connection := self.find(connection_id)) is None:
             return
         actions.close(connection, CloseCode.NORMAL_CLOSURE, "", self.initiator)
@@ -192,7 +254,10 @@ class ConnectionHandler(CallbackHandler):
 class NoConnectionHandler(NotFoundHandler):
     """404 for a connection route with an invalid id."""
 
-    detail = "Invalid connection id: expected 32 lowercase hex digits."
+    detail = (
+        "Invalid connection id: expected 32 lowercase hex digits, or 60 or 84 with"
+        " --peer_address."
+    )
 
 
 def callback_routes(
@@ -204,7 +269,9 @@ def callback_routes(
 ) -> Routes:
     """Return the callback routes, with and without the path prefix."""
     sockets = f"(?:{re.escape(prefix)})?/socket"
-    start = f"{sockets}/([0-9a-f]{{32}})"
+    pattern = shared["connections"].owners.pattern
+    start = f"{sockets}/({pattern})"
+    description = {"version": version, "access": access, "pattern": pattern}
     return [
         (Unauthorized(prefix, access), UnauthorizedHandler, {}),
         (rf"{start}/send", SendHandler, shared),
@@ -213,7 +280,7 @@ def callback_routes(
         (rf"{sockets}/[^/]*(?:/(?:send|disconnect))?", NoConnectionHandler, {}),
         (r"/livez", LiveHandler, {}),
         (r"/readyz", ReadyHandler, {"readiness": readiness}),
-        (r"/openapi\.json", OpenAPIHandler, {"version": version, "access": access}),
+        (r"/openapi\.json", OpenAPIHandler, description),
     ]
 
 

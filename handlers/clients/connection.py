@@ -7,7 +7,6 @@ arrive through `handlers.callbacks` and `ClientConnection.send`.
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -143,7 +142,7 @@ class ClientConnection:
         context: ClientContext,
         connection_id: str | None = None,
     ) -> None:
-        self.id = connection_id or secrets.token_hex(16)
+        self.id = connection_id or context.connections.owners.new_id()
         self.remote_ip = remote_ip
         self.user_agent = user_agent
         self.trace = trace

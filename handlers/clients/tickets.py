@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from handlers.owners import Owners
+
 MAX_TICKETS = 64  # unused ones; beyond this the oldest becomes invalid
 TICKET_LIFETIME = 30.0  # seconds
 
@@ -36,16 +38,21 @@ class Claim:
 
 
 class Tickets:
-    """Issued and unused tickets; `clock` is in seconds."""
+    """Issued and unused tickets; `clock` is in seconds, `owners` makes the ids."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        owners: Owners | None = None,
+    ) -> None:
         self._clock = clock
+        self._owners = owners or Owners()
         self._waiting: dict[str, Ticket] = {}
 
     def issue(self, origin: str) -> Ticket:
         """Issue a ticket for a page of `origin`, whose query starts with the secret."""
         ticket = Ticket(
-            secrets.token_hex(16), origin, secrets.token_hex(16), self._clock()
+            secrets.token_hex(16), origin, self._owners.new_id(), self._clock()
         )
         while len(self._waiting) >= MAX_TICKETS:
             del self._waiting[next(iter(self._waiting))]

@@ -34,10 +34,15 @@ SPELLINGS = {
 }
 
 
-def problem_document(status: int, detail: str) -> bytes:
-    """Return the body of an error response; its media type is `PROBLEM_TYPE`."""
+def problem_document(status: int, detail: str, kind: str | None = None) -> bytes:
+    """Return the body of an error response; its media type is `PROBLEM_TYPE`.
+
+    `kind` is the problem's type; None: there is no more to know than the status.
+    """
     title = HTTPStatus(status).phrase
     document = {"title": title, "status": status, "detail": detail}
+    if kind is not None:
+        document = {"type": kind, **document}
     return json.dumps(document).encode()
 
 

@@ -18,6 +18,7 @@ from backends import (
     AttemptOutcome,
     Connection,
     EventName,
+    ForwardOutcome,
     HandshakeOutcome,
     Initiator,
     Observer,
@@ -36,7 +37,7 @@ EVENTS: Sequence[str] = get_args(EventName)
 CLOSE_CODES = (1000, 1001, 1002, 1003, 1005, 1006, 1007, 1008, 1009, 1010, 1011,
                1012, 1013, 1014)  # RFC 6455, section 7.4.1, and IANA's registry
 CLOSE_LABELS = (*map(str, CLOSE_CODES), "3xxx", "4xxx", "other")
-SEND_STATUSES = (200, 202, 400, 401, 410, 413, 422, 429, 504)
+SEND_STATUSES = (200, 202, 400, 401, 410, 413, 422, 429, 503, 504)
 OTHER = 0  # any other status
 COMMAND_SOURCES: Sequence[Source] = ("response", "batch", "callback")
 
@@ -59,6 +60,7 @@ class Metrics(Observer):
         self.seconds = dict.fromkeys(EVENTS, 0.0)
         self.sends = dict.fromkeys((*SEND_STATUSES, OTHER), 0)
         self.heartbeats = {"delivered": 0, "failed": 0}
+        self.forwards = _zeroes(ForwardOutcome)
         self.closes = {code: _zeroes(Initiator) for code in CLOSE_LABELS}
         # By source, command and outcome; command is "none" for unreadable replies.
         self.commands = {
@@ -104,6 +106,11 @@ class Metrics(Observer):
             seconds = attempt.seconds
             self.durations[event][bisect_left(BOUNDS, seconds)] += 1
             self.seconds[event] += seconds
+
+    def forwarded(
+        self, connection_id: str, owner: str, outcome: ForwardOutcome, status: int
+    ) -> None:
+        self.forwards[outcome] += 1
 
     def heartbeat_ended(self, delivered: bool) -> None:
         self.heartbeats["delivered" if delivered else "failed"] += 1

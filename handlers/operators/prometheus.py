@@ -147,6 +147,11 @@ class RelayCollector(Collector):
             ["source", "command", "outcome"], seen.commands.items(),
         )
         yield _counter(
+            "forwarded", "Callbacks forwarded to other instances, by outcome.",
+            ["outcome"],
+            [((outcome,), count) for outcome, count in seen.forwards.items()],
+        )
+        yield _counter(
             "heartbeats", "Heartbeats to --instanceuri, by outcome.", ["outcome"],
             [((outcome,), count) for outcome, count in seen.heartbeats.items()],
         )

@@ -64,7 +64,7 @@ MADE_AT_ONCE = 50  # spans, which take about 2 ms
 
 SEND_ROUTE, BULK_ROUTE = "/socket/{id}/send", "/commands"
 SEND, BULK = f"POST {SEND_ROUTE}", f"POST {BULK_ROUTE}"
-_SEND_PATH = re.compile(r".{0,200}/socket/[0-9a-f]{32}/send")
+_SEND_PATH = re.compile(r".{0,200}/socket/[0-9a-f]{32,84}/send")
 _BULK_PATH = re.compile(r".{0,200}/commands")
 
 Attributes = Mapping[str, str | int]

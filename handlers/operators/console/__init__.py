@@ -21,6 +21,7 @@ from handlers.operators.console.live import LiveHandler, ViewerHandler
 from handlers.operators.console.playground import PlaygroundHandler
 from handlers.operators.console.tail import Tail
 from handlers.operators.guard import OperatorGuard
+from handlers.owners import SHARED_ID
 
 define("console", default=True,
        help="serve the console, a page for operators, at / of the callback listener; "
@@ -40,7 +41,7 @@ def console_routes(
 ) -> list[tuple[str | Matcher, type[RequestHandler], dict[str, object]]]:
     """Return the routes of the page's files and data."""
     guarded = {"guard": guard}
-    one = r"/console/connections/([0-9a-f]{32})"
+    one = f"/console/connections/({SHARED_ID})"
     reached = {**guarded, "connections": connections}
     page = {**guarded, "files": read_files(), "clients": clients}
     return [

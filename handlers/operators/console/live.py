@@ -24,12 +24,13 @@ from handlers.operators.console.tail import (
     ViewerFilter,
 )
 from handlers.operators.guard import OperatorGuard
+from handlers.owners import SHARED_ID
 
 TAKE_TIMEOUT = 30.0  # seconds that a viewer may take nothing
 RETRY_AFTER = 5  # seconds
 
-CONNECTION_ID = re.compile(r"[0-9a-f]{32}")
-BEGINNING_OF_ID = re.compile(r"[0-9a-f]{0,32}")
+CONNECTION_ID = re.compile(SHARED_ID)
+BEGINNING_OF_ID = re.compile(r"[0-9a-f]{0,84}")
 
 
 class TailHandler(GuardedHandler):

@@ -20,6 +20,7 @@ from backends import (
     Backend,
     Connection,
     EventName,
+    ForwardOutcome,
     HandshakeOutcome,
     Initiator,
     Observer,
@@ -47,6 +48,7 @@ KINDS = frozenset(
         "received",
         "sent",
         "command",
+        "forwarded",
         "attempt",
         "given_up",
     )
@@ -361,6 +363,18 @@ class Tail(Observer):
             source=source,
             command=command,
             outcome=outcome,
+        )
+
+    def forwarded(
+        self, connection_id: str, owner: str, outcome: ForwardOutcome, status: int
+    ) -> None:
+        self._add_event(
+            "forwarded",
+            connection_id,
+            outcome != "answered",
+            owner=owner,
+            outcome=outcome,
+            status=status,
         )
 
     def _add_event(

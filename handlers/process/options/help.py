@@ -20,6 +20,7 @@ Usage: socketdock [--option=value ...]
        socketdock check [--option=value ...]   finds problems before the start
        socketdock check --send ...             sends the backend test events, too
        socketdock health [--option=value ...]  asks whether this relay serves
+       socketdock config                       prints an options file to edit
        socketdock --version | --help | --help-all
 
 Relays WebSocket clients to a backend that speaks only HTTP. An echo server:
@@ -45,7 +46,8 @@ PURPOSES = (
     ("Client connections and limits",
      ("handlers.clients", "handlers.admission", "handlers.rates")),
     ("Listeners and TLS", ("handlers.http",)),
-    ("Callbacks, operators and console", ("handlers.callbacks", "handlers.operators")),
+    ("Callbacks, operators and console",
+     ("handlers.callbacks", "handlers.operators", "handlers.owners")),
     ("Metrics, tracing and probes",
      ("handlers.operators.prometheus", "handlers.probes",
       "handlers.telemetry")),

@@ -4,10 +4,10 @@ import { by, clock, count, make, describe, write } from "./text.js";
 
 const MOST = 500; // rows
 const GROUPS = {
-  all: ["handshake", "opened", "closed", "received", "sent", "command", "attempt", "given_up"],
+  all: ["handshake", "opened", "closed", "received", "sent", "command", "forwarded", "attempt", "given_up"],
   connections: ["handshake", "opened", "closed"],
   frames: ["received", "sent"],
-  backend: ["attempt", "command", "given_up"],
+  backend: ["attempt", "command", "forwarded", "given_up"],
 };
 
 export class Tail {

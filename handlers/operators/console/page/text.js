@@ -143,6 +143,12 @@ export function describe(event) {
             : `${event.command}, ${SOURCES[event.source]}: ${COMMANDED[event.outcome]}`,
         failed: event.outcome !== "done",
       };
+    case "forwarded":
+      return {
+        label: "forwarded",
+        text: `callback to ${event.owner}: ${event.outcome}, ${event.status}`,
+        failed: event.outcome !== "answered",
+      };
     default:
       return { label: "given up", text: `${event.event} event${event.count > 1 ? `s: ${event.count}` : ""}, not delivered`, failed: true };
   }

@@ -1,0 +1,97 @@
+"""Answers forwarded sends without a Tornado handler."""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Sequence
+from functools import partial
+
+from handlers.callbacks.actions import GONE, Outcome, Sending, send
+from handlers.callbacks.bodies import message_of
+from handlers.callbacks.forward import OWN_KEY
+from handlers.callbacks.hops import HEADER, Signed, digest_of_body
+from handlers.callbacks.received_hops import ReceivedHops, unasked
+from handlers.callbacks.repeats import HEADER as KEY_HEADER
+from handlers.callbacks.responses import response_of
+from handlers.http.request import FastHandler, FastResponse, Request
+
+HOP, KEY = HEADER.lower().encode(), KEY_HEADER.lower().encode()
+CONTENT_TYPE = b"content-type"
+OWN = OWN_KEY.encode()
+
+
+class FastHop:
+    """Answers a forwarded send by the rules of `HopHandler`, but without it.
+
+    Only those without a key of the backend; `FastSend` leaves them all to it, since
+    each has a key.
+    """
+
+    def __init__(self, received: ReceivedHops, max_message_size: int) -> None:
+        self._received = received
+        self._hops = received.hops
+        self._repeats = received.unasked
+        self._max_message_size = max_message_size
+        prefix, pattern = received.prefix, received.connections.owners.pattern
+        self._target = re.compile(
+            rb"(?:%b)?/socket/(%b)/send(?:\?type=(text|binary))?"
+            % (re.escape(prefix.encode()), pattern.encode())
+        )
+
+    def __call__(self, request: Request) -> FastHandler | None:
+        """Return the function that receives the body; None if it is not plain."""
+        if request.method != "POST" or request.declared > self._max_message_size:
+            return None
+        target = self._target.fullmatch(request.target)
+        if target is None or request.upgrade or request.chunked:
+            return None
+        if request.version != "1.1" or not request.keep_alive:
+            return None
+        fields = dict(request.headers)
+        hop, key = fields.get(HOP), fields.get(KEY, b"")
+        if hop is None or not key.startswith(OWN) or len(fields) < len(request.headers):
+            return None
+        if b"expect" in fields or b"content-encoding" in fields:
+            return None
+        content_type = fields.get(CONTENT_TYPE, b"")
+        return partial(
+            self._send,
+            target[1].decode(),
+            [target[2].decode()] if target[2] else [],
+            hop,
+            (b"POST", request.target, content_type, key),
+        )
+
+    def _send(
+        self,
+        connection_id: str,
+        types: Sequence[str],
+        hop: bytes,
+        parts: tuple[bytes, bytes, bytes, bytes],
+        body: bytes,
+    ) -> FastResponse | Awaitable[FastResponse] | None:
+        digest = digest_of_body(body)
+        if not self._hops.accepts(hop, Signed(*parts, digest)):
+            return None
+        keyed = unasked(connection_id, parts[3].decode(), digest)
+        if not self._repeats.is_new(keyed):
+            return None
+        try:
+            message = message_of(body, parts[2].decode("latin-1"), types)
+        except ValueError:
+            return None
+        connection = self._received.find(connection_id)
+        if connection is None:
+            return response_of(GONE)
+        outcome = send(connection, message)
+        if isinstance(outcome, Outcome):
+            self._repeats.add(keyed, outcome)
+            return response_of(outcome)
+        return _respond(self._repeats.begin(keyed, _ended(outcome)))
+
+
+async def _ended(sending: Sending) -> Outcome:
+    return await sending
+
+
+async def _respond(task: "asyncio.Task[Outcome]") -> FastResponse:
+    return response_of(await asyncio.shield(task))

@@ -1,0 +1,346 @@
+"""Forwards callbacks to the instance that owns the connection, each once.
+
+`handlers.owners` reads the owner from the connection's id. There `received_hops`
+verifies the request, and never forwards it again.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from http import HTTPStatus
+from typing import NamedTuple, Protocol
+
+from backends import BackendError, ForwardOutcome
+from backends.client import Client, Refused
+from backends.client import Response as Answer
+from backends.deadlines import after_reading
+from backends.target import Target
+from handlers.callbacks.actions import OK, Outcome
+from handlers.callbacks.hops import HEADER, Hops, Signed, digest_of_body
+from handlers.callbacks.responses import Response, response_of
+from handlers.clients.connection import Connections
+from handlers.owners import Address
+
+logger = logging.getLogger(__name__)
+
+# Connections to all instances together; each has one callback under way. Those to a
+# silent host are given up after `--peer_timeout`.
+MAX_CONNECTIONS = 512
+DEAD_AFTER = 15.0  # seconds until a dead host is detected on an open connection
+CONNECTION_AGE = 300.0  # seconds
+LEASE_TIMEOUT = 1.0  # seconds for the cluster to say whether an instance is alive
+MAX_ANSWER = 4 * 1024 * 1024  # bytes; the results of the largest bulk callback
+RETRY_AFTER = 2  # seconds
+
+# Begins the Idempotency-Key of a callback that has none. With a key it is carried out
+# once, also if its request is sent again, or was recorded and is replayed.
+OWN_KEY = "hop-"
+
+# Headers of an owner's answer that the backend gets.
+PASSED_ON = (
+    "Content-Type",
+    "Cache-Control",
+    "Idempotent-Replayed",
+    "Retry-After",
+    "WWW-Authenticate",
+)
+
+INSTANCE_GONE = Outcome(
+    HTTPStatus.GONE,
+    "The instance that had this connection does not run.",
+    problem="instance-gone",
+)
+UNREACHABLE = Outcome(
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    "The instance that has this connection cannot be reached.",
+    retry_after=RETRY_AFTER,
+)
+UNANSWERED = Outcome(
+    HTTPStatus.GATEWAY_TIMEOUT,
+    "The instance that has this connection has not answered; it may have carried out"
+    " the request.",
+)
+
+
+class Leases(Protocol):
+    """Knows which instances are alive; a cluster (`--cluster`) has them."""
+
+    async def has_lease(self, peer_address: str) -> bool | None:
+        """Return whether a live instance has this `--peer_address`.
+
+        `peer_address` is `str(Address)`: `10.0.0.3:8765`, `[fd00::3]:8765`, the same
+        text for equal addresses, however the option spells them. None: not known,
+        since there is no cluster, or it does not answer. Is called when that instance
+        was not reached, or has not answered a callback within `--peer_timeout`;
+        possibly for many callbacks at once. Cancelled after `LEASE_TIMEOUT`. Must not
+        raise.
+        """
+
+
+class NoLeases:
+    """Without a cluster nobody knows."""
+
+    async def has_lease(self, peer_address: str) -> bool | None:
+        return None
+
+
+class Forwarded(NamedTuple):
+    """A callback for a connection of another instance.
+
+    `target` is the path, and the query without the connection's key. `key` is its
+    Idempotency-Key; empty: it has none. `seconds` are those that the callback itself
+    may take. `connection_id` is empty for a bulk callback.
+    """
+
+    method: str
+    target: str
+    content_type: str
+    seconds: float
+    key: str = ""
+    body: bytes = b""
+    connection_id: str = ""
+    traceparent: str = ""
+
+
+class OwnersResponse(Response):
+    """The answer of an owner, as the backend gets it."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(OK)
+        headers = {name: answer.headers.get(name.lower()) for name in PASSED_ON}
+        vars(self).update(
+            status=answer.status,
+            headers={name: value for name, value in headers.items() if value},
+            body=answer.body or b"",
+        )
+
+    @cached_property
+    def start(self) -> bytes:
+        """The status line."""
+        return b"HTTP/1.1 %d \r\n" % self.status
+
+
+class PeerTarget(Target):
+    """An instance's callback listener, whose certificate is for `certificate_name`."""
+
+    def __init__(self, address: Address, scheme: str, certificate_name: str | None):
+        super().__init__(scheme, address.host, address.port, "/")
+        vars(self)["certificate_name"] = certificate_name or address.host
+
+    @property
+    def server_name(self) -> str:
+        name: str = vars(self)["certificate_name"]
+        return name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerSettings:
+    """How other instances are reached; times in seconds.
+
+    `timeout` bounds connecting, and is added to the time that a callback may take:
+    `send_timeout` without a receipt. With `tls` their certificates are for
+    `certificate_name`; None: for their addresses.
+    """
+
+    timeout: float
+    send_timeout: float
+    version: str
+    tls: bool = False
+    certificate_name: str | None = None
+
+
+class Forwarder:
+    """Forwards callbacks to other instances, over connections of its own."""
+
+    def __init__(
+        self, connections: Connections, hops: Hops, settings: PeerSettings
+    ) -> None:
+        self.client = Client(
+            MAX_CONNECTIONS, settings.timeout, DEAD_AFTER, CONNECTION_AGE
+        )
+        self.leases: Leases = NoLeases()
+        self.timeout = settings.timeout
+        self.send_timeout = settings.send_timeout
+        self.observer = connections.observer
+        self._connections = connections
+        self._hops = hops
+        self._settings = settings
+        self._user_agent = f"SocketDock/{settings.version}".encode()
+        # By the owner's digits in ids. The client forgets unused addresses, too.
+        self._targets: dict[str, PeerTarget] = {}
+        self._asking: set[asyncio.Task[None]] = set()  # the cluster
+
+    def owner_of(self, connection_id: str) -> Address | None:
+        """Return the other instance that has a connection.
+
+        None: it is here, or gone.
+        """
+        if self._connections.get(connection_id) is not None:
+            return None
+        return self._connections.owners.elsewhere(connection_id)
+
+    def forward(self, owner: Address, callback: Forwarded) -> Awaitable[Response]:
+        """Send `callback` to `owner`; await it for the response."""
+        return _Forwarding(self, owner, callback).response
+
+    def target(self, owner: Address) -> PeerTarget:
+        """Return where callbacks for the connections of `owner` go."""
+        target = self._targets.get(owner.digits)
+        if target is None:
+            if len(self._targets) >= MAX_CONNECTIONS:
+                self._targets.clear()
+            scheme = "https" if self._settings.tls else "http"
+            target = PeerTarget(owner, scheme, self._settings.certificate_name)
+            self._targets[owner.digits] = target
+        return target
+
+    def request(self, owner: Address, callback: Forwarded, key: bytes) -> bytes:
+        """Return the whole request, signed now."""
+        method, target = callback.method.encode(), callback.target.encode("latin-1")
+        content_type = callback.content_type.encode("latin-1")
+        body = callback.body
+        digest = digest_of_body(body)
+        hop = self._hops.sign(Signed(method, target, content_type, key, digest))
+        more = b""
+        if content_type:
+            more += b"Content-Type: %b\r\n" % content_type
+        if callback.traceparent:
+            more += b"traceparent: %b\r\n" % callback.traceparent.encode("latin-1")
+        return (
+            b"%b %b HTTP/1.1\r\nHost: %b\r\nUser-Agent: %b\r\n%bIdempotency-Key: %b\r\n"
+            b"%b: %b\r\nContent-Length: %d\r\n\r\n%b"
+        ) % (
+            method,
+            target,
+            owner.text.encode(),
+            self._user_agent,
+            more,
+            key,
+            HEADER.encode(),
+            hop,
+            len(body),
+            body,
+        )
+
+    def ask(self, forwarding: "_Forwarding") -> None:
+        """Ask the cluster whether the owner is alive, and tell `forwarding`."""
+        task = self.client.loop.create_task(self._ask(forwarding))
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _ask(self, forwarding: "_Forwarding") -> None:
+        alive = None
+        try:
+            async with asyncio.timeout(LEASE_TIMEOUT):
+                alive = await self.leases.has_lease(forwarding.owner.text)
+        except TimeoutError:
+            pass
+        forwarding.on_asked(alive)
+
+    async def close(self) -> None:
+        """Close all connections; callbacks under way are answered."""
+        await self.client.close()
+        await asyncio.gather(*self._asking)
+
+
+class _Forwarding:
+    """One callback on its way to the owner, until there is an answer.
+
+    If there is none after `--peer_timeout`, the cluster is asked whether the owner is
+    alive: an owner whose machine is gone takes no connection, or nothing on an old one.
+    """
+
+    def __init__(
+        self, forwarder: Forwarder, owner: Address, callback: Forwarded
+    ) -> None:
+        self.owner = owner
+        self._forwarder = forwarder
+        self._callback = callback
+        self._key = (callback.key or OWN_KEY + secrets.token_hex(16)).encode()
+        client = forwarder.client
+        self.response: asyncio.Future[Response] = client.loop.create_future()
+        self._ended = False
+        self._sent = False  # whether the request was written, at least in part
+        self._began = client.loop.time()
+        self._limit(forwarder.timeout, self._on_late)
+        self._exchange = client.post(
+            forwarder.target(owner), self._write, self._on_done, keep=_keep
+        )
+
+    def _limit(self, seconds: float, judge: Callable[[], None]) -> None:
+        """Call `judge` that long after the beginning, unless there is an answer."""
+        loop = self._forwarder.client.loop
+        self._timer = loop.call_at(
+            self._began + seconds, after_reading, loop, judge
+        )
+
+    def _write(self) -> bytes:
+        self._sent = True
+        return self._forwarder.request(self.owner, self._callback, self._key)
+
+    def _on_late(self) -> None:
+        if not self._ended:
+            self._forwarder.ask(self)
+
+    def on_asked(self, alive: bool | None) -> None:
+        """Handle whether the owner is alive; None: nobody knows."""
+        if self._ended:
+            return
+        if alive is False:
+            self._end("gone", response_of(INSTANCE_GONE))
+        elif self._sent and self._exchange.pending:
+            longest = self._callback.seconds + self._forwarder.timeout
+            self._limit(longest, self._fail)
+        else:
+            logger.warning("instance %s is unreachable: a callback was not sent to it",
+                           self.owner)
+            self._end("unreachable", response_of(UNREACHABLE))
+
+    def _on_done(self, outcome: Answer | BackendError) -> None:
+        if isinstance(outcome, Refused):
+            self._end("gone", response_of(INSTANCE_GONE))
+        elif isinstance(outcome, Answer) and outcome.complete:
+            self._answer(outcome)
+        elif self._sent:
+            self._fail()
+        else:
+            self._forwarder.ask(self)
+
+    def _fail(self) -> None:
+        if not self._ended:
+            logger.warning("instance %s has not answered a callback", self.owner)
+            self._end("unanswered", response_of(UNANSWERED))
+
+    def _answer(self, answer: Answer) -> None:
+        if answer.status == HTTPStatus.UNAUTHORIZED:
+            logger.warning("instance %s rejects forwarded callbacks: compare"
+                           " --peer_secret_file, and the clocks", self.owner)
+        plain = (
+            answer.status == HTTPStatus.OK
+            and answer.body == b"OK"
+            and "idempotent-replayed" not in answer.headers
+        )
+        self._end("answered", response_of(OK) if plain else OwnersResponse(answer))
+
+    def _end(self, outcome: ForwardOutcome, response: Response) -> None:
+        self._ended = True
+        self._timer.cancel()
+        self._exchange.abandon()
+        self._forwarder.observer.forwarded(
+            self._callback.connection_id, self.owner.text, outcome, response.status
+        )
+        if not self.response.done():  # the backend may have disconnected
+            self.response.set_result(response)
+
+
+def _keep(status: int, headers: Mapping[str, str]) -> int:
+    return MAX_ANSWER
+
+
+def without_key(path: str, query: str) -> str:
+    """Return the target of a callback without the key of its connection."""
+    rest = "&".join(part for part in query.split("&") if not part.startswith("key="))
+    return f"{path}?{rest}" if rest else path

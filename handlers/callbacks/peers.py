@@ -1,0 +1,127 @@
+"""Lets this instance and others take each other's callbacks, as the options say."""
+
+import ssl
+
+from tornado.options import Error as OptionError
+from tornado.options import define, options
+
+from backends import Unavailable
+from backends.files import require_regular
+from backends.pem import load_failure, no_password
+from handlers.callbacks.capabilities import Capabilities
+from handlers.callbacks.forward import MAX_CONNECTIONS, Forwarder, PeerSettings
+from handlers.callbacks.hops import Hops
+from handlers.clients.connection import Connections
+from handlers.owners import Address, SharedOwners, read_secrets
+
+define("peer_timeout", default=2.0, metavar="SECONDS",
+       help="longest wait for a connection to another instance; also added to the time "
+            "that a forwarded callback may take")
+define("peer_tls", default=False,
+       help="connect to other instances by TLS")
+define("peer_ca", type=str, metavar="PATH",
+       help="CA certificates (PEM) that verify other instances; re-read on SIGHUP; "
+            "none: the system's")
+define("peer_name", type=str, metavar="NAME",
+       help="the name in the certificates of all instances; none: each has its own "
+            "address")
+
+OTHERS = ("peer_secret_file", "peer_tls", "peer_ca", "peer_name")
+
+
+class Peers:
+    """What this instance shares with others: secrets, and how to reach them."""
+
+    descriptors = MAX_CONNECTIONS
+
+    def __init__(self, own: Address, secret_file: str, instance: str) -> None:
+        self._secret_file = secret_file
+        keys = read_secrets(secret_file)
+        self.owners = SharedOwners(own, keys)
+        self.hops = Hops(instance, keys)
+        self.capabilities: Capabilities | None = None
+        if options.callback_capability:
+            self.capabilities = Capabilities.derived(keys)
+        self._tls = client_context() if options.peer_tls else None
+        self._forwarder: Forwarder | None = None
+
+    def forwarder(
+        self, connections: Connections, send_timeout: float, version: str
+    ) -> Forwarder:
+        """Make the forwarder of callbacks for connections that are not here."""
+        settings = PeerSettings(
+            timeout=options.peer_timeout,
+            send_timeout=send_timeout,
+            version=version,
+            tls=options.peer_tls,
+            certificate_name=options.peer_name,
+        )
+        self._forwarder = Forwarder(connections, self.hops, settings)
+        self._forwarder.client.trust(self._tls)
+        return self._forwarder
+
+    def reload(self) -> None:
+        """Read the files again. Raises `OptionError`; then nothing has changed."""
+        keys = read_secrets(self._secret_file)
+        self._tls = client_context() if options.peer_tls else None
+        self.owners.keys = keys
+        self.hops.use(keys)
+        if self.capabilities is not None:
+            self.capabilities.derive(keys)
+        if self._forwarder is not None:
+            self._forwarder.client.trust(self._tls)
+
+
+def make_peers(instance: str) -> Peers | None:
+    """Return what `--peer_address` needs; None without it. Raises `OptionError`."""
+    if not options.peer_address:
+        for name in OTHERS:
+            if options[name]:
+                raise OptionError(f"--{name} needs --peer_address")
+        return None
+    if not options.peer_secret_file:
+        raise OptionError("--peer_address needs --peer_secret_file")
+    for name in ("peer_ca", "peer_name"):
+        if options[name] and not options.peer_tls:
+            raise OptionError(f"--{name} needs --peer_tls")
+    return Peers(own_address(), options.peer_secret_file, instance)
+
+
+def own_address() -> Address:
+    """Return `--peer_address`. Raises `OptionError`."""
+    try:
+        return Address.parse(options.peer_address)
+    except ValueError:
+        raise OptionError(
+            f"--peer_address={options.peer_address} is not the IP address and the port"
+            " at which other instances reach this one, such as 10.0.0.3:8765"
+        ) from None
+
+
+def client_context() -> ssl.SSLContext:
+    """Return the context that verifies other instances. Raises `OptionError`.
+
+    Where callers need a certificate (`--callback_client_ca`), each instance shows that
+    of its own callback listener.
+    """
+    ca = options.peer_ca
+    if ca:
+        require_regular(ca, f"--peer_ca={ca}")
+    try:
+        context = ssl.create_default_context(cafile=ca or None)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise Unavailable(f"--peer_ca={ca}: {load_failure(error)}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # As for backends: each Python accepts the same certificates.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    certificate, key = options.callback_tls_cert, options.callback_tls_key
+    if options.callback_client_ca and certificate:
+        try:
+            context.load_cert_chain(certificate, key, no_password)
+        except (OSError, ValueError) as error:
+            raise Unavailable(
+                f"--callback_tls_cert={certificate}: {load_failure(error)}"
+            ) from None
+    return context
+

@@ -1,0 +1,390 @@
+"""Any instance takes any callback: owners in ids, one hop, and its failures."""
+
+import asyncio
+import contextlib
+import json
+import secrets
+import signal
+import socket
+import time
+
+import pytest
+import websockets
+from authorization_test import BEARER, TOKENS
+from metrics_test import scrape
+from ports import free_ports
+from service import DEADLINE, RecordingBackend, Service, eventually, tcp_server
+
+from handlers.callbacks.hops import Hops, Signed, digest_of_body
+from handlers.owners import Address, SharedOwners
+
+pytestmark = [pytest.mark.gen_test(timeout=60), pytest.mark.once]
+
+SECRET = "the secret of all instances"
+OTHER = "a secret that nobody shares"
+AUTHORIZED = {
+    "Authorization": BEARER.partition(": ")[2],
+    "Content-Type": "text/plain",
+}
+
+
+@pytest.fixture(scope="module")
+def io_loop(module_io_loop):
+    return module_io_loop
+
+
+@pytest.fixture(scope="module")
+def secret_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("peers") / "secret"
+    path.write_text(f"{SECRET}\n")
+    return path
+
+
+def peer_flags(secret_file, port, host="127.0.0.1"):
+    return (
+        f"--bindip={host.strip('[]')}",
+        f"--bindport={port}",
+        f"--peer_address={host}:{port}",
+        f"--peer_secret_file={secret_file}",
+    )
+
+
+@contextlib.asynccontextmanager
+async def relays(number, secret_file, *flags, host="127.0.0.1"):
+    """`number` relays with one backend; yields it and them."""
+    async with contextlib.AsyncExitStack() as stack:
+        backend = await stack.enter_async_context(RecordingBackend())
+        first = free_ports(number)
+        running = [
+            stack.enter_async_context(
+                Service(
+                    *backend.flags("message", "disconnect"),
+                    *peer_flags(secret_file, first + at, host),
+                    *flags,
+                )
+            )
+            for at in range(number)
+        ]
+        yield backend, await asyncio.gather(*running)
+
+
+@contextlib.asynccontextmanager
+async def joined(backend, service):
+    """A client of `service`, and the meta of its first event."""
+    name = secrets.token_hex(8)
+    async with websockets.connect(service.ws_url) as client:
+        await client.send(name)
+
+        def found():
+            return [e["meta"] for e in backend.of("message") if e["message"] == name]
+
+        await eventually(found)
+        yield client, found()[0]
+
+
+def at(service, meta, action="send"):
+    """The callback URL of a connection at `service`, which may be any instance."""
+    path = f"/socket/{meta['connection_id']}"
+    return service.callback_url + path + (f"/{action}" if action else "")
+
+
+async def received(client):
+    return await asyncio.wait_for(client.recv(), DEADLINE)
+
+
+async def call(backend, url, **rest):
+    rest.setdefault("headers", {"Content-Type": "text/plain"})
+    return await backend.call(url, **rest)
+
+
+# Ids.
+
+
+def test_ids_have_owner_and_mac():
+    """In hex digits only; each instance with the secret finds the owner."""
+    own, other = Address.parse("10.0.0.3:8765"), Address.parse("[fd00::3]:80")
+    owners = SharedOwners(own, [SECRET.encode()])
+    others = SharedOwners(other, [OTHER.encode(), SECRET.encode()])
+    made = owners.new_id()
+    assert len(made) == 60 and len(others.new_id()) == 84
+    assert set(made) <= set("0123456789abcdef")
+    assert made[32:44] == "0a000003" + "223d"
+    assert str(others.elsewhere(made)) == "10.0.0.3:8765"
+    assert owners.elsewhere(made) is None
+    # Made with a secret that the other does not have.
+    assert owners.elsewhere(others.new_id()) is None
+    for wrong in (
+        made[:-1] + "0123456789abcdef"[int(made[-1], 16) - 1],
+        "0" + made[1:] if made[0] != "0" else "1" + made[1:],
+        made[:32] + "0a000004223d" + made[44:],
+        made[:32],
+        made.upper(),
+        "",
+        "\u00e9" * 60,
+    ):
+        assert others.elsewhere(wrong) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["10.0.0.3", "10.0.0.3:0", "10.0.0.3:65536", "0.0.0.0:80", "[::]:80", "host:80",
+     "[fe80::1%eth0]:80", "224.0.0.1:80", "[10.0.0.3]:80", ":80", "10.0.0.3:+8"],
+)
+def test_invalid_peer_addresses(text):
+    with pytest.raises(ValueError):
+        Address.parse(text)
+
+
+def test_one_address_has_one_text():
+    for text in ("[fd00:0::3]:80", "fd00::3:80"):
+        assert str(Address.parse(text)) == "[fd00::3]:80"
+    assert str(Address.parse("[::ffff:10.0.0.3]:80")) == "10.0.0.3:80"
+
+
+# Forwarding.
+
+
+async def test_each_instance_takes_each_callback(io_loop, secret_file):
+    """Send, info, disconnect and delete; the answer is that of the owner."""
+    async with relays(3, secret_file) as (backend, services):
+        first, second, third = services
+        async with joined(backend, second) as (client, meta):
+            for number, service in enumerate(services):
+                answer = await call(backend, at(service, meta), body=f"{number}")
+                assert (answer.code, answer.body) == (200, b"OK")
+                assert await received(client) == f"{number}"
+            binary = await backend.call(at(first, meta), body=b"\xff\x00")
+            assert binary.code == 200
+            assert await received(client) == b"\xff\x00"
+            text = await backend.call(at(first, meta) + "?type=text", body=b"text")
+            assert text.code == 200
+            assert await received(client) == "text"
+            # With a receipt, which a handler answers.
+            url = at(third, meta) + "?receipt=pong&timeout=20"
+            assert (await call(backend, url, body="pong")).code == 200
+            info = await backend.call(at(first, meta, ""), method="GET")
+            assert json.loads(info.body)["connection_id"] == meta["connection_id"]
+            assert info.headers["Cache-Control"] == "no-store"
+            head = await backend.call(at(first, meta, ""), method="HEAD")
+            assert head.code == 200
+            # What the instance that takes the callback rejects itself.
+            assert (await call(backend, at(first, meta), body=b"\xff")).code == 400
+            body = json.dumps({"code": 4000, "reason": "enough"})
+            url = at(first, meta, "disconnect")
+            assert (await backend.call(url, body=body)).code == 200
+            await asyncio.wait_for(client.wait_closed(), DEADLINE)
+            assert (client.close_code, client.close_reason) == (4000, "enough")
+            for service in services:
+                gone = await call(backend, at(service, meta), body="x")
+                assert gone.code == 410
+                assert "type" not in json.loads(gone.body)
+        async with joined(backend, second) as (client, meta):
+            url = at(third, meta, "")
+            assert (await backend.call(url, method="DELETE")).code == 204
+            await asyncio.wait_for(client.wait_closed(), DEADLINE)
+        found = await scrape(first)
+        assert found['forwarded_total{outcome="answered"}'] >= 7
+        assert found['forwarded_total{outcome="gone"}'] == 0
+
+
+async def test_forged_owners_and_hops_reach_nobody(io_loop, secret_file):
+    """A wrong MAC is 410 without a hint, a wrong hop 401; no connection is made."""
+    connected = []
+
+    async def serve(reader, writer):
+        connected.append(writer)
+
+    async with (
+        tcp_server(serve) as port,
+        relays(2, secret_file) as (backend, (first, second)),
+    ):
+        address = Address.parse(f"127.0.0.1:{port}")
+        forged = SharedOwners(address, [OTHER.encode()]).new_id()
+        answer = await call(backend, at(first, {"connection_id": forged}), body="x")
+        assert answer.code == 410
+        known = await call(
+            backend, at(first, {"connection_id": "0" * 32}), body="x"
+        )
+        assert known.body == answer.body
+        # A valid id of an instance, and a hop that no instance has signed.
+        valid = SharedOwners(address, [SECRET.encode()]).new_id()
+        url = at(first, {"connection_id": valid})
+        path = url.removeprefix(first.callback_url)
+        now = int(time.time())
+        for hop in (
+            "", "x", f"x;t={now};v1=", f"x;t={now};v1={'0' * 64}",
+            signed_hop(path, key="k", secret=OTHER),
+            signed_hop(path, key="another"),
+            signed_hop(path + "x", key="k"),
+            signed_hop(path, key="k", body=b"y"),
+            signed_hop(path, key="k", method=b"PUT"),
+            signed_hop(path, key="k", content_type=b"text/html"),
+            signed_hop(path, key="k", seconds=now - 70),
+            signed_hop(path, key="k", seconds=now + 70),
+        ):
+            headers = hop_headers(hop)
+            assert (await call(backend, url, body="x", headers=headers)).code == 401
+        # A good one is never forwarded again.
+        headers = hop_headers(signed_hop(path, key="k"))
+        assert (await call(backend, url, body="x", headers=headers)).code == 410
+        assert not connected
+        for service in (first, second):
+            found = await scrape(service)
+            assert not any(
+                value for name, value in found.items() if name.startswith("forwarded")
+            )
+
+
+def signed_hop(
+    path, key, secret=SECRET, body=b"x", method=b"POST", content_type=b"text/plain",
+    seconds=None,
+):
+    """The header of a hop, by default of a plain send."""
+    clock = time.time if seconds is None else lambda: seconds
+    hops = Hops("tester", [secret.encode()], clock)
+    parts = Signed(
+        method, path.encode(), content_type, key.encode(), digest_of_body(body)
+    )
+    return hops.sign(parts).decode()
+
+
+def hop_headers(hop, key="k"):
+    return {
+        "Content-Type": "text/plain",
+        "Idempotency-Key": key,
+        "SocketDock-Hop": hop,
+    }
+
+
+async def test_hop_needs_no_token_and_is_carried_out_once(io_loop, secret_file):
+    """A hop that was recorded cannot be replayed."""
+    async with relays(1, secret_file, TOKENS) as (backend, (service,)):
+        async with joined(backend, service) as (client, meta):
+            url = at(service, meta)
+            path = url.removeprefix(service.callback_url)
+            for key in ("hop-recorded", "of-the-backend"):
+                headers = hop_headers(signed_hop(path, key=key), key)
+                for _ in range(2):
+                    answer = await call(backend, url, body="x", headers=headers)
+                    assert answer.code == 200
+            # Without a hop the token counts.
+            assert (await call(backend, url, body="x")).code == 401
+            await call(backend, url, body="last", headers=AUTHORIZED)
+            # Two keys, each carried out once.
+            frames = [await received(client) for _ in range(3)]
+            assert frames == ["x", "x", "last"]
+
+
+async def test_token_and_key_are_checked_before_forwarding(io_loop, secret_file):
+    """The instance that takes a callback authorizes it, and strips the key."""
+    flags = (TOKENS, "--callback_capability=on")
+    async with relays(2, secret_file, *flags) as (backend, (first, second)):
+        async with joined(backend, second) as (client, meta):
+            url = at(first, meta)
+            assert (await call(backend, url, body="x")).code == 401
+            assert (await call(backend, url, body="1", headers=AUTHORIZED)).code == 200
+            query = meta["send"].partition("?")[2]
+            assert query.startswith("key=")
+            wrong = query[:-1] + ("A" if query[-1] != "A" else "B")
+            assert (await call(backend, f"{url}?{wrong}", body="x")).code == 401
+            assert (await call(backend, f"{url}?{query}", body="2")).code == 200
+            url = f"{url}?type=binary&{query}&receipt=pong"
+            assert (await call(backend, url, body="3")).code == 200
+            assert [await received(client) for _ in range(3)] == ["1", "2", b"3"]
+            found = await scrape_with_token(first)
+            assert found['forwarded_total{outcome="answered"}'] == 3
+
+
+async def scrape_with_token(service):
+    return await scrape(service, BEARER)
+
+
+async def test_repeat_at_another_instance_is_carried_out_once(io_loop, secret_file):
+    """Each owner remembers the keys of its connections."""
+    async with relays(3, secret_file) as (backend, services):
+        async with joined(backend, services[0]) as (client, meta):
+            headers = {"Content-Type": "text/plain", "Idempotency-Key": "a-key"}
+            answers = [
+                await call(backend, at(service, meta), body="x", headers=headers)
+                for service in (*services[1:], services[0])
+            ]
+            assert [answer.code for answer in answers] == [200, 200, 200]
+            replayed = ["Idempotent-Replayed" in a.headers for a in answers]
+            assert replayed == [False, True, True]
+            other = await call(
+                backend, at(services[2], meta), body="y", headers=headers
+            )
+            assert other.code == 422
+            await call(backend, at(services[2], meta), body="last")
+            assert [await received(client) for _ in range(2)] == ["x", "last"]
+
+
+# Owners that do not answer.
+
+
+async def test_dead_owner_is_410_at_once(io_loop, secret_file):
+    """Its port refuses: the instance is gone, with all its connections."""
+    async with relays(2, secret_file, "--peer_timeout=30") as (backend, services):
+        first, second = services
+        async with joined(backend, second) as (_, meta):
+            assert (await call(backend, at(first, meta), body="x")).code == 200
+            second.process.send_signal(signal.SIGKILL)
+            await asyncio.wait_for(second.process.wait(), DEADLINE)
+            began = time.monotonic()
+            for action in ("send", "disconnect"):
+                answer = await call(backend, at(first, meta, action), body="")
+                assert answer.code == 410
+                assert json.loads(answer.body)["type"] == "instance-gone"
+            assert time.monotonic() - began < 10
+            found = await scrape(first)
+            assert found['forwarded_total{outcome="gone"}'] == 2
+
+
+@contextlib.contextmanager
+def silent_host():
+    """An address whose connections are never established: its backlog is full."""
+    with contextlib.ExitStack() as stack:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+        stack.enter_context(listener)
+        for _ in range(4):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                client.connect(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+async def test_silent_owner_is_503_within_the_timeout(io_loop, secret_file):
+    """Many callbacks at once do not wait for each other."""
+    with silent_host() as port:
+        address = Address.parse(f"127.0.0.1:{port}")
+        owners = SharedOwners(address, [SECRET.encode()])
+        async with relays(1, secret_file, "--peer_timeout=1") as (backend, (service,)):
+            urls = [
+                at(service, {"connection_id": owners.new_id()}) for _ in range(200)
+            ]
+            began = time.monotonic()
+            answers = await asyncio.gather(
+                *(call(backend, url, body="x") for url in urls)
+            )
+            assert time.monotonic() - began < 10
+            assert {answer.code for answer in answers} == {503}
+            assert {answer.headers["Retry-After"] for answer in answers} == {"2"}
+
+
+async def test_unanswered_callback_is_504(io_loop, secret_file):
+    """The owner has taken it and says nothing, or ends the connection."""
+    async def hold(reader, writer):
+        await reader.read()
+
+    async def end(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+
+    flags = ("--peer_timeout=0.2", "--send_timeout=0.3")
+    async with relays(1, secret_file, *flags) as (backend, (service,)):
+        for serve in (hold, end):
+            async with tcp_server(serve) as port:
+                address = Address.parse(f"127.0.0.1:{port}")
+                forged = SharedOwners(address, [SECRET.encode()]).new_id()
+                url = at(service, {"connection_id": forged})
+                assert (await call(backend, url, body="x")).code == 504
