@@ -319,14 +319,10 @@ class Service:
             "backend": self.backend,
             "repeats": self.repeats,
             "max_message_size": self.policy.max_message_size,
+            "forwarder": self.forwarder,
         }
         routes = callback_routes(
-            self._prefix,
-            self.access,
-            self.readiness,
-            __version__,
-            forwarder=self.forwarder,
-            **callbacks,
+            self._prefix, self.access, self.readiness, __version__, **callbacks
         )
         if options.backend == "apigateway":
             routes += connections_routes(

@@ -20,6 +20,7 @@ from botocore.config import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
 from functions import Event, RecordingFunction, own_id
+from ports import free_ports
 from programs import by_node
 from service import DEADLINE, RecordingBackend, Service, eventually, refusal, tcp_server
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
@@ -338,6 +339,37 @@ async def test_route_exists_for_this_backend_only(io_loop):
     async with RecordingBackend() as backend, Service(*backend.flags()) as service:
         answer = await call(f"{service.callback_url}/@connections/{UNKNOWN}")
         assert answer.code == 404
+
+
+@pytest.mark.once
+async def test_each_instance_takes_each_callback(io_loop, tmp_path):
+    """Also an SDK's retry at another one, and errors; the stage is that of both."""
+    secret = tmp_path / "secret"
+    secret.write_text("the secret of all instances\n")
+    first = free_ports(2)
+    one, other = [
+        running(
+            f"--bindport={port}", f"--peer_address=127.0.0.1:{port}",
+            f"--peer_secret_file={secret}",
+        )
+        for port in (first, first + 1)
+    ]
+    async with one as relay, other as elsewhere, client_of(relay) as client:
+        url = f"{elsewhere.stage}/@connections/{client.id}"
+        once = {"amz-sdk-invocation-id": "7d3f"}
+        for to in (url, client.url, url):
+            assert (await call(to, body=b"once", headers=once)).code == 200
+        assert (await call(url, body=b"\xff")).code == 200
+        assert [await client.receive(), await client.receive()] == ["once", b"\xff"]
+        there = json.loads((await call(url, "GET")).body)
+        here = json.loads((await call(client.url, "GET")).body)
+        assert there.keys() == here.keys()
+        assert there["connectedAt"] == here["connectedAt"]
+        for to in (url, client.url, url):
+            assert (await call(to, "DELETE", headers=once)).code == 204
+        await asyncio.wait_for(client.socket.wait_closed(), DEADLINE)
+        for method in ("POST", "GET", "DELETE"):
+            assert_error(await call(url, method), 410, "GoneException")
 
 
 @pytest.mark.once

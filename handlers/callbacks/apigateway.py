@@ -1,15 +1,12 @@
 """Callbacks as AWS's SDKs send them: `/@connections/{id}` of a WebSocket API.
 
-`POST` sends, `GET` describes and `DELETE` closes, by the rules of `actions`. Errors
-have the form from which the SDKs make their exceptions. The routes exist only with
-`--backend=apigateway`; `sigv4` verifies signatures.
+`POST` sends, `GET` describes and `DELETE` closes, by the rules of `actions`, also at
+other instances. The routes exist only with `--backend=apigateway`. `apigateway_access`
+decides who may use them, and `apigateway_errors` has the form of errors.
 """
 
-import hashlib
 import json
 import re
-import uuid
-from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
 from http import HTTPStatus
@@ -19,38 +16,26 @@ from urllib.parse import unquote
 from tornado.httputil import HTTPServerRequest
 from tornado.routing import Matcher
 
-from backends import Backend
 from handlers.callbacks import actions
 from handlers.callbacks.access import CallbackAccess
 from handlers.callbacks.actions import GONE, Outcome
 from handlers.callbacks.apigateway_access import (
     ConnectionsAccess,
-    Refusal,
     UnverifiedSignature,
 )
-from handlers.callbacks.repeats import KEY, Keyed, Repeats
-from handlers.callbacks.routes import Action, CallbackHandler
+from handlers.callbacks.apigateway_errors import AWSErrorHandler, Refusal
+from handlers.callbacks.forward import Forwarded
+from handlers.callbacks.repeats import KEY, Keyed, digest_of
+from handlers.callbacks.responses import Response
+from handlers.callbacks.routes import Action, CallbackHandler, close_action
 from handlers.callbacks.sigv4_keys import SigningKeys
-from handlers.clients.connection import ClientConnection, Connections
+from handlers.clients.connection import ClientConnection
 from handlers.http.application import Routes
 from handlers.http.body import DISCARD_TIMEOUT, BodyHandler
-from handlers.websocket.frames import CloseCode
 
-# The names of AWS's errors, by which the SDKs choose their exceptions.
-ERROR_TYPES: Mapping[int, str] = {
-    HTTPStatus.BAD_REQUEST: "BadRequestException",
-    HTTPStatus.FORBIDDEN: "ForbiddenException",
-    HTTPStatus.METHOD_NOT_ALLOWED: "MethodNotAllowedException",
-    HTTPStatus.GONE: "GoneException",
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "PayloadTooLargeException",
-    HTTPStatus.TOO_MANY_REQUESTS: "LimitExceededException",
-    HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerErrorException",
-    HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableException",
-}
 # Ids of this relay and of AWS. Those of AWS are gone: a table may still hold them.
 CONNECTION_ID = re.compile(r"[\w+/=-]{1,128}", re.ASCII)
 INVOCATION_ID = "amz-sdk-invocation-id"  # the same for all attempts of one call
-CLIENT_ERRORS = range(400, 500)
 
 
 class ConnectionsPath(Matcher):
@@ -78,7 +63,7 @@ def decoded(part: str) -> str:
     return unquote(unquote(part))
 
 
-class ConnectionsHandler(CallbackHandler):
+class ConnectionsHandler(AWSErrorHandler, CallbackHandler):
     """`POST`, `GET` and `DELETE` of `/@connections/{id}`.
 
     Checks in this order: access, stage, method, size, id, connection.
@@ -87,15 +72,9 @@ class ConnectionsHandler(CallbackHandler):
     sends = True
 
     def initialize(  # type: ignore[override] # two more
-        self,
-        access: ConnectionsAccess,
-        stage: str,
-        connections: Connections,
-        backend: Backend,
-        repeats: Repeats,
-        max_message_size: int,
+        self, access: ConnectionsAccess, stage: str, **shared: Any
     ) -> None:
-        super().initialize(connections, backend, repeats, max_message_size)
+        super().initialize(**shared)
         self._access = access
         self._stage = stage
         self._signature: UnverifiedSignature | None = None
@@ -103,157 +82,170 @@ class ConnectionsHandler(CallbackHandler):
 
     def set_default_headers(self) -> None:
         super().set_default_headers()
-        self.set_header("x-amzn-RequestId", str(uuid.uuid4()))
         self.set_header("Cache-Control", "no-store")
 
-    # Refusals.
+    # What is checked first.
 
     async def prepare(self) -> None:
+        named = self.path_kwargs
         try:
-            self._signature = self._access.check(self.request, self._connection_id)
-            if self.path_kwargs["stage"] not in (None, self._stage):
-                raise _refusal(HTTPStatus.FORBIDDEN, "Forbidden")
+            self._signature = self._access.check(self.request, named["connection_id"])
+            if named["stage"] not in (None, self._stage):
+                raise Refusal(HTTPStatus.FORBIDDEN, "Forbidden")
         except Refusal as refusal:
             self._refusal = refusal
         await super().prepare()
         if self._refusal is not None and not self._finished:
             connection: Any = self.request.connection
             connection.set_body_timeout(DISCARD_TIMEOUT)
-            self._refuse(self._refusal)
+            self.refuse(self._refusal)
 
     def data_received(self, chunk: bytes) -> None:
         if self._signature is not None:
             self._signature.update(chunk)
         super().data_received(chunk)
 
-    def _is_verified(self) -> bool:
-        """Return whether the signature is right, if there is one; else answer 403."""
-        if self._finished:
-            return False
-        try:
-            if self._signature is not None:
-                self._signature.verify()
-        except Refusal as refusal:
-            self._refuse(refusal)
-            return False
-        return True
-
     def _refuse_body(self) -> None:
-        self._refuse(self._refusal or _refusal(
+        self.refuse(self._refusal or Refusal(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
             f"The data is larger than {self.max_body_size} bytes.",
         ))
 
-    def problem(self, status: int, detail: str) -> None:
-        """Answer with an error in AWS's form."""
-        self._refuse(_refusal(status, detail))
+    def take_valid_body(self, connection_id: str) -> bytes | None:
+        """Return the body, of any Content-Type, of an authorized request with an id.
 
-    def _refuse(self, refusal: Refusal) -> None:
-        self.set_status(refusal.status)
-        self.set_header("Content-Type", "application/json")
-        self.set_header("x-amzn-ErrorType", refusal.error_type)
-        if refusal.challenge is not None:
-            self.set_header("WWW-Authenticate", refusal.challenge)
-        self.finish(json.dumps({
-            "message": str(refusal),
-            "connectionId": self._connection_id,
-            "requestId": self._headers["x-amzn-RequestId"],
-        }))
-
-    @property
-    def _connection_id(self) -> str:
-        connection_id: str = self.path_kwargs["connection_id"]
-        return connection_id
+        None: the request was refused, and has been answered.
+        """
+        if self._finished:
+            return None
+        try:
+            if self._signature is not None:
+                self._signature.verify()
+        except Refusal as refusal:
+            self.refuse(refusal)
+            return None
+        body = BodyHandler.take_body(self)
+        if body is not None and not CONNECTION_ID.fullmatch(connection_id):
+            wrong = f"Invalid connectionId: {connection_id}"
+            self.refuse(Refusal(HTTPStatus.BAD_REQUEST, wrong))
+            return None
+        return body
 
     # The three methods.
 
     async def post(self, connection_id: str, stage: str | None) -> None:
-        if not self._is_verified():
-            return
-        body = BodyHandler.take_body(self)  # of any Content-Type
+        body = self.take_valid_body(connection_id)
         if body is None:
             return
         try:
             message: str | bytes = body.decode()
         except UnicodeDecodeError:
             message = body
-        digest = hashlib.sha256(body).digest()
+        kind = "text" if isinstance(message, str) else "binary"
         send = partial(actions.send, message=message)
-        await self._carry_out_once(connection_id, send, digest)
+        await self._carry_out_once(
+            f"/socket/{connection_id}/send?type={kind}", "send", send, kind, body
+        )
+
+    async def delete(self, connection_id: str, stage: str | None) -> None:
+        if self.take_valid_body(connection_id) is None:
+            return
+        close, kind = close_action(b"", self.initiator)
+        await self._carry_out_once(
+            f"/socket/{connection_id}/disconnect", "disconnect", close, kind, b""
+        )
 
     async def get(self, connection_id: str, stage: str | None) -> None:
-        if not (self._is_verified() and self._is_valid(connection_id)):
+        if self.take_valid_body(connection_id) is None:
             return
-        connection = self._find(connection_id)
-        if connection is None:
-            self.send_outcome(GONE)
+        answer = await self._forwarded("GET", f"/socket/{connection_id}")
+        if answer is None:
+            connection = self._find(connection_id)
+            if connection is None:
+                self.send_outcome(GONE)
+                return
+            described = actions.describe(connection)
+        elif answer.status == HTTPStatus.OK:
+            described = json.loads(answer.body)
+        else:
+            self.respond(answer)
             return
         self.set_header("Content-Type", "application/json")
         self.finish(json.dumps({
-            "connectedAt": _iso(connection.connected_at),
+            "connectedAt": _in_utc(described["connected_at"]),
             "identity": {
-                "sourceIp": connection.remote_ip,
-                "userAgent": connection.user_agent,
+                "sourceIp": described["remote_ip"],
+                "userAgent": described["user_agent"],
             },
-            "lastActiveAt": _iso(connection.last_active_at),
+            "lastActiveAt": _in_utc(described["last_active_at"]),
         }))
-
-    async def delete(self, connection_id: str, stage: str | None) -> None:
-        if not self._is_verified():
-            return
-        close = partial(
-            actions.close,
-            code=CloseCode.NORMAL_CLOSURE,
-            reason="",
-            initiator=self.initiator,
-        )
-        await self._carry_out_once(connection_id, close, b"")
-
-    def _is_valid(self, connection_id: str) -> bool:
-        """Return whether an id has a possible form; else answer 400."""
-        if CONNECTION_ID.fullmatch(connection_id):
-            return True
-        self.problem(
-            HTTPStatus.BAD_REQUEST, f"Invalid connectionId: {connection_id}"
-        )
-        return False
 
     def _find(self, connection_id: str) -> ClientConnection | None:
         """Return an open connection; on AWS it is not one before `$connect` ends."""
         found = actions.find(connection_id, self.connections, self.on_asked)
         return None if found is None or found.state == "connecting" else found
 
+    async def outcome(self, connection_id: str, action: Action) -> Outcome:
+        """Carry out `action`; the outcome is `GONE` without an open connection."""
+        if self._find(connection_id) is None:
+            return GONE
+        return await super().outcome(connection_id, action)
+
     async def _carry_out_once(
-        self, connection_id: str, action: Action, digest: bytes
+        self, target: str, route: str, action: Action, kind: str, body: bytes
     ) -> None:
-        """Carry out `action`, once for all attempts of one call of an SDK."""
-        if not self._is_valid(connection_id):
+        """Carry out `action`, once for all attempts of one call of an SDK.
+
+        `target`, `route` and `kind` are those of the callback that does the same.
+        """
+        connection_id: str = self.path_kwargs["connection_id"]
+        key = self._invocation_key(body)
+        answer = await self._forwarded("POST", target, key, body)
+        if answer is not None:
+            self.respond(answer)
             return
-        act = partial(self._outcome, connection_id, action)
+        act = partial(self.outcome, connection_id, action)
+        if not key:
+            self.send_outcome(await act())
+            return
+        outcome = await self.once(
+            Keyed(connection_id, route, key, digest_of(kind, body)), act
+        )
+        if outcome is not None:
+            self.send_outcome(outcome)
+
+    def _invocation_key(self, body: bytes) -> str:
+        """Return an Idempotency-Key for this call of an SDK; empty: there is none.
+
+        Other data has another key, since AWS ignores the header.
+        """
         invocations = self.request.headers.get_list(INVOCATION_ID)
         if len(invocations) != 1 or not KEY.fullmatch(invocations[0]):
-            outcome: Outcome | None = await act()
-        else:
-            # A part of the key, since AWS ignores the header for other requests.
-            key = f"{invocations[0]} {digest.hex()}"
-            route = f"@connections {self.request.method}"
-            outcome = await self.once(Keyed(connection_id, route, key, b""), act)
-        assert outcome is not None  # no key is reused
-        self.send_outcome(outcome)
+            return ""
+        return digest_of(f"{self.request.method} {invocations[0]}", body).hex()
 
-    async def _outcome(self, connection_id: str, action: Action) -> Outcome:
-        connection = self._find(connection_id)
-        if connection is None:
-            return GONE
-        outcome = action(connection)
-        return outcome if isinstance(outcome, Outcome) else await outcome
+    async def _forwarded(
+        self, method: str, target: str, key: str = "", body: bytes = b""
+    ) -> Response | None:
+        """Return the answer of the instance that has the connection.
 
-    def send_outcome(self, outcome: Outcome) -> None:
-        """Finish with the answer that AWS gives for `outcome`."""
-        if outcome.status in CLIENT_ERRORS:
-            if outcome.retry_after is not None:
-                self.set_header("Retry-After", str(outcome.retry_after))
-            self.problem(outcome.status, outcome.detail)
+        None: no other one has it.
+        """
+        forwarder, connection_id = self.forwarder, self.path_kwargs["connection_id"]
+        owner = None if forwarder is None else forwarder.owner_of(connection_id)
+        if forwarder is None or owner is None:
+            return None
+        callback = Forwarded(
+            method, target, "", forwarder.send_timeout, key, body, connection_id
+        )
+        return await forwarder.forward(owner, callback)
+
+    def respond(self, response: Response) -> None:
+        """Finish with the answer that AWS gives instead of `response`."""
+        if response.status >= HTTPStatus.BAD_REQUEST:
+            if "Retry-After" in response.headers:
+                self.set_header("Retry-After", response.headers["Retry-After"])
+            self.problem(response.status, json.loads(response.body)["detail"])
             return
         self.clear_header("Content-Type")
         if self.request.method == "DELETE":
@@ -261,12 +253,10 @@ class ConnectionsHandler(CallbackHandler):
         self.finish()
 
 
-def _refusal(status: int, message: str) -> Refusal:
-    return Refusal(status, ERROR_TYPES.get(status, "UnknownException"), message)
-
-
-def _iso(time: datetime) -> str:
-    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def _in_utc(time: str) -> str:
+    """Return a time in UTC in AWS's form: milliseconds and a Z."""
+    parsed = datetime.fromisoformat(time)
+    return parsed.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def connections_routes(
@@ -277,14 +267,5 @@ def connections_routes(
     **shared: Any,
 ) -> Routes:
     """Return the routes of `/@connections`, with and without stage and prefix."""
-    return [
-        (
-            ConnectionsPath(prefix),
-            ConnectionsHandler,
-            {
-                "access": ConnectionsAccess(keys, access, prefix),
-                "stage": stage,
-                **shared,
-            },
-        )
-    ]
+    given = {"access": ConnectionsAccess(keys, access, prefix), "stage": stage}
+    return [(ConnectionsPath(prefix), ConnectionsHandler, {**given, **shared})]

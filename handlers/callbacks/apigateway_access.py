@@ -7,23 +7,9 @@ from http import HTTPStatus
 from tornado.httputil import HTTPServerRequest
 
 from handlers.callbacks.access import CallbackAccess, key_in
+from handlers.callbacks.apigateway_errors import Refusal
 from handlers.callbacks.sigv4 import SignatureError, SignedRequest
 from handlers.callbacks.sigv4_keys import SigningKeys
-
-
-class Refusal(Exception):
-    """Why a request is refused: status, type of the error, and a sentence.
-
-    `challenge` is the `WWW-Authenticate` header of a 401.
-    """
-
-    def __init__(
-        self, status: int, error_type: str, message: str, challenge: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.error_type = error_type
-        self.challenge = challenge
 
 
 class ConnectionsAccess:
@@ -60,8 +46,8 @@ class ConnectionsAccess:
                 # The status of each callback without a token; SDKs read the type.
                 raise Refusal(
                     HTTPStatus.UNAUTHORIZED,
-                    "ForbiddenException",
                     access.detail,
+                    "ForbiddenException",
                     challenge,
                 )
         return UnverifiedSignature(request, keys, self._prefix)
@@ -104,4 +90,4 @@ class UnverifiedSignature:
 
 
 def _forbidden(error: SignatureError) -> Refusal:
-    return Refusal(HTTPStatus.FORBIDDEN, error.error_type, str(error))
+    return Refusal(HTTPStatus.FORBIDDEN, str(error), error.error_type)
