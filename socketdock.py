@@ -34,12 +34,11 @@ from handlers.callbacks.bulk import Bulk, BulkHandler, bulk_routes
 from handlers.callbacks.capabilities import make_capabilities
 from handlers.callbacks.executor import CommandExecutor
 from handlers.callbacks.fast_bulk import FastBulk
-from handlers.callbacks.fast_hop import FastHop
 from handlers.callbacks.fast_send import FastSend
-from handlers.callbacks.peers import make_peers
-from handlers.callbacks.received_hops import ReceivedHops, hop_routes
+from handlers.callbacks.peers import Sharing, make_peers
 from handlers.callbacks.repeats import Repeats
 from handlers.callbacks.routes import callback_routes, is_send
+from handlers.callbacks.shared_bulk import SharedBulkHandler
 from handlers.callbacks.sigv4_keys import make_signing_keys
 from handlers.callbacks.tokens import CallbackTokens
 from handlers.clients.connection import ClientContext, Connections
@@ -194,19 +193,19 @@ class Service:
         self.callback_url = callback_url(options.externalhostandport, self.to_backend)
         name = options.instance_name or socket.gethostname()
         self.instance = f"{name}/{secrets.token_hex(8)}"
-        self.peers = make_peers(self.instance)
+        self.observers = Observers()
+        self.executor = CommandExecutor(
+            self.policy.max_message_size, options.max_state_size, self.observers
+        )
+        self.peers = make_peers(self.instance, self.executor)
         self.access = CallbackAccess(
             self.tokens,
             make_capabilities() if self.peers is None else self.peers.capabilities,
             closed=self.signing_keys is not None,
         )
-        self.observers = Observers()
         self.tracing = make_tracing(__version__, self.instance)
         if self.tracing is not None:
             self.observers.add(self.tracing)
-        self.executor = CommandExecutor(
-            self.policy.max_message_size, options.max_state_size, self.observers
-        )
         self.backend = self._make_backend()
         outgoing = self.backend.descriptors
         if self.peers is not None:
@@ -221,22 +220,21 @@ class Service:
         self.connections = self._make_connections()
         self.executor.begin(self.connections, self.backend)
         self.repeats = Repeats(self.connections.loop)
-        self.forwarder = None
+        self.sharing: Sharing | None = None
         if self.peers is not None:
-            self.forwarder = self.peers.forwarder(
-                self.connections, self.policy.send_timeout, __version__
-            )
-        self.bulk = Bulk(self.executor, self.connections.turns, self.observers)
-        self.received = None
-        if self.peers is not None:
-            self.received = ReceivedHops(
-                self._prefix,
-                self.peers.hops,
+            self.sharing = self.peers.share(
                 self.connections,
                 self.backend,
-                self.bulk,
                 self.repeats,
+                self._prefix,
+                __version__,
             )
+        self.forwarder = None if self.sharing is None else self.sharing.forwarder
+        self.bulk = (
+            Bulk(self.executor, self.connections.turns, self.observers)
+            if self.sharing is None
+            else self.sharing.bulk
+        )
         self.heartbeat = Heartbeat(options.ping_interval, options.ping_timeout)
         self.lifetimes = Lifetimes(options.idle_timeout, options.max_lifetime)
         self.tickets = Tickets(owners=self.connections.owners)
@@ -266,7 +264,7 @@ class Service:
                 __version__,
                 self.observers,
                 self.tracing.sample if self.tracing is not None else None,
-                self.executor,
+                self.executor if self.peers is None else self.peers.executor,
                 self.access.key_of,
                 self._occupancy,
             )
@@ -328,12 +326,12 @@ class Service:
             routes += connections_routes(
                 self._prefix, options.stage, self.signing_keys, self.access, **callbacks
             )
-        if self.received is not None:
-            largest = max(self.policy.max_message_size, 2 * options.max_bulk_size)
-            routes = hop_routes(self.received, largest) + routes
+        if self.sharing is not None:
+            routes = self.sharing.routes() + routes
         routes += bulk_routes(
             self._prefix,
             self.tokens,
+            BulkHandler if self.sharing is None else SharedBulkHandler,
             bulk=self.bulk,
             repeats=self.repeats,
             max_bulk_size=options.max_bulk_size,
@@ -364,8 +362,8 @@ class Service:
             self.policy.max_message_size,
             self.forwarder,
         )
-        if self.received is not None:
-            send = either(send, FastHop(self.received, self.policy.max_message_size))
+        if self.sharing is not None:
+            send = either(send, self.sharing.fast_hop())
         if self.tracing is not None:  # a handler answers bulk callbacks
             scheme = "https" if self.to_backend.has_tls else "http"
             return self.tracing.fast(send, scheme)
@@ -481,8 +479,8 @@ class Service:
         self.policy.stalls.close()
         self.connections.refusals.log_summary()
         await self.backend.close()
-        if self.forwarder is not None:
-            await self.forwarder.close()
+        if self.sharing is not None:
+            await self.sharing.close()
         for listener in self.listeners:
             await listener.close()
         if self.tracing is not None:

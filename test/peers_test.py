@@ -388,3 +388,146 @@ async def test_unanswered_callback_is_504(io_loop, secret_file):
                 forged = SharedOwners(address, [SECRET.encode()]).new_id()
                 url = at(service, {"connection_id": forged})
                 assert (await call(backend, url, body="x")).code == 504
+
+
+# Bulk callbacks, and commands in responses.
+
+
+async def bulk(backend, service, *commands, status=200, **headers):
+    """The answer of a bulk callback, and its results."""
+    headers = AUTHORIZED | {"Content-Type": "application/json"} | headers
+    body = json.dumps({"commands": commands})
+    answer = await backend.call(
+        f"{service.callback_url}/commands", body=body, headers=headers
+    )
+    assert answer.code == status, answer.body
+    return answer, json.loads(answer.body).get("results")
+
+
+@contextlib.asynccontextmanager
+async def one_client_each(backend, services):
+    """A client of each relay, and the ids of their connections."""
+    async with contextlib.AsyncExitStack() as stack:
+        clients, ids = [], []
+        for service in services:
+            client, meta = await stack.enter_async_context(joined(backend, service))
+            clients.append(client)
+            ids.append(meta["connection_id"])
+        yield clients, ids
+
+
+async def test_bulk_callback_reaches_the_clients_of_all_instances(
+    io_loop, secret_file
+):
+    """Results have the order of the request; those of a dead owner are 410."""
+    async with relays(3, secret_file, TOKENS) as (backend, services):
+        async with one_client_each(backend, services) as (clients, ids):
+            unknown = "0" * 32
+            odd = "\x00\U0001f986\"\\\u2028"
+            commands = (
+                {"send": "a", "connection_ids": [ids[2], unknown, ids[0], ids[1]]},
+                {"send": "/wA=", "type": "binary", "encoding": "base64",
+                 "connection_id": ids[1]},
+                {"send": odd, "type": "binary", "connection_id": ids[2]},
+                {"send": odd, "receipt": "pong", "timeout": 20,
+                 "connection_ids": ids[::-1]},
+                {"state": {"n": 1}, "connection_ids": ids},
+                {"close": True, "connection_id": ids[0]},
+                {"close": {"code": 4001, "reason": "r"}, "connection_id": ids[1]},
+            )
+            _, results = await bulk(backend, services[0], *commands)
+            named = [ids[2], unknown, ids[0], ids[1], ids[1], ids[2], *ids[::-1], *ids,
+                     ids[0], ids[1]]
+            assert [each["connection_id"] for each in results] == named
+            assert [each["status"] for each in results] == [
+                410 if each == unknown else 200 for each in named
+            ]
+            assert [await received(client) for client in clients] == ["a"] * 3
+            assert await received(clients[1]) == b"\xff\x00"
+            assert await received(clients[2]) == odd.encode()
+            assert [await received(client) for client in clients] == [odd] * 3
+            for client in clients[:2]:
+                await asyncio.wait_for(client.wait_closed(), DEADLINE)
+            assert [c.close_code for c in clients[:2]] == [1000, 4001]
+            before = len(backend.of("message"))
+            await clients[2].send("what is the state?")
+            await backend.wait_for("message", before + 1)
+            assert backend.of("message")[-1]["meta"]["state"] == {"n": 1}
+            services[1].process.send_signal(signal.SIGKILL)
+            await asyncio.wait_for(services[1].process.wait(), DEADLINE)
+            _, results = await bulk(
+                backend, services[0],
+                {"send": "b", "connection_ids": [ids[1], ids[2], ids[1]]},
+            )
+            assert [each["status"] for each in results] == [410, 200, 410]
+            assert await received(clients[2]) == "b"
+
+
+async def test_bulk_callback_is_repeated_at_another_instance(io_loop, secret_file):
+    """Each owner remembers its part; another body is 422, and nothing is done."""
+    async with relays(3, secret_file, TOKENS) as (backend, services):
+        async with one_client_each(backend, services) as (clients, ids):
+            key = {"Idempotency-Key": "once"}
+            command = {"send": "x", "connection_ids": ids}
+            first, results = await bulk(backend, services[0], command, **key)
+            assert "Idempotent-Replayed" not in first.headers
+            for service in services[::-1]:
+                again, repeated = await bulk(backend, service, command, **key)
+                assert repeated == results
+                assert again.headers["Idempotent-Replayed"] == "true"
+            for changed in (
+                {"send": "y", "connection_ids": ids},
+                {"send": "x", "connection_ids": ids[:1]},
+                {"send": "x", "connection_ids": ids[1:]},
+            ):
+                for service in services:
+                    await bulk(backend, service, changed, status=422, **key)
+            await bulk(backend, services[1], command | {"send": "last"})
+            for client in clients:
+                assert [await received(client) for _ in range(2)] == ["x", "last"]
+
+
+async def test_forwarded_bulk_callback_is_not_forwarded_again(io_loop, secret_file):
+    """Its connections are here, or gone."""
+    async with relays(2, secret_file, TOKENS) as (backend, services):
+        async with one_client_each(backend, services) as (clients, ids):
+            body = json.dumps({"commands": [{"send": "x", "connection_ids": ids}]})
+            hop = signed_hop(
+                "/commands", "hop-1", body=body.encode(),
+                content_type=b"application/json",
+            )
+            headers = hop_headers(hop, "hop-1") | {"Content-Type": "application/json"}
+            url = f"{services[0].callback_url}/commands"
+            answer = await backend.call(url, body=body, headers=headers)
+            statuses = [each["status"] for each in json.loads(answer.body)["results"]]
+            assert statuses == [200, 410]
+            assert await received(clients[0]) == "x"
+
+
+async def test_commands_in_responses_reach_other_instances(io_loop, secret_file):
+    """They are forwarded, in order, and the event does not wait for them."""
+    async with relays(2, secret_file) as (backend, services):
+        async with one_client_each(backend, services) as (clients, ids):
+
+            async def reply(handler, event):
+                handler.set_header("Content-Type", "application/vnd.socketdock+json")
+                commands = [
+                    {"send": f"{number}", "connection_ids": [*ids, "0" * 32]}
+                    for number in range(100)
+                ]
+                handler.finish(json.dumps({"commands": commands}))
+
+            backend.answers["message"] = reply
+            await clients[0].send("to all")
+            for client in clients:
+                frames = [await received(client) for _ in range(100)]
+                assert frames == [f"{number}" for number in range(100)]
+            services[1].process.send_signal(signal.SIGKILL)
+            await asyncio.wait_for(services[1].process.wait(), DEADLINE)
+            await clients[0].send("to all")
+            frames = [await received(clients[0]) for _ in range(100)]
+            gone = 'commands_total{command="send",outcome="gone",source="response"}'
+            async with asyncio.timeout(DEADLINE):
+                # The unknown connection twice, and the dead instance's once.
+                while (await scrape(services[0]))[gone] < 300:
+                    await asyncio.sleep(0.01)

@@ -183,7 +183,12 @@ class _Unauthorized(Matcher):
         return {"target_kwargs": {"challenge": challenge, "detail": TOKEN_REQUIRED}}
 
 
-def bulk_routes(prefix: str, tokens: CallbackTokens, **shared: Any) -> Routes:
+def bulk_routes(
+    prefix: str,
+    tokens: CallbackTokens,
+    handler: "type[BulkHandler]" = BulkHandler,
+    **shared: Any,
+) -> Routes:
     """Return the routes of bulk callbacks, with and without the path prefix.
 
     They exist only if there are tokens: one request may reach all clients.
@@ -193,5 +198,5 @@ def bulk_routes(prefix: str, tokens: CallbackTokens, **shared: Any) -> Routes:
     path = rf"(?:{re.escape(prefix)})?{PATH}"
     return [
         (_Unauthorized(path, tokens), UnauthorizedHandler, {}),
-        (path, BulkHandler, shared),
+        (path, handler, shared),
     ]

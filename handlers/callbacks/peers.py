@@ -1,17 +1,25 @@
 """Lets this instance and others take each other's callbacks, as the options say."""
 
 import ssl
+from dataclasses import dataclass
 
 from tornado.options import Error as OptionError
 from tornado.options import define, options
 
-from backends import Unavailable
+from backends import Backend, Unavailable
 from backends.files import require_regular
 from backends.pem import load_failure, no_password
 from handlers.callbacks.capabilities import Capabilities
+from handlers.callbacks.executor import CommandExecutor
+from handlers.callbacks.fast_hop import FastHop
 from handlers.callbacks.forward import MAX_CONNECTIONS, Forwarder, PeerSettings
 from handlers.callbacks.hops import Hops
+from handlers.callbacks.outgoing import Outgoing, SharedExecutor
+from handlers.callbacks.received_hops import ReceivedHops, hop_routes
+from handlers.callbacks.repeats import Repeats
+from handlers.callbacks.shared_bulk import SharedBulk
 from handlers.clients.connection import Connections
+from handlers.http.application import Routes
 from handlers.owners import Address, SharedOwners, read_secrets
 
 define("peer_timeout", default=2.0, metavar="SECONDS",
@@ -30,11 +38,16 @@ OTHERS = ("peer_secret_file", "peer_tls", "peer_ca", "peer_name")
 
 
 class Peers:
-    """What this instance shares with others: secrets, and how to reach them."""
+    """What this instance shares with others: secrets, and how to reach them.
+
+    `executor` carries out the commands in a backend's responses.
+    """
 
     descriptors = MAX_CONNECTIONS
 
-    def __init__(self, own: Address, secret_file: str, instance: str) -> None:
+    def __init__(
+        self, own: Address, secret_file: str, instance: str, here: CommandExecutor
+    ) -> None:
         self._secret_file = secret_file
         keys = read_secrets(secret_file)
         self.owners = SharedOwners(own, keys)
@@ -42,23 +55,37 @@ class Peers:
         self.capabilities: Capabilities | None = None
         if options.callback_capability:
             self.capabilities = Capabilities.derived(keys)
+        self._here = here
+        self.executor = SharedExecutor(here)
         self._tls = client_context() if options.peer_tls else None
         self._forwarder: Forwarder | None = None
 
-    def forwarder(
-        self, connections: Connections, send_timeout: float, version: str
-    ) -> Forwarder:
-        """Make the forwarder of callbacks for connections that are not here."""
+    def share(
+        self,
+        connections: Connections,
+        backend: Backend,
+        repeats: Repeats,
+        prefix: str,
+        version: str,
+    ) -> "Sharing":
+        """Make what takes the callbacks of other instances, and gives them theirs."""
         settings = PeerSettings(
             timeout=options.peer_timeout,
-            send_timeout=send_timeout,
+            send_timeout=options.send_timeout,
             version=version,
             tls=options.peer_tls,
             certificate_name=options.peer_name,
         )
-        self._forwarder = Forwarder(connections, self.hops, settings)
-        self._forwarder.client.trust(self._tls)
-        return self._forwarder
+        forwarder = Forwarder(connections, self.hops, settings)
+        forwarder.client.trust(self._tls)
+        self._forwarder = forwarder
+        outgoing = Outgoing(forwarder, connections.observer)
+        self.executor.begin(forwarder, outgoing, connections.turns)
+        bulk = SharedBulk(self._here, connections, forwarder, repeats)
+        received = ReceivedHops(
+            prefix, self.hops, connections, backend, bulk, repeats
+        )
+        return Sharing(forwarder, outgoing, bulk, received)
 
     def reload(self) -> None:
         """Read the files again. Raises `OptionError`; then nothing has changed."""
@@ -72,7 +99,32 @@ class Peers:
             self._forwarder.client.trust(self._tls)
 
 
-def make_peers(instance: str) -> Peers | None:
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """The parts that serve callbacks together with other instances."""
+
+    forwarder: Forwarder
+    outgoing: Outgoing
+    bulk: SharedBulk
+    received: ReceivedHops
+
+    def routes(self) -> Routes:
+        """Return the route of callbacks that were forwarded here."""
+        # In JSON a character may take six bytes.
+        largest = max(6 * options.max_message_size, 2 * options.max_bulk_size)
+        return hop_routes(self.received, largest)
+
+    def fast_hop(self) -> FastHop:
+        """Return what answers forwarded sends without a handler."""
+        return FastHop(self.received, options.max_message_size)
+
+    async def close(self) -> None:
+        """Close the connections to other instances."""
+        await self.outgoing.close()
+        await self.forwarder.close()
+
+
+def make_peers(instance: str, here: CommandExecutor) -> Peers | None:
     """Return what `--peer_address` needs; None without it. Raises `OptionError`."""
     if not options.peer_address:
         for name in OTHERS:
@@ -84,7 +136,7 @@ def make_peers(instance: str) -> Peers | None:
     for name in ("peer_ca", "peer_name"):
         if options[name] and not options.peer_tls:
             raise OptionError(f"--{name} needs --peer_tls")
-    return Peers(own_address(), options.peer_secret_file, instance)
+    return Peers(own_address(), options.peer_secret_file, instance, here)
 
 
 def own_address() -> Address:

@@ -132,6 +132,13 @@ class Repeats:
             return await asyncio.shield(under_way[1]), True
         return await asyncio.shield(self.begin(request, act())), False
 
+    def check(self, request: Keyed) -> None:
+        """Raise `KeyReused` if the key is known from another request."""
+        name = request.name
+        known = self._answered.get(name) or self._under_way.get(name)
+        if known is not None:
+            self._compare(known[0], request)
+
     def is_new(self, request: Keyed) -> bool:
         """Return whether no request with its key is known."""
         name = request.name
