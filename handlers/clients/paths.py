@@ -64,7 +64,10 @@ class AnyHandshake(Matcher):
     """Matches WebSocket requests to any path."""
 
     def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
-        return {} if "websocket" in members(request.headers, "Upgrade") else None
+        is_handshake = request.method == "GET" and (
+            "websocket" in members(request.headers, "Upgrade")
+        )
+        return {} if is_handshake else None
 
 
 def make_paths(others: Iterable[str] = ()) -> ClientPaths:

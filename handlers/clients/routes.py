@@ -14,12 +14,12 @@ def client_routes(
     """Return the client routes of a listener that also serves `others`.
 
     A route of `others` may share a path with clients: WebSocket requests to it are
-    clients. Those to paths that nothing serves get 403 if `forbid`, else 404.
+    clients. Those to other paths get 403 if `forbid`.
     """
     forbidden: Routes = [(AnyHandshake(), UnknownPathHandler, shared)]
     return [
         (Handshakes(paths), ClientSocketHandler, shared),
+        *(forbidden if forbid else ()),
         *(others or [(r"/livez", LiveHandler, {})]),
         (paths, ClientSocketHandler, shared),
-        *(forbidden if forbid else ()),
     ]

@@ -1,0 +1,169 @@
+"""`--backend=apigateway`: its options."""
+
+import asyncio
+import json
+from contextlib import AsyncExitStack
+
+import pytest
+import websockets
+from lambda_server import OK, Result, begin, kind
+from service import DEADLINE, refusal
+from tornado.httpclient import AsyncHTTPClient
+
+pytestmark = pytest.mark.gen_test(timeout=60)
+
+FUNCTION = "--functionuri=http://127.0.0.1:1/"
+
+
+async def limits_of(gateway):
+    """Return the limits in /status."""
+    response = await AsyncHTTPClient().fetch(f"{gateway.service.callback_url}/status")
+    return json.loads(response.body)["limits"]
+
+
+async def receive(client):
+    """Return the next frame."""
+    return await asyncio.wait_for(client.recv(), DEADLINE)
+
+
+async def test_routes_may_be_absent(io_loop):
+    """With `=` and no URL; without $default a client gets API Gateway's error."""
+    async with AsyncExitStack() as stack:
+        gateway = await begin(
+            stack,
+            "--routes=join,$default=,$connect=,$disconnect={url}end/invocations",
+            "--route_selection=${request.body.message.kind}",
+            "--stage=prod",
+            "--domain_name=api.example",
+            "--max_message_size=300000",
+        )
+        gateway.functions.records_all = True
+        gateway.functions.functions["chat"] = lambda event: {
+            "statusCode": 200, "body": event["requestContext"]["domainName"]
+        }
+        url = gateway.url.removesuffix("/local") + "/prod"
+        async with websockets.connect(url) as client:
+            await client.send('{"message": {"kind": "join"}}')
+            assert await receive(client) == "api.example"
+            await client.send('{"message": "join"}')
+            frame = json.loads(await receive(client))
+            await client.send('{"message": {"kind": "join"}}')
+            assert await receive(client) == "api.example"
+        (end,) = await gateway.functions.wait_for(1, lambda e: kind(e) == "DISCONNECT")
+        assert frame.keys() == {"message", "connectionId", "requestId"}
+        assert frame["message"] == "Forbidden"
+        assert frame["connectionId"] == end["requestContext"]["connectionId"]
+        names = [name for name, _, _ in gateway.functions.invoked]
+        assert names == ["chat", "chat", "end"]
+        # What is set counts, the other limits are API Gateway's.
+        limits = await limits_of(gateway)
+        assert limits["max_message_size"] == 300_000
+        assert limits["max_frame_size"] == 32 * 1024
+        assert limits["idle_timeout"] == 600
+        assert limits["max_lifetime"] == 7200
+
+
+async def test_without_route_response_nothing_is_sent(io_loop):
+    """Except errors. The relay's own limits hold where API Gateway's are off."""
+    async with AsyncExitStack() as stack:
+        gateway = await begin(
+            stack, "--route_response=off", "--apigateway_limits=off"
+        )
+        gateway.functions.functions["chat"] = lambda event: (
+            Result(b"", 500)
+            if event.get("body") == "bad"
+            else {"statusCode": 200, "body": "unseen"}
+        )
+        async with websockets.connect(gateway.url) as client:
+            await client.send("x" * 200_000)
+            await client.send("bad")
+            assert json.loads(await receive(client))["message"] == (
+                "Internal server error"
+            )
+        limits = await limits_of(gateway)
+        assert limits["max_message_size"] == 4 * 1024 * 1024
+        assert limits["max_frame_size"] == limits["idle_timeout"] == 0
+
+
+async def test_failed_invocations_may_be_repeated(io_loop):
+    """As often as --function_retries says, for messages and `$disconnect`."""
+    async with AsyncExitStack() as stack:
+        gateway = await begin(stack, "--function_retries=2")
+        answers = {"MESSAGE": [500, 502], "DISCONNECT": [500, 500]}
+
+        def fail(event):
+            left = answers.get(kind(event))
+            if left:
+                return Result(b"", left.pop())
+            return {"statusCode": 200, "body": event.get("body")}
+
+        gateway.functions.functions["chat"] = fail
+        async with websockets.connect(gateway.url) as client:
+            await client.send("one")
+            assert await receive(client) == "one"
+            answers["MESSAGE"] = [500] * 3
+            await client.send("two")
+            assert json.loads(await receive(client))["message"] == (
+                "Internal server error"
+            )
+        await gateway.functions.wait_for(3, lambda e: kind(e) == "DISCONNECT")
+        ones = [e for e in gateway.functions.of_kind("MESSAGE") if e["body"] == "one"]
+        assert len(ones) == 3
+        assert len({event["requestContext"]["requestId"] for event in ones}) == 1
+
+
+async def test_concurrency_is_limited_for_any_function(io_loop):
+    """By --function_concurrency; another invocation waits."""
+    async with AsyncExitStack() as stack:
+        gateway = await begin(stack, "--function_concurrency=2")
+        both, release = asyncio.Event(), asyncio.Event()
+
+        async def wait(event):
+            if kind(event) != "MESSAGE":
+                return OK
+            if gateway.functions.running == 2:
+                both.set()
+            await release.wait()
+            return {"statusCode": 200, "body": event["body"]}
+
+        gateway.functions.functions["chat"] = wait
+        clients = [
+            await stack.enter_async_context(websockets.connect(gateway.url))
+            for _ in range(4)
+        ]
+        for number, client in enumerate(clients):
+            await client.send(str(number))
+        await asyncio.wait_for(both.wait(), DEADLINE)
+        release.set()
+        for number, client in enumerate(clients):
+            assert await receive(client) == str(number)
+        assert gateway.functions.most_running == 2
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "--functionuri"),
+        (["--functionuri=lambda"], "--functionuri=lambda"),
+        ([FUNCTION, "--authorizeruri=ftp://x"], "--authorizeruri"),
+        ([FUNCTION, "--routes=$other"], "$connect, $disconnect, $default"),
+        ([FUNCTION, "--routes=join,join"], "join"),
+        ([FUNCTION, "--routes=join="], "join"),
+        ([FUNCTION, "--routes=join=nowhere"], "join=nowhere"),
+        ([FUNCTION, "--route_selection=$request.header.x"], "$request.body.action"),
+        ([FUNCTION, "--route_selection=$request.body."], "$request.body.action"),
+        ([FUNCTION, "--stage=a/b"], "--stage"),
+        ([FUNCTION, "--authorizer_identity=route.request.header.a"], "--authorizeruri"),
+        (
+            [FUNCTION, "--authorizeruri=http://x/", "--authorizer_identity=header.a"],
+            "route.request.header.Authorization",
+        ),
+        ([FUNCTION, "--bindip=0.0.0.0"], "--domain_name"),
+        ([FUNCTION, "--function_concurrency=0"], "--function_concurrency"),
+        ([FUNCTION, "--function_timeout=0"], "--function_timeout"),
+    ],
+)
+async def test_invalid_options_are_one_line(io_loop, flags, words):
+    """That names the option, and says what is meant."""
+    assert words in refusal("--backend=apigateway", *flags)
