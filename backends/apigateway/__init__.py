@@ -7,12 +7,10 @@ in API Gateway's proxy format (`events`). `routes` selects a function for each m
 """
 
 import logging
-import re
 from collections.abc import Awaitable, Sequence
-from urllib.parse import urlsplit
+from pathlib import Path
 
-from tornado.options import Error as OptionError
-from tornado.options import define, options
+from tornado.options import options
 
 from backends import (
     BackendError,
@@ -24,19 +22,15 @@ from backends import (
 )
 from backends.apigateway.answers import (
     FORBIDDEN,
+    INVOCATION_RULES,
     SERVER_ERROR,
     Answers,
     BadAnswer,
     error_frame,
-    invocation_outcome,
     keep_answer,
     read_answer,
 )
-from backends.apigateway.authorizer import (
-    Authorizer,
-    identity_sources,
-    make_authorizer_target,
-)
+from backends.apigateway.authorizer import Authorizer
 from backends.apigateway.decisions import error_refusal, refusal_of, subprotocol_of
 from backends.apigateway.events import Caller, ConnectionEnd, FunctionEvents
 from backends.apigateway.functions import (
@@ -48,11 +42,13 @@ from backends.apigateway.functions import (
     make_function_client,
 )
 from backends.apigateway.limits import option_defaults as option_defaults
-from backends.apigateway.routes import Routes, make_routes
+from backends.apigateway.routes import Routes
+from backends.apigateway.settings import make_settings, stage_name
 from backends.breaker import BreakerSettings
 from backends.events import Event
 from backends.http import credential_sources
 from backends.http.attempts import Attempts
+from backends.http.check import HTTPCheck
 from backends.http.credentials import CredentialSources
 from backends.http.delivery import Delivery
 from backends.http.disconnects import DisconnectDelivery, DisconnectEvents
@@ -70,18 +66,6 @@ OPTION_MODULES = (
     "backends.http.disconnects",
     "backends.journal",
 )
-
-define("stage", default="local", metavar="NAME",
-       help="the stage: clients connect to /<stage>, or to --ws_path")
-define("api_id", default="socketdock", metavar="ID",
-       help="apiId in events")
-define("domain_name", type=str, metavar="NAME",
-       help="domainName in events, by which functions reach /@connections; none: host "
-            "and port of --externalhostandport")
-
-
-STAGE = re.compile(r"[A-Za-z0-9_-]{1,128}")
-
 
 class ApiGatewayBackend(PostingBackend):
     """Invokes functions as API Gateway does.
@@ -198,54 +182,43 @@ class ApiGatewayBackend(PostingBackend):
         return ConnectionEnd(self._events, self._callers.pop(connection.id, None))
 
 
-def stage_name() -> str:
-    """Return the name of the stage. Raises `OptionError` if it is invalid."""
-    if not STAGE.fullmatch(options.stage):
-        raise OptionError(
-            f"--stage={options.stage} is not a name of letters, digits, - and _"
-        )
-    return str(options.stage)
-
-
 def client_paths() -> Sequence[str]:
     """Return the path of the stage; handshakes to others get 403."""
     return [f"/{stage_name()}"]
 
 
-def domain_name(relay: Relay) -> str:
-    """Return `domainName` of events. Raises `OptionError` if it is not known."""
-    if options.domain_name:
-        return str(options.domain_name)
-    if relay.callback_url is None:
-        raise OptionError(
-            "--backend=apigateway needs --domain_name or --externalhostandport, since"
-            " callbacks are bound to a wildcard address"
-        )
-    return urlsplit(relay.callback_url).netloc
+def make_check(relay: Relay) -> HTTPCheck:
+    """Make the checks of `socketdock check`, from the options."""
+    settings = make_settings(relay)
+    return HTTPCheck(
+        settings.targets,
+        credential_sources(*settings.targets.values()).read().tls,
+        connect_timeout=options.backend_connect_timeout,
+        certificates=[options.backend_cert] if options.backend_cert else [],
+        state_dir=Path(options.state_dir) if options.state_dir else None,
+        descriptors=options.max_backend_connections,
+        sends_disconnects=settings.routes.disconnect is not None,
+    )
 
 
 def make_backend(relay: Relay) -> ApiGatewayBackend:
     """Make the backend for `--backend=apigateway`, from the options."""
-    routes, authorizer_target = make_routes(), make_authorizer_target()
-    targets = [*routes.targets]
-    if authorizer_target is not None:
-        targets.append(authorizer_target)
-    events = FunctionEvents(relay, stage_name(), options.api_id, domain_name(relay))
+    settings = make_settings(relay)
+    routes, targets = settings.routes, settings.targets.values()
+    events = FunctionEvents(
+        relay, settings.stage, settings.api_id, settings.domain_name
+    )
     client = make_function_client(targets)
     requests = RequestWriter(relay.version)
     breaker = NoBreaker(BreakerSettings())
     attempts = Attempts(
-        client, requests, breaker, relay.observer, invocation_outcome, keep_answer
+        client, requests, breaker, relay.observer, INVOCATION_RULES, keep_answer
     )
     timeouts = invoke_timeouts()
     authorizer = None
-    if authorizer_target is not None:
+    if settings.authorizer is not None:
         authorizer = Authorizer(
-            authorizer_target,
-            identity_sources(),
-            events,
-            attempts,
-            timeouts,
+            settings.authorizer, settings.identity, events, attempts, timeouts
         )
     assert relay.executor is not None
     disconnects = DisconnectDelivery(

@@ -19,7 +19,13 @@ from backends.client.response import MalformedResponse
 from backends.commands import Command, CommandError, Executor, Send
 from backends.events import Event
 from backends.http.content import decoded, parsed_json
-from backends.http.retries import GATEWAY_FAILURES, attempt_outcome, is_success
+from backends.http.retries import (
+    GATEWAY_FAILURES,
+    AnswerRules,
+    answered,
+    attempt_outcome,
+    is_success,
+)
 
 define("route_response", default=True,
        help="send the body that a function returns for a message to its client")
@@ -68,7 +74,7 @@ def read_result(response: Response) -> Any:
     None if it is no JSON.
     """
     if not is_success(response.status):
-        raise FunctionFailed(f"answered {response.status}")
+        raise FunctionFailed(answered(response))
     if not response.complete:
         raise BadAnswer(
             f"the response was cut off, or is larger than {MAX_ANSWER_SIZE} bytes"
@@ -140,6 +146,19 @@ def invocation_outcome(outcome: Response | BackendError) -> AttemptOutcome:
     return "delivered"
 
 
+def why_failed(response: Response) -> str:
+    """Say for the log why a response is a failure, without what the function said."""
+    try:
+        read_answer(response)
+    except BadAnswer as error:
+        return str(error)
+    return "the function returned a body that is larger than --max_message_size"
+
+
+# What the response to an invocation means if its result does not matter.
+INVOCATION_RULES = AnswerRules(invocation_outcome, why_failed)
+
+
 def error_frame(message: str, connection_id: str, event: Event) -> str:
     """Return the frame that tells a client that its message has failed."""
     request_id = orjson.loads(bytes(event.body))["requestContext"]["requestId"]
@@ -158,7 +177,12 @@ class Answers:
         self._executor = executor
         self._sends = sends
 
-    def outcome_of(self, outcome: Response | BackendError) -> AttemptOutcome:
+    @property
+    def rules(self) -> AnswerRules:
+        """What the response to an invocation for a message means."""
+        return AnswerRules(self._outcome_of, why_failed)
+
+    def _outcome_of(self, outcome: Response | BackendError) -> AttemptOutcome:
         """Classify the invocation for a message: it must return a valid answer."""
         became = invocation_outcome(outcome)
         if became == "delivered":

@@ -25,7 +25,6 @@ from backends.apigateway.answers import (
 from backends.apigateway.decisions import error_refusal
 from backends.apigateway.events import Caller, FunctionEvents
 from backends.apigateway.functions import InvokeTimeouts
-from backends.apigateway.routes import function_target
 from backends.events import Event
 from backends.http.attempts import Attempts
 from backends.target import Target
@@ -199,15 +198,6 @@ def matches_pattern(pattern: str, value: str) -> bool:
         else:
             return False
     return not pattern[p:].strip("*")
-
-
-def make_authorizer_target() -> Target | None:
-    """Parse `--authorizeruri`. Raises `OptionError`."""
-    if not options.authorizeruri:
-        if options.authorizer_identity:
-            raise OptionError("--authorizer_identity needs --authorizeruri")
-        return None
-    return function_target("--authorizeruri", options.authorizeruri)
 
 
 def identity_sources() -> list[tuple[str, str]]:

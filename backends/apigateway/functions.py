@@ -129,7 +129,7 @@ class FunctionDeliveries(SingleDeliveries):
             limits,
             observer,
             answers,
-            answers.outcome_of,
+            answers.rules,
         )
         self.answers = answers
 

@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import orjson
 from tornado.options import Error as OptionError
@@ -56,9 +56,13 @@ class Routes:
         return self._table.get(DISCONNECT)
 
     @property
-    def targets(self) -> Collection[Target]:
-        """All functions."""
-        return self._table.values()
+    def named(self) -> Iterator[tuple[str, Target]]:
+        """All functions, each with where it is named in the options."""
+        if self.function in self._table.values():
+            yield "--functionuri", self.function
+        for key, target in self._table.items():
+            if target is not self.function:
+                yield f"--routes: {key}", target
 
     def target_of(self, key: str) -> Target | None:
         """Return the function of a route; None: there is no `$default`."""

@@ -134,6 +134,7 @@ def make_check(relay: Relay) -> HTTPCheck:
         certificates=[options.backend_cert] if options.backend_cert else [],
         state_dir=Path(options.state_dir) if options.state_dir else None,
         descriptors=options.max_backend_connections,
+        sends_disconnects=targets["disconnect"] is not None,
     )
 
 

@@ -12,7 +12,7 @@ from backends.client import Client, NoConnection, Response
 from backends.client.response import Keep
 from backends.events import Event
 from backends.http.request import RequestWriter
-from backends.http.retries import OutcomeOf, attempt_outcome, unreachable_cause
+from backends.http.retries import BY_STATUS, AnswerRules, unreachable_cause
 from backends.target import Target
 
 
@@ -25,11 +25,11 @@ class Attempts:
         requests: RequestWriter,
         breaker: Breaker,
         observer: Observer,
-        outcome_of: OutcomeOf = attempt_outcome,
+        rules: AnswerRules = BY_STATUS,
         keep: Keep | None = None,
     ) -> None:
-        """`outcome_of` says what a response means; `keep` what it needs of its body."""
-        self.outcome_of = outcome_of
+        """`rules` say what a response means; `keep` what they need of its body."""
+        self.rules = rules
         self._keep = keep
         self._client = client
         self._requests = requests
@@ -65,7 +65,7 @@ class Attempts:
             raise
         except BackendError as error:
             outcome = error
-        became = self.outcome_of(outcome)
+        became = self.rules.outcome_of(outcome)
         cause = unreachable_cause(became, target.url, outcome)
         self._breaker.record(connection_id, cause)
         answer = outcome if isinstance(outcome, Response) else None

@@ -57,11 +57,13 @@ class HTTPCheck(Check):
         certificates: Sequence[str],
         state_dir: Path | None,
         descriptors: int,
+        sends_disconnects: bool,
     ) -> None:
         self._targets = targets
         self._tls = tls
         self._connect_timeout = connect_timeout
         self._state_dir = state_dir
+        self._sends_disconnects = sends_disconnects
         self.certificates = certificates
         self.descriptors = descriptors
 
@@ -74,7 +76,7 @@ class HTTPCheck(Check):
             yield await self._reach(", ".join(of_origin), self._targets[of_origin[0]])
         if self._state_dir is None:
             return
-        if "--disconnecturi" in self._targets:
+        if self._sends_disconnects:
             yield folder_finding(self._state_dir)
         else:
             yield Finding("warning", NOTHING_TO_SEND)

@@ -15,7 +15,7 @@ from backends.events import Event
 from backends.http.held import Held, OverdueLine, Request
 from backends.http.reply_turns import MessageReplies
 from backends.http.request import RequestWriter
-from backends.http.retries import OutcomeOf, attempt_outcome
+from backends.http.retries import BY_STATUS, AnswerRules
 from backends.target import Target
 
 define("messageuri", type=str, metavar="URL",
@@ -69,11 +69,11 @@ class Deliveries:
         limits: DeliveryLimits,
         observer: Observer,
         replies: MessageReplies | None = None,
-        outcome_of: OutcomeOf = attempt_outcome,
+        rules: AnswerRules = BY_STATUS,
     ) -> None:
         """Without `replies`, nothing is read of a response but its status.
 
-        `outcome_of` says what a response, or its absence, means for its message.
+        `rules` say what a response, or its absence, means for its message.
         """
         self.loop = client.loop
         self.observer = observer
@@ -83,7 +83,7 @@ class Deliveries:
         self.target = target
         self.limits = limits
         self.replies = replies
-        self.outcome_of = outcome_of
+        self.outcome_of, self.why_failed = rules
         self.keep = None if replies is None else replies.of_message
         self.closing = False  # the relay stops: nothing is retried
         self.held = Held(limits.max_held_bytes, self.loop)

@@ -310,7 +310,8 @@ class Delivery:
                 if outcome.body is not None:
                     self._reply_turns().add(request.event.id, outcome)
             else:
-                error = self._error(f"answered {outcome.status}", request.target)
+                why = self._deliveries.why_failed(outcome)
+                error = self._error(why, request.target)
                 self._on_failed(request, error, retry_after(outcome) or 0.0)
         # Now others may be sent, but no message of this connection before a failed one.
         cause = unreachable_cause(became, request.target.url, outcome)

@@ -196,10 +196,11 @@ class DisconnectDelivery(Disconnects):
             except BackendError as failure:
                 error = failure
             else:
-                became = self._attempts.outcome_of(response)
+                rules = self._attempts.rules
+                became = rules.outcome_of(response)
                 if became == "delivered":
                     return None
-                error = BackendError(f"POST {target}: answered {response.status}")
+                error = BackendError(f"POST {target}: {rules.why_failed(response)}")
                 if became == "refused":
                     return BackendError(f"{error}{hint(response.status)}")
                 wait = retry_after(response) or 0.0

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
+from typing import NamedTuple
 
 from backends import AttemptOutcome, BackendAway, BackendError
 from backends.client import Response
@@ -50,10 +51,6 @@ def is_success(status: int) -> bool:
     return 200 <= status < 300
 
 
-# Classifies an attempt, as `attempt_outcome` does.
-OutcomeOf = Callable[[Response | BackendError], AttemptOutcome]
-
-
 def attempt_outcome(outcome: Response | BackendError) -> AttemptOutcome:
     """Classify an attempt; unless delivered or refused, it may be retried."""
     if isinstance(outcome, BackendError):
@@ -63,6 +60,21 @@ def attempt_outcome(outcome: Response | BackendError) -> AttemptOutcome:
     if outcome.status in GATEWAY_FAILURES:
         return "unreachable"
     return "error" if is_retryable(outcome.status) else "refused"
+
+
+def answered(response: Response) -> str:
+    """Say for the log why a response is a failure."""
+    return f"answered {response.status}"
+
+
+class AnswerRules(NamedTuple):
+    """What responses mean: the outcome of an attempt, and why it is a failure."""
+
+    outcome_of: Callable[[Response | BackendError], AttemptOutcome]
+    why_failed: Callable[[Response], str]
+
+
+BY_STATUS = AnswerRules(attempt_outcome, answered)
 
 
 def unreachable_cause(

@@ -1,0 +1,78 @@
+"""What the options say about the API: its functions, its stage and its names."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from tornado.options import Error as OptionError
+from tornado.options import define, options
+
+from backends import Relay
+from backends.apigateway.authorizer import identity_sources
+from backends.apigateway.routes import Routes, function_target, make_routes
+from backends.target import Target
+
+define("stage", default="local", metavar="NAME",
+       help="the stage: clients connect to /<stage>, or to --ws_path")
+define("api_id", default="socketdock", metavar="ID",
+       help="apiId in events")
+define("domain_name", type=str, metavar="NAME",
+       help="domainName in events, by which functions reach /@connections; none: host "
+            "and port of --externalhostandport")
+
+STAGE = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+class Settings(NamedTuple):
+    """An API. `targets` are all functions, by where they are named in the options."""
+
+    routes: Routes
+    authorizer: Target | None
+    identity: Sequence[tuple[str, str]]
+    stage: str
+    api_id: str
+    domain_name: str
+    targets: Mapping[str, Target]
+
+
+def make_settings(relay: Relay) -> Settings:
+    """Read them from the options. Raises `OptionError`."""
+    routes = make_routes()
+    targets = dict(routes.named)
+    authorizer = None
+    if options.authorizeruri:
+        authorizer = function_target("--authorizeruri", options.authorizeruri)
+        targets["--authorizeruri"] = authorizer
+    elif options.authorizer_identity:
+        raise OptionError("--authorizer_identity needs --authorizeruri")
+    return Settings(
+        routes,
+        authorizer,
+        identity_sources(),
+        stage_name(),
+        options.api_id,
+        domain_name(relay),
+        targets,
+    )
+
+
+def stage_name() -> str:
+    """Return the name of the stage. Raises `OptionError` if it is invalid."""
+    if not STAGE.fullmatch(options.stage):
+        raise OptionError(
+            f"--stage={options.stage} is not a name of letters, digits, - and _"
+        )
+    return str(options.stage)
+
+
+def domain_name(relay: Relay) -> str:
+    """Return `domainName` of events. Raises `OptionError` if it is not known."""
+    if options.domain_name:
+        return str(options.domain_name)
+    if relay.callback_url is None:
+        raise OptionError(
+            "--backend=apigateway needs --domain_name or --externalhostandport, since"
+            " callbacks are bound to a wildcard address"
+        )
+    return urlsplit(relay.callback_url).netloc
