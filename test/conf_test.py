@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import websockets
-from service import DEADLINE, PROJECT, Service
+from project import copy_project, installation, library
+from service import DEADLINE, PROJECT, Service, ended
 
 ROW = re.compile(r"^\| `--(\w+)` \| (.*?) \|", flags=re.MULTILINE)
 OPTION = re.compile(r"^# (\w+) = (.+)$", flags=re.MULTILINE)
@@ -100,6 +101,47 @@ async def test_every_line_of_conf_can_be_uncommented(
     ):
         await client.send("hello")
         assert await asyncio.wait_for(client.recv(), DEADLINE) == "hello"
+
+
+# What `socketdock config` prints.
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("edited", [False, True])
+def test_config_prints_the_file_as_it_ships(conf, tmp_path, edited):
+    """Also if the default options file is edited; what it sets may be secret."""
+    tree = copy_project(tmp_path / "tree")
+    if edited:
+        text = OPTION.sub(r"\1 = \2", conf)
+        text = text.replace("callback_token = []", "callback_token = [\n  'hidden',\n]")
+        (tree / "conf" / "socketdock.conf").write_text(text)
+    printed = subprocess.check_output(
+        [sys.executable, "socketdock.py", "config"], cwd=tree, text=True, timeout=30
+    )
+    assert printed == conf
+
+
+@pytest.mark.once
+def test_config_works_without_a_checkout(conf, tmp_path_factory):
+    """The installation has the file in another folder."""
+    prefix = installation(tmp_path_factory.getbasetemp())
+    printed = subprocess.check_output(
+        [prefix / "bin" / "socketdock", "config"],
+        env={"PYTHONPATH": library(prefix)},
+        text=True,
+        timeout=30,
+    )
+    assert printed == conf
+
+
+@pytest.mark.once
+def test_config_takes_no_options():
+    """An option would seem to change what it prints."""
+    said = ended("config", "--bindport=1")
+    assert said.returncode == 2
+    assert said.stderr == (
+        "socketdock: config takes no options; it prints all of them\n"
+    )
 
 
 def default_in(cell):
