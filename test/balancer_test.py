@@ -1,4 +1,4 @@
-"""Two relays behind HAProxy and behind nginx, with the files of conf/.
+"""Two relays behind HAProxy, nginx and Caddy, with the files of conf/.
 
 Only addresses, ports and where nginx writes are put in by the tests.
 """
@@ -10,6 +10,8 @@ import re
 import shlex
 import signal
 import socket
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -40,8 +42,14 @@ class Balancer:
     def __init__(
         self, folder: Path, relays: Sequence[Service], *changes: tuple[str, str]
     ) -> None:
-        # Debian installs it in a directory that only root has in the PATH.
-        self.program = program(self.package, self.package, f"/usr/sbin/{self.package}")
+        # Debian installs it in a directory that only root has in the PATH; Caddy is
+        # installed with the tests.
+        self.program = program(
+            self.package,
+            self.package,
+            f"/usr/sbin/{self.package}",
+            str(Path(sys.executable).parent / self.package),
+        )
         self.relays = relays
         self.folder = folder
         self.path = folder / self.conf
@@ -182,7 +190,40 @@ class Nginx(Balancer):
         self.process.send_signal(signal.SIGHUP)  # what `nginx -s reload` does
 
 
-BALANCERS = [HAProxy, Nginx]
+class Caddy(Balancer):
+    """Caddy; lines of its file are replaced. A command asks it to read the file."""
+
+    conf, package = "Caddyfile", "caddy"
+
+    def command(self) -> list[str]:
+        for old, new in [
+            ("\n:80 {", f"\nhttp://:{self.port} {{\n\tbind 127.0.0.1"),
+            ("127.0.0.1:8765 ", f"{address(self.relays[0].ws_url)} "),
+            ("127.0.0.1:8775 ", f"{address(self.relays[1].ws_url)} "),
+        ]:
+            self.change(old, new)
+        return [self.program, "run", "--config", str(self.path)]
+
+    def environment(self) -> dict[str, str]:
+        return {
+            "CADDY_ADMIN": f"unix/{self.folder}/admin",
+            "HOME": str(self.folder),
+            "XDG_CONFIG_HOME": str(self.folder),
+            "XDG_DATA_HOME": str(self.folder),
+        }
+
+    def reload(self) -> None:
+        subprocess.run(
+            [self.program, "reload", "--config", self.path],
+            env={**os.environ, **self.environment()},
+            stderr=subprocess.DEVNULL,
+            timeout=DEADLINE,
+            check=True,
+        )
+
+
+WITH_IDLE_TIMEOUT = [HAProxy, Nginx]
+BALANCERS = [*WITH_IDLE_TIMEOUT, Caddy]
 each_balancer = pytest.mark.parametrize(
     "balancer", BALANCERS, ids=lambda balancer: balancer.package
 )
@@ -354,10 +395,10 @@ async def test_reload_keeps_clients(io_loop, balancer, tmp_path):
 @each_balancer
 async def test_upgrade_of_both_relays_loses_no_message(io_loop, balancer, tmp_path):
     """One drains while the other serves, then the other; no client is rejected."""
-    # nginx probes nothing, so a relay refuses clients while it closes the others.
-    drain = f"--drain_delay={DRAIN_DELAY}"
-    if balancer is Nginx:
-        drain = "--drain_spread=1"
+    # The others probe nothing: a relay refuses clients while it closes the others.
+    drain = "--drain_spread=1"
+    if balancer is HAProxy:
+        drain = f"--drain_delay={DRAIN_DELAY}"
     async with RecordingBackend() as backend, contextlib.AsyncExitStack() as stack:
         one, two = await stack.enter_async_context(
             relays(backend, first=drain, second=drain)
@@ -435,7 +476,7 @@ async def test_dead_relay_costs_no_handshake(io_loop, balancer, tmp_path):
                 assert names(backend) == ["two"] * 4
 
 
-@each_balancer
+@pytest.mark.parametrize("balancer", WITH_IDLE_TIMEOUT)
 async def test_pings_keep_idle_clients_connected(io_loop, balancer, tmp_path):
     """A client without pings is closed; the pinged ones stay."""
     timeout = {

@@ -28,7 +28,8 @@ LONG = 60.0  # seconds for a start on a busy machine
 PROGRAMS = (
     r"(\.venv/bin/\S+|\. \.venv|make|python[\d.]*|socketdock|pipx?|docker|npm|curl"
     r"|supervisor(d|ctl)|openssl|echo|systemctl|apt-get|useradd|opentelemetry-\w+|mkdir"
-    r"|[A-Z_]+=\S+|export|cp|php|node|kubectl) "
+    r"|[A-Z_]+=\S+|export|cp|php|node|kubectl|go|npx|zip|nginx"
+    r"|haproxy|caddy) "
 )
 
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.M | re.S)
@@ -66,8 +67,12 @@ NOT_RUN = {
     r"kubectl ": "it needs a cluster; kubernetes_test has the files",
     r"(/etc|mkdir /etc|cp conf|systemctl|useradd|chown|apt-get|python3 -m venv /opt)":
         "it changes this machine; systemd_test runs what the unit runs",
+    r"(nginx|haproxy|caddy) ": "balancer_test runs it",
+    r"npx wrangler|zip ": "it needs an account; reply_examples_test runs the code",
+    r"PORT=8000 go run": "reply_examples_test runs it where Go is installed",
     r"opentelemetry-instrument": "it is a program of the backend's side",
-    r"\.venv/bin/python -m (flask|uvicorn) |php |node ": "reply_examples_test runs it",
+    r"\.venv/bin/python (-m (flask|uvicorn)|examples/reply_django\.py) |php |node ":
+        "reply_examples_test runs it",
     r"WEBHOOK_SECRET=\S+ CALLBACK_TOKEN=\S+ node ": "examples_test runs it",
     r"python3 -m venv \.venv|\.venv/bin/python -m pip": "make runs it; makefile_test",
 }
@@ -106,7 +111,8 @@ def commands() -> Iterator[tuple[str, str]]:
 
 def is_source(path: Path) -> bool:
     """Whether an example is a program, and no module of npm."""
-    return path.suffix in (".py", ".mjs", ".php") and "node_modules" not in path.parts
+    sources = (".py", ".mjs", ".php", ".go")
+    return path.suffix in sources and "node_modules" not in path.parts
 
 
 ALL = sorted(set(commands()))
@@ -171,7 +177,7 @@ def here(command: str) -> tuple[str, dict[str, str]]:
     first = free_ports(3)
     for there, port in (("8765", first), ("8766", first + 1), ("8000", first + 2)):
         command = re.sub(rf"(?<=[:=]){there}\b", str(port), command)
-    others = r"\b10\.0\.0\.\d\b|\b[\w.-]+\.(internal|on\.aws)\b"
+    others = r"\b10\.0\.0\.\d\b|\b[\w.-]+\.(internal|on\.aws|workers\.dev)\b"
     command = re.sub(others, "127.0.0.1", command)
     command = re.sub(
         r"(examples/\w+_?backend\.py)(?! --port)", rf"\1 --port={first + 2}", command

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +27,15 @@ def program(package: str, *names: str) -> str:
         if path := shutil.which(name):
             return path
     leave_out(f"{names[0]} is missing: apt-get install {package}")
+
+
+def listens(port: int) -> bool:
+    """Whether a server on this machine accepts connections."""
+    try:
+        socket.create_connection(("127.0.0.1", port), DEADLINE).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 async def by_node(

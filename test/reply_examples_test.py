@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shlex
-import socket
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,8 +20,9 @@ import pytest
 import websockets
 from function_url import FunctionUrl
 from ports import free_ports
-from programs import leave_out, program
+from programs import leave_out, listens, program
 from service import DEADLINE, PROJECT, Service
+from workers import worker
 
 pytestmark = pytest.mark.gen_test(timeout=120)
 
@@ -28,7 +30,9 @@ FOLDER = PROJECT / "examples"
 MEDIA_TYPE = "application/vnd.socketdock+json"
 LAMBDA_URL = "https://abc123.lambda-url.eu-central-1.on.aws"
 LAMBDA_LIMIT = 6_000_000  # bytes of an invocation
+WORKER_URL = "https://socketdock-backend.example.workers.dev"
 MAX_LINES = 15
+MAX_LINES_OF_GO = 22
 LARGEST = 4 * 1024 * 1024  # bytes; the default of --max_message_size
 CLIENTS = 4
 MESSAGES = 10  # of each client
@@ -37,10 +41,12 @@ SERVERS = (
     "reply.py",
     "reply_flask.py",
     "reply_fastapi.py",
+    "reply_django.py",
     "reply.php",
     "express_backend/reply.mjs",
+    # Go is large: it is not installed for this test alone.
+    *(["reply.go"] if shutil.which("go") else []),
 )
-ALL = (*SERVERS, "reply_lambda.py")
 
 
 def head(name: str) -> str:
@@ -74,6 +80,7 @@ PROGRAMS: dict[str, Callable[[], str]] = {
     ".venv/bin/python": lambda: sys.executable,
     "php": lambda: program("php-cli", "php"),
     "node": node,
+    "go": lambda: program("golang-go", "go"),
 }
 
 
@@ -90,7 +97,7 @@ def serving(name: str) -> Iterator[Backend]:
     """Run a server during the block, on a free port."""
     port = free_ports(1)
     *_, backend, relay = (line.replace("8000", str(port)) for line in commands(name))
-    first, *words = shlex.split(backend)
+    first, *words = shlex.split(re.sub(r"^PORT=\d+ ", "", backend))
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [PROGRAMS[first](), *words],
@@ -99,6 +106,7 @@ def serving(name: str) -> Iterator[Backend]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            start_new_session=True,  # `go run` starts another process
         )
         try:
             limit = time.monotonic() + 2 * DEADLINE
@@ -111,20 +119,11 @@ def serving(name: str) -> Iterator[Backend]:
             (path,) = re.findall(rf"=http://127\.0\.0\.1:{port}(/\w*)", relay)
             yield Backend(f"http://127.0.0.1:{port}{path}", flags)
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait(DEADLINE)
         output.seek(0)
         said = output.read()
         assert not re.search("Traceback|Error:|PHP Warning", said), said
-
-
-def listens(port: int) -> bool:
-    """Whether a server accepts connections."""
-    try:
-        socket.create_connection(("127.0.0.1", port), DEADLINE).close()
-    except ConnectionRefusedError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
@@ -138,11 +137,24 @@ def serving_lambda() -> Iterator[Backend]:
         yield Backend(f"{url}/", shlex.split(relay.replace(LAMBDA_URL, url))[1:])
 
 
+@contextlib.contextmanager
+def serving_worker() -> Iterator[Backend]:
+    """Run the Worker during the block, in Cloudflare's runtime."""
+    *_, relay = commands("reply_worker.mjs")
+    assert WORKER_URL in relay
+    with worker(FOLDER / "reply_worker.mjs") as url:
+        yield Backend(f"{url}/", shlex.split(relay.replace(WORKER_URL, url))[1:])
+
+
+ELSEWHERE = {"reply_lambda.py": serving_lambda, "reply_worker.mjs": serving_worker}
+ALL = (*SERVERS, *ELSEWHERE)
+
+
 @pytest.fixture(scope="module", params=ALL)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each of the examples."""
-    is_server = request.param in SERVERS
-    with serving(request.param) if is_server else serving_lambda() as backend:
+    elsewhere = ELSEWHERE.get(request.param)
+    with elsewhere() if elsewhere else serving(request.param) as backend:
         yield backend
 
 
@@ -221,5 +233,5 @@ def test_example_is_short(name):
     """Without empty lines and comments."""
     lines = (FOLDER / name).read_text("utf-8").splitlines()
     code = [line for line in lines if not re.match(r"\s*(#|//|$)", line)]
-    assert len(code) <= MAX_LINES
+    assert len(code) <= (MAX_LINES_OF_GO if name.endswith(".go") else MAX_LINES)
     assert commands(name)[-1].startswith(".venv/bin/socketdock --backend=http ")

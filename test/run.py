@@ -62,7 +62,7 @@ PARTS = (
 # measurements, new environments.
 NOT_OF_THE_RELAY = named(
     "apigateway_e2e", "balancer", "bench", "commands", "compose", "conformance",
-    "console_page", "development", "docs", "examples", "first_use", "imports",
+    "console_page", "development", "docs", "examples", "first_use", "guides", "imports",
     "interop", "kubernetes", "makefile", "monitoring", "openapi", "packaging",
     "proxies", "reply_examples", "soaking", "supervisord", "systemd", "workflow",
 )
