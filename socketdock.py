@@ -253,6 +253,7 @@ class Service:
                 "version": __version__,
                 "instance": self.instance,
                 "backend": options.backend,
+                "metrics": "on" if options.metrics else "off",
             },
         )
 

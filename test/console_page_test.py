@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import websockets
 from certificates import Authority
+from faults import FaultyBackend
 from playwright.async_api import Browser, Page, async_playwright, expect
 from programs import program
 from service import DEADLINE, RecordingBackend, Service
@@ -127,7 +128,7 @@ async def test_page_loads_and_counts(io_loop, browser):
             async with websockets.connect(service.ws_url) as client:
                 await expect(page.locator("#open")).to_have_text("1")
                 async with asyncio.timeout(DEADLINE):
-                    while await page.locator("#messages").inner_text() == "0":
+                    while await page.locator("#in").inner_text() == "0":
                         await client.send("x")
                         await client.recv()
                 await expect(page.locator("#latency")).to_have_text(re.compile("ms"))
@@ -236,8 +237,18 @@ async def test_connection_is_found_sent_to_and_closed(io_loop, browser):
             await dialog.get_by_role("button", name="Close", exact=True).click()
             await asyncio.wait_for(client.wait_closed(), DEADLINE)
             assert (client.close_code, client.close_reason) == (4002, "enough")
-            await expect(dialog).to_contain_text("with 4002, by the relay")
-            await expect(dialog.locator("dd").first).to_have_text("closed")
+            state = dialog.locator("dd").first
+            await expect(state).to_contain_text("closed with 4002, by an operator")
+            # What it did remains, and nothing more can be done with it.
+            await expect(dialog).to_contain_text("binary, 2 bytes, to the client")
+            await expect(dialog).to_contain_text("2 messages, 9 bytes")
+            for name in ("Send", "Close"):
+                button = dialog.get_by_role("button", name=name, exact=True)
+                await expect(button).to_be_disabled()
+            await page.keyboard.press("Escape")
+            tail = page.get_by_label("Events, the newest first")
+            await tail.get_by_role("button").first.click()
+            await expect(dialog).to_contain_text("text, 7 bytes, to the client")
 
 
 async def test_rejected_action_shows_the_reason(io_loop, browser):
@@ -454,6 +465,132 @@ async def test_page_reconnects_after_a_restart(io_loop, browser):
                 await expect(page.locator("#rows tr")).to_have_count(1)
 
 
+async def test_outage_of_the_backend_is_shown_at_a_glance(io_loop, browser):
+    """Since when, where, why, and what waits; the header is not green."""
+    async with FaultyBackend() as backend:
+        backend.make_unreachable("refused")
+        url = backend.url("message")
+        flags = ("--backend=http", f"--messageuri={url}?key=secret",
+                 "--breaker_connections=1", "--breaker_attempts=1")
+        async with Service(*flags) as service, opened(browser, service) as page:
+            await is_live(page)
+            outage = page.locator("#outage")
+            await expect(outage).to_be_hidden()
+            await connect(page)
+            await page.keyboard.press("Enter")
+            status = page.get_by_role("status").first
+            await expect(status).to_have_text("The backend is unreachable")
+            await expect(status).to_have_attribute("data-state", "away")
+            await expect(page.get_by_role("alert").first).to_have_text(
+                re.compile(r"^The backend is unreachable since \d\d:\d\d:\d\d$")
+            )
+            cause = f"POST {url}: cannot connect: Connection refused"
+            await expect(outage).to_contain_text(cause)
+            await expect(outage).to_contain_text("1 event waits for it, for ")
+            assert "secret" not in await page.content()
+            # Each attempt has its time and its number, and none is a latency.
+            await expect(pairs(page).nth(1)).to_contain_text(
+                re.compile(r"\d\d:\d\d:\d\d\.\d{3} backend: .*, attempt 2, ")
+            )
+            await expect(page.locator("#latency")).to_have_text("\u2013")
+            await backend.make_reachable()
+            await is_live(page)
+            await expect(outage).to_be_hidden()
+
+
+async def test_page_without_its_relay_is_dimmed(io_loop, browser):
+    """Its figures are old."""
+    async with Service() as service:
+        async with opened(browser, service, "ERR_CONNECTION", "ERR_INCOMPLETE") as page:
+            await is_live(page)
+            inside = page.locator("#inside")
+            await expect(inside).to_have_css("opacity", "1")
+            service.process.send_signal(signal.SIGTERM)
+            await service.process.wait()
+            await expect(inside).to_have_css("opacity", "0.5")
+
+
+async def test_frames_are_edited_as_json(io_loop, browser):
+    """In several lines: Shift+Enter starts one, Enter sends."""
+    async with Service() as service, opened(browser, service) as page:
+        await is_live(page)
+        await connect(page)
+        message = page.get_by_label("Message", exact=True)
+        await message.fill('{"a": [1, ')
+        await expect(page.locator("#frame-note")).to_have_text("Not JSON yet.")
+        await page.get_by_role("button", name="Format JSON").first.click()
+        await expect(page.locator("#frame-note")).to_have_text("This is not JSON.")
+        await message.fill('{"a":[1,2]}')
+        await page.get_by_role("button", name="Format JSON").first.click()
+        formatted = '{\n  "a": [\n    1,\n    2\n  ]\n}'
+        await expect(message).to_have_value(formatted)
+        await message.press("End")
+        await message.press("Shift+Enter")
+        await message.press("Enter")
+        await expect(pairs(page).nth(2)).to_contain_text("text, 30 bytes")
+
+
+async def test_id_and_a_command_are_copied(io_loop, browser):
+    """The command works as it is; it has no token."""
+    async with Service() as service:
+        options = {"permissions": ["clipboard-read", "clipboard-write"]}
+        async with opened(browser, service, **options) as page:
+            await is_live(page)
+            async with websockets.connect(service.ws_url) as client:
+                await page.locator("#rows button").click()
+                place = await page.locator("#rows button").get_attribute("value")
+                dialog = page.get_by_role("dialog")
+                await dialog.get_by_role("button", name="Copy id").click()
+                answer = dialog.get_by_role("status")
+                await expect(answer).to_have_text("The id was copied.")
+                clipboard = "navigator.clipboard.readText()"
+                assert await page.evaluate(clipboard) == place
+                await dialog.get_by_role("button", name="Copy curl").click()
+                await expect(answer).to_have_text("The command was copied.")
+                command = await page.evaluate(clipboard)
+                assert command.startswith("curl ")
+                curl = await asyncio.create_subprocess_shell(command + " -sf")
+                assert await asyncio.wait_for(curl.wait(), DEADLINE) == 0
+                assert await asyncio.wait_for(client.recv(), DEADLINE) == "Hello"
+
+
+async def test_columns_are_sorted(io_loop, browser):
+    """By a button in their heading; age has both directions."""
+    async with Service() as service, opened(browser, service) as page:
+        await is_live(page)
+        async with (
+            websockets.connect(service.ws_url, user_agent_header="alpha") as client,
+            websockets.connect(service.ws_url, user_agent_header="beta"),
+        ):
+            await client.send("x")
+            clients = page.locator("#rows td:nth-child(3)")
+            for name, order, first in (
+                ("Age", "descending", "alpha"), ("Age", "ascending", "beta"),
+                ("Messages in", "descending", "alpha"),
+            ):
+                await page.get_by_role("button", name=name, exact=True).click()
+                column = page.get_by_role("columnheader", name=name, exact=True)
+                await expect(column).to_have_attribute("aria-sort", order)
+                await expect(clients.first).to_have_text(first)
+
+
+async def test_theme_is_chosen_and_kept(io_loop, browser):
+    """Against the system's; charts follow it."""
+    async with Service() as service:
+        async with opened(browser, service, color_scheme="light") as page:
+            await is_live(page)
+            ground = "getComputedStyle(document.documentElement).backgroundColor"
+            light = await page.evaluate(ground)
+            await page.get_by_label("Theme").select_option("dark")
+            dark = await page.evaluate(ground)
+            assert dark != light
+            await page.reload()
+            await is_live(page)
+            assert await page.evaluate(ground) == dark
+            await page.get_by_label("Theme").select_option("as the system")
+            assert await page.evaluate(ground) == light
+
+
 # Accessibility.
 
 
@@ -545,6 +682,11 @@ async def test_page_fits_a_phone(io_loop, browser):
                 await expect(pairs(page)).to_have_count(3)
                 await expect(page.locator("#rows tr")).to_have_count(2)
                 assert await width(page) == PHONE["width"]
+                # Each cell is a line with its name, and none is hidden.
+                cells = page.locator("#rows tr").last.locator("td")
+                for cell in await cells.all():
+                    box = await cell.bounding_box()
+                    assert box is not None and box["width"] > 250
                 await page.locator("#rows button").last.click()
                 await expect(page.get_by_role("dialog")).to_contain_text(agent)
                 assert await width(page) == PHONE["width"]
@@ -715,8 +857,8 @@ async def test_page_under_load_does_not_grow(io_loop, browser):
             load = asyncio.create_task(talk(clients))
             # Until the tail and the charts hold their maximum.
             await expect(page.locator("#tail > li")).to_have_count(500)
-            await expect(page.locator("#messages")).to_have_text(
-                re.compile(r"^(5[5-9]|6[0-4])\d$")
+            await expect(page.locator("#in")).to_have_text(
+                re.compile(r"^(2[789]|3[012])\d$")
             )
             began = time.monotonic()
             before = await size_of(session)

@@ -609,7 +609,7 @@ def test_search_does_not_block_the_loop():
     found, turns = asyncio.run(run())
     assert found == 1 + 10 + 100
     assert turns >= 10
-    assert set(ORDERS) == {"newest", "oldest", "active", "messages", "bytes"}
+    assert set(ORDERS) == {"newest", "oldest", "active", "received", "sent", "bytes"}
 
 
 async def test_operator_sends_and_closes(io_loop):

@@ -59,7 +59,7 @@ def console_routes(
             {**reached, "may_show_state": tail.may_show_bodies},
         ),
         (rf"{one}/send", SendHandler, {**reached, "max_body_size": max_message_size}),
-        (rf"{one}/close", CloseHandler, reached),
+        (rf"{one}/close", CloseHandler, {**reached, "tail": tail}),
         (
             r"/console/playground",
             PlaygroundHandler,

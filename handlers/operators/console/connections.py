@@ -14,6 +14,7 @@ from handlers.callbacks.actions import describe
 from handlers.callbacks.routes import Closing, OneConnectionHandler, Sending
 from handlers.clients.connection import ClientConnection, Connections
 from handlers.operators.console.guarded import GuardedHandler
+from handlers.operators.console.tail import Tail
 from handlers.operators.guard import OperatorGuard
 
 MAX_LISTED = 100
@@ -26,7 +27,8 @@ ORDERS: dict[str, Callable[[ClientConnection], Any]] = {
     "newest": lambda c: c.connected_at,
     "oldest": lambda c: -c.connected_at.timestamp(),
     "active": lambda c: c.last_active_at,
-    "messages": lambda c: c.messages_in + c.messages_out,
+    "received": lambda c: c.messages_in,
+    "sent": lambda c: c.messages_out,
     "bytes": lambda c: c.bytes_in + c.bytes_out,
 }
 
@@ -130,3 +132,12 @@ class SendHandler(OneHandler, Sending):
 
 class CloseHandler(OneHandler, Closing):
     """`POST /console/connections/<id>/close`: with a code and a reason."""
+
+    def initialize(  # type: ignore[override] # each route's own keywords
+        self, guard: OperatorGuard, connections: Connections, tail: Tail
+    ) -> None:
+        super().initialize(guard, connections)
+        self.tail = tail
+
+    def on_asked(self, connection: ClientConnection) -> None:
+        self.tail.operator_closes(connection)

@@ -190,6 +190,7 @@ class Tail(Observer):
         self._latencies: list[float] = []  # seconds; a sample where there are many
         self._attempts_before = 0  # of the counts, at the last snapshot
         self._batches = 0
+        self._closed_by_operator: set[str] = set()  # ids, until they have closed
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._left = asyncio.Event()  # set when no viewer is left
@@ -215,6 +216,7 @@ class Tail(Observer):
         if self._viewers.pop(viewer.id, None) is not None and not self._viewers:
             self._observers.remove(self)
             self._latencies.clear()
+            self._closed_by_operator.clear()
             if self._timer is not None:
                 self._timer.cancel()
             self._left.set()
@@ -246,6 +248,11 @@ class Tail(Observer):
         for viewer in self._viewers.values():
             viewer.wake(snapshot)
         self._timer = self._connections.loop.call_later(BATCH_INTERVAL, self._tick)
+
+    def operator_closes(self, connection: Connection) -> None:
+        """Record that an operator closes an open connection, for its event."""
+        if self._viewers:
+            self._closed_by_operator.add(connection.id)
 
     # Events.
 
@@ -302,11 +309,14 @@ class Tail(Observer):
         duration: float,
     ) -> None:
         self._counts.closed += 1
+        by_operator = connection.id in self._closed_by_operator
+        self._closed_by_operator.discard(connection.id)
         self._add_event(
             "closed",
             connection.id,
             code=code,
             initiator=initiator,
+            operator=by_operator and initiator == "relay",
             duration=round(duration, 3),
         )
 

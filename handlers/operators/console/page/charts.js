@@ -1,7 +1,10 @@
 /** Five minutes of numbers, and small drawings of them. */
 
+import { duration } from "./text.js";
+
 export const SECONDS = 300;
 const SHORTEST = 60; // seconds that a drawing has, before there is more to draw
+const AXIS = 15; // pixels above and below the lines, for the scale's texts
 
 /** The newest `SECONDS` values; NaN where nothing is known. */
 export class Ring {
@@ -45,6 +48,7 @@ export class Chart {
     this.unit = unit;
     new ResizeObserver(() => this.draw()).observe(canvas);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
+    document.addEventListener("theme", () => this.draw());
   }
 
   draw() {
@@ -62,16 +66,22 @@ export class Chart {
     pen.setTransform(scale, 0, 0, scale, 0, 0);
     pen.clearRect(0, 0, width, height);
     const max = Math.max(...this.lines.map(({ ring }) => ring.max()));
-    const bottom = height - 1;
-    pen.fillStyle = color("--line");
-    pen.fillRect(0, bottom, width, 1);
-    pen.fillStyle = color("--muted");
-    pen.font = "11px system-ui, sans-serif";
-    if (max) pen.fillText(`max ${this.unit(max)}`, 0, 10);
-    const top = 15;
+    const bottom = height - AXIS;
+    const top = AXIS;
     const span = Math.max(SHORTEST, ...this.lines.map(({ ring }) => ring.length));
     const x = (/** @type {number} */ age) => width - 2 - ((SECONDS - 1 - age) / (span - 1)) * (width - 2);
     const y = (/** @type {number} */ value) => bottom - 1 - (max ? value / max : 0) * (bottom - 1 - top);
+    // The scale: 0 and the highest value of all lines, and the time from then to now.
+    pen.fillStyle = color("--line");
+    pen.fillRect(0, bottom, width, 1);
+    if (max) pen.fillRect(0, top, width, 1);
+    pen.fillStyle = color("--muted");
+    pen.font = "11px system-ui, sans-serif";
+    if (max) pen.fillText(this.unit(max), 0, top - 4);
+    pen.fillText(`${duration(span).replace(" 0 s", "")} ago`, 0, height - 2);
+    pen.textAlign = "right";
+    pen.fillText("now", width, height - 2);
+    pen.textAlign = "left";
     for (const { ring, color: name, dashed, filled } of this.lines) {
       const line = new Path2D();
       const area = new Path2D();

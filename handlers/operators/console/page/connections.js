@@ -20,7 +20,12 @@ export class Connections {
     this.isOn = false;
     const soon = () => this.later(TYPING);
     by("search").addEventListener("input", soon);
-    by("sort").addEventListener("change", soon);
+    by("sort").addEventListener("change", () => this.sorted(by("sort").value));
+    by("table").tHead.addEventListener("click", (/** @type {any} */ event) => {
+      const orders = event.target.closest("button")?.dataset.sort.split(" ");
+      // A column with two orders changes between them.
+      if (orders) this.sorted(orders[(orders.indexOf(by("sort").value) + 1) % orders.length]);
+    });
     by("search-form").addEventListener("submit", (/** @type {Event} */ event) => {
       event.preventDefault();
       this.later(0);
@@ -39,6 +44,17 @@ export class Connections {
     };
     new IntersectionObserver(onSight, { rootMargin: NEAR }).observe(by("connections"));
     document.addEventListener("visibilitychange", () => this.later(0));
+  }
+
+  /** @param {string} order */
+  sorted(order) {
+    by("sort").value = order;
+    for (const button of by("table").tHead.querySelectorAll("button")) {
+      const isChosen = button.dataset.sort.split(" ").includes(order);
+      if (isChosen) button.closest("th").ariaSort = order === "newest" ? "ascending" : "descending";
+      else button.closest("th").ariaSort = null;
+    }
+    this.later(0);
   }
 
   /** The stream is there, or not. @param {boolean} isOn */
@@ -106,7 +122,11 @@ export class Connections {
     if (row === undefined) {
       const open = make("button", { className: "plain", textContent: id.slice(0, 8), value: id, title: id });
       row = make("tr", {}, make("td", {}, open));
-      for (let cell = 1; cell < 7; cell++) row.append(make("td", { className: cell > 2 ? "count" : "" }));
+      const names = Array.from(by("table").tHead.rows[0].cells, (cell) => cell.textContent);
+      for (let cell = 1; cell < 7; cell++) {
+        row.append(make("td", { className: cell > 2 ? "count" : "" }));
+        row.lastElementChild.dataset.name = names[cell]; // for a phone
+      }
       this.rows.set(id, row);
     }
     const client = [connection.user_agent, connection.subprotocol].filter(Boolean).join(", ");

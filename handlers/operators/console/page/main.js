@@ -4,10 +4,12 @@ import { hasToken, useToken } from "./api.js";
 import { Connections } from "./connections.js";
 import { Live } from "./live.js";
 import { One } from "./one.js";
+import { Outage } from "./outage.js";
 import { Overview } from "./overview.js";
 import { Playground } from "./playground.js";
 import { Events } from "./tail.js";
 import { by, write } from "./text.js";
+import { Theme } from "./theme.js";
 
 const UNAUTHORIZED = 401;
 
@@ -20,13 +22,15 @@ const follower = (who) => (id) => {
   return live.set({ followed: [...new Set(Object.values(followed).filter(Boolean))] });
 };
 
+new Theme();
+new Outage(live);
 new Overview(live);
 new Playground(live, follower("playground"));
-const one = new One(live, follower("one"));
+const events = new Events(live, (id) => one.open(id));
+const one = new One(live, follower("one"), (id) => events.of(id));
 const connections = new Connections((id) => one.open(id));
-new Events(live, (id) => one.open(id));
 
-/** @param {"live" | "lost" | "waiting"} state @param {string} text */
+/** @param {"live" | "away" | "lost" | "waiting"} state @param {string} text */
 function say(state, text) {
   by("status").dataset.state = state;
   write(by("status"), text);
@@ -39,15 +43,23 @@ function show(part) {
 
 live.addEventListener("hello", ({ detail }) => {
   show("inside");
-  say("live", "Live");
+  report(detail.snapshot);
+  // A browser sends no token with a link.
+  by("data").hidden = hasToken();
+  by("metrics").hidden = detail.metrics === "off";
   const clients = detail.clients ?? new URL(".", document.baseURI).href.replace(/^http/, "ws").replace(/\/$/, "");
   write(by("command"), `websocat ${clients}${detail.path}`);
   connections.turn(true);
 });
 
-live.addEventListener("snapshot", ({ detail }) => {
-  say("live", detail.state === "draining" ? "The relay is stopping" : "Live");
-});
+live.addEventListener("snapshot", ({ detail }) => report(detail));
+
+/** @param {any} snapshot */
+function report({ state, backend }) {
+  if (state === "draining") say("away", "The relay is stopping");
+  else if (backend.away !== null) say("away", "The backend is unreachable");
+  else say("live", "Live");
+}
 
 live.addEventListener("lost", ({ detail }) => {
   connections.turn(false);

@@ -1,8 +1,9 @@
 /** The view of one connection: its state and events; sends to it, and closes it. */
 
-import { ask, post } from "./api.js";
+import { ask, hasToken, post } from "./api.js";
+import { Editor } from "./editor.js";
 import { Tail } from "./tail.js";
-import { by, bytes, count, duration, fromHex, make, write } from "./text.js";
+import { by, bytes, copy, count, describe, duration, fromHex, make, write } from "./text.js";
 
 const REFRESH = 2000; // ms
 const MOST = 200; // rows
@@ -11,16 +12,41 @@ const MOST = 200; // rows
 const stateOf = ({ backend_state_size: size, backend_state: state }) =>
   size === 0 ? "none" : `${bytes(size)}${state === undefined ? "" : `: ${state}`}`;
 
+/** @param {any} connection @param {number} now in ms */
+const factsOf = (connection, now) => ({
+  Address: connection.remote_ip,
+  Client: connection.user_agent || "–",
+  Subprotocol: connection.subprotocol ?? "none",
+  Age: duration((now - Date.parse(connection.connected_at)) / 1000),
+  "From the client": `${count(connection.messages_in)} messages, ${bytes(connection.bytes_in)}`,
+  "To the client": `${count(connection.messages_out)} messages, ${bytes(connection.bytes_out)}`,
+  "Backend's state": stateOf(connection),
+});
+
+/** @param {string} id @returns {string} a command that sends a frame to the client */
+function curl(id) {
+  const url = new URL(`socket/${id}/send`, document.baseURI).href;
+  // The token itself must not be copied by accident.
+  const token = hasToken() ? ` -H "Authorization: Bearer $TOKEN"` : "";
+  return `curl -H 'Content-Type: text/plain'${token} --data-raw 'Hello' '${url}'`;
+}
+
 export class One {
   /**
    * @param {import("./live.js").Live} live
    * @param {(id: string | null) => void} follow asks for all events of a connection
+   * @param {(id: string) => any[]} recent returns the latest events of a connection
    */
-  constructor(live, follow) {
+  constructor(live, follow, recent) {
     this.live = live;
+    this.recent = recent;
     this.follow = follow;
     this.dialog = by("one");
     this.tail = new Tail(by("one-tail"), MOST);
+    this.editor = new Editor("one-frame", "one-format", "one-note");
+    /** @type {any} */
+    this.known = null; // the facts, when it was last open
+    this.ended = ""; // how, once it is closed
     this.id = "";
     this.timer = 0;
     this.mayShowBodies = false;
@@ -31,28 +57,46 @@ export class One {
       this.sayBodies(false);
     });
     live.addEventListener("events", ({ detail }) => {
-      if (this.dialog.open) {
-        this.tail.add(detail.events.filter((/** @type {any} */ event) => event.id === this.id));
-      }
+      if (!this.dialog.open) return;
+      const own = detail.events.filter((/** @type {any} */ event) => event.id === this.id);
+      this.keep(own);
     });
     by("one-leave").addEventListener("click", () => this.dialog.close());
     this.dialog.addEventListener("close", () => this.leave());
     by("one-send").addEventListener("submit", (/** @type {Event} */ event) => this.act(event, () => this.send()));
     by("one-close").addEventListener("submit", (/** @type {Event} */ event) => this.act(event, () => this.close()));
     by("bodies").addEventListener("click", () => this.turnBodies());
+    by("copy-id").addEventListener("click", () => this.copied(this.id, "The id"));
+    by("copy-curl").addEventListener("click", () => this.copied(by("one-curl").textContent, "The command"));
   }
 
   /** @param {string} id */
   open(id) {
     this.id = id;
+    this.known = null;
+    this.ended = "";
+    write(by("one-curl"), curl(id));
     write(by("one-heading"), `Connection ${id.slice(0, 8)}`);
-    by("one-facts").replaceChildren();
     write(by("one-answer"), "");
     this.tail.clear();
+    this.show(undefined, Date.now());
+    this.keep(this.recent(id));
     this.sayBodies(false);
     this.follow(id);
     if (!this.dialog.open) this.dialog.showModal();
     this.refresh();
+  }
+
+  /** Add events of this connection. @param {any[]} events */
+  keep(events) {
+    const closed = events.find((event) => event.kind === "closed");
+    if (closed) this.ended = describe(closed).text;
+    this.tail.add(events);
+  }
+
+  /** @param {string} text @param {string} name of what is copied */
+  async copied(text, name) {
+    write(by("one-answer"), (await copy(text)) ? `${name} was copied.` : "This browser does not permit copying here.");
   }
 
   leave() {
@@ -78,21 +122,18 @@ export class One {
     if (this.dialog.open) this.timer = setTimeout(() => this.refresh(), REFRESH);
   }
 
-  /** @param {any} connection undefined where it is closed @param {number} now in ms */
+  /** @param {any} connection undefined if it is closed @param {number} now in ms */
   show(connection, now) {
-    const facts = connection
-      ? {
-          State: connection.state,
-          Address: connection.remote_ip,
-          Client: connection.user_agent || "–",
-          Subprotocol: connection.subprotocol ?? "none",
-          Age: duration((now - Date.parse(connection.connected_at)) / 1000),
-          "From the client": `${count(connection.messages_in)} messages, ${bytes(connection.bytes_in)}`,
-          "To the client": `${count(connection.messages_out)} messages, ${bytes(connection.bytes_out)}`,
-          "Backend's state": stateOf(connection),
-          Id: this.id,
-        }
-      : { State: "closed", Id: this.id };
+    const isOpen = connection !== undefined;
+    if (isOpen) this.known = { connection, now };
+    const facts = {
+      State: isOpen ? connection.state : `closed ${this.ended}`.trim(),
+      ...(this.known && factsOf(this.known.connection, this.known.now)),
+      Id: this.id,
+    };
+    for (const form of ["one-send", "one-close"]) {
+      for (const element of by(form).elements) element.disabled = !isOpen;
+    }
     const list = by("one-facts");
     const names = Array.from(list.querySelectorAll("dt"), (dt) => dt.textContent);
     if (names.join() !== Object.keys(facts).join()) {
@@ -118,9 +159,10 @@ export class One {
 
   async send() {
     const type = by("one-type").value;
-    const body = type === "text" ? by("one-frame").value : fromHex(by("one-frame").value);
+    const { text } = this.editor;
+    const body = type === "text" ? text : fromHex(text);
     await ask(`console/connections/${this.id}/send?type=${type}`, { method: "POST", body });
-    by("one-frame").value = "";
+    this.editor.text = "";
     return "The frame was sent.";
   }
 

@@ -76,7 +76,6 @@ export class Overview {
       this.rings[name].push(values[name]);
     }
     write(by("opened"), `${rate(per("opened"))} opened/s, ${rate(per("closed"))} closed/s`);
-    write(by("messages"), rate(values.in + values.out));
     write(by("in"), rate(values.in));
     write(by("out"), rate(values.out));
     write(by("latency"), milliseconds(now.latency.p50));

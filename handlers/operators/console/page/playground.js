@@ -1,7 +1,8 @@
 /** A WebSocket client in the page: shows its frames, and what the relay did with each. */
 
 import { ask } from "./api.js";
-import { by, bytes, describe, fromHex, make, toHex, write } from "./text.js";
+import { Editor } from "./editor.js";
+import { by, bytes, clock, describe, fromHex, make, toHex, write } from "./text.js";
 
 const MOST = 200; // pairs
 const MOST_EVENTS = 20; // beside one frame
@@ -19,6 +20,7 @@ export class Playground {
    */
   constructor(live, follow) {
     this.follow = follow;
+    this.editor = new Editor("frame", "frame-format", "frame-note");
     /** @type {WebSocket | null} */
     this.socket = null;
     this.id = "";
@@ -94,7 +96,7 @@ export class Playground {
     write(by("playground-problem"), "");
     if (this.socket === null) return;
     try {
-      const text = by("frame").value;
+      const { text } = this.editor;
       const data = by("frame-type").value === "text" ? text : fromHex(text);
       this.socket.send(data);
       this.pair(`sent ${++this.sent}`, frame("→", data));
@@ -118,7 +120,8 @@ export class Playground {
   /** Put an event beside the frame that it belongs to. @param {any} event */
   onEvent(event) {
     const { text, label, failed } = describe(event);
-    const item = make("li", { className: failed ? "bad" : "", textContent: `${label}: ${text}` });
+    const time = make("time", { textContent: clock(event.at) });
+    const item = make("li", { className: failed ? "bad" : "" }, time, ` ${label}: ${text}`);
     const list = this.pair(this.place(event)).querySelector("ul");
     list.append(item);
     if (list.childElementCount > MOST_EVENTS) list.firstElementChild.remove();

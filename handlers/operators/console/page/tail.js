@@ -69,6 +69,8 @@ export class Events {
    */
   constructor(live, open) {
     this.tail = new Tail(by("tail"));
+    /** @type {any[]} */
+    this.recent = []; // of all connections, also while paused
     this.missed = 0; // while paused
     this.skipped = 0;
     this.instance = "";
@@ -111,8 +113,16 @@ export class Events {
     });
   }
 
+  /** @param {string} id @returns {any[]} the latest events of a connection */
+  of(id) {
+    return this.recent.filter((event) => event.id === id);
+  }
+
   /** @param {{events: any[], skipped: number}} batch */
   show({ events, skipped }) {
+    // Bodies are shown only in the view of the connection for which they were requested.
+    events = events.map(({ body, ...rest }) => rest);
+    this.recent = this.recent.concat(events).slice(-MOST);
     const { kinds, connection, failures } = this.filter;
     const wanted = events.filter(
       (event) =>
@@ -122,8 +132,7 @@ export class Events {
     if (by("pause").getAttribute("aria-pressed") === "true") {
       this.missed += wanted.length + skipped;
     } else {
-      // Bodies are shown only in the view of the connection for which they were requested.
-      this.tail.add(wanted.map(({ body, ...rest }) => rest));
+      this.tail.add(wanted);
       this.skipped += skipped;
     }
     this.said();

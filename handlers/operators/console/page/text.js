@@ -19,6 +19,16 @@ export function write(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+/** @param {string} text @returns {Promise<boolean>} whether it is on the clipboard */
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text); // absent without TLS on other machines
+    return true;
+  } catch {
+    return false;
+  }
+}
+
 const whole = new Intl.NumberFormat("en");
 const UNITS = ["bytes", "KiB", "MiB", "GiB", "TiB"];
 
@@ -119,7 +129,7 @@ export function describe(event) {
     case "closed":
       return {
         label: "closed",
-        text: `with ${event.code}, by the ${event.initiator}, after ${event.duration < 10 ? `${event.duration.toFixed(1)} s` : duration(event.duration)}`,
+        text: `with ${event.code}, by ${event.operator ? "an operator" : `the ${event.initiator}`}, after ${event.duration < 10 ? `${event.duration.toFixed(1)} s` : duration(event.duration)}`,
         failed: false,
       };
     case "received":
@@ -128,9 +138,10 @@ export function describe(event) {
       return { label: "sent", text: `${event.type}, ${bytes(event.size)}, to the client`, failed: false };
     case "attempt": {
       const status = event.status === null ? "" : `, ${event.status}`;
+      const attempt = event.attempt > 1 || event.outcome !== "delivered" ? `, attempt ${event.attempt}` : "";
       return {
         label: "backend",
-        text: `${event.event} event ${OUTCOMES[event.outcome]}${status}, ${milliseconds(event.ms)}`,
+        text: `${event.event} event ${OUTCOMES[event.outcome]}${status}${attempt}, ${milliseconds(event.ms)}`,
         failed: !["delivered", "abandoned"].includes(event.outcome),
       };
     }
