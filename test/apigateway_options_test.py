@@ -116,6 +116,30 @@ async def test_failed_invocations_may_be_repeated(io_loop):
         assert len({event["requestContext"]["requestId"] for event in ones}) == 1
 
 
+async def test_message_that_fails_after_the_end_sends_no_other_event(io_loop):
+    """`$disconnect` is sent once, although an invocation outlives the connection."""
+    async with AsyncExitStack() as stack:
+        gateway = await begin(stack, "--order_wait=0.1")
+        release = asyncio.Event()
+
+        async def fail(event):
+            if kind(event) == "MESSAGE":
+                await release.wait()
+                return Result(b"", 500)
+            return OK
+
+        gateway.functions.functions["chat"] = fail
+        async with websockets.connect(gateway.url) as client:
+            await client.send("slow")
+            await gateway.functions.wait_for(1, lambda e: kind(e) == "MESSAGE")
+        await gateway.functions.wait_for(1, lambda e: kind(e) == "DISCONNECT")
+        release.set()
+        gateway.service.process.terminate()
+        await asyncio.wait_for(gateway.service.process.wait(), DEADLINE)
+        assert len(gateway.functions.of_kind("DISCONNECT")) == 1
+        assert len(gateway.functions.of_kind("MESSAGE")) == 1
+
+
 async def test_concurrency_is_limited_for_any_function(io_loop):
     """By --function_concurrency; another invocation waits."""
     async with AsyncExitStack() as stack:

@@ -136,9 +136,12 @@ class FunctionDeliveries(SingleDeliveries):
     def mark_expendable(self, request: Request) -> None:
         """Do nothing."""
 
-    def on_failed(self, connection: Connection, event: Event) -> None:
+    def on_failed(
+        self, connection: Connection, event: Event
+    ) -> "asyncio.Future[None] | None":
         """Tell the client that its message has failed; the connection stays."""
-        self.answers.send(connection, error_frame(SERVER_ERROR, connection.id, event))
+        frame = error_frame(SERVER_ERROR, connection.id, event)
+        return self.answers.send(connection, frame)
 
 
 def make_function_client(targets: Iterable[Target]) -> FunctionClient:

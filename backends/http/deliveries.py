@@ -3,6 +3,7 @@
 `HTTPBackend` makes one `Deliveries`, and passes it to each `Delivery`.
 """
 
+import asyncio
 from dataclasses import dataclass
 
 from tornado.options import Error as OptionError
@@ -94,8 +95,14 @@ class Deliveries:
         }
         client.on_starved = self.held.abandon_one
 
-    def on_failed(self, connection: Connection, event: Event) -> None:
-        """A message of `connection` was retried `retries` times, and has failed."""
+    def on_failed(
+        self, connection: Connection, event: Event
+    ) -> "asyncio.Future[None] | None":
+        """A message of `connection` was retried `retries` times, and has failed.
+
+        With a returned future, the next message waits until that is done.
+        """
+        return None
 
     def line(self, wait: float) -> OverdueLine:
         """Return the requests that become overdue after `wait` seconds."""

@@ -72,7 +72,7 @@ class Delivery:
         self._quiet: asyncio.Future[None] | None = None
         # Done when a request has ended or failed.
         self._changed: asyncio.Future[None] | None = None
-        self.failures = 0  # of attempts, so far
+        self.failures = 0  # of attempts that were, or will be, repeated
         self.number = 0  # of the latest message, from 1
         self.refused = 0
         # Once the disconnect event is due, messages given up are counted here: the
@@ -374,7 +374,7 @@ class Delivery:
             self._mark_expendable(before=request.number)
 
     def _on_failed(self, request: Request, error: BackendError, wait: float) -> None:
-        """Put a request back into the backlog, or give up the whole backlog.
+        """Put a request back into the backlog, or give it up, or the whole backlog.
 
         `wait` is the time in seconds that the backend requested before the retry.
         """
@@ -382,14 +382,13 @@ class Delivery:
             self._deliveries.held.discard(request)
             return
         now = self._deliveries.loop.time()
-        self.failures += 1
         request.attempts += 1
-        retries = self._deliveries.limits.retries
-        if retries is not None and request.attempts > retries:
+        request.failed_at = min(request.failed_at, now)
+        if self._is_final(request, now):
             self._fail(request, error)
             return
+        self.failures += 1
         self._deliveries.held.on_failed(request)
-        request.failed_at = min(request.failed_at, now)
         request.sent_at = float("inf")
         self._put_back(request)
         self._keep_behind(request)
@@ -408,6 +407,14 @@ class Delivery:
         if now >= self._deadline():
             self._give_up(error)
 
+    def _is_final(self, request: Request, now: float) -> bool:
+        """Whether a failed request is not retried, and those behind it go on."""
+        limits = self._deliveries.limits
+        return limits.retries is not None and (
+            request.attempts > limits.retries
+            or now >= request.failed_at + limits.delivery_timeout
+        )
+
     def _fail(self, request: Request, error: BackendError) -> None:
         """End a message that is not retried; those behind it go on."""
         deliveries = self._deliveries
@@ -421,7 +428,9 @@ class Delivery:
             error,
             extra={"connection_id": self._connection.id},
         )
-        deliveries.on_failed(self._connection, request.event)
+        told = deliveries.on_failed(self._connection, request.event)
+        if told is not None:
+            self._reply_turns().hold(told)
 
     def _put_back(self, request: Request) -> None:
         """Put a request into the backlog, in the order of numbers."""

@@ -83,6 +83,11 @@ class ReplyTurns:
         else:
             self._carry_out(event_id, response)
 
+    def hold(self, told: "asyncio.Future[None]") -> None:
+        """Let the next message and reply wait until frames of others have left."""
+        if not self.carrying_out:
+            self._wait_for(told)
+
     def go_on(self) -> None:
         """Take the next reply, unless one is being read or carried out."""
         if self._going_on:  # called again below: there may be hundreds of replies
