@@ -81,7 +81,30 @@ async def main() -> None:
                     await phone.screenshot(
                         path=IMAGES / "console-phone.png", scale="css"
                     )
+        await outages(browser)
         await browser.close()
+
+
+async def outages(browser: Browser) -> None:
+    """The console while the backend, then the relay itself is unreachable."""
+    async with Service(*HTTP[:3], f"--messageuri={BACKEND}/message") as service:
+        async with console(browser, WIDE) as page, contextlib.AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(websockets.connect(service.ws_url))
+                for _ in range(CLIENTS)
+            ]
+            for client in clients:
+                await client.send("Are you there?")
+            await page.locator("#outage").wait_for()
+            await asyncio.sleep(20)  # of an outage, for the charts
+            await page.screenshot(path=IMAGES / "console-outage.png")
+            async with backend():
+                await page.locator("#outage").wait_for(state="hidden")
+            service.process.terminate()
+            await service.process.wait()
+            await page.locator("body[data-relay=lost]").wait_for()
+            await asyncio.sleep(0.5)  # until it is painted
+            await page.screenshot(path=IMAGES / "console-relay-gone.png")
 
 
 @contextlib.asynccontextmanager
