@@ -99,8 +99,8 @@ __version__ = "0.1.0"
 logger = logging.getLogger("socketdock")
 
 define("backend", default="loopback", metavar="NAME",
-       help="the backend: loopback (an echo server), http, apigateway, or the full "
-            "name of a module")
+       help="the backend: loopback (an echo server), http, apigateway, redis, or the "
+            "full name of a module")
 define("instance_name", type=str, metavar="NAME",
        help="name of this instance in events; none: the host name")
 define("config", type=str, metavar="PATH",
@@ -117,7 +117,7 @@ DESCRIPTORS = 256  # for open callbacks, the log, and the process itself
 # event with a new boot id says that the connections of the run before are lost.
 CHECK_INSTANCE = "socketdock-check"
 USAGE_ERROR = 2  # exit status: an invalid option
-COMMANDS = ("check", "config", "dev", "health")  # none: relay
+COMMANDS = ("check", "config", "dev", "health", "redis-partitions")  # none: relay
 
 
 def make_server(
@@ -163,6 +163,7 @@ async def serve(log: Log, variables: Sequence[str] = ()) -> int:
     """
     stop = stop_signal()  # before anything can observe the start
     service = Service()
+    await service.backend.start()
     service.start(log)
     if variables:
         address = f"{service.to_clients.url('ws')}/{options.stage}"
@@ -640,6 +641,14 @@ def health() -> int:
     return int(why is not None)
 
 
+async def grow_partitions(number: str) -> int:
+    """Grow the number of partitions in Redis. Returns the exit status."""
+    if not number.isdecimal():
+        raise OptionError("redis-partitions needs a number: the new one of partitions")
+    print(await backends.load("redis").grow_partitions(int(number)))
+    return 0
+
+
 def run(command: str, words: list[str]) -> int:
     """Run a command. Returns the exit status; raises `OptionError`."""
     if "--version" in words:
@@ -663,7 +672,10 @@ def run(command: str, words: list[str]) -> int:
     develops = command == "dev" or words[:1] == ["dev"]  # of a relay in a process
     if develops:
         words = ["--backend=apigateway", *words[command != "dev" :]]
+    number = words.pop(0) if command == "redis-partitions" and words else ""
     warnings = parse_options(words, os.environ)
+    if command == "redis-partitions":
+        return asyncio.run(grow_partitions(number))
     if develops:
         folder = set_development_options(os.environ)
     if command == "health":

@@ -45,7 +45,7 @@ from backends.check import expiry_finding as expiry_finding
 from backends.commands import CommandName, CommandOutcome, Executor, Source
 
 # Listed, since this package also has modules that backends share.
-BUILT_IN = ("apigateway", "http", "loopback")
+BUILT_IN = ("apigateway", "http", "loopback", "redis")
 
 Initiator = Literal["client", "backend", "relay"]
 
@@ -85,7 +85,8 @@ class Attempt(NamedTuple):
     sent, `seconds` is the time from its start to its response or failure. `status`
     is None where there was no response. `url` is the target without its query, or
     empty, and `trace` is what the event belongs to, or None. `number` counts the
-    attempts of the event, from 1.
+    attempts of the event, from 1. `place` is where a broker has put the event, such as
+    a stream and the id of an entry; empty: no broker has.
     """
 
     event: EventName
@@ -98,6 +99,7 @@ class Attempt(NamedTuple):
     url: str = ""
     trace: TraceContext | None = None
     number: int = 1
+    place: str = ""
 
 
 class BatchEnd(NamedTuple):
@@ -392,6 +394,13 @@ class Backend(abc.ABC):
     observes = False
     takes_many = False
     wants_fields = False
+
+    async def start(self) -> None:
+        """Prepare, before clients are accepted. Called once.
+
+        Raises `OptionError` with one sentence if an option prevents the start.
+        """
+        return None
 
     async def connect(
         self, connection: Connection, handshake: Handshake

@@ -6,7 +6,7 @@ bulk callback. This module parses commands; the relay's `Executor` carries them 
 
 import asyncio
 import binascii
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -70,6 +70,10 @@ class Command:
     connection_ids: Sequence[str] | None
 
 
+# Is called with a connection and the status that a callback would have got.
+OnFailed = Callable[[str, int], None]
+
+
 class Executor(Protocol):
     """Carries out commands; the relay has one."""
 
@@ -77,13 +81,18 @@ class Executor(Protocol):
         """Raise `CommandError` if a frame or a state is larger than permitted."""
 
     def carry_out(
-        self, commands: Sequence[Command], source: Source, own: Collection[str]
+        self,
+        commands: Sequence[Command],
+        source: Source,
+        own: Collection[str],
+        on_failed: OnFailed | None = None,
     ) -> "asyncio.Future[None] | None":
         """Carry out `commands` in order; commands without an id are for all in `own`.
 
         The connections in `own` get their frames even above `--max_send_buffer`. For
         others a full buffer drops the command. Returns None if all was done at once,
-        or a future that is done when it was.
+        or a future that is done when it was. `on_failed` is called for each that
+        fails, maybe later; with it, no command is forwarded to another instance.
         """
 
 

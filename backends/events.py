@@ -44,26 +44,33 @@ class Ended(NamedTuple):
 
 
 class EventWriter:
-    """Makes the events of one relay: each once, in one piece."""
+    """Makes the events of one relay: each once, in one piece.
 
-    def __init__(self, relay: Relay) -> None:
+    `reply` is where a broker takes commands for this instance; None: nowhere.
+    """
+
+    def __init__(self, relay: Relay, reply: str | None = None) -> None:
         self._callback_url = relay.callback_url
         self._sample = relay.sample
-        self._instance = relay.instance
         self._key_of = relay.key_of
-        # As JSON: the URL without its quotes, the instance with them.
+        self._own: dict[str, Any] = {"instance": relay.instance}
+        if reply is not None:
+            self._own["reply"] = reply
+        # As JSON: the URL without its quotes, the members of `_own` without braces.
         self._quoted_url = orjson.dumps(f"{relay.callback_url}").decode()[1:-1]
-        self._quoted_instance = orjson.dumps(relay.instance).decode()
+        self._quoted_own = orjson.dumps(self._own).decode()[1:-1]
 
     def meta(self, connection_id: str) -> dict[str, Any]:
         """The members of `meta` that each event of a live connection has."""
+        if self._callback_url is None:
+            return {"connection_id": connection_id, **self._own}
         socket_url = f"{self._callback_url}/socket/{connection_id}"
         query = self._query(connection_id)
         return {
             "connection_id": connection_id,
             "send": f"{socket_url}/send{query}",
             "disconnect": f"{socket_url}/disconnect{query}",
-            "instance": self._instance,
+            **self._own,
         }
 
     def connect(self, connection_id: str, handshake: Handshake) -> Event:
@@ -100,13 +107,18 @@ class EventWriter:
                 rest = '"binary","encoding":"base64"'
                 text = base64.b64encode(message).decode()
         # Byte by byte what orjson would write, in less time: only the ids change.
-        url = f"{self._quoted_url}/socket/{connection_id}"
-        query = "" if self._key_of is None else self._query(connection_id)
+        callbacks = ""
+        if self._callback_url is not None:
+            url = f"{self._quoted_url}/socket/{connection_id}"
+            query = "" if self._key_of is None else self._query(connection_id)
+            callbacks = (
+                f'"send":"{url}/send{query}","disconnect":"{url}/disconnect{query}",'
+            )
         held = "" if state is None else f',"state":{state.decode()}'
         meta = (
-            f'{{"meta":{{"connection_id":"{connection_id}","send":"{url}/send{query}",'
-            f'"disconnect":"{url}/disconnect{query}","instance":{self._quoted_instance},'
-            f'"message_id":"{message_id}","type":{rest}{held}}},"message":'
+            f'{{"meta":{{"connection_id":"{connection_id}",{callbacks}'
+            f'{self._quoted_own},"message_id":"{message_id}","type":{rest}{held}}}'
+            ',"message":'
         )
         body = b"".join((meta.encode(), orjson.dumps(text), b"}"))  # see serialized()
         return self._event(message_id, body, trace)
@@ -116,7 +128,7 @@ class EventWriter:
         closure = ended.closure
         meta: dict[str, Any] = {
             "connection_id": ended.id,
-            "instance": ended.instance or self._instance,
+            **(self._own if ended.instance is None else {"instance": ended.instance}),
             "code": closure.code,
             "reason": closure.reason,
             "initiator": closure.initiator,
@@ -128,6 +140,15 @@ class EventWriter:
             meta["state"] = orjson.Fragment(ended.state)
         body = serialized({"connection_id": ended.id, "meta": meta})
         return self._event(f"{ended.id}-disconnect", body, ended.trace)
+
+    def undelivered(
+        self, event_id: str, connection_id: str, command: str, status: int
+    ) -> Event:
+        """Make the event of a broker's command that could not be carried out."""
+        body = serialized(
+            {"connection_id": connection_id, "command": command, "status": status}
+        )
+        return self._event(event_id, body, None)
 
     def _query(self, connection_id: str) -> str:
         """Return the query of a connection's callback URLs, with its key if any."""

@@ -4,13 +4,16 @@
 """
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import wire
+from redis.exceptions import RedisError
+
+from bench import streams, wire
 from bench.load import (
     SEND_URL,
     Batches,
@@ -30,7 +33,7 @@ PATIENCE = 20.0  # seconds for each step except the measurement
 AT_ONCE = 64  # handshakes, visits, or messages in flight (times the window)
 # Messages of one client in flight at once. In other modes, and for messages of more
 # than WINDOW_SIZE bytes, there is one.
-WINDOW = {"up": 4, "push-bulk": 4}
+WINDOW = {"up": 4, "up-redis": 4, "push-bulk": 4}
 WINDOW_SIZE = 256 * 1024
 BULK = 100  # commands of one bulk callback; fewer if they exceed BULK_SIZE
 BULK_SIZE = 4 * 1024 * 1024  # bytes
@@ -59,13 +62,10 @@ async def measure(cell: Cell) -> Figures:
     )
     backend = f"http://{HOST}:{server.sockets[0].getsockname()[1]}"
     try:
-        with running(
-            cell.relay,
-            backend,
-            events=cell.mode == "visit",
-            batches=cell.mode == "echo-batch",
-            bulk=cell.mode == "push-bulk",
-        ) as run.relay:
+        with (
+            run.broker() as redis,
+            running(cell.relay, backend, cell.mode, redis) as run.relay,
+        ):
             try:
                 return await run.figures()
             finally:
@@ -93,6 +93,10 @@ class Run:
     def backend(self) -> Peer:
         """Return a new connection's end at the backend."""
         return Events(self.answer, self.on_event)
+
+    def broker(self) -> contextlib.AbstractContextManager[str]:
+        """Run what takes the events instead of a backend; the value is its URL."""
+        return contextlib.nullcontext("")
 
     def answer(self, tail: bytes) -> bytes:
         """Return the backend's response to an event (see `Events`)."""
@@ -185,7 +189,7 @@ class Traffic(Run):
         await self.enter()
         await self.introduce()
         match self.cell.mode:
-            case "up":
+            case "up" | "up-redis":
                 self.on_arrival = self.on_done
             case "push" | "push-bulk":
                 self.send = self.call
@@ -258,6 +262,29 @@ class Traffic(Run):
         self.done += 1
         self.ready.append(client)
         self.send(self.ready.popleft())
+
+
+class StreamTraffic(Traffic):
+    """Messages that go into streams of Redis, from which a consumer reads them."""
+
+    def broker(self) -> contextlib.AbstractContextManager[str]:
+        return streams.server()
+
+    async def begin(self) -> None:
+        self.consuming = asyncio.create_task(self.consume())
+        await super().begin()
+
+    async def consume(self) -> None:
+        """Read the messages, like a backend."""
+        try:
+            async for start, tail in streams.events(self.relay.redis):
+                self.on_event(start, tail)
+        except RedisError as error:
+            self.fail(f"a consumer: {error}")
+
+    def close(self) -> None:
+        super().close()
+        self.consuming.cancel()
 
 
 class BatchTraffic(Traffic):
@@ -455,6 +482,7 @@ class Share(Run):
 
 MODES: dict[str, type[Run]] = {
     "up": Traffic,
+    "up-redis": StreamTraffic,
     "push": Traffic,
     "push-bulk": BulkTraffic,
     "echo": Traffic,
@@ -466,5 +494,5 @@ MODES: dict[str, type[Run]] = {
     "latency": Latency,
     "share": Share,
 }
-ALL_SIZES = ("up", "push", "push-bulk", "echo", "echo-reply", "echo-batch")
+ALL_SIZES = ("up", "up-redis", "push", "push-bulk", "echo", "echo-reply", "echo-batch")
 ONE_SIZE = {"visit": 1024, "latency": 1024}  # bytes; other modes send no messages

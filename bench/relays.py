@@ -39,6 +39,7 @@ class Setting(NamedTuple):
     tree: Path  # the checkout that holds socketdock.py
     batches: bool = False  # whether the backend gets events in batches, if it can
     bulk: bool = False  # whether bulk callbacks are possible, if the relay has them
+    redis: str = ""  # URL of the Redis that takes events; empty: the backend does
 
 
 class Start(NamedTuple):
@@ -55,7 +56,7 @@ class Peer(NamedTuple):
     starts: Callable[[Setting], list[Start]]
     # Whether a client's channel is in its path, and the backend gets no JSON.
     channels: bool = False
-    cannot: tuple[str, ...] = ("share",)  # modes that it does not support
+    cannot: tuple[str, ...] = ("share", "up-redis")  # modes that it does not support
     # Whether a response may have messages; batches and bulk callbacks, too.
     replies: bool = False
 
@@ -67,8 +68,11 @@ class Peer(NamedTuple):
 class Relay:
     """A running relay."""
 
-    def __init__(self, peer: Peer, port: int, processes: list[int]) -> None:
+    def __init__(
+        self, peer: Peer, port: int, processes: list[int], redis: str = ""
+    ) -> None:
         self.peer = peer
+        self.redis = redis  # URL of the Redis that takes events, or empty
         self.port = port
         self.processes = processes
 
@@ -118,9 +122,12 @@ def socketdock(setting: Setting, *flags: str, callback_port: int = 0) -> Start:
     kinds = ["message", "connect", "disconnect"] if setting.events else ["message"]
     if setting.batches:
         kinds = ["batch"]
+    backend = ["--backend=http"]
+    backend += [f"--{kind}uri={setting.backend}/{kind}" for kind in kinds]
+    if setting.redis:
+        backend = ["--backend=redis", f"--redis_url={setting.redis}"]
     command = [
-        *(sys.executable, str(setting.tree / "socketdock.py"), "--backend=http"),
-        *(f"--{kind}uri={setting.backend}/{kind}" for kind in kinds),
+        *(sys.executable, str(setting.tree / "socketdock.py"), *backend),
         f"--bindport={setting.port}",
         *([f"--callbackport={callback_port}"] if callback_port else []),
         *([f"--callback_token={TOKEN}"] if setting.bulk else []),
@@ -172,11 +179,15 @@ def nchan(setting: Setting) -> list[Start]:
 
 KNOWN = {
     "socketdock": Peer(
-        "SocketDock", lambda setting: [socketdock(setting)], replies=True
+        "SocketDock",
+        lambda setting: [socketdock(setting)],
+        cannot=("share",),
+        replies=True,
     ),
     "socketdock-listeners": Peer(
         "SocketDock, two listeners",
         lambda setting: [socketdock(setting, callback_port=free_port())],
+        cannot=("share",),
         replies=True,
     ),
     "socketdock-processes": Peer(
@@ -189,10 +200,8 @@ KNOWN = {
 
 
 @contextlib.contextmanager
-def running(
-    name: str, backend: str, events: bool, batches: bool = False, bulk: bool = False
-) -> Iterator[Relay]:
-    """Run the relay called `name` during the block.
+def running(name: str, backend: str, mode: str, redis: str = "") -> Iterator[Relay]:
+    """Run the relay called `name` during the block, as `mode` needs it.
 
     A name may end with @PATH: SocketDock from another checkout.
     """
@@ -201,11 +210,18 @@ def running(
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(
-            port, backend, events, Path(folder), Path(tree or PROJECT), batches, bulk
+            port,
+            backend,
+            mode == "visit",
+            Path(folder),
+            Path(tree or PROJECT),
+            mode == "echo-batch",
+            mode == "push-bulk",
+            redis,
         )
         log = Path(folder) / "log"
         processes: list[subprocess.Popen[bytes]] = []
-        relay = Relay(peer, port, [])
+        relay = Relay(peer, port, [], redis)
         try:
             for start in peer.starts(setting):
                 processes.append(spawn(start, log))

@@ -26,7 +26,7 @@ LAYERS = (
     "operators",
 )
 # Backends that are built on another one.
-BASES = {"apigateway": "http"}
+BASES = {"apigateway": "http", "redis": "http"}
 FOLDERS = ("backends", "handlers", "examples", "bench", "test")
 SOURCES = sorted(
     [

@@ -52,7 +52,7 @@ COUNTERS = {
     ],
     "commands": [
         f'command="{command}",outcome="{outcome}",source="{source}"'
-        for source in ("response", "batch", "callback")
+        for source in ("response", "batch", "callback", "broker")
         for command, outcomes in (
             ("none", ("invalid",)),
             *((name, ("done", "gone", "full", "invalid"))

@@ -18,7 +18,7 @@ def make_targets(relay: Relay) -> dict[str, Target | None]:
     Raises `OptionError` for an invalid URL, and for options that conflict.
     """
     targets = {
-        name: _target_of(f"{name}uri")
+        name: target_of(f"{name}uri")
         for name in ("message", "disconnect", "connect", "batch", "instance")
     }
     if targets["batch"] is not None:
@@ -35,7 +35,7 @@ def make_targets(relay: Relay) -> dict[str, Target | None]:
     return targets
 
 
-def _target_of(option: str) -> Target | None:
+def target_of(option: str) -> Target | None:
     """Parse the URL in an option. Raises `OptionError` if it is invalid."""
     if not options[option]:
         return None

@@ -15,6 +15,7 @@ from backends.commands import (
     CommandError,
     CommandName,
     CommandOutcome,
+    OnFailed,
     Send,
     SetState,
     Source,
@@ -103,7 +104,11 @@ class CommandExecutor:
         return None
 
     def carry_out(
-        self, commands: Sequence[Command], source: Source, own: Collection[str]
+        self,
+        commands: Sequence[Command],
+        source: Source,
+        own: Collection[str],
+        on_failed: OnFailed | None = None,
     ) -> "asyncio.Future[None] | None":
         """Carry out `commands` in order, as far as this turn permits, then the rest."""
         if len(commands) == 1 and commands[0].connection_ids is None:
@@ -112,7 +117,9 @@ class CommandExecutor:
             outcome = self._act(action, connection_id, True)
             self._report(source, action.name, connection_id, _expected(outcome))
             return None
-        return self._turns.run(self._reported(source, self._pairs(commands, own)))
+        return self._turns.run(
+            self._reported(source, self._pairs(commands, own), on_failed)
+        )
 
     async def results(self, commands: Sequence[Command]) -> list[Result]:
         """Carry out `commands`, each naming its connections, in order.
@@ -201,9 +208,13 @@ class CommandExecutor:
             logger.exception("bug in a command")
             return FAULT
 
-    def _reported(self, source: Source, pairs: Iterable[Pair]) -> Iterator[None]:
+    def _reported(
+        self, source: Source, pairs: Iterable[Pair], on_failed: OnFailed | None
+    ) -> Iterator[None]:
         for command, connection_id, outcome in pairs:
             self._report(source, command, connection_id, _expected(outcome))
+            if on_failed is not None:
+                _watch(outcome, connection_id, on_failed)
             yield
 
     def _report(
@@ -215,6 +226,18 @@ class CommandExecutor:
 def _expected(outcome: Outcome | Sending) -> Outcome:
     """Return the outcome if the kernel takes the frame."""
     return outcome.accepted if isinstance(outcome, Sending) else outcome
+
+
+def _watch(
+    outcome: Outcome | Sending, connection_id: str, on_failed: OnFailed
+) -> None:
+    """Call `on_failed` if a command fails, now or later."""
+    if isinstance(outcome, Sending):
+        outcome.ended.add_done_callback(
+            lambda _: _watch(outcome.outcome, connection_id, on_failed)
+        )
+    elif outcome.status >= HTTPStatus.BAD_REQUEST:
+        on_failed(connection_id, outcome.status)
 
 
 def _ignore(connection: ClientConnection) -> None:

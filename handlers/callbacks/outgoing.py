@@ -18,6 +18,7 @@ from backends.commands import (
     Command,
     CommandOutcome,
     Executor,
+    OnFailed,
     Send,
     SetState,
     Source,
@@ -172,8 +173,14 @@ class SharedExecutor:
         self._here.check(commands)
 
     def carry_out(
-        self, commands: Sequence[Command], source: Source, own: Collection[str]
+        self,
+        commands: Sequence[Command],
+        source: Source,
+        own: Collection[str],
+        on_failed: OnFailed | None = None,
     ) -> "asyncio.Future[None] | None":
+        if on_failed is not None:  # whoever waits for failures addresses the owner
+            return self._here.carry_out(commands, source, own, on_failed)
         if all(command.connection_ids is None for command in commands):
             return self._here.carry_out(commands, source, own)
         here: list[Command] = []

@@ -39,7 +39,7 @@ CLOSE_CODES = (1000, 1001, 1002, 1003, 1005, 1006, 1007, 1008, 1009, 1010, 1011,
 CLOSE_LABELS = (*map(str, CLOSE_CODES), "3xxx", "4xxx", "other")
 SEND_STATUSES = (200, 202, 400, 401, 410, 413, 422, 429, 503, 504)
 OTHER = 0  # any other status
-COMMAND_SOURCES: Sequence[Source] = ("response", "batch", "callback")
+COMMAND_SOURCES: Sequence[Source] = ("response", "batch", "callback", "broker")
 
 LAG_INTERVAL = 0.1  # seconds; shorter delays may go unnoticed
 LAG_BUCKET = 5.0  # seconds; the worst delay of each is kept

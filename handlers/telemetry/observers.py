@@ -88,6 +88,7 @@ class ObservedBackend(Backend):
         self.takes_many = backend.takes_many
         self.wants_fields = backend.wants_fields
         # These are not observed: use the backend's own.
+        self.start = backend.start  # type: ignore[method-assign]
         self.called_back = backend.called_back  # type: ignore[method-assign]
         self.reload = backend.reload  # type: ignore[method-assign]
         self.drain = backend.drain  # type: ignore[method-assign]

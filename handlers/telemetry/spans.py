@@ -483,13 +483,15 @@ class _Event:
         decision = attempt.event == "connect" and outcome == "refused"
         if outcome not in ("delivered", "abandoned") and not decision:
             attributes["error.type"] = str(status or outcome)
-        return self._span(outcome, self._resent, attributes)
+        return self._span(outcome, self._resent, attributes, attempt.place)
 
     def given_up(self) -> _Span:
         """Return the span of an event that is not retried any more."""
         return self._span("given_up", self._resent - 1, {"error.type": "given_up"})
 
-    def _span(self, outcome: str, resent: int, attributes: Attributes) -> _Span:
+    def _span(
+        self, outcome: str, resent: int, attributes: Attributes, place: str = ""
+    ) -> _Span:
         first = self._first
         details: dict[str, str | int] = {
             "socketdock.event": first.event,
@@ -501,10 +503,16 @@ class _Event:
             details["socketdock.event_id"] = first.event_id
         if resent:
             details["http.request.resend_count"] = resent
-        name, of_url = _of_url(first.url) if first.url else (first.event, {})
+        if place:
+            name, kind, of_url = _of_place(place)
+        elif first.url:
+            kind = SpanKind.CLIENT
+            name, of_url = _of_url(first.url)
+        else:
+            name, kind, of_url = first.event, SpanKind.INTERNAL, {}
         return _Span(
             name,
-            SpanKind.CLIENT if first.url else SpanKind.INTERNAL,
+            kind,
             self._place,
             first.trace,
             self._began,
@@ -583,6 +591,17 @@ def _ago(seconds: float) -> int:
 
 
 @lru_cache(maxsize=16)
+def _of_place(place: str) -> tuple[str, SpanKind, Attributes]:
+    """Return name, kind and attributes of a span for an entry of a stream."""
+    stream, _, entry_id = place.partition(" ")
+    return f"send {stream}", SpanKind.PRODUCER, {
+        "messaging.system": "redis",
+        "messaging.operation.type": "send",
+        "messaging.destination.name": stream,
+        "messaging.message.id": entry_id,
+    }
+
+
 def _of_url(url: str) -> tuple[str, Attributes]:
     """Return name and attributes of a span for POSTs to `url`."""
     parts = urlsplit(url)

@@ -350,6 +350,7 @@ class Tail(Observer):
             status=attempt.status,
             ms=_milliseconds(attempt.seconds),
             attempt=attempt.number,
+            **({"place": attempt.place} if attempt.place else {}),
         )
 
     def ended(

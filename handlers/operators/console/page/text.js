@@ -141,7 +141,7 @@ export function describe(event) {
       const attempt = event.attempt > 1 || event.outcome !== "delivered" ? `, attempt ${event.attempt}` : "";
       return {
         label: "backend",
-        text: `${event.event} event ${OUTCOMES[event.outcome]}${status}${attempt}, ${milliseconds(event.ms)}`,
+        text: `${event.event} event ${OUTCOMES[event.outcome]}${status}${attempt}, ${milliseconds(event.ms)}${event.place ? `, as ${event.place}` : ""}`,
         failed: !["delivered", "abandoned"].includes(event.outcome),
       };
     }
