@@ -34,6 +34,7 @@ from backends.apigateway.authorizer import Authorizer
 from backends.apigateway.decisions import error_refusal, refusal_of, subprotocol_of
 from backends.apigateway.events import Caller, ConnectionEnd, FunctionEvents
 from backends.apigateway.functions import (
+    FunctionClient,
     FunctionDeliveries,
     InvokeTimeouts,
     NoBreaker,
@@ -43,7 +44,8 @@ from backends.apigateway.functions import (
 )
 from backends.apigateway.limits import option_defaults as option_defaults
 from backends.apigateway.routes import Routes
-from backends.apigateway.settings import make_settings, stage_name
+from backends.apigateway.settings import Settings, make_settings, stage_name
+from backends.apigateway.trial import FunctionTrial
 from backends.breaker import BreakerSettings
 from backends.events import Event
 from backends.http import credential_sources
@@ -201,19 +203,54 @@ def make_check(relay: Relay) -> HTTPCheck:
     )
 
 
+def make_trial(relay: Relay) -> FunctionTrial:
+    """Make the test invocations of `socketdock check --send`, from the options."""
+    settings = make_settings(relay)
+    targets = settings.targets.values()
+    credentials = credential_sources(*targets).read()
+    requests = RequestWriter(relay.version)
+    requests.set_credentials(credentials.headers, credentials.signer)
+    client = make_function_client(targets)
+    client.trust(credentials.tls)
+    return FunctionTrial(
+        settings,
+        make_events(relay, settings),
+        client,
+        make_attempts(relay, client, requests),
+        invoke_timeouts(),
+    )
+
+
+def make_events(relay: Relay, settings: Settings) -> FunctionEvents:
+    """Make what makes the events of an API."""
+    return FunctionEvents(
+        relay, settings.stage, settings.api_id, settings.domain_name
+    )
+
+
+def make_attempts(
+    relay: Relay, client: FunctionClient, requests: RequestWriter
+) -> Attempts:
+    """Make what invokes functions for all but messages."""
+    return Attempts(
+        client,
+        requests,
+        NoBreaker(BreakerSettings()),
+        relay.observer,
+        INVOCATION_RULES,
+        keep_answer,
+    )
+
+
 def make_backend(relay: Relay) -> ApiGatewayBackend:
     """Make the backend for `--backend=apigateway`, from the options."""
     settings = make_settings(relay)
     routes, targets = settings.routes, settings.targets.values()
-    events = FunctionEvents(
-        relay, settings.stage, settings.api_id, settings.domain_name
-    )
+    events = make_events(relay, settings)
     client = make_function_client(targets)
     requests = RequestWriter(relay.version)
     breaker = NoBreaker(BreakerSettings())
-    attempts = Attempts(
-        client, requests, breaker, relay.observer, INVOCATION_RULES, keep_answer
-    )
+    attempts = make_attempts(relay, client, requests)
     timeouts = invoke_timeouts()
     authorizer = None
     if settings.authorizer is not None:
