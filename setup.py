@@ -85,6 +85,7 @@ setup(
                 "conf/kubernetes/autoscaler.yaml",
                 "conf/kubernetes/common.yaml",
                 "conf/kubernetes/deployment.yaml",
+                "conf/kubernetes/ingress.yaml",
                 "conf/kubernetes/servicemonitor.yaml",
                 "conf/kubernetes/statefulset.yaml",
             ],

@@ -605,7 +605,7 @@ async def _test_events(external: str | None) -> list[Finding]:
     """Return what the backend answers to test events. Raises `OptionError`."""
     module = backends.load(options.backend)
     if not hasattr(module, "make_trial"):
-        why = f"--backend={options.backend} has no URL to send a test event to"
+        why = f"--backend={options.backend} sends no test events"
         return [Finding("warning", f"{why}; leave out --send")]
     relay = Relay(
         external,

@@ -231,9 +231,9 @@ async def test_check_does_not_wait_for_an_answer_that_is_held(io_loop):
 
 
 async def test_check_cannot_send_to_loopback(io_loop):
-    """It has no URL; other backends may have none, either."""
+    """It has no URL; other backends may have none, or no test events."""
     line = only("warning", await check("--send", "--bindport=0", status=0))
-    assert line.endswith("has no URL to send a test event to; leave out --send")
+    assert line.endswith("--backend=loopback sends no test events; leave out --send")
 
 
 # Problems.

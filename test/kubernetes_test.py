@@ -114,12 +114,8 @@ def io_loop(module_io_loop):
     return module_io_loop
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def relay(io_loop, shared, request, tmp_path_factory) -> Relay:
-    """A relay for each form, with its secrets and its state in other folders."""
-    form = request.param
-    folder = tmp_path_factory.mktemp("pod")
-    environment = environment_of(form) | {"SOCKETDOCK_CALLBACKPORT": "0"}
+def mounted(form: Manifest, environment: dict[str, str], folder) -> dict[str, str]:
+    """Return variables with the volumes, which have the secrets, below `folder`."""
     for mount in container_of(form)["volumeMounts"]:
         here = folder / mount["name"]
         here.mkdir()
@@ -129,6 +125,15 @@ def relay(io_loop, shared, request, tmp_path_factory) -> Relay:
         }
     for name, secret in SECRETS.items():
         (folder / "secrets" / name).write_text(secret)
+    return environment | {"SOCKETDOCK_CALLBACKPORT": "0"}
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def relay(io_loop, shared, request, tmp_path_factory) -> Relay:
+    """A relay for each form, with its secrets and its state in other folders."""
+    form = request.param
+    folder = tmp_path_factory.mktemp("pod")
+    environment = mounted(form, environment_of(form), folder)
 
     async def begin() -> Relay:
         service = await shared.enter_async_context(Service(environment=environment))
@@ -150,7 +155,7 @@ def test_manifests_are_valid(version):
             kubernetes_validate.validate(manifest, version, strict=True)
         kinds.add(manifest["kind"])
         assert "namespace" not in manifest["metadata"], name
-    assert len(kinds) == 8
+    assert len(kinds) == 9
 
 
 def test_service_monitor_is_valid():
@@ -210,6 +215,24 @@ def test_prometheus_gets_the_metric_that_the_autoscaler_uses(relay):
     assert float(metric["pods"]["target"]["averageValue"]) < 0.8 * limit
 
 
+async def test_relay_starts_with_the_variables_of_peers(io_loop, tmp_path):
+    """Those in the docs, by which any relay takes any callback."""
+    docs = (PROJECT / "docs" / "deploying.md").read_text("utf-8")
+    (line,) = re.findall("^.*SOCKETDOCK_PEER_ADDRESS=.*$", docs, flags=re.M)
+    documented = {
+        name: value.replace("$(POD_IP)", "127.0.0.1")
+        for name, value in re.findall(r"`(SOCKETDOCK_\w+)=([^`]+)`", line)
+        if "$(POD_IP)" not in value or "PEER" in name
+    }
+    assert len(documented) == 3
+    form = of_kind("Deployment")
+    environment = mounted(form, environment_of(form) | documented, tmp_path)
+    (tmp_path / "secrets" / "peer-secret").write_text("0123456789abcdef" * 2)
+    async with Service(environment=environment) as service:
+        await kill(service.process)  # before its drain_delay
+    assert [line for line in service.log if not line.startswith("[I ")] == []
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_ports_are_those_of_the_relay(form):
     """The image's port for clients; the option's for callbacks, also in their URL."""
@@ -257,24 +280,24 @@ def test_pod_runs_as_the_user_of_the_image(form):
 def test_files_of_the_options_are_mounted(form):
     """Secrets from the Secret that the commands create; the state on a volume."""
     container = container_of(form)
-    mounted = {m["mountPath"]: m for m in container["volumeMounts"]}
+    mounts = {m["mountPath"]: m for m in container["volumeMounts"]}
     given = {volume["name"] for volume in pod_of(form)["volumes"]}
     given |= {
         claim["metadata"]["name"]
         for claim in form["spec"].get("volumeClaimTemplates", [])
     }
-    assert {mount["name"] for mount in mounted.values()} == given
+    assert {mount["name"] for mount in mounts.values()} == given
     paths = {
         name: value
         for name, value in environment_of(form).items()
         if value.startswith("/")
     }
-    assert len(paths) == len(mounted) + 1
+    assert len(paths) == len(mounts) + 1
     for name, path in paths.items():
         folder, _, file = path.rpartition("/")
-        assert folder in mounted, name
+        assert folder in mounts, name
         assert (file in SECRETS) is name.endswith("_FILE"), name
-        assert mounted[folder].get("readOnly", False) is name.endswith("_FILE"), name
+        assert mounts[folder].get("readOnly", False) is name.endswith("_FILE"), name
 
 
 @pytest.mark.parametrize("page", ["conf/kubernetes/common.yaml", "docs/deploying.md"])
@@ -341,6 +364,35 @@ def test_services_and_policy_name_ports_of_the_pod(form):
     assert allowed == set(ports)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_policy_lets_relays_forward_callbacks(form):
+    """To each other, at the callbacks' port."""
+    (rule,) = (
+        rule
+        for rule in of_kind("NetworkPolicy")["spec"]["egress"]
+        if rule["ports"] == [{"port": "callbacks"}]
+    )
+    (peer,) = rule["to"]
+    labels = form["spec"]["template"]["metadata"]["labels"]
+    assert peer["podSelector"]["matchLabels"].items() <= labels.items()
+    incoming = of_kind("NetworkPolicy")["spec"]["ingress"]
+    assert any(
+        peer in rule["from"] and {"port": "callbacks"} in rule["ports"]
+        for rule in incoming
+    )
+
+
+def test_ingress_forwards_only_clients(relay):
+    """To a port of the Service, at a path of the relay."""
+    (rule,) = of_kind("Ingress")["spec"]["rules"]
+    (path,) = rule["http"]["paths"]
+    assert path["pathType"] == "Exact"
+    assert relay.service.ws_url.endswith(path["path"])
+    service = path["backend"]["service"]
+    ports = of_kind("Service", service["name"])["spec"]["ports"]
+    assert [port["name"] for port in ports] == [service["port"]["name"]] == ["clients"]
+
+
 def test_policy_lets_the_relay_reach_its_backend():
     """The ports of the URLs of events, beside DNS."""
     urls = [
@@ -349,7 +401,7 @@ def test_policy_lets_the_relay_reach_its_backend():
         if value.startswith("http://")
     ]
     assert len(urls) == 3
-    dns, backend = of_kind("NetworkPolicy")["spec"]["egress"]
+    dns, backend, _ = of_kind("NetworkPolicy")["spec"]["egress"]
     assert {port["port"] for port in dns["ports"]} == {53}
     allowed = {port["port"] for port in backend["ports"]}
     assert {int(re.search(r":(\d+)/", url)[1]) for url in urls} == allowed
