@@ -77,6 +77,9 @@ class ConnectionMap(Generic[C]):
         self.loop = asyncio.get_running_loop()
         self.turns = Turns(self.loop)
         self._connections: dict[str, C] = {}
+        # Returns the connection of an id, connecting or open or closing, or None.
+        # The dictionary's own method, since it is called for each message.
+        self.get: Callable[[str], C | None] = self._connections.get
         # Kept here so that they aren't collected while they run; awaited by drain().
         self._notifications: dict[asyncio.Task[None], C] = {}
         self._changed = asyncio.Event()
@@ -101,10 +104,6 @@ class ConnectionMap(Generic[C]):
         return sum(
             connection.state == "open" for connection in self._connections.values()
         )
-
-    def get(self, connection_id: str) -> C | None:
-        """The connection of that id, connecting or open or closing, or None."""
-        return self._connections.get(connection_id)
 
     def add(self, connection: C) -> None:
         """List a connection."""

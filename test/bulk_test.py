@@ -18,7 +18,7 @@ from tornado.httpclient import HTTPResponse
 from turns_test import DELAY, Peer, delays
 
 from handlers.websocket.deflate import Compression
-from handlers.websocket.frames import SharedFrame
+from handlers.websocket.frames import MessageFrame
 
 pytestmark = pytest.mark.gen_test(timeout=120)
 
@@ -195,7 +195,7 @@ async def test_frame_reaches_compressed_and_plain_clients(each_relay):
             assert await received(client, 1) == [message]
 
 
-def test_shared_frame_is_encoded_once_for_each_window():
+def test_frame_is_built_once_for_each_window():
     """Not for each client."""
     compressed = []
 
@@ -204,14 +204,14 @@ def test_shared_frame_is_encoded_once_for_each_window():
             compressed.append(self.window_bits)
             return super().compress(message)
 
-    shared = SharedFrame("x" * 1000)
+    frame = MessageFrame("x" * 1000)
     built = [
-        shared.encoded(settings)
+        frame.compressed(settings)
         for _ in range(10)
-        for settings in (None, Counting(), Counting(window_bits=9))
+        for settings in (Counting(), Counting(window_bits=9))
     ]
     assert compressed == [15, 9]
-    assert len({id(frame) for frame in built}) == 3
+    assert len({id(each) for each in built}) == 2
 
 
 async def test_state_is_kept_and_413_if_it_is_too_large(each_relay):

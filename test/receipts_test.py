@@ -14,7 +14,7 @@ from slow import SlowClient
 from wire import BINARY, CLOSE, PING, PONG, TEXT, frame, handshake
 
 from backends import ConnectionClosed
-from backends.commands import CommandError, Send, each_command, parse_commands
+from backends.commands import CommandError, Send, command_steps, parse_commands
 from handlers.clients.receipts import MAX_AWAITED, ReceiptLate, Receipts
 from handlers.clients.reception import Reception
 
@@ -556,7 +556,7 @@ def test_receipt_in_a_reply_is_ignored():
     (parsed,) = parse_commands([command])
     assert parsed.action == Send("x")
     with pytest.raises(CommandError):
-        list(each_command([{**command, "connection_id": "0" * 32}], named=True))
+        list(command_steps([{**command, "connection_id": "0" * 32}], [], named=True))
 
 
 # What they cost.

@@ -160,9 +160,9 @@ class Delivery:
 
     def called_back(self) -> None:
         """The backend called back for this connection: it has seen earlier messages."""
-        self._called_back_at = self._deliveries.loop.time()
         if not self._open:
             return
+        self._called_back_at = self._deliveries.loop.time()
         if any(request.overdue for request in self._open):
             self._order_wait = IMPATIENT_ORDER_WAIT
         self._mark_expendable()

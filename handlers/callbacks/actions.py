@@ -15,7 +15,7 @@ from backends import ConnectionClosed, Initiator, SendBufferFull
 from backends.deadlines import RunningTime
 from handlers.clients.connection import ClientConnection, Connections
 from handlers.clients.receipts import MAX_AWAITED, ReceiptLate
-from handlers.websocket.frames import SharedFrame
+from handlers.websocket.frames import MessageFrame
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -118,12 +118,11 @@ async def all_ended(sendings: Sequence[Sending]) -> None:
 
 def send(
     connection: ClientConnection,
-    message: str | bytes,
+    frame: MessageFrame,
     limited: bool = True,
-    shared: SharedFrame | None = None,
     receipt: float | None = None,
 ) -> Outcome | Sending:
-    """Send one frame, as `ClientConnection.send`; return the outcome, now or later.
+    """Send, as `ClientConnection.send_frame`; return the outcome, now or later.
 
     `receipt`: seconds that the client has to confirm it; None: it need not.
     """
@@ -131,7 +130,7 @@ def send(
     if receipt is not None and connection.awaits_receipts >= MAX_AWAITED:
         return TOO_MANY_RECEIPTS
     try:
-        sent = connection.send(message, limited, shared)
+        sent = connection.send_frame(frame, limited)
         if receipt is not None and outcome is OK:
             return Sending(connection.receipt(receipt), receipt, OK, UNCONFIRMED)
     except SendBufferFull:

@@ -32,6 +32,7 @@ from handlers.callbacks.sigv4_keys import SigningKeys
 from handlers.clients.connection import ClientConnection
 from handlers.http.application import Routes
 from handlers.http.body import DISCARD_TIMEOUT, BodyHandler
+from handlers.websocket.frames import MessageFrame
 
 # Ids of this relay and of AWS. Those of AWS are gone: a table may still hold them.
 CONNECTION_ID = re.compile(r"[\w+/=-]{1,128}", re.ASCII)
@@ -142,7 +143,7 @@ class ConnectionsHandler(AWSErrorHandler, CallbackHandler):
         except UnicodeDecodeError:
             message = body
         kind = "text" if isinstance(message, str) else "binary"
-        send = partial(actions.send, message=message)
+        send = partial(actions.send, frame=MessageFrame(message))
         await self._carry_out_once(
             f"/socket/{connection_id}/send?type={kind}", "send", send, kind, body
         )

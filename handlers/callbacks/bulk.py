@@ -19,7 +19,7 @@ from tornado.options import define
 from tornado.routing import Matcher
 
 from backends import Observer
-from backends.commands import Command, CommandError, each_command
+from backends.commands import Command, CommandError, command_steps
 from backends.media_types import media_type_of
 from handlers.callbacks.access import UnauthorizedHandler
 from handlers.callbacks.actions import Outcome
@@ -42,7 +42,6 @@ OTHER_TYPE = Response(
     {"Accept": JSON},  # RFC 9110, section 15.5.16
 )
 PATH = "/commands"
-AT_ONCE = 200  # commands that are parsed without turns, in about the time of one turn
 
 
 class Bulk:
@@ -86,13 +85,9 @@ class Bulk:
             raise CommandError("The body must be a JSON object.")
         if "commands" not in document:
             raise CommandError("commands is missing.")
-        value = document["commands"]
-        steps = each_command(value, named=True)
-        if isinstance(value, list) and len(value) <= AT_ONCE:
-            return list(steps)
         commands: list[Command] = []
-        parsed = self._turns.run(map(commands.append, steps))
-        if parsed is not None:
+        steps = command_steps(document["commands"], commands, named=True)
+        if (parsed := self._turns.run(steps)) is not None:
             await parsed
         return commands
 

@@ -36,7 +36,7 @@ from handlers.callbacks.actions import (
 )
 from handlers.clients.connection import ClientConnection, Connections
 from handlers.clients.inbox import size_of
-from handlers.websocket.frames import SharedFrame
+from handlers.websocket.frames import MessageFrame
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,11 @@ define("max_state_size", default=4096, metavar="BYTES",
 TOO_LARGE = Outcome(
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The frame or the state is too large."
 )
+# Pairs of a command and a connection that are carried out before the clock is read,
+# and the bytes of a frame that take as long as one more.
+PER_STEP = 8
+COSTLY = 2048
+
 FAULT = Outcome(HTTPStatus.INTERNAL_SERVER_ERROR, "A fault in the relay.")
 
 OUTCOMES: dict[Outcome, CommandOutcome] = {
@@ -60,9 +65,9 @@ OUTCOMES: dict[Outcome, CommandOutcome] = {
 }
 
 
-# A command for a connection, and its outcome, now or later.
-Pair = tuple[CommandName, str, Outcome | Sending]
 Result = tuple[str, Outcome]  # of a connection
+# The index of a result that is not known yet, the command, and the outcome.
+Waiting = tuple[int, CommandName, Sending]
 
 
 class CommandExecutor:
@@ -86,12 +91,11 @@ class CommandExecutor:
     def check(self, commands: Sequence[Command]) -> None:
         """Raise `CommandError` if a frame or a state is larger than permitted."""
         for command in commands:
-            if (reason := self.too_large(command)) is not None:
+            if (reason := self.too_large(command.action)) is not None:
                 raise CommandError(reason)
 
-    def too_large(self, command: Command) -> str | None:
+    def too_large(self, action: Action) -> str | None:
         """Return a sentence if a frame or a state is larger than permitted."""
-        action = command.action
         if isinstance(action, Send):
             if size_of(action.message) > self._max_message_size:
                 return f"A frame may have {self._max_message_size} bytes at most."
@@ -113,13 +117,11 @@ class CommandExecutor:
         """Carry out `commands` in order, as far as this turn permits, then the rest."""
         if len(commands) == 1 and commands[0].connection_ids is None:
             # Without the turns, which take longer than most commands.
-            action, connection_id = commands[0].action, next(iter(own))
-            outcome = self._act(action, connection_id, True)
-            self._report(source, action.name, connection_id, _expected(outcome))
+            (command,), (connection_id,) = commands, own
+            outcome = self._act(command.action, None, connection_id, True)
+            self._report(source, command.action.name, connection_id, outcome)
             return None
-        return self._turns.run(
-            self._reported(source, self._pairs(commands, own), on_failed)
-        )
+        return self._turns.run(self._steps(commands, source, own, on_failed))
 
     async def results(self, commands: Sequence[Command]) -> list[Result]:
         """Carry out `commands`, each naming its connections, in order.
@@ -129,67 +131,95 @@ class CommandExecutor:
         have come or are late.
         """
         results: list[Result] = []
-        waiting: list[tuple[int, CommandName, Sending]] = []
-        pairs = self._pairs(commands, (), checked=False)
-        done = self._turns.run(self._collected(pairs, results, waiting))
-        if done is not None:
+        waiting: list[Waiting] = []
+        steps = self._collected(commands, results, waiting)
+        if (done := self._turns.run(steps)) is not None:
             await done
         if waiting:
             await all_ended([sending for _, _, sending in waiting])
+            done = self._turns.run(self._awaited(results, waiting))
+            if done is not None:
+                await done
+        return results
+
+    def _steps(
+        self,
+        commands: Iterable[Command],
+        source: Source,
+        own: Collection[str],
+        on_failed: OnFailed | None,
+    ) -> Iterator[None]:
+        """Carry out each command for each of its connections."""
+        for command in commands:
+            action, ids = command.action, command.connection_ids
+            frame = MessageFrame(action.message) if isinstance(action, Send) else None
+            for connection_id in own if ids is None else ids:
+                outcome = self._act(action, frame, connection_id, connection_id in own)
+                self._report(source, action.name, connection_id, outcome)
+                if on_failed is not None:
+                    _watch(outcome, connection_id, on_failed)
+                yield
+
+    def _collected(
+        self,
+        commands: Iterable[Command],
+        results: list[Result],
+        waiting: list[Waiting],
+    ) -> Iterator[None]:
+        """As `_steps`, but append to `results`, and to `waiting` what is not known.
+
+        A command that is too large is refused for each of its connections.
+        """
+        left = PER_STEP
+        for command in commands:
+            action, frame, cost = command.action, None, 1
+            name = action.name
+            if isinstance(action, Send):
+                frame = MessageFrame(action.message)
+                refused = frame.size > self._max_message_size
+                cost += frame.size // COSTLY
+            else:
+                refused = self.too_large(action) is not None
+            for connection_id in command.connection_ids or ():
+                if refused:
+                    outcome: Outcome | Sending = TOO_LARGE
+                else:
+                    outcome = self._act(action, frame, connection_id, False)
+                if isinstance(outcome, Sending):
+                    waiting.append((len(results), name, outcome))
+                    outcome = outcome.accepted
+                else:
+                    self._observer.commanded(
+                        "callback", name, OUTCOMES[outcome], connection_id
+                    )
+                results.append((connection_id, outcome))
+                left -= cost
+                if left <= 0:
+                    left = PER_STEP
+                    yield
+
+    def _awaited(
+        self, results: list[Result], waiting: Iterable[Waiting]
+    ) -> Iterator[None]:
+        """Replace the results of what was waited for."""
         for index, command, sending in waiting:
             connection_id, outcome = results[index][0], sending.outcome
             self._report("callback", command, connection_id, outcome)
             results[index] = connection_id, outcome
-        return results
-
-    def _collected(
-        self,
-        pairs: Iterable[Pair],
-        results: list[Result],
-        waiting: list[tuple[int, CommandName, Sending]],
-    ) -> Iterator[None]:
-        """Append to `results`, and to `waiting` with the index of its result."""
-        for command, connection_id, outcome in pairs:
-            if isinstance(outcome, Sending):
-                waiting.append((len(results), command, outcome))
-            else:
-                self._report("callback", command, connection_id, outcome)
-            results.append((connection_id, _expected(outcome)))
             yield
-
-    def _pairs(
-        self, commands: Sequence[Command], own: Collection[str], checked: bool = True
-    ) -> Iterator[Pair]:
-        """Carry out each command for each of its connections.
-
-        Unless `checked`, a command that is too large is refused for each of them.
-        """
-        for command in commands:
-            action = command.action
-            ids = own if command.connection_ids is None else command.connection_ids
-            refused = not checked and self.too_large(command) is not None
-            shared = None
-            if len(ids) > 1 and isinstance(action, Send) and not refused:
-                shared = SharedFrame(action.message)
-            for connection_id in ids:
-                if refused:
-                    outcome: Outcome | Sending = TOO_LARGE
-                else:
-                    is_own = connection_id in own
-                    outcome = self._act(action, connection_id, is_own, shared)
-                yield action.name, connection_id, outcome
 
     def _act(
         self,
         action: Action,
+        frame: MessageFrame | None,
         connection_id: str,
         is_own: bool,
-        shared: SharedFrame | None = None,
     ) -> Outcome | Sending:
         """Carry out one command for one connection.
 
-        For its own connection, the response itself shows that the backend has seen the
-        message and those before it, but not those after it.
+        `frame` is that of a `Send`, or None if it is not built yet. For its own
+        connection, the response itself shows that the backend has seen the message
+        and those before it, but not those after it.
         """
         on_asked = _ignore if is_own else self._backend.called_back
         try:
@@ -197,9 +227,9 @@ class CommandExecutor:
             if connection is None:
                 return GONE
             if isinstance(action, Send):
-                return send(
-                    connection, action.message, not is_own, shared, action.receipt
-                )
+                if frame is None:
+                    frame = MessageFrame(action.message)
+                return send(connection, frame, not is_own, action.receipt)
             if isinstance(action, Close):
                 return close(connection, action.code, action.reason, "backend")
             connection.backend_state = action.state
@@ -208,24 +238,17 @@ class CommandExecutor:
             logger.exception("bug in a command")
             return FAULT
 
-    def _reported(
-        self, source: Source, pairs: Iterable[Pair], on_failed: OnFailed | None
-    ) -> Iterator[None]:
-        for command, connection_id, outcome in pairs:
-            self._report(source, command, connection_id, _expected(outcome))
-            if on_failed is not None:
-                _watch(outcome, connection_id, on_failed)
-            yield
-
     def _report(
-        self, source: Source, command: CommandName, connection_id: str, outcome: Outcome
+        self,
+        source: Source,
+        command: CommandName,
+        connection_id: str,
+        outcome: Outcome | Sending,
     ) -> None:
+        """Report the outcome, or the one if the kernel takes the frame."""
+        if isinstance(outcome, Sending):
+            outcome = outcome.accepted
         self._observer.commanded(source, command, OUTCOMES[outcome], connection_id)
-
-
-def _expected(outcome: Outcome | Sending) -> Outcome:
-    """Return the outcome if the kernel takes the frame."""
-    return outcome.accepted if isinstance(outcome, Sending) else outcome
 
 
 def _watch(

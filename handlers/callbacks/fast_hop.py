@@ -13,6 +13,7 @@ from handlers.callbacks.received_hops import ReceivedHops, unasked
 from handlers.callbacks.repeats import HEADER as KEY_HEADER
 from handlers.callbacks.responses import response_of
 from handlers.http.request import FastHandler, FastResponse, Request
+from handlers.websocket.frames import MessageFrame
 
 HOP, KEY = HEADER.lower().encode(), KEY_HEADER.lower().encode()
 CONTENT_TYPE = b"content-type"
@@ -82,7 +83,7 @@ class FastHop:
         connection = self._received.find(connection_id)
         if connection is None:
             return response_of(GONE)
-        outcome = send(connection, message)
+        outcome = send(connection, MessageFrame(message))
         if isinstance(outcome, Outcome):
             self._repeats.add(keyed, outcome)
             return response_of(outcome)

@@ -14,6 +14,7 @@ from handlers.callbacks.responses import response_of
 from handlers.clients.connection import Connections
 from handlers.http.request import FastHandler, FastResponse, Request
 from handlers.owners import Address
+from handlers.websocket.frames import MessageFrame
 
 # Cached Host headers. Backends send few, each many times.
 MAX_REMEMBERED = 64
@@ -148,7 +149,7 @@ class FastSend:
         connection = find(connection_id, self._connections, self._backend.called_back)
         if connection is None:
             return response_of(GONE)
-        outcome = send(connection, message)
+        outcome = send(connection, MessageFrame(message))
         return response_of(outcome) if isinstance(outcome, Outcome) else _later(outcome)
 
 

@@ -10,6 +10,9 @@ from handlers.callbacks.actions import OK, Outcome
 from handlers.http.problem import PROBLEM_TYPE, problem_document
 from handlers.http.request import FastResponse
 
+START = b"HTTP/1.1 200 OK\r\n"
+JSON_HEADERS = {"Content-Type": "application/json; charset=utf-8"}
+
 
 @dataclass(frozen=True, eq=False)
 class Response(FastResponse):
@@ -71,12 +74,10 @@ class JSONResponse(Response):
 
     def __init__(self, document: bytes) -> None:
         super().__init__(OK)
-        vars(self)["body"] = document  # instead of what `body` would compute
-
-    @cached_property
-    def headers(self) -> Mapping[str, str]:
-        """Headers, except those of the exchange itself."""
-        return {"Content-Type": "application/json; charset=utf-8"}
+        # Instead of what would be computed.
+        vars(self).update(
+            status=200, start=START, headers=JSON_HEADERS, body=document
+        )
 
 
 @lru_cache

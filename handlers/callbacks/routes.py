@@ -30,7 +30,7 @@ from handlers.clients.connection import ClientConnection, Connections
 from handlers.http.application import Routes
 from handlers.http.body import NotFoundHandler
 from handlers.probes import LiveHandler, Readiness, ReadyHandler
-from handlers.websocket.frames import CloseCode
+from handlers.websocket.frames import CloseCode, MessageFrame
 
 Action = Callable[[ClientConnection], Outcome | Awaitable[Outcome]]
 
@@ -47,7 +47,7 @@ def send_action(
     kind = "text" if isinstance(message, str) else "binary"
     if receipt is not None:
         kind += " with receipt"
-    return partial(actions.send, message=message, receipt=receipt), kind
+    return partial(actions.send, frame=MessageFrame(message), receipt=receipt), kind
 
 
 def close_action(body: bytes, initiator: Initiator) -> tuple[Action, str]:

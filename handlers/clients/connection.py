@@ -34,7 +34,7 @@ from handlers.rates import Throttle
 from handlers.websocket.closing import CLOSE_TIMEOUT
 from handlers.websocket.deflate import Compression
 from handlers.websocket.fragments import FragmentingProtocol
-from handlers.websocket.frames import Close, CloseCode, FrameError, SharedFrame
+from handlers.websocket.frames import Close, CloseCode, FrameError, MessageFrame
 from handlers.websocket.protocol import READ_AHEAD, ClientProtocol, State
 from handlers.websocket.turns import Turns
 
@@ -83,18 +83,18 @@ class ClientContext:
 class EarlyFrames:
     """Frames for a connection whose handshake is not answered yet."""
 
-    __slots__ = ("_size", "messages")
+    __slots__ = ("_size", "frames")
 
     def __init__(self) -> None:
-        self.messages: list[str | bytes] = []
+        self.frames: list[MessageFrame] = []
         self._size = 0  # bytes
 
-    def add(self, message: str | bytes, limit: int | None) -> None:
+    def add(self, frame: MessageFrame, limit: int | None) -> None:
         """Add a frame; raise `SendBufferFull` if another one fills `limit` bytes."""
-        size = self._size + size_of(message)
-        if self.messages and limit is not None and size > limit:
+        size = self._size + frame.size
+        if self.frames and limit is not None and size > limit:
             raise SendBufferFull
-        self.messages.append(message)
+        self.frames.append(frame)
         self._size = size
 
 
@@ -194,9 +194,9 @@ class ClientConnection:
         if logger.isEnabledFor(logging.INFO):
             self._log_open()
         early, self._early = self._early, None
-        for message in early.messages if early is not None else ():
+        for frame in early.frames if early is not None else ():
             with contextlib.suppress(ConnectionClosed):  # the client has gone
-                self.send(message, limited=False)
+                self.send_frame(frame, limited=False)
         if self._closing is not None:
             self.close(*self._closing)
         elif self._context.connections.draining:
@@ -314,35 +314,31 @@ class ClientConnection:
 
     # Called by backends, callbacks and the relay.
 
-    def send(
-        self,
-        message: str | bytes,
-        limited: bool = True,
-        shared: SharedFrame | None = None,
-    ) -> "asyncio.Future[None] | None":
-        """Send one frame; see `backends.Connection.send`.
+    def send(self, message: str | bytes) -> "asyncio.Future[None] | None":
+        """Send one frame; see `backends.Connection.send`."""
+        return self.send_frame(MessageFrame(message))
 
-        Unless `limited`, `--max_send_buffer` does not apply. `shared` is the frame, if
-        other clients get it, too.
+    def send_frame(
+        self, frame: MessageFrame, limited: bool = True
+    ) -> "asyncio.Future[None] | None":
+        """Send one frame, which other clients may get, too; returns as `send` does.
+
+        Unless `limited`, `--max_send_buffer` does not apply.
         """
-        limit = self._context.policy.max_send_buffer
-        if self.state == "connecting" and self._closing is None:
+        context, protocol = self._context, self._protocol
+        limit = context.policy.max_send_buffer if limited else None
+        if self.state != "open" or protocol is None:
+            if self.state != "connecting" or self._closing is not None:
+                raise ConnectionClosed
             if self._early is None:
                 self._early = EarlyFrames()
-            self._early.add(message, limit if limited else None)
+            self._early.add(frame, limit)
             return None
-        protocol = self._protocol
-        if self.state != "open" or protocol is None:
-            raise ConnectionClosed
-        size, waiting = size_of(message), protocol.bytes_waiting
-        if waiting and limited and waiting + size > limit:
-            raise SendBufferFull
-        sent = protocol.send(message, shared)
+        sent = protocol.send(frame, limit)
         self.messages_out += 1
-        self.bytes_out += size
-        context = self._context
+        self.bytes_out += frame.size
         self._last_message = context.loop.time()
-        context.observer.sent(self, message, size)
+        context.observer.sent(self, frame.message, frame.size)
         if sent is not None:
             self._watch_if_waiting(sent)
         return sent

@@ -191,8 +191,13 @@ class RequestParser:
     def on_body(self, body: bytes) -> None:
         request = self.partial
         if request is not None:
-            request.body = joined(request.body, body) if request.body else body
             request.length += len(body)
+            if not request.body:
+                request.body = body
+            elif request.length == request.declared:
+                request.body = b"".join((request.body, body))  # the only copy
+            else:
+                request.body = joined(request.body, body)
 
     def on_message_complete(self) -> None:
         request = self.partial

@@ -28,6 +28,9 @@ RSV1 = 0x40  # "per-message compressed" (RFC 7692, section 6)
 RSV23 = 0x30
 MASKED = 0x80
 MAX_CONTROL_PAYLOAD = 125  # bytes; RFC 6455, section 5.5
+# The first byte, 126 or 127, and the payload's length (section 5.2).
+HEADER_16 = struct.Struct("!BBH").pack
+HEADER_64 = struct.Struct("!BBQ").pack
 
 
 class Opcode(IntEnum):
@@ -39,6 +42,10 @@ class Opcode(IntEnum):
     CLOSE = 0x8
     PING = 0x9
     PONG = 0xA
+
+
+# As numbers, since reading a member of an enumeration takes long before Python 3.12.
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = map(int, Opcode)
 
 
 class CloseCode(IntEnum):
@@ -109,7 +116,7 @@ class Fragments:
         self.compressed = compressed
         self._payload = bytearray()
         self._text: io.StringIO | None = None
-        if opcode == Opcode.TEXT and not compressed:
+        if opcode == TEXT and not compressed:
             self._text = io.StringIO()
             self._utf8 = codecs.getincrementaldecoder("utf-8")()
 
@@ -244,7 +251,7 @@ class FrameParser:
         self._remaining -= len(part)
         if self._remaining:
             turn = len(part) % 4
-            self._first = Opcode.CONTINUATION | first & FIN
+            self._first = CONTINUATION | first & FIN
             self._mask = mask[turn:] + mask[:turn]
             first &= ~FIN
         return self._take(first, unmask(mask, part))
@@ -270,8 +277,8 @@ class FrameParser:
             raise FrameError(CloseCode.PROTOCOL_ERROR, "frame is not masked")
         if first & RSV23:
             raise FrameError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
-        if opcode >= Opcode.CLOSE:
-            if opcode > Opcode.PONG:
+        if opcode >= CLOSE:
+            if opcode > PONG:
                 raise FrameError(CloseCode.PROTOCOL_ERROR, "unknown opcode")
             if not first & FIN:
                 raise FrameError(CloseCode.PROTOCOL_ERROR, "fragmented control frame")
@@ -280,16 +287,16 @@ class FrameParser:
             if first & RSV1:
                 raise FrameError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
             return
-        if opcode > Opcode.BINARY:
+        if opcode > BINARY:
             raise FrameError(CloseCode.PROTOCOL_ERROR, "unknown opcode")
-        if first & RSV1 and (self._inflater is None or opcode == Opcode.CONTINUATION):
+        if first & RSV1 and (self._inflater is None or opcode == CONTINUATION):
             raise FrameError(CloseCode.PROTOCOL_ERROR, "reserved bit set")
-        if (opcode == Opcode.CONTINUATION) != (self._fragments is not None):
+        if (opcode == CONTINUATION) != (self._fragments is not None):
             raise FrameError(CloseCode.PROTOCOL_ERROR, "wrong continuation")
 
     def _take(self, first: int, payload: bytes) -> Received | None:
         opcode = first & 0x0F
-        if opcode >= Opcode.CLOSE:
+        if opcode >= CLOSE:
             return _control(opcode, payload)
         final = bool(first & FIN)
         fragments = self._fragments
@@ -311,7 +318,7 @@ class FrameParser:
     def _message(self, opcode: int, payload: bytes, compressed: bool) -> str | bytes:
         if compressed:
             payload = self._inflate(payload)
-        if opcode == Opcode.BINARY:
+        if opcode == BINARY:
             return payload
         try:
             return payload.decode()
@@ -349,9 +356,9 @@ def _check_length(length: int, extended: int) -> None:
 
 
 def _control(opcode: int, payload: bytes) -> Close | Ping | Pong:
-    if opcode == Opcode.PING:
+    if opcode == PING:
         return Ping(payload)
-    if opcode == Opcode.PONG:
+    if opcode == PONG:
         return Pong(payload)
     if not payload:
         return Close(CloseCode.NO_STATUS_RCVD, "")
@@ -375,40 +382,40 @@ def frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes:
     if length <= MAX_CONTROL_PAYLOAD:
         return bytes((first, length)) + payload
     if length <= 0xFFFF:
-        return struct.pack("!BBH", first, 126, length) + payload
-    return struct.pack("!BBQ", first, 127, length) + payload
+        return HEADER_16(first, 126, length) + payload
+    return HEADER_64(first, 127, length) + payload
 
 
-def message_frame(message: str | bytes, compression: Compression | None) -> bytes:
-    """Build the frame of a message, compressed if the client has that extension."""
-    if isinstance(message, str):
-        opcode, payload = Opcode.TEXT, message.encode()
-    else:
-        opcode, payload = Opcode.BINARY, message
-    if compression is None:
-        return frame(opcode, payload)
-    return frame(opcode, compression.compress(payload), compressed=True)
+class MessageFrame:
+    """A message as one frame, for any number of clients.
 
-
-class SharedFrame:
-    """The frame of one message for many clients.
-
-    It is built once, and once for each size of the compression window.
+    It is built once, and once for each size of the compression window. `size` is that
+    of the payload before compression, in bytes.
     """
 
-    __slots__ = ("_encoded", "_message")
+    __slots__ = ("_compressed", "message", "plain", "size")
 
     def __init__(self, message: str | bytes) -> None:
-        self._message = message
-        self._encoded: dict[int, bytes] = {}  # by window bits; 0: not compressed
+        self.message = message
+        if isinstance(message, str):
+            payload = message.encode()
+            self.plain = frame(TEXT, payload)
+        else:
+            payload = message
+            self.plain = frame(BINARY, payload)
+        self.size = len(payload)
+        self._compressed: dict[int, bytes] | None = None  # by window bits
 
-    def encoded(self, compression: Compression | None) -> bytes:
+    def compressed(self, compression: Compression) -> bytes:
         """Return the frame for a client with these settings."""
-        bits = 0 if compression is None else compression.window_bits
-        built = self._encoded.get(bits)
-        if built is None:
-            built = self._encoded[bits] = message_frame(self._message, compression)
-        return built
+        if self._compressed is None:
+            self._compressed = {}
+        bits = compression.window_bits
+        if bits not in self._compressed:
+            payload = compression.compress(self.plain[len(self.plain) - self.size :])
+            opcode = self.plain[0] & 0x0F
+            self._compressed[bits] = frame(opcode, payload, compressed=True)
+        return self._compressed[bits]
 
 
 def close_payload(code: int, reason: str = "") -> bytes:

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from tornado.iostream import IOStream
 
-from backends import ConnectionClosed
+from backends import ConnectionClosed, SendBufferFull
 from handlers.websocket.closing import Closing
 from handlers.websocket.deflate import Compression, Inflater
 from handlers.websocket.frames import (
@@ -24,14 +24,13 @@ from handlers.websocket.frames import (
     CloseCode,
     FrameError,
     FrameParser,
+    MessageFrame,
     Opcode,
     Ping,
     Pong,
     Received,
-    SharedFrame,
     close_payload,
     frame,
-    message_frame,
 )
 from handlers.websocket.stream import ClientStream, client_stream
 from handlers.websocket.turns import TURN, Turns, clock
@@ -382,23 +381,21 @@ class ClientProtocol:
     # Writing.
 
     def send(
-        self, message: str | bytes, shared: SharedFrame | None = None
+        self, message: MessageFrame, limit: int | None = None
     ) -> "asyncio.Future[None] | None":
-        """Send one message as one frame; `shared` is its frame, if others get it, too.
+        """Send one message.
 
         Returns None if the kernel took all of it, otherwise a future that is done
-        when it has, or fails with `ConnectionClosed`.
+        when it has, or fails with `ConnectionClosed`. Raises `SendBufferFull` if
+        frames wait, and with this one they have more than `limit` bytes.
         """
-        compression = self._compression
-        if shared is not None:
-            encoded = shared.encoded(compression)
-        elif compression is not None:
-            encoded = message_frame(message, compression)
-        elif isinstance(message, str):
-            encoded = frame(Opcode.TEXT, message.encode())
-        else:
-            encoded = frame(Opcode.BINARY, message)
-        return self._stream.write(encoded)
+        stream, compression = self._stream, self._compression
+        unsent = stream.unsent
+        if unsent and limit is not None and len(unsent) + message.size > limit:
+            raise SendBufferFull
+        return stream.write(
+            message.plain if compression is None else message.compressed(compression)
+        )
 
     @property
     def bytes_waiting(self) -> int:

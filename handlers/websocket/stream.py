@@ -56,12 +56,12 @@ class ClientStream:
         "_reading",
         "_sock",
         "_unread",
-        "_unsent",
         "_waiting",
         "closed",
         "loop",
         "lost",
         "taken",
+        "unsent",
     )
 
     def __init__(self, stream: IOStream, owner: Owner) -> None:
@@ -73,7 +73,7 @@ class ClientStream:
         self.lost = False
         self.taken = 0  # bytes that the kernel has taken
         # Bytes that were written and that the kernel has not taken.
-        self._unsent: bytearray | None = None
+        self.unsent: bytearray | None = None
         # Futures, each with the value of `taken` at which it is done.
         self._waiting: deque[tuple[int, asyncio.Future[None]]] | None = None
         self._unread = b""  # bytes behind the handshake that Tornado has read already
@@ -96,7 +96,7 @@ class ClientStream:
     @property
     def waiting(self) -> int:
         """Bytes that were written and that the kernel has not taken."""
-        return len(self._unsent) if self._unsent else 0
+        return len(self.unsent) if self.unsent else 0
 
     def start_reading(self) -> None:
         """Call `on_readable` whenever there are bytes to read (level-triggered)."""
@@ -140,7 +140,7 @@ class ClientStream:
         """
         if self.closed or self.lost:
             raise ConnectionClosed
-        if not self._unsent:
+        if not self.unsent:
             try:
                 sent = self._send(data)
             except OSError as error:
@@ -213,9 +213,9 @@ class ClientStream:
         self._owner = None
 
     def _drop_unsent(self) -> None:
-        if self._unsent:
+        if self.unsent:
             self.loop.remove_writer(self._sock)
-        self._unsent = None
+        self.unsent = None
         waiting, self._waiting = self._waiting, None
         for _, sent in waiting or ():
             if not sent.done():
@@ -229,23 +229,23 @@ class ClientStream:
             return 0
 
     def _send_later(self, data: bytes | memoryview) -> None:
-        if not self._unsent:
-            self._unsent = bytearray()
+        if not self.unsent:
+            self.unsent = bytearray()
             self.loop.add_writer(self._sock, self._on_writable)
-        assert self._unsent is not None
-        self._unsent += data
+        assert self.unsent is not None
+        self.unsent += data
 
     def _on_writable(self) -> None:
-        assert self._unsent
+        assert self.unsent
         try:
-            sent = self._send(self._unsent)
+            sent = self._send(self.unsent)
         except OSError:
             self.lose()
             return
         self.taken += sent
-        del self._unsent[:sent]
-        if not self._unsent:
-            self._unsent = None
+        del self.unsent[:sent]
+        if not self.unsent:
+            self.unsent = None
             self.loop.remove_writer(self._sock)
         while self._waiting and self._waiting[0][0] <= self.taken:
             _, waiter = self._waiting.popleft()
@@ -281,7 +281,7 @@ class TLSClientStream(ClientStream):
 
     def close(self) -> None:
         """Close the socket at once; send close_notify if the kernel has room for it."""
-        if not self.closed and not self.lost and not self._unsent:
+        if not self.closed and not self.lost and not self.unsent:
             send_close_notify(self._sock)
         super().close()
 
