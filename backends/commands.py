@@ -81,6 +81,13 @@ OnFailed = Callable[[str, int], None]
 class Executor(Protocol):
     """Carries out commands; the relay has one."""
 
+    def run(self, steps: Iterator[object]) -> "asyncio.Future[None] | None":
+        """Take all `steps`, as many at a time as a turn of the loop permits.
+
+        Returns None if one turn was enough, else a future that is done after the last
+        step. What a step raises ends them: it is raised, or the future has it.
+        """
+
     def check(self, commands: Sequence[Command]) -> None:
         """Raise `CommandError` if a frame or a state is larger than permitted."""
 

@@ -16,6 +16,8 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
 
+from backends.http.replies import READ_AT_ONCE
+
 pytestmark = pytest.mark.gen_test(timeout=60)
 
 MEDIA_TYPE = "application/vnd.socketdock+json"
@@ -254,10 +256,12 @@ async def test_unavailable_backend_gets_the_same_batch_again(io_loop, status):
     assert first.body == second.body == third.body
 
 
-async def test_commands_of_a_batch_are_carried_out(io_loop):
+@pytest.mark.parametrize("size", [0, READ_AT_ONCE])
+async def test_commands_of_a_batch_are_carried_out(io_loop, size):
     """Echoes for all, by connection id; each command must have one."""
     def answer(batch: Batch) -> dict[str, Any]:
         return {
+            "unknown": "x" * size,
             "commands": [
                 {
                     "connection_id": event["meta"]["connection_id"],
@@ -265,7 +269,7 @@ async def test_commands_of_a_batch_are_carried_out(io_loop):
                 }
                 for event in batch.events
                 if event["event"] == "message"
-            ]
+            ],
         }
 
     async def echoes(service: Service, name: int) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import json
 import logging
 import re
@@ -22,7 +23,10 @@ from wire import TEXT, handshake
 
 from backends import Observer
 from backends.client import Response
-from backends.http.replies import Replies
+from backends.http.replies import READ_AT_ONCE, Replies
+from backends.loopback import LoopbackBackend
+from handlers.callbacks.executor import CommandExecutor
+from handlers.connections import ConnectionMap
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -56,10 +60,12 @@ def service(shared_relay) -> Service:
     return shared_relay[1]
 
 
-async def test_frames_of_a_reply_arrive_in_order(backend, service):
+@pytest.mark.parametrize("size", [0, READ_AT_ONCE])
+async def test_frames_of_a_reply_arrive_in_order(backend, service, size):
     """Text, binary and base64, each as the client would have got it by callback."""
     binary = bytes(range(256))
     backend.commands(
+        {"state": None, "unknown": "x" * size},
         {"send": "été"},
         {"send": "été", "type": "binary"},
         {"send": base64.b64encode(binary).decode(), "type": "binary",
@@ -408,6 +414,36 @@ async def test_rejected_handshake_carries_out_nothing(
         backend.commands({"send": "end"})
         await first.send("x")
         assert await received(first, 1) == ["end"]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("coding", ["identity", "gzip"])
+async def test_large_reply_is_read_in_turns(io_loop, coding):
+    """The loop serves others while ten thousand commands are parsed."""
+    seen: list[tuple[str, ...]] = []
+
+    class Commanded(Observer):
+        def commanded(self, *arguments: str) -> None:
+            seen.append(arguments)
+
+    class Connection:
+        id = "0" * 32
+
+    executor = CommandExecutor(1000, 1000, Observer())
+    executor.begin(ConnectionMap(), LoopbackBackend())
+    replies = Replies("commands", 2**23, executor, Commanded())
+    body = commands(*[{"send": "x", "unknown": "y" * 100}] * 9999, {"send": 1})
+    headers = {"content-type": MEDIA_TYPE, "content-encoding": coding}
+    if coding == "gzip":
+        body = gzip.compress(body)
+    done = replies.carry_out(Connection(), "event", Response(200, headers, body))
+    assert done is not None
+    turns = 0
+    while not done.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert turns > 5
+    assert seen == [("response", "none", "invalid", Connection.id)]
 
 
 class BrokenExecutor:

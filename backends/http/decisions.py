@@ -66,7 +66,7 @@ class Decisions:
         reply = None
         if self._replies.mode != "off" and has_commands(response.headers):
             try:
-                reply = self._replies.read(response)
+                reply = await self._replies.read_large(response)
             except Unusable as error:
                 self._replies.report(connection_id, event.id, error)
                 return None

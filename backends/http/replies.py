@@ -7,7 +7,7 @@ whether the event is accepted is said by the status alone.
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +23,7 @@ from backends.commands import (
     Executor,
     Send,
     Source,
-    parse_commands,
+    command_steps,
 )
 from backends.http.content import decoded, parsed_json
 from backends.http.retries import is_success
@@ -42,6 +42,8 @@ define("reply", default="commands", metavar="NAME",
 define("max_reply_size", default=8 * 1024 * 1024, metavar="BYTES",
        help="largest response with commands, or with a frame")
 
+# Bytes of a response that is read in one go: about 1 ms. A larger one is read in turns.
+READ_AT_ONCE = 32 * 1024
 NO_CONTENT = 204  # a response without a body (RFC 9110, section 15.3.5)
 
 Mode = Literal["commands", "body", "off"]
@@ -55,7 +57,7 @@ class Reply(NamedTuple):
     """What a response says: its commands, and all members of its JSON."""
 
     commands: list[Command]
-    members: Mapping[str, Any]
+    members: dict[str, Any]
 
 
 class BatchReply(NamedTuple):
@@ -107,6 +109,9 @@ class Replies:
 
         Returns None if all was done at once, or a future that is done when it was.
         """
+        if is_large(response) and has_commands(response.headers):
+            carried_out = self._carry_out_large(connection, event_id, response)
+            return asyncio.ensure_future(carried_out)  # the caller waits for it
         try:
             commands = self.of_response(response)
             if not commands:
@@ -118,6 +123,20 @@ class Replies:
             logger.exception("connection %s: bug in the reply to %s",
                              connection.id, event_id)
         return None
+
+    async def _carry_out_large(
+        self, connection: Connection, event_id: str, response: Response
+    ) -> None:
+        try:
+            commands = (await self.read_large(response)).commands
+            done = self._executor.carry_out(commands, "response", (connection.id,))
+            if done is not None:
+                await done
+        except Unusable as error:
+            self.report(connection.id, event_id, error)
+        except Exception:  # as in `carry_out`
+            logger.exception("connection %s: bug in the reply to %s",
+                             connection.id, event_id)
 
     async def carry_out_decision(self, connection_id: str, reply: Reply) -> None:
         """Carry out the commands of a decision; its frames follow the 101."""
@@ -145,15 +164,11 @@ class Replies:
 
     def read_batch(self, response: Response) -> BatchReply:
         """Parse the response to a batch. Raises `Unusable`."""
-        commands, members = self.read(response)
-        failed = members.get("failed", [])
-        if not isinstance(failed, list) or not all(
-            isinstance(each, str) for each in failed
-        ):
-            raise Unusable("failed must be a list of event ids")
-        if any(command.connection_ids is None for command in commands):
-            raise Unusable("a command names no connection")
-        return BatchReply(commands, frozenset(failed))
+        return _batch_reply(self.read(response))
+
+    async def read_large_batch(self, response: Response) -> BatchReply:
+        """As `read_batch`, but in turns."""
+        return _batch_reply(await self.read_large(response))
 
     def of_response(self, response: Response) -> list[Command]:
         """Parse the reply to a message, in either mode. Raises `Unusable`."""
@@ -163,20 +178,42 @@ class Replies:
 
     def read(self, response: Response) -> Reply:
         """Parse commands. Raises `Unusable`."""
+        reply = Reply([], {})
+        for _ in self._steps(response, reply):
+            pass
+        return reply
+
+    async def read_large(self, response: Response) -> Reply:
+        """As `read`, but in turns: ten thousand commands take long."""
+        reply = Reply([], {})
+        done = self._executor.run(self._steps(response, reply))
+        if done is not None:
+            await done
+        return reply
+
+    def _steps(self, response: Response, reply: Reply) -> Iterator[None]:
+        """Parse commands, and add them to `reply`. Raises `Unusable`."""
         if response.status == NO_CONTENT:
-            return Reply([], {})
+            return
+        body = self._body(response)
+        yield  # decoding may have taken long
         try:
-            members = parsed_json(self._body(response))
+            members = parsed_json(body)
         except (ValueError, RecursionError):
             raise Unusable("it is not JSON in UTF-8") from None
         if not isinstance(members, dict):
             raise Unusable("it is not a JSON object")
+        del body
+        reply.members.update(members)
+        commands, checked = reply.commands, 0
         try:
-            commands = parse_commands(members.get("commands", []))
+            for _ in command_steps(members.get("commands", []), commands):
+                self._executor.check(commands[checked:])
+                checked = len(commands)
+                yield
+            self._executor.check(commands[checked:])
         except CommandError as error:
             raise Unusable(str(error)) from None
-        self._check(commands)
-        return Reply(commands, members)
 
     def report(
         self,
@@ -233,6 +270,27 @@ class Replies:
         commands = [Command(Send(frame), None)]
         self._check(commands)
         return commands
+
+
+def is_large(response: Response) -> bool:
+    """Whether reading the reply may take longer than a turn of the loop."""
+    body = response.body
+    return body is not None and (
+        len(body) > READ_AT_ONCE or "content-encoding" in response.headers
+    )
+
+
+def _batch_reply(reply: Reply) -> BatchReply:
+    """Return what a reply says about a batch. Raises `Unusable`."""
+    commands, members = reply
+    failed = members.get("failed", [])
+    if not isinstance(failed, list) or not all(
+        isinstance(each, str) for each in failed
+    ):
+        raise Unusable("failed must be a list of event ids")
+    if any(command.connection_ids is None for command in commands):
+        raise Unusable("a command names no connection")
+    return BatchReply(commands, frozenset(failed))
 
 
 def has_commands(headers: Mapping[str, str]) -> bool:

@@ -88,6 +88,10 @@ class CommandExecutor:
         self._turns = connections.turns
         self._backend = backend
 
+    def run(self, steps: Iterator[object]) -> "asyncio.Future[None] | None":
+        """Take all `steps` in turns; see `Turns.run`."""
+        return self._turns.run(steps)
+
     def check(self, commands: Sequence[Command]) -> None:
         """Raise `CommandError` if a frame or a state is larger than permitted."""
         for command in commands:

@@ -169,6 +169,10 @@ class SharedExecutor:
         """Forward commands from now on."""
         self._forwarder, self._outgoing, self._turns = forwarder, outgoing, turns
 
+    def run(self, steps: Iterator[object]) -> "asyncio.Future[None] | None":
+        """Take all `steps` in turns."""
+        return self._here.run(steps)
+
     def check(self, commands: Sequence[Command]) -> None:
         self._here.check(commands)
 

@@ -26,7 +26,7 @@ from backends.client import Client, Exchange, NoConnection, Response
 from backends.deadlines import STALL, after_reading
 from backends.events import Event, traceparent
 from backends.http.batches.entry import Entry
-from backends.http.replies import BatchReply, Replies, Unusable
+from backends.http.replies import BatchReply, Replies, Unusable, is_large
 from backends.http.request import RequestWriter
 from backends.http.retries import (
     attempt_outcome,
@@ -107,6 +107,7 @@ class Lane:
         self._parts: list[tuple[list[Entry], bool]] = []
         self._batch: Batch | None = None  # under way, or waiting for its next attempt
         self._exchange: Exchange | None = None
+        self._reading: asyncio.Task[None] | None = None  # of the latest large response
         self._timer: asyncio.TimerHandle | None = None
         self._in_line = False  # whether the wait is for the breaker
         self._is_due = False  # whether the loop will call `_go_on`
@@ -129,6 +130,8 @@ class Lane:
         if self._exchange is not None:
             self._exchange.abandon()
             self._exchange = None
+        if self._reading is not None:
+            self._reading.cancel()
 
     # Forming batches.
 
@@ -284,13 +287,31 @@ class Lane:
         if response.body is None:
             self._settle(batch, frozenset())
             self._end_batch()
-            return
-        replies = self._context.replies
+        elif is_large(response):
+            self._reading = self._loop.create_task(self._read(batch, response))
+        else:
+            try:
+                reply = self._context.replies.read_batch(response)
+            except Unusable as error:
+                reply = self._no_reply(batch, error)
+            self._on_reply(batch, reply)
+
+    async def _read(self, batch: Batch, response: Response) -> None:
+        """Read a large response in turns."""
         try:
-            reply = replies.read_batch(response)
+            reply = await self._context.replies.read_large_batch(response)
         except Unusable as error:
-            replies.report("", batch.event.id, error, "batch")
-            reply = BatchReply([], frozenset())
+            reply = self._no_reply(batch, error)
+        self._on_reply(batch, reply)
+
+    def _no_reply(self, batch: Batch, error: Unusable) -> BatchReply:
+        """All events are accepted, though the response cannot be used."""
+        self._context.replies.report("", batch.event.id, error, "batch")
+        return BatchReply([], frozenset())
+
+    def _on_reply(self, batch: Batch, reply: BatchReply) -> None:
+        """Carry out the commands, and settle the events; then comes the next batch."""
+        replies = self._context.replies
         owners = list(dict.fromkeys(entry.owner for entry in batch.entries))
         carried_out = replies.carry_out_batch(
             reply.commands, {entry.connection_id for entry in batch.entries}
