@@ -106,8 +106,9 @@ class BatchEnd(NamedTuple):
     """A batch of events that is not sent again.
 
     `batch_id` and `traceparent` are what was sent, `events` the `traceparent` of each
-    of its events. `outcome` and `status` are those of its last attempt, `seconds` the
-    time since it was formed. Its events are reported by `Observer.attempted`, too.
+    of its events; empty if the trace of the batch is not recorded. `outcome` and
+    `status` are those of its last attempt, `seconds` the time since it was formed. Its
+    events are reported by `Observer.attempted`, too.
     """
 
     batch_id: str

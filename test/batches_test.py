@@ -111,6 +111,18 @@ class BatchBackend:
         return self.of(kind)
 
 
+class Gate:
+    """Accepts batches once it is open; until then they wait."""
+
+    def __init__(self) -> None:
+        self._is_open = asyncio.Event()
+        self.open = self._is_open.set
+
+    async def __call__(self, batch: Batch) -> int:
+        await self._is_open.wait()
+        return 200
+
+
 @contextlib.asynccontextmanager
 async def relay(
     answer: Answer = lambda batch: 200, *flags: str
@@ -150,14 +162,9 @@ async def test_event_of_a_batch_is_the_single_event_and_more(io_loop):
 
 async def test_events_gather_while_a_batch_is_under_way(io_loop):
     """At most as many as permitted leave together, in the order of each connection."""
-    free = asyncio.Event()
-
-    async def answer(batch: Batch) -> int:
-        await free.wait()
-        return 200
-
+    gate = Gate()
     flags = ("--batch_lanes=1", "--batch_max_events=5")
-    async with relay(answer, *flags) as (backend, service):
+    async with relay(gate, *flags) as (backend, service):
         async with websockets.connect(service.ws_url) as client:
             await client.send("0")
             await eventually(lambda: len(backend.batches) == 1)
@@ -165,7 +172,7 @@ async def test_events_gather_while_a_batch_is_under_way(io_loop):
                 await client.send(f"{number}")
             pong = await client.ping()
             await asyncio.wait_for(pong, DEADLINE)
-            free.set()
+            gate.open()
             await backend.wait_for("message", 12)
         sizes = [len(batch.messages) for batch in backend.batches if batch.messages]
         assert sizes == [1, 5, 5, 1]
@@ -313,19 +320,14 @@ async def test_disconnect_event_is_in_no_batch_with_messages(io_loop):
 
 async def test_batch_has_at_most_so_many_bytes(io_loop):
     """A single event may exceed them."""
-    free = asyncio.Event()
-
-    async def answer(batch: Batch) -> int:
-        await free.wait()
-        return 200
-
+    gate = Gate()
     flags = ("--batch_lanes=1", "--batch_max_bytes=5000")
-    async with relay(answer, *flags) as (backend, service):
+    async with relay(gate, *flags) as (backend, service):
         async with websockets.connect(service.ws_url) as client:
             for size in (1, 2000, 2000, 2000, 9000, 1):
                 await client.send("x" * size)
             await asyncio.wait_for(await client.ping(), DEADLINE)
-            free.set()
+            gate.open()
             await backend.wait_for("message", 6)
     sizes = [[len(m) for m in batch.messages] for batch in backend.batches]
     # The first may have left alone, before the others were read.
@@ -453,13 +455,8 @@ async def test_slow_client_delays_its_own_messages_only(io_loop):
 
 async def test_stop_waits_for_batches(io_loop):
     """Messages that were read are delivered, then the disconnect events."""
-    free = asyncio.Event()
-
-    async def answer(batch: Batch) -> int:
-        await free.wait()
-        return 200
-
-    async with relay(answer, "--batch_lanes=1") as (backend, service):
+    gate = Gate()
+    async with relay(gate, "--batch_lanes=1") as (backend, service):
         clients = [await websockets.connect(service.ws_url) for _ in range(5)]
         for client in clients:
             await client.send("one")
@@ -468,7 +465,7 @@ async def test_stop_waits_for_batches(io_loop):
         service.process.terminate()
         for client in clients:
             assert await until_closed(client) == 1001
-        free.set()
+        gate.open()
         assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
     assert len(backend.of("message")) == 10
     disconnects = backend.of("disconnect")

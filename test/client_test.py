@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator
 import pytest
 from certificates import Authority
 from ports import free_ports
+from response_test import keep_beginning
 from service import DEADLINE, eventually, tcp_server
 
 from backends import BackendAway, BackendError
 from backends.client import Client, NoConnection, Response
-from backends.client.response import keep_beginning
 from backends.target import Target
 
 pytestmark = pytest.mark.gen_test(timeout=60)

@@ -40,6 +40,17 @@ def texts(client: SlowClient, size: int = 100) -> list[str]:
     return [payload[:size].decode() for _, payload in client.frames()]
 
 
+def hold_large_answers(
+    backend: RawBackend, number: int
+) -> "tuple[list[str], asyncio.Future[None]]":
+    """Return messages, and a future: their answers are held until it is done."""
+    release: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    names = [f"held {each}" for each in range(number)]
+    backend.answers |= {name: [release, *LARGE] for name in names}
+    backend.answers["end"] = END
+    return names, release
+
+
 async def id_of(backend: RawBackend, message: str) -> str:
     """Wait for a message, and return its connection's id."""
     await eventually(lambda: message in backend.messages())
@@ -104,10 +115,7 @@ async def test_small_send_buffer_does_not_stop_a_connection(io_loop, size):
 async def test_held_answers_of_a_slow_client_take_the_memory_of_one(io_loop, loop):
     """16 of 7 MiB: one is read at a time, until the client is closed with 1008."""
     async with RawBackend() as backend:
-        release = asyncio.get_running_loop().create_future()
-        names = [f"held {number}" for number in range(16)]
-        backend.answers |= {name: [release, *LARGE] for name in names}
-        backend.answers["end"] = END
+        names, release = hold_large_answers(backend, 16)
         async with (
             Service(
                 *backend.flags(), "--order_wait=0.01", "--send_timeout=3",
@@ -208,10 +216,7 @@ async def test_connections_that_end_while_their_replies_wait(
 async def test_drain_with_replies_that_wait_for_a_slow_client(io_loop):
     """Its connection ends as others do, and no reply is reported as unusable."""
     async with RawBackend() as backend:
-        release = asyncio.get_running_loop().create_future()
-        names = [str(number) for number in range(4)]
-        backend.answers |= {name: [release, *LARGE] for name in names}
-        backend.answers["end"] = END
+        names, release = hold_large_answers(backend, 4)
         async with Service(
             *backend.flags(), "--order_wait=0.01", "--send_timeout=2"
         ) as service:

@@ -1,8 +1,20 @@
 """Responses in each unusual but readable form, and ambiguous ones."""
 
+from collections.abc import Mapping
+
 import pytest
 
-from backends.client.response import MalformedResponse, ResponseReader, keep_beginning
+from backends.client.response import (
+    MAX_KEPT_BODY,
+    MalformedResponse,
+    ResponseReader,
+)
+
+
+def keep_beginning(status: int, headers: Mapping[str, str]) -> int:
+    """Keep the beginning of each body."""
+    return MAX_KEPT_BODY
+
 
 OK = b"HTTP/1.1 200 OK\r\n"
 BODY = b"Content-Length: 2\r\n\r\nOK"

@@ -44,11 +44,6 @@ class MalformedResponse(Exception):
 Keep = Callable[[int, Mapping[str, str]], int]
 
 
-def keep_beginning(status: int, headers: Mapping[str, str]) -> int:
-    """Keep the beginning of each body."""
-    return MAX_KEPT_BODY
-
-
 @dataclass(slots=True)
 class Response:
     """A response: its status, its headers, and its body if that was kept.

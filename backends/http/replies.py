@@ -129,6 +129,7 @@ class Replies:
     ) -> None:
         try:
             commands = (await self.read_large(response)).commands
+            del response  # it may wait for slow clients
             done = self._executor.carry_out(commands, "response", (connection.id,))
             if done is not None:
                 await done

@@ -1,6 +1,7 @@
 """The base of all callback handlers: takes the body, and answers with an outcome."""
 
 from collections.abc import Callable, Coroutine
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 from handlers.callbacks.actions import Outcome
@@ -55,9 +56,13 @@ class RepeatableHandler(OutcomeHandler):
 
     repeats: Repeats
 
-    def key(self) -> str | None:
-        """Return the key, or None. Raises `ValueError` with the detail for a 400."""
-        return key_in(self.request.headers.get_list(HEADER))
+    def take_key(self) -> str | None:
+        """Return the key, empty if there is none; None if it was rejected with 400."""
+        try:
+            return key_in(self.request.headers.get_list(HEADER)) or ""
+        except ValueError as error:
+            self.problem(HTTPStatus.BAD_REQUEST, str(error))
+            return None
 
     async def once(
         self, request: Keyed, act: Callable[[], Coroutine[Any, Any, A]]

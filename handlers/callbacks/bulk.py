@@ -139,15 +139,13 @@ class BulkHandler(RepeatableHandler):
         if media_type_of(self.request.headers.get("Content-Type", "")) != JSON:
             self.respond(OTHER_TYPE)
             return
-        try:
-            key = self.key()
-        except ValueError as error:
-            self.problem(HTTPStatus.BAD_REQUEST, str(error))
-            return
+        key = self.take_key()
         if key is None:
-            self.respond(await self.bulk.answer(body))
-        else:
+            return
+        if key:
             await self._answer_once(key, body)
+        else:
+            self.respond(await self.bulk.answer(body))
 
     async def _answer_once(self, key: str, body: bytes) -> None:
         try:

@@ -156,14 +156,10 @@ class CallbackHandler(RepeatableHandler, OneConnectionHandler):
         self, connection_id: str, action: Action, kind: str, body: bytes
     ) -> None:
         """Carry out `action`, once for all requests with the same key."""
-        try:
-            key = self.key()
-        except ValueError as error:
-            self.problem(HTTPStatus.BAD_REQUEST, str(error))
+        key = self.take_key()
+        if key is None or await self.is_forwarded(connection_id, key, body):
             return
-        if await self.is_forwarded(connection_id, key or "", body):
-            return
-        if key is None:
+        if not key:
             await super().carry_out(connection_id, action, kind, body)
             return
         outcome = await self.once(

@@ -179,11 +179,14 @@ class Lane:
     def _end_batch(self) -> None:
         batch, self._batch = self._batch, None
         assert batch is not None
+        is_recorded = batch.event.traceparent.endswith("-01")
         self._context.observer.batch_ended(
             BatchEnd(
                 batch.event.id,
                 batch.event.traceparent,
-                [entry.event.traceparent for entry in batch.entries],
+                [entry.event.traceparent for entry in batch.entries]
+                if is_recorded
+                else [],
                 batch.outcome,
                 batch.status,
                 self._loop.time() - batch.formed_at,
