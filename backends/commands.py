@@ -107,10 +107,10 @@ class Executor(Protocol):
         """
 
 
-def parse_commands(value: object) -> list[Command]:
+def parse_commands(value: object, named: bool = False) -> list[Command]:
     """Return the commands in `value`; see `command_steps`."""
     commands: list[Command] = []
-    for _ in command_steps(value, commands):
+    for _ in command_steps(value, commands, named):
         pass
     return commands
 

@@ -14,7 +14,13 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from backends import Observer
-from backends.commands import Command, CommandError, CommandName, Executor, each_command
+from backends.commands import (
+    Command,
+    CommandError,
+    CommandName,
+    Executor,
+    parse_commands,
+)
 from backends.redis_client import RedisClient, RedisError
 
 logger = logging.getLogger(__name__)
@@ -224,7 +230,7 @@ def read_command(payload: bytes) -> Command:
         value = orjson.loads(payload)
     except orjson.JSONDecodeError:
         raise CommandError("payload must be JSON.") from None
-    (command,) = each_command([value], named=True)
+    (command,) = parse_commands([value], named=True)
     return command
 
 
