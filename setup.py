@@ -58,7 +58,7 @@ setup(
     package_data={
         "backends": ["py.typed"],
         "handlers": ["py.typed"],
-        "handlers.callbacks": ["openapi.json"],
+        "handlers.callbacks": ["openapi.json", "openapi_apigateway.json"],
         "handlers.operators.console": ["page/*"],
     },
     data_files=[

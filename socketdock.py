@@ -202,7 +202,7 @@ class Service:
         self.access = CallbackAccess(
             self.tokens,
             make_capabilities() if self.peers is None else self.peers.capabilities,
-            closed=self.signing_keys is not None,
+            signed=self.signing_keys is not None,
         )
         self.tracing = make_tracing(__version__, self.instance)
         if self.tracing is not None:
@@ -321,12 +321,13 @@ class Service:
             "max_message_size": self.policy.max_message_size,
             "forwarder": self.forwarder,
         }
+        stage = options.stage if options.backend == "apigateway" else None
         routes = callback_routes(
-            self._prefix, self.access, self.readiness, __version__, **callbacks
+            self._prefix, self.access, self.readiness, __version__, stage, **callbacks
         )
-        if options.backend == "apigateway":
+        if stage is not None:
             routes += connections_routes(
-                self._prefix, options.stage, self.signing_keys, self.access, **callbacks
+                self._prefix, stage, self.signing_keys, self.access, **callbacks
             )
         if self.sharing is not None:
             routes = self.sharing.routes() + routes

@@ -10,6 +10,7 @@ from pathlib import Path
 import jsonschema_rs
 import pytest
 import websockets
+from functions import RecordingFunction
 from reply_backends import ReplyBackend
 from service import DEADLINE, RecordingBackend, Service
 
@@ -29,6 +30,11 @@ METHODS = ("get", "post", "delete", "head")
 SETTINGS = """\
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", 400, 401, 403, 410, 422, 429, 504]
+"""
+# With AWS's callbacks nearly everything can be the id of a connection.
+UNKNOWN_IS_GONE = """\
+[checks.negative_data_rejection]
+expected-statuses = [400, 405, 410]
 """
 
 
@@ -197,6 +203,73 @@ async def test_bulk_callback_is_documented_if_it_exists(io_loop):
             answer = await backend.call(f"{service.callback_url}/commands")
         assert ("/commands" in spoken["paths"]) == exists
         assert (answer.code == 401) == exists
+
+
+@pytest.mark.parametrize(("flags", "security", "others"), [
+    ((), None, True),
+    (("--callback_token={token}",), [{"token": []}], True),
+    (("--sigv4_keys_file={keys}",), [{"sigv4": []}], False),
+    (("--sigv4_keys_file={keys}", "--callback_token={token}"),
+     [{"token": []}, {"sigv4": []}], True),
+])
+async def test_callbacks_of_sdks_are_documented_for_their_backend(
+    io_loop, tmp_path, flags, security, others
+):
+    """As they may be used; other callbacks only if they can be used."""
+    keys = tmp_path / "keys"
+    keys.write_text(f"AKIDEXAMPLE {'s' * 40}\n")
+    given = [flag.format(token=TOKEN, keys=keys) for flag in flags]
+    async with RecordingBackend() as backend, RecordingFunction() as function:
+        chosen = ("--backend=apigateway", f"--functionuri={function.url}")
+        async with Service(*chosen, "--stage=prod", *given) as service:
+            spoken = await document(backend, service)
+            url = f"{service.callback_url}/prod/@connections/{'0' * 32}"
+            status = (await backend.call(url)).code
+    operations = spoken["paths"]["/prod/@connections/{connectionId}"]
+    for method in ("post", "get", "delete"):
+        assert operations[method].get("security") == security
+        refused = {"401", "403"} & operations[method]["responses"].keys()
+        assert str(status) in refused if security else status == 410
+    assert ("/socket/{connection_id}/send" in spoken["paths"]) == others
+    schemes = spoken["components"].get("securitySchemes", {})
+    assert sorted(schemes) == sorted(name for each in security or () for name in each)
+
+
+@pytest.mark.long
+async def test_callbacks_of_sdks_are_as_documented(io_loop, tmp_path):
+    """schemathesis finds no difference."""
+    async with RecordingBackend() as backend, RecordingFunction() as function:
+        chosen = ("--backend=apigateway", f"--functionuri={function.url}")
+        async with Service(*chosen) as service:
+            spoken = await document(backend, service)
+            paths = spoken["paths"]
+            path = "/local/@connections/{connectionId}"
+            spoken["paths"] = {path: paths[path]}
+            async with websockets.connect(service.ws_url) as client:
+                reader = asyncio.create_task(drop_frames(client))
+                event = await function.event("CONNECT")
+                own = event["requestContext"]["connectionId"]
+                (id_parameter,) = paths[path].pop("parameters")
+                for method in ("post", "get", "delete"):
+                    # The only connection must not be closed.
+                    first = "0" * 32 if method == "delete" else own
+                    schema = {"enum": [first, "L0SM9cOFvHcCIhw="]}
+                    given = {**id_parameter, "example": first, "schema": schema}
+                    paths[path][method].setdefault("parameters", []).append(given)
+                (tmp_path / "openapi.json").write_text(json.dumps(spoken))
+                settings = SETTINGS + UNKNOWN_IS_GONE
+                (tmp_path / "schemathesis.toml").write_text(settings)
+                said = await schemathesis(
+                    "openapi.json",
+                    f"--url={service.callback_url}",
+                    "--phases=examples,coverage,fuzzing",
+                    "--max-examples=20",
+                    "--seed=1",
+                    cwd=tmp_path,
+                )
+                assert "3 selected / 3 total" in said and "Tested: 3" in said
+                assert client.close_code is None
+            await asyncio.wait_for(reader, DEADLINE)
 
 
 def matches(spoken, *path, value):

@@ -40,7 +40,10 @@ def test_wheel_has_two_modules_and_two_packages_with_all_their_modules(names):
     }
     assert len(page) > 5
     typed = {f"{package}/py.typed" for package in PACKAGES}
-    documents = {"handlers/callbacks/openapi.json"}
+    documents = {
+        "handlers/callbacks/openapi.json",
+        "handlers/callbacks/openapi_apigateway.json",
+    }
     assert shipped == MODULES | modules | page | documents | typed
 
 

@@ -21,30 +21,34 @@ KEY_REQUIRED = (
 class CallbackAccess:
     """Accepts a request with a token, or with the key of its connection.
 
-    Without tokens and without `capabilities`, it accepts every request, or none if it
-    is `closed`.
+    Without tokens and without `capabilities`, it accepts every request; or none if
+    callbacks of AWS's SDKs are `signed`, so that these are not guarded in vain.
     """
 
     def __init__(
         self,
         tokens: CallbackTokens,
         capabilities: Capabilities | None,
-        closed: bool = False,
+        signed: bool = False,
     ) -> None:
         self._tokens = tokens
         self._capabilities = capabilities
-        self._closed = closed
+        self._signed = signed
 
     @property
     def required(self) -> bool:
         """Whether requests need a token or a key."""
-        return self._closed or bool(self.schemes)
+        return bool(self.schemes)
 
     @property
     def schemes(self) -> Set[str]:
-        """What is accepted: "token", "key"; empty: everybody is."""
-        token = {"token"} if self._tokens.required else set()
-        return token if self._capabilities is None else token | {"key"}
+        """What is accepted: "token", "key", "sigv4"; empty: everybody is."""
+        used = {
+            "token": self._tokens.required,
+            "key": self._capabilities is not None,
+            "sigv4": self._signed,  # by `ConnectionsAccess`
+        }
+        return {scheme for scheme, is_used in used.items() if is_used}
 
     @property
     def key_of(self) -> Callable[[str], str] | None:
@@ -64,7 +68,7 @@ class CallbackAccess:
         `credentials` are its `Authorization` headers.
         """
         if self._capabilities is None:
-            if self._closed and not self._tokens.required:
+            if self._signed and not self._tokens.required:
                 return challenge_of(credentials)
             return self._tokens.challenge(credentials)
         if self._tokens.accept(credentials) or (

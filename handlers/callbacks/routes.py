@@ -261,13 +261,19 @@ def callback_routes(
     access: CallbackAccess,
     readiness: Readiness,
     version: str,
+    stage: str | None = None,
     **shared: Any,
 ) -> Routes:
-    """Return the callback routes, with and without the path prefix."""
+    """Return the callback routes, with and without the path prefix.
+
+    For a `stage`, the OpenAPI document describes `/@connections`, too.
+    """
     sockets = f"(?:{re.escape(prefix)})?/socket"
     pattern = shared["connections"].owners.pattern
     start = f"{sockets}/({pattern})"
-    description = {"version": version, "access": access, "pattern": pattern}
+    description = {
+        "version": version, "access": access, "pattern": pattern, "stage": stage
+    }
     return [
         (Unauthorized(prefix, access), UnauthorizedHandler, {}),
         (rf"{start}/send", SendHandler, shared),
