@@ -114,6 +114,30 @@ async def test_status_of_connect_passes_to_the_client(gateway, status):
 
 
 @pytest.mark.parametrize(
+    "refusal",
+    [
+        {"statusCode": 304, "body": "not modified"},
+        {"statusCode": "403"},
+        {"statusCode": 403.0},
+        {"statusCode": 403, "headers": {"Content-Type": "text/\u20ac", "Location": 7}},
+        {"statusCode": 403, "headers": {"Retry-After": "1\r\nX-Injected: 1"}},
+        {"statusCode": 403, "headers": {"Connection": "x", "Content-Length": "7"}},
+        {"statusCode": 403, "headers": None, "multiValueHeaders": []},
+        {"statusCode": 403, "body": "x" * 100_000},
+        {"statusCode": 403, "body": "/w==", "isBase64Encoded": True},
+    ],
+    ids=lambda refusal: str(refusal)[:60],
+)
+async def test_any_refusal_passes_to_the_client(gateway, refusal):
+    """Whatever its headers and body are."""
+    gateway.functions.functions["chat"] = on_connect(lambda event: refusal)
+    response = await refused(gateway.url)
+    assert response.status_code == int(refusal["statusCode"])
+    assert "X-Injected" not in response.headers
+    assert len(response.body) <= 4096
+
+
+@pytest.mark.parametrize(
     "answer",
     [
         {"errorMessage": "no"},

@@ -7,6 +7,7 @@ status that is not 2xx).
 
 import asyncio
 import binascii
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ define("route_response", default=True,
        help="send the body that a function returns for a message to its client")
 
 MAX_ANSWER_SIZE = 6 * 1024 * 1024  # bytes; of Lambda for what a function returns
+STATUS = re.compile(r"([0-9]{3})(?:\.0)?")
 FUNCTION_ERROR = "x-amz-function-error"
 ERROR_MESSAGE = "errorMessage"
 
@@ -104,10 +106,11 @@ def read_answer(response: Response) -> Answer:
     if not isinstance(result, dict):
         raise BadAnswer("the function returned no JSON object with statusCode")
     status, body = result.get("statusCode"), result.get("body")
-    if isinstance(status, str) and status.isdecimal():
-        status = int(status)
-    if isinstance(status, bool) or not isinstance(status, int):
+    # Some runtimes write it as "200" or 200.0.
+    match = STATUS.fullmatch(str(status))
+    if match is None:
         raise BadAnswer("the function returned no statusCode")
+    status = int(match[1])
     if body is not None and not isinstance(body, str):
         raise BadAnswer("the function returned a body that is not a string")
     if body and result.get("isBase64Encoded") is True:

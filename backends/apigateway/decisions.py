@@ -11,6 +11,7 @@ from backends.http.decisions import CONTROLS, MAX_REFUSAL_BODY, REFUSAL_HEADERS
 logger = logging.getLogger(__name__)
 
 JSON = {"content-type": "application/json"}
+NOT_MODIFIED = 304  # has no body (RFC 9110, section 15.4.5)
 SUBPROTOCOL = "sec-websocket-protocol"
 
 
@@ -27,14 +28,21 @@ def refusal_of(answer: Answer) -> ConnectionRefused:
     if not 300 <= answer.status <= 599:
         raise BadAnswer("the function returned a statusCode that is none of HTTP")
     body = answer.body.encode() if isinstance(answer.body, str) else answer.body
+    if answer.status == NOT_MODIFIED:
+        body = b""
     headers = dict(JSON) if body else {}
     headers |= {
-        # RFC 9110, section 5.5: control characters are replaced with spaces.
-        name: CONTROLS.sub(" ", answer.headers[name]).strip()
+        name: header_value(answer.headers[name])
         for name in (*REFUSAL_HEADERS, "location")
         if name in answer.headers
     }
     return ConnectionRefused(answer.status, headers, body[:MAX_REFUSAL_BODY])
+
+
+def header_value(value: str) -> str:
+    """Return a value that a header may have (RFC 9110, section 5.5)."""
+    value = CONTROLS.sub(" ", value).strip()
+    return value.encode("latin-1", "replace").decode("latin-1")
 
 
 def error_refusal(

@@ -1,5 +1,6 @@
 """What the options say about the API: its functions, its stage and its names."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from backends.apigateway.authorizer import identity_sources
 from backends.apigateway.routes import Routes, function_target, make_routes
 from backends.target import Target
 
+logger = logging.getLogger(__name__)
+
 define("stage", default="local", metavar="NAME",
        help="the stage: clients connect to /<stage>, or to --ws_path")
 define("api_id", default="socketdock", metavar="ID",
@@ -21,6 +24,7 @@ define("domain_name", type=str, metavar="NAME",
        help="domainName in events, by which functions reach /@connections; none: host "
             "and port of --externalhostandport")
 
+WITHOUT_EFFECT = ("messageuri", "disconnecturi", "backend_timeout")
 STAGE = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
@@ -38,6 +42,7 @@ class Settings(NamedTuple):
 
 def make_settings(relay: Relay) -> Settings:
     """Read them from the options. Raises `OptionError`."""
+    _warn_of_unused()
     routes = make_routes()
     targets = dict(routes.named)
     authorizer = None
@@ -55,6 +60,15 @@ def make_settings(relay: Relay) -> Settings:
         domain_name(relay),
         targets,
     )
+
+
+def _warn_of_unused() -> None:
+    """Warn of options of the http backend that stand beside those in use here."""
+    unused = [f"--{name}" for name in WITHOUT_EFFECT if options[name]]
+    if unused:
+        logger.warning(
+            "with --backend=apigateway, %s has no effect", " or ".join(unused)
+        )
 
 
 def stage_name() -> str:

@@ -256,7 +256,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         for name, value in refused.headers.items():
             with contextlib.suppress(ValueError):  # it is not a valid header value
                 self.set_header(name, value)
-        self.finish(refused.body)
+        self.finish(refused.body or None)  # some statuses have no body
 
     def _record_outcome(self, outcome: HandshakeOutcome, status: int) -> None:
         self.context.observer.handshake_ended(
