@@ -211,6 +211,9 @@ async def test_data_alone_decides_the_type_of_the_frame(
     ("POST", f"/prod/@connections/{UNKNOWN}", 403, "ForbiddenException"),
     ("GET", f"/Local/@connections/{UNKNOWN}", 403, "ForbiddenException"),
     ("PUT", f"/local/@connections/{UNKNOWN}", 405, "MethodNotAllowedException"),
+    ("OPTIONS", f"/local/@connections/{UNKNOWN}", 405, "MethodNotAllowedException"),
+    ("TRACE", f"/local/@connections/{UNKNOWN}", 405, "MethodNotAllowedException"),
+    ("QUERY", f"/local/@connections/{UNKNOWN}", 405, "MethodNotAllowedException"),
 ])
 async def test_error_is_as_aws_sends_it(relay, method, path, status, error_type):
     """The SDKs make their exceptions from the header."""

@@ -88,10 +88,10 @@ class ConnectionsHandler(AWSErrorHandler, CallbackHandler):
     # What is checked first.
 
     async def prepare(self) -> None:
-        named = self.path_kwargs
+        self.connection_id = self.path_kwargs["connection_id"]
         try:
-            self._signature = self._access.check(self.request, named["connection_id"])
-            if named["stage"] not in (None, self._stage):
+            self._signature = self._access.check(self.request, self.connection_id)
+            if self.path_kwargs["stage"] not in (None, self._stage):
                 raise Refusal(HTTPStatus.FORBIDDEN, "Forbidden")
         except Refusal as refusal:
             self._refusal = refusal
@@ -199,7 +199,7 @@ class ConnectionsHandler(AWSErrorHandler, CallbackHandler):
 
         `target`, `route` and `kind` are those of the callback that does the same.
         """
-        connection_id: str = self.path_kwargs["connection_id"]
+        connection_id = self.connection_id
         key = self._invocation_key(body)
         answer = await self._forwarded("POST", target, key, body)
         if answer is not None:
@@ -232,7 +232,7 @@ class ConnectionsHandler(AWSErrorHandler, CallbackHandler):
 
         None: no other one has it.
         """
-        forwarder, connection_id = self.forwarder, self.path_kwargs["connection_id"]
+        forwarder, connection_id = self.forwarder, self.connection_id
         owner = None if forwarder is None else forwarder.owner_of(connection_id)
         if forwarder is None or owner is None:
             return None

@@ -43,6 +43,8 @@ class Refusal(Exception):
 class AWSErrorHandler(ProblemHandler):
     """A handler whose errors are AWS's, also those of the classes beside it."""
 
+    connection_id = ""  # in errors; Tornado may refuse a method before it is known
+
     def set_default_headers(self) -> None:
         super().set_default_headers()
         self.set_header("x-amzn-RequestId", str(uuid.uuid4()))
@@ -60,6 +62,6 @@ class AWSErrorHandler(ProblemHandler):
             self.set_header("WWW-Authenticate", refusal.challenge)
         self.finish(json.dumps({
             "message": str(refusal),
-            "connectionId": self.path_kwargs["connection_id"],
+            "connectionId": self.connection_id,
             "requestId": self._headers["x-amzn-RequestId"],
         }))
