@@ -363,8 +363,8 @@ class Condition:
     `away` is for how many seconds it has been considered unreachable; None while
     it is reachable. `cause` says why the latest attempt did not reach it. `untried`
     means that the next event is sent nevertheless, to find out whether the backend is
-    back. `held` counts requests that wait for an
-    overdue response, `connections` those that are open to it.
+    back. `held` counts requests that wait for an overdue response, `connections` those
+    that are open to it. `entries` are those of the longest stream of a broker.
     """
 
     away: float | None = None
@@ -372,6 +372,7 @@ class Condition:
     held: int = 0
     connections: int = 0
     cause: str | None = None
+    entries: int = 0
 
 
 class Backend(abc.ABC):

@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.gen_test(timeout=240), pytest.mark.long]
 PRICE = {"cpu_us", "load_us", "per_second", "busy", "stolen"}
 FIGURES = {
     "up": PRICE,
+    "up-redis": PRICE,
     "push": PRICE,
     "push-bulk": PRICE,
     "echo": PRICE,

@@ -74,6 +74,7 @@ COUNTERS = {
 GAUGES = {
     "connections_open", "connections_limit", "events_pending", "events_pending_limit",
     "pending_bytes", "oldest_pending_seconds", "events_held", "backend_connections",
+    "stream_entries",
     "breaker_open", "stopping", "loop_lag_seconds",
 }
 LIMITS = {"connections_limit": 15000, "events_pending_limit": 100_000}

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 from zlib import crc32
 
 import pytest
@@ -239,6 +240,48 @@ async def test_stopped_instance_takes_no_more_commands(io_loop, redis):
     command = {"connection_id": meta["connection_id"], "send": "x"}
     assert await streams.command(meta["reply"], command) is None
     assert not await redis.client.exists(meta["reply"])
+
+
+async def test_command_at_the_stop_is_carried_out_or_comes_back(io_loop, redis):
+    """Those that arrive while the relay stops are not lost without a word."""
+    streams = Streams(redis)
+    async with streams.relay("--drain_timeout=20") as service:
+        async with websockets.connect(service.ws_url) as client:
+            meta = await greeted(streams, service, client)
+            service.process.send_signal(signal.SIGSTOP)
+            sent = [
+                await streams.command(
+                    meta["reply"],
+                    {"connection_id": meta["connection_id"], "send": f"{number}"},
+                )
+                for number in range(10)
+            ]
+            service.process.send_signal(signal.SIGTERM)
+            service.process.send_signal(signal.SIGCONT)
+            received = [f"{message}" async for message in client]
+        assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
+    returned = [event.id for event in await streams.all("undelivered")]
+    assert sorted(returned + [f"{sent[int(n)]}-undelivered" for n in received]) == [
+        f"{entry}-undelivered" for entry in sent
+    ]
+
+
+async def test_crash_is_reported_by_the_next_start(io_loop, redis, tmp_path):
+    """With --state_dir: code 1006, and the instance that has crashed."""
+    streams = Streams(redis)
+    state = f"--state_dir={tmp_path / 'state'}"
+    async with streams.relay(state) as service:
+        client = await websockets.connect(service.ws_url)
+        meta = await greeted(streams, service, client)
+        service.process.kill()
+        await service.process.wait()
+    async with streams.relay(state):
+        (disconnect,) = await streams.wait_for("disconnect")
+    assert disconnect.connection_id == meta["connection_id"]
+    assert disconnect.meta["code"] == 1006
+    assert disconnect.meta["instance"] == meta["instance"]
+    with contextlib.suppress(websockets.ConnectionClosed):
+        await client.recv()
 
 
 async def test_commands_are_counted(io_loop, relayed):

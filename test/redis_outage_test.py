@@ -301,3 +301,26 @@ async def test_stop_delivers_what_it_has(io_loop, tmp_path):
         assert {event.meta["code"] for event in disconnects} == {1001}
         for client in clients:
             await client.wait_closed()
+
+
+async def test_large_messages_of_many_clients(io_loop, tmp_path):
+    """They go in several writes, each of which Redis must answer in time."""
+    async with RedisServer(tmp_path) as redis:
+        streams = Streams(redis)
+        text = "x" * 2_000_000
+        async with streams.relay() as service:
+            clients = [
+                await websockets.connect(service.ws_url, compression=None)
+                for _ in range(8)
+            ]
+            await asyncio.gather(*(client.send(text) for client in clients))
+            await asyncio.gather(*(client.close() for client in clients))
+            await eventually_length(streams, 3 * 8)
+        messages = await streams.all("message")
+        assert [len(event.payload["message"]) for event in messages] == 8 * [len(text)]
+
+
+async def eventually_length(streams: Streams, length: int) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while await streams.length() != length:
+            await asyncio.sleep(0.05)

@@ -266,6 +266,7 @@ class RedisBackend(Backend):
             away,
             connections=int(self._writer.connected),
             cause=None if away is None else self._writer.why,
+            entries=self._writer.longest,
         )
 
     def reload(self) -> None:

@@ -45,6 +45,7 @@ class Partition:
         self._queue: deque[Entry] = deque()
         # Under way, or to be sent again.
         self.batch: list[Entry] = []
+        self.batch_size = 0  # bytes of its payloads
         self._sent_at = 0.0  # on the loop's clock
         self.failing_since: float | None = None
         self.length = 0  # of the stream, when it was last asked
@@ -63,8 +64,7 @@ class Partition:
         `now` is on the loop's clock.
         """
         self._sent_at = now
-        size = 0
-        batch = []
+        size, batch = 0, []
         for entry in self.batch:
             if entry.owner is not None:
                 size += len(entry.event.body)
@@ -73,12 +73,13 @@ class Partition:
         while queue and len(batch) < MAX_EVENTS:
             entry = queue[0]
             if entry.owner is not None:
-                size += len(entry.event.body)
-                if batch and size > MAX_BYTES:
+                length = len(entry.event.body)
+                if batch and size + length > MAX_BYTES:
                     break
+                size += length
                 batch.append(entry)
             queue.popleft()
-        self.batch = batch
+        self.batch, self.batch_size = batch, size
         words: list[Word] = ["EVAL", ADD, 1, self.stream, self._backlog]
         for entry in batch:
             owner, event = entry.owner, entry.event

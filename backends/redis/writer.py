@@ -20,6 +20,8 @@ from backends.redis_client import RedisAway, RedisClient
 
 logger = logging.getLogger(__name__)
 
+# Of one write, whose reply must come in time; a single event is always sent.
+MAX_BYTES = 4 * 1024 * 1024
 RETRY = 0.5  # seconds between attempts while a stream takes nothing
 
 
@@ -43,7 +45,8 @@ class StreamWriter:
             for number in range(count)
         ]
         self._pipeline = client.pipeline(self._on_connected, self._on_lost)
-        self._due: set[Partition] = set()  # they have something to send
+        # They have something to send; the first ones have waited longest.
+        self._due: dict[Partition, None] = {}
         self._under_way = 0  # batches
         self._is_scheduled = False  # whether the loop will call `_send`
         self._timer: asyncio.TimerHandle | None = None
@@ -73,7 +76,7 @@ class StreamWriter:
             entry.since = self.loop.time()
             self._fail(partition)
         else:
-            self._due.add(partition)
+            self._due[partition] = None
             if not (self._is_scheduled or self._under_way):
                 self._is_scheduled = True
                 self.loop.call_soon(self._send)
@@ -126,12 +129,14 @@ class StreamWriter:
         self._is_scheduled = False
         if self._closed or self._under_way or not self._usable:
             return
-        due, self._due = self._due, set()
-        self._under_way = len(due)
-        now = self.loop.time()
-        for partition in due:
+        now, size = self.loop.time(), 0
+        while self._due and size < MAX_BYTES:
+            partition = next(iter(self._due))
+            del self._due[partition]
             reply = self._pipeline.execute(*partition.next_command(now))
             reply.add_done_callback(partial(self._on_reply, partition))
+            self._under_way += 1
+            size += partition.batch_size
 
     def _on_reply(self, partition: Partition, reply: "asyncio.Future[Any]") -> None:
         self._under_way -= 1
@@ -165,7 +170,7 @@ class StreamWriter:
             return
         partition.on_added(reply[1].decode(), self.loop.time())
         if partition:
-            self._due.add(partition)
+            self._due[partition] = None
 
     # Failures.
 
@@ -218,7 +223,7 @@ class StreamWriter:
                 continue
             if not self._under_way:
                 partition.give_up_overdue(now, error)
-            self._due.add(partition)
+            self._due[partition] = None
             self._fail(partition)
         self._send()
 
@@ -262,9 +267,9 @@ class StreamWriter:
         self._usable = self._began = True
         self._lost_since = None
         self._end_try()
-        self._due.update(
-            each for each in self._partitions if each or each.failing_since is not None
-        )
+        for partition in self._partitions:
+            if partition or partition.failing_since is not None:
+                self._due[partition] = None
         self._send()
 
     def _postpone(self, why: str) -> None:

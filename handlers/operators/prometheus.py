@@ -99,6 +99,8 @@ class RelayCollector(Collector):
              condition.held),
             ("backend_connections", "Connections to the backend.",
              condition.connections),
+            ("stream_entries", "Entries of the longest stream of the redis backend.",
+             condition.entries),
             ("breaker_open", "1 while the breaker is open: backend unreachable.",
              condition.away is not None),
             ("stopping", "1 during the shutdown.", connections.stopping),

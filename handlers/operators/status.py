@@ -53,6 +53,7 @@ class Status:
                 "cause": backend.cause,
                 "held": backend.held,
                 "connections": backend.connections,
+                "entries": backend.entries,
             },
             "connections": {"open": connections.open, "total": connections.total},
             "pending": {
