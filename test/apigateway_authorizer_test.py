@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import AsyncExitStack
 
 import pytest
 import websockets
@@ -195,6 +196,23 @@ async def test_missing_identity_is_401(gateway, query, headers):
     response = await refused(gateway, query=query, headers=headers)
     assert response.status_code == 401
     assert not gateway.functions.invoked
+
+
+async def test_identity_may_be_a_header_of_the_websocket(io_loop):
+    """Browsers can send a token only as a subprotocol."""
+    async with AsyncExitStack() as stack:
+        gateway = await begin(
+            stack,
+            "--authorizeruri={url}chat/invocations",
+            "--authorizer_identity=route.request.header.sec-websocket-protocol",
+        )
+        gateway.functions.functions["chat"] = echo
+        with pytest.raises(websockets.InvalidStatus) as caught:
+            await asyncio.wait_for(websockets.connect(gateway.url), DEADLINE)
+        assert caught.value.response.status_code == 401
+        async with websockets.connect(gateway.url, subprotocols=["token"]) as client:
+            await client.send("hello")
+            assert await receive(client) == "hello"
 
 
 async def test_authorizer_may_answer_unauthorized(gateway):

@@ -101,10 +101,9 @@ class Authorizer:
 
     def _has_identity(self, handshake: Handshake) -> bool:
         query = parse_qs(handshake.query)
+        headers = {name.lower() for name, value in handshake.fields if value}
         return all(
-            handshake.headers.get(name.lower())
-            if kind == "header"
-            else any(query.get(name, ()))
+            name.lower() in headers if kind == "header" else any(query.get(name, ()))
             for kind, name in self._identity
         )
 
