@@ -104,7 +104,7 @@ endif
 	@touch $@
 
 .venv/test.stamp: setup.py pyproject.toml | .venv/bin/pip
-	$(PIP) -e '.[test]'
+	$(PIP) -e '.[test,checks]'
 	@touch .venv/run.stamp $@
 
 .venv/bench.stamp: setup.py pyproject.toml | .venv/bin/pip

