@@ -14,8 +14,9 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from check_test import check
 from programs import kill
-from service import DEADLINE, PROJECT, Service
+from service import DEADLINE, PROJECT, RecordingBackend, Service
 
 pytestmark = [pytest.mark.gen_test(timeout=60), pytest.mark.once]
 
@@ -231,6 +232,21 @@ async def test_relay_starts_with_the_variables_of_peers(io_loop, tmp_path):
     async with Service(environment=environment) as service:
         await kill(service.process)  # before its drain_delay
     assert [line for line in service.log if not line.startswith("[I ")] == []
+
+
+async def test_backend_is_tested_from_a_pod(io_loop, relay):
+    """By the command in the docs, with the pod's variables, beside its relay."""
+    docs = (PROJECT / "docs" / "deploying.md").read_text("utf-8")
+    (flags,) = re.findall(r"^    socketdock check (.*)$", docs, flags=re.M)
+    callbacks = {"SOCKETDOCK_CALLBACKPORT": f"{relay.port('callbacks')}"}
+    async with RecordingBackend() as backend:
+        environment = {
+            name: value.replace("//backend:8000/", f"//127.0.0.1:{backend.port}/")
+            for name, value in relay.service.environment.items()
+        }
+        lines = await check(*flags.split(), status=0, env=environment | callbacks)
+    assert len([line for line in lines if " answered 200 " in line]) == 3
+    assert {line.partition(":")[0] for line in lines} == {"ok"}
 
 
 @pytest.mark.parametrize("form", FORMS)
