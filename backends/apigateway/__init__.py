@@ -6,37 +6,25 @@ in API Gateway's proxy format (`events`). `routes` selects a function for each m
 `functions` has the HTTP client. Order and accounting are those of `backends.http`.
 """
 
-import logging
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
 from tornado.options import options
 
-from backends import (
-    BackendError,
-    Connection,
-    ConnectionRefused,
-    Handshake,
-    Outcome,
-    Relay,
-)
+from backends import Connection, ConnectionRefused, Handshake, Relay
 from backends.apigateway.answers import (
     FORBIDDEN,
     INVOCATION_RULES,
-    SERVER_ERROR,
     Answers,
-    BadAnswer,
     error_frame,
     keep_answer,
-    read_answer,
 )
 from backends.apigateway.authorizer import Authorizer
-from backends.apigateway.decisions import error_refusal, refusal_of, subprotocol_of
+from backends.apigateway.decisions import Decisions
 from backends.apigateway.events import Caller, ConnectionEnd, FunctionEvents
 from backends.apigateway.functions import (
     FunctionClient,
     FunctionDeliveries,
-    InvokeTimeouts,
     NoBreaker,
     function_limits,
     invoke_timeouts,
@@ -58,8 +46,6 @@ from backends.http.open_connections import OpenConnections, make_state
 from backends.http.posting import PostingBackend
 from backends.http.request import RequestWriter
 
-logger = logging.getLogger(__name__)
-
 # The modules of others whose options this backend reads.
 OPTION_MODULES = (
     "backends.client",
@@ -69,10 +55,11 @@ OPTION_MODULES = (
     "backends.journal",
 )
 
+
 class ApiGatewayBackend(PostingBackend):
     """Invokes functions as API Gateway does.
 
-    `timeouts` are those of `$connect`. Without `authorizer` nobody is asked before.
+    Without `authorizer` nobody is asked before `$connect`.
     """
 
     wants_fields = True
@@ -82,8 +69,7 @@ class ApiGatewayBackend(PostingBackend):
         events: FunctionEvents,
         routes: Routes,
         authorizer: Authorizer | None,
-        attempts: Attempts,
-        timeouts: InvokeTimeouts,
+        decisions: Decisions,
         deliveries: FunctionDeliveries,
         disconnects: DisconnectDelivery,
         open_connections: OpenConnections,
@@ -95,8 +81,7 @@ class ApiGatewayBackend(PostingBackend):
         self._events = events
         self._routes = routes
         self._authorizer = authorizer
-        self._attempts = attempts
-        self._timeouts = timeouts
+        self._decisions = decisions
         self._functions = deliveries
         self._callers: dict[str, Caller] = {}  # by id of each accepted connection
 
@@ -111,45 +96,11 @@ class ApiGatewayBackend(PostingBackend):
         self._open_connections.add(connection.id)
         self._callers[connection.id] = caller
         try:
-            return await self._ask(connection.id, caller, handshake)
+            return await self._decisions.ask(connection.id, caller, handshake)
         except ConnectionRefused:
             self._open_connections.remove(connection.id)
             del self._callers[connection.id]
             raise
-
-    async def _ask(
-        self, connection_id: str, caller: Caller, handshake: Handshake
-    ) -> str | None:
-        """Invoke `$connect`; return the subprotocol. Raises `ConnectionRefused`."""
-        target = self._routes.connect
-        if target is None:
-            return None
-        event = self._events.connect(connection_id, caller, handshake)
-        outcome: Outcome = "failed"
-        try:
-            response = await self._attempts.make(
-                "connect",
-                connection_id,
-                target,
-                event,
-                *self._timeouts,
-            )
-            answer = read_answer(response)
-            if not answer.accepts:
-                refusal = refusal_of(answer)
-                outcome = "refused"
-                raise refusal
-            subprotocol = subprotocol_of(answer, handshake.subprotocols)
-            outcome = "delivered"
-            return subprotocol
-        except (BackendError, BadAnswer) as error:
-            logger.warning(
-                "connection %s has no decision: POST %s: %s", connection_id, target,
-                error, extra={"connection_id": connection_id},
-            )
-            raise error_refusal(502, SERVER_ERROR, connection_id, event) from error
-        finally:
-            self._observer.ended("connect", connection_id, outcome)
 
     def message(
         self, connection: Connection, message: str | bytes
@@ -271,8 +222,7 @@ def make_backend(relay: Relay) -> ApiGatewayBackend:
         events,
         routes,
         authorizer,
-        attempts,
-        timeouts,
+        Decisions(routes.connect, events, attempts, timeouts, relay.observer),
         FunctionDeliveries(
             client,
             requests,
