@@ -54,7 +54,11 @@ from handlers.http.binding import bind_listeners
 from handlers.http.body import NotFoundHandler
 from handlers.http.body_budget import MAX_BODY_BYTES, BodyBudget
 from handlers.http.bounds import RequestBounds
-from handlers.http.development import DevelopmentAuthority, set_development_options
+from handlers.http.development import (
+    DevelopmentAuthority,
+    local_url,
+    set_development_options,
+)
 from handlers.http.listener import Descriptors, Server, bindable, is_wildcard
 from handlers.http.request import FastHandler, Request
 from handlers.http.server import RequestServer
@@ -166,7 +170,7 @@ async def serve(log: Log, variables: Sequence[str] = ()) -> int:
     await service.backend.start()
     service.start(log)
     if variables:
-        address = f"{service.to_clients.url('ws')}/{options.stage}"
+        address = f"{local_url(service.to_clients, 'ws')}/{options.stage}"
         with contextlib.suppress(BrokenPipeError):
             print("\n".join((*variables, f"clients connect to {address}")), flush=True)
     await stop.wait()

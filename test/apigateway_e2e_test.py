@@ -9,19 +9,17 @@ import asyncio
 import contextlib
 import json
 import os
-import ssl
-import sys
 from collections.abc import AsyncIterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import pytest
 import websockets
 from dynamodb import Table
+from functions import Development, developing
 from ports import free_ports
 from programs import INTEROP, kill, leave_out, program
 from rie import EMULATOR, INVOCATIONS, Emulator
-from service import DEADLINE, PROJECT, Service, eventually
+from service import DEADLINE, PROJECT, eventually
 from tornado.ioloop import IOLoop
 
 pytestmark = [pytest.mark.gen_test(timeout=90), pytest.mark.once]
@@ -36,41 +34,6 @@ CREDENTIALS = {
 SDK = "@aws-sdk/client-apigatewaymanagementapi"
 AWS_ID = "L0SM9cOFvHcCIhw="  # as API Gateway makes them
 TOO_LARGE = 128 * 1024 + 1
-
-
-class Development(NamedTuple):
-    """`socketdock dev`, and what it has printed."""
-
-    variables: Mapping[str, str]
-    url: str
-
-    @property
-    def tls(self) -> ssl.SSLContext:
-        """A client's context that trusts the relay."""
-        return ssl.create_default_context(
-            cafile=self.variables["NODE_EXTRA_CA_CERTS"]
-        )
-
-    def connect(self, query: str = "") -> websockets.connect:
-        return websockets.connect(self.url + query, ssl=self.tls)
-
-
-@contextlib.asynccontextmanager
-async def developing(folder: Path, *flags: str) -> AsyncIterator[Development]:
-    """Run `socketdock dev` with its state and its output in a folder."""
-    printed = folder / "printed"
-    relay = f'exec "{sys.executable}" socketdock.py dev "$@" >"{printed}"'
-    service = Service(
-        *flags,
-        command=["/bin/sh", "-c", relay, "sh"],
-        environment={"XDG_STATE_HOME": str(folder)},
-    )
-    async with service:
-        async with asyncio.timeout(DEADLINE):
-            while len(lines := printed.read_text().splitlines()) < 3:
-                await asyncio.sleep(0.01)
-        variables = dict(line.split("=", 1) for line in lines[:2])
-        yield Development(variables, lines[2].removeprefix("clients connect to "))
 
 
 @contextlib.asynccontextmanager

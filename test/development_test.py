@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from functions import RecordingFunction, developing
+from ports import free_ports
 from service import ended, tcp_server
 
 from handlers.http.development import DevelopmentAuthority
@@ -130,3 +132,31 @@ def test_missing_openssl_is_reported(tmp_path):
     assert relay.returncode == 1
     (line,) = relay.stderr.splitlines()
     assert "openssl" in line and "--tls_cert" in line
+
+
+@pytest.mark.parametrize("flags", [(), ("--callbackport={1}",)])
+async def test_containers_have_a_name_for_this_machine(io_loop, tmp_path, flags):
+    """A relay on all addresses is `host.docker.internal` in events."""
+    first = free_ports(2)
+    more = [flag.format(first, first + 1) for flag in flags]
+    async with RecordingFunction() as function:
+        given = (
+            f"--functionuri={function.url}", "--bindip=0.0.0.0", f"--bindport={first}"
+        )
+        async with developing(tmp_path, *given, *more) as relay:
+            assert relay.url == f"wss://localhost:{first}/local"
+            async with relay.connect():
+                event = await function.event("CONNECT")
+            port = first + len(more)
+            domain = event["requestContext"]["domainName"]
+            assert domain == f"host.docker.internal:{port}"
+            assert relay.service.callback_url == f"https://0.0.0.0:{port}"
+
+
+async def test_health_asks_a_relay_for_development(io_loop, tmp_path):
+    """By TLS, though its flags do not say so."""
+    flags = ("--functionuri=http://127.0.0.1:1/", f"--bindport={free_ports(1)}")
+    async with developing(tmp_path, *flags) as relay:
+        pid = relay.service.process.pid
+        health = await asyncio.to_thread(ended, "health", f"--pid={pid}")
+        assert health.stdout.endswith(": ok\n") and health.returncode == 0

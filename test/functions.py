@@ -1,11 +1,17 @@
-"""A Lambda function as an HTTP service, which records its events."""
+"""A Lambda function as an HTTP service, and `socketdock dev` in front of functions."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Awaitable, Callable
-from typing import Any, Self
+import re
+import ssl
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
-from service import DEADLINE
+import websockets
+from service import DEADLINE, Service, eventually
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
@@ -69,3 +75,37 @@ class RecordingFunction:
         async with asyncio.timeout(DEADLINE), self._changed:
             await self._changed.wait_for(found)
         return found()[0]
+
+
+class Development(NamedTuple):
+    """`socketdock dev`: the environment and the address that it has printed."""
+
+    service: Service
+    variables: Mapping[str, str]
+    url: str
+
+    def connect(self, query: str = "") -> websockets.connect:
+        """Connect a client that trusts the relay."""
+        trusted = self.variables["NODE_EXTRA_CA_CERTS"]
+        context = ssl.create_default_context(cafile=trusted)
+        return websockets.connect(self.url + query, ssl=context)
+
+
+@contextlib.asynccontextmanager
+async def developing(folder: Path, *flags: str) -> AsyncIterator[Development]:
+    """Run `socketdock dev` with its state and its output in a folder."""
+    printed, last = folder / "printed", "clients connect to "
+    relay = f'exec "{sys.executable}" socketdock.py dev "$@" >"{printed}"'
+    service = Service(
+        *flags,
+        command=["/bin/sh", "-c", relay, "sh"],
+        environment={"XDG_STATE_HOME": str(folder)},
+    )
+    async with service:
+        await eventually(lambda: re.search(f"{last}.+\n", printed.read_text()))
+        *variables, address = printed.read_text().splitlines()
+        yield Development(
+            service,
+            dict(line.split("=", 1) for line in variables),
+            address.removeprefix(last),
+        )

@@ -19,7 +19,7 @@ from tornado.options import Error as OptionError
 from tornado.options import options
 
 from backends import Unavailable
-from handlers.http.listener import is_wildcard
+from handlers.http.listener import Listener, is_wildcard
 
 # By these names functions reach this machine: on it, and from containers.
 CONTAINER_HOST = "host.docker.internal"
@@ -80,6 +80,14 @@ def state_folder(environ: Mapping[str, str]) -> Path:
     home = environ.get("XDG_STATE_HOME", "")
     base = Path(home) if home.startswith("/") else Path.home() / ".local" / "state"
     return base / "socketdock" / "dev"
+
+
+def local_url(listener: Listener, scheme: str) -> str:
+    """Return how clients on this machine reach a listener."""
+    url = listener.url(scheme)
+    if not listener.is_wildcard:
+        return url
+    return f"{url.partition('://')[0]}://localhost:{url.rpartition(':')[2]}"
 
 
 class DevelopmentAuthority:
