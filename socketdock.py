@@ -24,6 +24,7 @@ from tornado.web import RequestHandler
 
 import backends
 from backends import Backend, Check, Finding, Observer, Occupancy, Relay, Unavailable
+from backends.cluster import make_cluster, make_cluster_check
 from handlers.admission import Admission
 from handlers.backlog import Backlog
 from handlers.callbacks.access import CallbackAccess
@@ -211,6 +212,9 @@ class Service:
         self.tracing = make_tracing(__version__, self.instance)
         if self.tracing is not None:
             self.observers.add(self.tracing)
+        self.cluster = make_cluster(
+            self.instance, "" if self.peers is None else self.peers.address
+        )
         self.backend = self._make_backend()
         outgoing = self.backend.descriptors
         if self.peers is not None:
@@ -224,6 +228,8 @@ class Service:
         )
         self.connections = self._make_connections()
         self.executor.begin(self.connections, self.backend)
+        if self.cluster is not None:
+            self.cluster.begin(self.connections, self._rename)
         self.repeats = Repeats(self.connections.loop)
         self.sharing: Sharing | None = None
         if self.peers is not None:
@@ -235,6 +241,8 @@ class Service:
                 __version__,
             )
         self.forwarder = None if self.sharing is None else self.sharing.forwarder
+        if self.forwarder is not None and self.cluster is not None:
+            self.forwarder.leases = self.cluster
         self.bulk = (
             Bulk(self.executor, self.connections.turns, self.observers)
             if self.sharing is None
@@ -247,7 +255,7 @@ class Service:
             self.connections, self.backend, options.ready_breaker_timeout
         )
         self.collector = make_collector(
-            self.connections, self.backend, self.observers, __version__
+            self.connections, self.backend, self.observers, __version__, self.cluster
         )
         self.tail = Tail(
             self.observers,
@@ -273,9 +281,18 @@ class Service:
                 self.executor if self.peers is None else self.peers.executor,
                 self.access.key_of,
                 self._occupancy,
+                self.cluster.hold if self.cluster is not None else None,
+                self.cluster.dead_runs if self.cluster is not None else None,
             )
         )
-        return backend if backend.observes else ObservedBackend(backend, self.observers)
+        if not backend.observes:
+            backend = ObservedBackend(backend, self.observers)
+        return backend if self.cluster is None else self.cluster.wrap(backend)
+
+    def _rename(self, instance: str) -> None:
+        """Go on under another name: this run was taken for dead."""
+        self.instance = self.tail.named["instance"] = instance
+        self.status.rename(instance)
 
     def _occupancy(self) -> Occupancy:
         return Occupancy(len(self.connections), self.connections.stopping)
@@ -309,7 +326,7 @@ class Service:
 
     def _for_backend(self) -> Routes:
         guard = OperatorGuard(self.tokens, self.to_backend.is_loopback)
-        status = Status(
+        self.status = status = Status(
             self.connections,
             self.readiness,
             self.backend,
@@ -317,6 +334,7 @@ class Service:
             self.instance,
             options.backend,
             limits(),
+            self.cluster.describe if self.cluster is not None else None,
         )
         callbacks = {
             "connections": self.connections,
@@ -588,6 +606,8 @@ async def _check_ends(found: list[Finding], sends: bool) -> None:
                     " --callback_capability",
                 )
             )
+    with _errors_added_to(found):
+        found += [finding async for finding in make_cluster_check().findings()]
     backend = Check()
     with _errors_added_to(found):
         module = backends.load(options.backend)

@@ -30,9 +30,9 @@ import asyncio
 import importlib
 import importlib.util
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from types import ModuleType
 from typing import Literal, NamedTuple, Protocol
 
@@ -201,6 +201,40 @@ class Occupancy(NamedTuple):
     draining: bool
 
 
+class Hold(Protocol):
+    """Says when events must wait: another instance may have taken this one for dead.
+
+    It begins with the first look at `active` after a stall of the process, and takes
+    at most a few seconds.
+    """
+
+    @property
+    def active(self) -> bool:
+        """Whether events must wait now."""
+
+    def wait(self, call: Callable[[], None]) -> None:
+        """Call `call` once, when events may be sent again."""
+
+    def leave(self, call: Callable[[], None]) -> None:
+        """Do not call it."""
+
+
+class DeadRuns(Protocol):
+    """Says which disconnect events of dead runs of this process are due here.
+
+    Other instances send them, too (`backends.cluster`).
+    """
+
+    async def claim(self, instance: str, ids: Collection[str]) -> set[str]:
+        """Return those of `ids` that are due here; nobody else sends these."""
+
+    async def sent(self, instance: str, connection_id: str) -> None:
+        """An event was accepted, refused or given up."""
+
+    async def finish(self, instance: str, finished: bool) -> None:
+        """End the claim; `finished`: nothing is left to send."""
+
+
 @dataclass(frozen=True, slots=True)
 class Relay:
     """What a backend is given of the relay that it serves.
@@ -213,7 +247,8 @@ class Relay:
     decides by the id of a new trace whether it is recorded; None: none is. `executor`
     carries out the commands of a backend's responses. `key_of` returns the key of a
     connection's callback URLs, by its id; None: they have none. `occupancy` returns
-    that of now.
+    that of now. `hold` and `dead_runs` are None where no other instance sends
+    disconnect events of this one.
     """
 
     callback_url: str | None
@@ -224,6 +259,8 @@ class Relay:
     executor: Executor | None = None
     key_of: Callable[[str], str] | None = None
     occupancy: Callable[[], Occupancy] = lambda: Occupancy(0, draining=False)
+    hold: Hold | None = None
+    dead_runs: DeadRuns | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +298,10 @@ class Closure:
     initiator: Initiator
     duration: float
     undelivered: int = 0
+
+
+# Of a connection whose run is dead.
+LOST = Closure(1006, "instance lost", "relay", 0.0)
 
 
 class Connection(Protocol):
@@ -437,6 +478,26 @@ class Backend(abc.ABC):
         """
         return None
 
+    async def lost(self, connection_id: str, instance: str) -> None:
+        """Handle the end of a connection that `instance`, a dead run, has lost.
+
+        Called with --cluster, for runs of other processes; the closure is `LOST`.
+        Raises `BackendError` where this could not be delivered.
+        """
+        await self.disconnect(LostConnection(connection_id), LOST)
+
+    def abandon(self, connection_id: str) -> None:
+        """Send nothing more for a connection: another instance has sent its end.
+
+        Called with --cluster. Nothing more is called for it, and a `disconnect` that
+        is under way is cancelled.
+        """
+        return None
+
+    def rename(self, instance: str) -> None:
+        """Go on with another `Relay.instance`: this run was taken for dead."""
+        return None
+
     def called_back(self, connection: Connection) -> None:
         """Handle that a callback request for `connection` was received."""
         return None
@@ -464,6 +525,35 @@ class Backend(abc.ABC):
     async def close(self) -> None:
         """Close what is open. Called once, after the last disconnect."""
         return None
+
+
+class LostConnection:
+    """A connection of a dead run: only its id is known."""
+
+    trace = None
+    backend_state = None
+
+    def __init__(self, connection_id: str) -> None:
+        self.id = connection_id
+        self.connected_at = datetime.fromtimestamp(0, UTC)
+
+    def send(self, message: str | bytes) -> None:
+        """Raises `ConnectionClosed`."""
+        raise ConnectionClosed
+
+    async def drained(self) -> None:
+        """Nothing waits."""
+
+    def has_room(self) -> None:
+        """There is room."""
+
+    def close(
+        self, code: int = 1000, reason: str = "", initiator: Initiator = "backend"
+    ) -> None:
+        """It is closed."""
+
+    def give_up(self, error: BackendError, messages: int = 1) -> None:
+        """Nobody is there to be closed."""
 
 
 def names() -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from tornado.options import Error as OptionError
 from tornado.options import define, options
 
+from backends import Hold
 from backends.waiting import Waiters
 
 logger = logging.getLogger(__name__)
@@ -189,6 +190,36 @@ class Breaker:
         while self._permit and self._line:
             self._line.call_first()
         # If the line is empty, the next caller of `take` gets the permit.
+
+
+class HeldBreaker(Breaker):
+    """A breaker that also permits nothing while `hold` is active."""
+
+    def __init__(self, settings: BreakerSettings, hold: Hold) -> None:
+        super().__init__(settings)
+        self._hold = hold
+
+    def take(self) -> bool:
+        """Whether an attempt is permitted."""
+        return not self._hold.active and super().take()
+
+    def wait(self, call: Callable[[], None]) -> None:
+        """Enter the line, or wait for the end of the hold."""
+        if self._hold.active:
+            self._hold.wait(call)
+        else:
+            super().wait(call)
+
+    def leave(self, call: Callable[[], None]) -> None:
+        """Leave both."""
+        self._hold.leave(call)
+        super().leave(call)
+
+
+def make_breaker(hold: Hold | None) -> Breaker:
+    """Make a breaker from the options. Raises `OptionError` if they conflict."""
+    settings = breaker_settings()
+    return Breaker(settings) if hold is None else HeldBreaker(settings, hold)
 
 
 def breaker_settings() -> BreakerSettings:

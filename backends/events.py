@@ -60,6 +60,11 @@ class EventWriter:
         self._quoted_url = orjson.dumps(f"{relay.callback_url}").decode()[1:-1]
         self._quoted_own = orjson.dumps(self._own).decode()[1:-1]
 
+    def rename(self, instance: str) -> None:
+        """Name another `Relay.instance` in the events made from now on."""
+        self._own["instance"] = instance
+        self._quoted_own = orjson.dumps(self._own).decode()[1:-1]
+
     def meta(self, connection_id: str) -> dict[str, Any]:
         """The members of `meta` that each event of a live connection has."""
         if self._callback_url is None:

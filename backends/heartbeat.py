@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from tornado.options import define
@@ -57,6 +58,10 @@ class Heartbeat:
             due = loop.time() + INTERVAL
             await self._send(TTL, INTERVAL)
             await asyncio.sleep(due - loop.time())
+
+    def rename(self, instance: str) -> None:
+        """Name another instance: this run was taken for dead."""
+        self._relay = replace(self._relay, instance=instance)
 
     async def close(self) -> None:
         """Send the last heartbeat, within `LAST_TIMEOUT`, and close the client."""

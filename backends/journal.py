@@ -60,6 +60,13 @@ class Journal:
         self._size = _replace(self._path, instance, ())
         self._file = _open_to_append(self._path)
 
+    def rename(self, instance: str) -> None:
+        """Name another run as that of the connections."""
+        self.instance = instance
+        self._stale = True
+        if self._retry is None:
+            self._try_to_write()
+
     def add(self, connection_id: str) -> None:
         """Record a connection before its first event is sent."""
         self._ids[connection_id] = None

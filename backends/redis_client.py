@@ -81,10 +81,14 @@ class RedisClient:
         self,
         on_connected: Callable[[], None] = lambda: None,
         on_lost: Callable[[RedisAway], None] = lambda error: None,
+        reply_timeout: float = REPLY_TIMEOUT,
     ) -> "TurnPipeline":
-        """Return a new pipeline; it connects from its first command on."""
+        """Return a new pipeline; it connects from its first command on.
+
+        Without replies for `reply_timeout` seconds Redis counts as away.
+        """
         wire: Wire = self._redis_py.make_wire(self.address)
-        return TurnPipeline(wire, on_connected, on_lost)
+        return TurnPipeline(wire, on_connected, on_lost, reply_timeout)
 
     async def close(self) -> None:
         """Close the connections of `execute`."""
@@ -105,11 +109,13 @@ class TurnPipeline:
         wire: "Wire",
         on_connected: Callable[[], None],
         on_lost: Callable[[RedisAway], None],
+        reply_timeout: float,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._wire = wire
         self._on_connected = on_connected
         self._on_lost = on_lost
+        self._reply_timeout = reply_timeout
         self._waiting: list[tuple[Command, asyncio.Future[Any]]] = []
         # Connects, then sends while something waits; cancelled by close().
         self._running: asyncio.Task[None] | None = None
@@ -175,10 +181,10 @@ class TurnPipeline:
 
     async def _send(self, batch: list[tuple[Command, "asyncio.Future[Any]"]]) -> None:
         try:
-            async with asyncio.timeout(REPLY_TIMEOUT):
+            async with asyncio.timeout(self._reply_timeout):
                 replies = await self._wire.exchange([command for command, _ in batch])
         except TimeoutError:
-            why = f"no reply in {REPLY_TIMEOUT:g} s"
+            why = f"no reply in {self._reply_timeout:g} s"
             await self._lose(RedisAway(f"{self._wire.address}: {why}"), batch)
         except RedisAway as error:
             await self._lose(error, batch)

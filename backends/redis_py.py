@@ -178,7 +178,7 @@ def make_client(address: RedisAddress) -> Redis | RedisCluster:
         "username": address.username,
         "password": address.password,
         "retry": Retry(NoBackoff(), 0),
-        **_without_notifications(),
+        **_without_extra_commands(),
     }
     tls: dict[str, Any] = {}
     if address.tls:
@@ -218,13 +218,20 @@ def make_client(address: RedisAddress) -> Redis | RedisCluster:
     return client
 
 
-def _without_notifications() -> dict[str, Any]:
-    """Leave out a command of redis-py 8, which needs a permission."""
-    name = "maint_notifications_config"
-    if name not in inspect.signature(Redis.__init__).parameters:
-        return {}
-    module = importlib.import_module("redis.maint_notifications")
-    return {name: module.MaintNotificationsConfig(enabled=False)}
+def _without_extra_commands() -> dict[str, Any]:
+    """Leave out commands at the login that need permissions.
+
+    They tell Redis the client's version (named differently before redis-py 7.1), and
+    ask for notifications (redis-py 8).
+    """
+    known = inspect.signature(Redis.__init__).parameters
+    settings: dict[str, Any] = {"lib_name": None, "lib_version": None}
+    if "driver_info" in known:
+        settings = {"driver_info": None}
+    if (name := "maint_notifications_config") in known:
+        module = importlib.import_module("redis.maint_notifications")
+        settings[name] = module.MaintNotificationsConfig(enabled=False)
+    return settings
 
 
 @contextlib.contextmanager

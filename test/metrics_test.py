@@ -203,7 +203,7 @@ async def test_process_metrics_have_their_usual_names(io_loop):
 
 async def test_every_metric_is_explained(io_loop):
     """In docs/metrics.md, with type and labels; the page has no other metric."""
-    async with Service() as service:
+    async with Service("--cluster=redis://127.0.0.1:1") as service:
         answer = await ask(service, "GET", "/metrics")
     exported = {}
     for family in text_string_to_metric_families(answer.body.decode()):

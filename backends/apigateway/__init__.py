@@ -233,6 +233,6 @@ def make_backend(relay: Relay) -> ApiGatewayBackend:
             Answers(relay.executor, options.route_response),
         ),
         disconnects,
-        OpenConnections(state, events, disconnects),
+        OpenConnections(state, events, disconnects, relay.dead_runs),
         credential_sources(*targets),
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from tornado.options import options
 
 from backends import Connection, ConnectionRefused, Handshake, Outcome, Relay
-from backends.breaker import Breaker, breaker_settings
+from backends.breaker import make_breaker
 from backends.client import make_client
 from backends.events import EventWriter
 from backends.heartbeat import CONNECTIONS, Heartbeat
@@ -92,6 +92,11 @@ class HTTPBackend(PostingBackend):
         finally:
             self._observer.ended("connect", connection.id, outcome)
 
+    def rename(self, instance: str) -> None:
+        """Name another instance in events, too."""
+        super().rename(instance)
+        self._events.rename(instance)
+
     def message(
         self, connection: Connection, message: str | bytes
     ) -> Awaitable[None] | None:
@@ -150,7 +155,7 @@ def make_trial(relay: Relay) -> HTTPTrial:
         relay,
         by_option(targets),
         client,
-        Attempts(client, requests, Breaker(breaker_settings()), relay.observer),
+        Attempts(client, requests, make_breaker(None), relay.observer),
         make_replies(relay),
         {
             "--connecturi": options.handshake_timeout,
@@ -169,7 +174,7 @@ def make_backend(relay: Relay) -> HTTPBackend:
     targets = make_targets(relay)
     client = make_client()
     events = EventWriter(relay)
-    breaker = Breaker(breaker_settings())
+    breaker = make_breaker(relay.hold)
     requests = RequestWriter(relay.version)
     attempts = Attempts(client, requests, breaker, relay.observer)
     replies = make_replies(relay)
@@ -215,7 +220,7 @@ def make_backend(relay: Relay) -> HTTPBackend:
         Decisions(targets["connect"], attempts, replies, options.handshake_timeout),
         deliveries,
         disconnects,
-        OpenConnections(state, events, disconnects),
+        OpenConnections(state, events, disconnects, relay.dead_runs),
         credential_sources(*targets.values()),
         make_heartbeat(targets["instance"], requests, relay),
     )

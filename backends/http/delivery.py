@@ -180,6 +180,7 @@ class Delivery:
         self._stop_waiting()
         while self._open:
             self.abandon(next(iter(self._open)))
+        self._signal_if_quiet()
 
     def abandon(self, request: Request) -> None:
         """Close a request's connection; it is not retried, nor counted as a failure."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tornado.options import options
 
-from backends import BackendError, Closure
+from backends import LOST, BackendError, DeadRuns
 from backends.events import Ended
 from backends.http.disconnects import (
     DisconnectEvents,
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 MAX_NOTIFICATIONS = 64  # events of earlier runs that are sent at once
 STOP_TIMEOUT = 2.0  # seconds for these to end when the relay stops
 NOTHING_TO_SEND = "--state_dir has no effect without --disconnecturi"
-LOST = Closure(1006, "instance lost", "relay", 0.0)
 
 
 class OpenConnections:
@@ -36,10 +35,12 @@ class OpenConnections:
         state: StateDirectory | None,
         events: DisconnectEvents,
         disconnects: Disconnects,
+        dead_runs: DeadRuns | None = None,
     ) -> None:
         self._state = state
         self._events = events
         self._disconnects = disconnects
+        self._dead_runs = dead_runs
         self._stopping = False
         # Awaited by `stop`, cancelled by `close`.
         self._recovering: asyncio.Task[None] | None = None
@@ -53,6 +54,11 @@ class OpenConnections:
         """Remove a connection: its disconnect event has ended, or none is due."""
         if self._state is not None:
             self._state.journal.remove(connection_id)
+
+    def rename(self, instance: str) -> None:
+        """Name another run as that of the open connections."""
+        if self._state is not None:
+            self._state.journal.rename(instance)
 
     def start_recovery(self) -> None:
         """Start to send disconnect events for connections that earlier runs lost."""
@@ -84,12 +90,22 @@ class OpenConnections:
         limit = asyncio.Semaphore(MAX_NOTIFICATIONS)
         async with asyncio.TaskGroup() as tasks:
             for run in runs:
-                logger.warning(
-                    "sending disconnect events of %d connections lost by %s",
-                    len(run.ids), run.instance,
-                )
-                for connection_id in run.ids:
-                    tasks.create_task(self._notify(run, connection_id, limit))
+                tasks.create_task(self._recover_run(run, limit))
+
+    async def _recover_run(self, run: DeadRun, limit: asyncio.Semaphore) -> None:
+        if self._dead_runs is not None:
+            due = await self._dead_runs.claim(run.instance, run.ids)
+            for connection_id in set(run.ids) - due:
+                run.remove(connection_id)  # another instance has sent its event
+        logger.warning(
+            "sending disconnect events of %d connections lost by %s",
+            len(run.ids), run.instance,
+        )
+        async with asyncio.TaskGroup() as tasks:
+            for connection_id in run.ids:
+                tasks.create_task(self._notify(run, connection_id, limit))
+        if self._dead_runs is not None:
+            await self._dead_runs.finish(run.instance, finished=not run.ids)
 
     async def _notify(
         self, run: DeadRun, connection_id: str, limit: asyncio.Semaphore
@@ -107,6 +123,8 @@ class OpenConnections:
                 return
             log_failure(connection_id, error)
         run.remove(connection_id)
+        if self._dead_runs is not None:
+            await self._dead_runs.sent(run.instance, connection_id)
 
 
 def make_state(

@@ -6,7 +6,14 @@ messages, `disconnects` sends the end of each connection after them.
 
 import asyncio
 
-from backends import Backend, BackendError, Closure, Condition, Connection
+from backends import (
+    LOST,
+    Backend,
+    BackendError,
+    Closure,
+    Condition,
+    Connection,
+)
 from backends.events import Ended
 from backends.heartbeat import Heartbeat
 from backends.http.batches import BatchDeliveries, BatchDelivery, BatchDisconnects
@@ -110,6 +117,25 @@ class PostingBackend(Backend):
         finally:
             delivery.end()
             del self._by_id[notification.connection_id]
+
+    async def lost(self, connection_id: str, instance: str) -> None:
+        """Post the disconnect event of a dead run's connection."""
+        ended = Ended(connection_id, LOST, instance=instance)
+        await self._disconnects.deliver(
+            DisconnectNotification(self._disconnect_events, ended)
+        )
+
+    def abandon(self, connection_id: str) -> None:
+        """Drop what waits, and abandon what is unanswered."""
+        self._open_connections.remove(connection_id)
+        if (delivery := self._by_id.get(connection_id)) is not None:
+            delivery.end()
+
+    def rename(self, instance: str) -> None:
+        """Name another instance in heartbeats and the journal."""
+        self._open_connections.rename(instance)
+        if self._heartbeat is not None:
+            self._heartbeat.rename(instance)
 
     def called_back(self, connection: Connection) -> None:
         """Record that the backend has seen this connection's earlier messages."""

@@ -15,6 +15,7 @@ from tornado.options import Error as OptionError
 from tornado.options import define, options
 
 from backends import (
+    LOST,
     Backend,
     BackendError,
     Closure,
@@ -106,6 +107,7 @@ class RedisBackend(Backend):
             count,
             options.redis_backlog,
             min(options.delivery_timeout, options.disconnect_timeout),
+            relay.hold,
         )
         self._disconnects = StreamDisconnects(
             self._writer, options.disconnect_timeout, relay.observer
@@ -116,6 +118,7 @@ class RedisBackend(Backend):
             else None,
             self._events,
             self._disconnects,
+            relay.dead_runs,
         )
         assert relay.executor is not None
         self._commands = CommandStream(
@@ -228,6 +231,23 @@ class RedisBackend(Backend):
             self._open_connections.remove(connection.id)
             raise
         self._open_connections.remove(connection.id)
+
+    async def lost(self, connection_id: str, instance: str) -> None:
+        """Add the disconnect event of a dead run's connection."""
+        ended = Ended(connection_id, LOST, instance=instance)
+        await self._disconnects.deliver(DisconnectNotification(self._events, ended))
+
+    def abandon(self, connection_id: str) -> None:
+        """Add no more events of a connection."""
+        self._open_connections.remove(connection_id)
+        delivery = self._by_id.pop(connection_id, None)
+        if delivery is not None:
+            delivery.end()
+
+    def rename(self, instance: str) -> None:
+        """Name another instance in events; the stream of commands stays the same."""
+        self._events.rename(instance)
+        self._open_connections.rename(instance)
 
     def _return(self, command: Undelivered) -> None:
         """Add an event for a command that could not be carried out."""

@@ -61,11 +61,15 @@ class StreamDelivery:
         self._reports.failed(self, entry, error, seconds)
 
     def give_up(self, error: BackendError) -> None:
-        given_up, self._entries = self._entries, deque()
-        for entry, _ in given_up:
-            entry.owner = None
+        for entry, _ in self._entries:
             self._reports.observer.given_up(entry.event.id)
-        self._connection.give_up(error, len(given_up))
-        for _, taken in given_up:
+        self._connection.give_up(error, len(self._entries))
+        self.end()
+
+    def end(self) -> None:
+        """Drop what is not added."""
+        dropped, self._entries = self._entries, deque()
+        for entry, taken in dropped:
+            entry.owner = None
             if not taken.done():
                 taken.set_result(None)

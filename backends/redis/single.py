@@ -36,6 +36,11 @@ class SingleEvent:
         self._entry = writer.add(self, event)
         return self.outcome
 
+    def leave(self) -> None:
+        """Send it no more: nobody waits for its outcome."""
+        if self._entry is not None:
+            self._entry.owner = None
+
     def on_accepted(self, entry: Entry, place: Place, seconds: float) -> None:
         if self._reports is not None:
             self._reports.added(self, entry, place, seconds)
@@ -74,5 +79,8 @@ class StreamDisconnects(Disconnects):
         single = SingleEvent(
             "disconnect", notification.connection_id, self._timeout, self._reports
         )
-        await single.send(self._writer, notification.event())
+        try:
+            await single.send(self._writer, notification.event())
+        finally:
+            single.leave()
         return None

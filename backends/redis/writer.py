@@ -10,7 +10,7 @@ import logging
 from functools import partial
 from typing import Any
 
-from backends import BackendAway, BackendError
+from backends import BackendAway, BackendError, Hold
 from backends.deadlines import STALL, after_reading
 from backends.events import Event
 from backends.redis.entry import Entry, NotAdded, Owner
@@ -35,8 +35,10 @@ class StreamWriter:
         count: int,
         backlog: int,
         shortest_timeout: float,
+        hold: Hold | None = None,
     ) -> None:
         """`shortest_timeout` is that of all events that are retried, in seconds."""
+        self._hold = hold
         self.loop = asyncio.get_running_loop()
         self._keys = keys
         self._address = client.address
@@ -128,6 +130,9 @@ class StreamWriter:
         """Send the next batch of each partition that has one, all in one write."""
         self._is_scheduled = False
         if self._closed or self._under_way or not self._usable:
+            return
+        if self._hold is not None and self._hold.active:
+            self._hold.wait(self._send)
             return
         now, size = self.loop.time(), 0
         while self._due and size < MAX_BYTES:

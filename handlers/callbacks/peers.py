@@ -49,6 +49,7 @@ class Peers:
         self, own: Address, secret_file: str, instance: str, here: CommandExecutor
     ) -> None:
         self._secret_file = secret_file
+        self.address = str(own)
         keys = read_secrets(secret_file)
         self.owners = SharedOwners(own, keys)
         self.hops = Hops(instance, keys)

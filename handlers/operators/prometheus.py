@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from time import CLOCK_BOOTTIME, clock_gettime, time
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, PlatformCollector
 from prometheus_client.core import (
@@ -39,6 +40,13 @@ define("metrics", default=True,
 NO_VERSION = re.compile(r"version=(?!\d{1,4}(\.\d{1,4}){0,2}\s*([;,]|$))")
 
 
+class Described(Protocol):
+    """The leases of --cluster."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return their state, as `/status` shows it."""
+
+
 class RelayCollector(Collector):
     """Builds metrics from the counts and from the current state.
 
@@ -53,6 +61,7 @@ class RelayCollector(Collector):
         backend: Backend,
         build: Mapping[str, str],
         limits: Mapping[str, int],
+        cluster: Described | None = None,
     ) -> None:
         self._metrics = metrics
         self._connections = connections
@@ -60,6 +69,7 @@ class RelayCollector(Collector):
         self._lag = LoopLag()
         self._build = dict(build)
         self._limits = dict(limits)
+        self._cluster = cluster
 
     def registry(self) -> CollectorRegistry:
         """Return the registry of all metrics, those of the process included."""
@@ -79,6 +89,8 @@ class RelayCollector(Collector):
         )
         yield from self._gauges()
         yield from self._counters()
+        if self._cluster is not None:
+            yield from _of_cluster(self._cluster.describe())
         yield self._histogram()
 
     def _gauges(self) -> Iterator[Metric]:
@@ -175,6 +187,20 @@ class RelayCollector(Collector):
         return family
 
 
+def _of_cluster(state: Mapping[str, Any]) -> Iterator[Metric]:
+    for name, help_text in (
+        ("lease", "1 while this instance holds its lease in Redis."),
+        ("instances", "Instances that are known in Redis."),
+    ):
+        full = f"socketdock_cluster_{name}"
+        yield GaugeMetricFamily(full, help_text, float(state[name]))
+    for name, help_text in (
+        ("reaped", "Disconnect events sent for connections of dead instances."),
+        ("fenced", "How often this instance was taken for dead."),
+    ):
+        yield _counter(f"cluster_{name}", help_text, [], [((), state[name])])
+
+
 def _pairs(
     counts: Mapping[str, Mapping[str, int]]
 ) -> Iterator[tuple[tuple[str, str], int]]:
@@ -263,13 +289,20 @@ class MetricsHandler(OperatorHandler):
 
 
 def make_collector(
-    connections: Connections, backend: Backend, observers: Observers, version: str
+    connections: Connections,
+    backend: Backend,
+    observers: Observers,
+    version: str,
+    cluster: Described | None = None,
 ) -> RelayCollector | None:
-    """Return the collector, and start counting; None with --metrics=off."""
+    """Return the collector, and start counting; None with --metrics=off.
+
+    `cluster` has the leases of --cluster.
+    """
     if not options.metrics:
         return None
     metrics = Metrics()
     observers.add(metrics)
     build = {"version": version, "backend": options.backend}
     most = {"connections": options.max_connections, "pending": options.max_pending}
-    return RelayCollector(metrics, connections, backend, build, most)
+    return RelayCollector(metrics, connections, backend, build, most, cluster)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,7 +16,7 @@ class Status:
     """The content of `/status` for this run, which begins when this object is made.
 
     `backend_name` is the value of `--backend`; `limits` are options by name, none of
-    them a secret.
+    them a secret. `cluster` returns the state of leases, where there are any.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class Status:
         instance: str,
         backend_name: str,
         limits: Mapping[str, float | str],
+        cluster: Callable[[], Mapping[str, object]] | None = None,
     ) -> None:
         self._connections = connections
         self._readiness = readiness
@@ -35,8 +36,13 @@ class Status:
         self._backend_name = backend_name
         self._named = {"version": version, "instance": instance}
         self._limits = dict(limits)
+        self._cluster = cluster
         self._started_at = datetime.now(UTC)
         self._began = time.monotonic()  # seconds; the system's clock may be set
+
+    def rename(self, instance: str) -> None:
+        """Show another instance: this run was taken for dead."""
+        self._named["instance"] = instance
 
     def describe(self) -> dict[str, Any]:
         """Return it as JSON values; `uptime`, `away` and `oldest` are in seconds."""
@@ -62,6 +68,7 @@ class Status:
                 "oldest": round(connections.oldest_pending, 3),
             },
             "limits": self._limits,
+            **({} if self._cluster is None else {"cluster": dict(self._cluster())}),
         }
 
 

@@ -93,6 +93,9 @@ class ObservedBackend(Backend):
         self.reload = backend.reload  # type: ignore[method-assign]
         self.drain = backend.drain  # type: ignore[method-assign]
         self.close = backend.close  # type: ignore[method-assign]
+        self.lost = backend.lost  # type: ignore[method-assign]
+        self.abandon = backend.abandon  # type: ignore[method-assign]
+        self.rename = backend.rename  # type: ignore[method-assign]
 
     def condition(self) -> Condition:
         """Return the backend's own condition."""

@@ -104,7 +104,11 @@ class BatchDelivery:
 
     def end(self) -> None:
         """Drop what is left."""
+        for entry in self._entries:
+            entry.owner = None
+        self._entries.clear()
         self._stop_waiting()
+        self._release_callers()
 
     # Called by the lane.
 
@@ -159,11 +163,7 @@ class BatchDelivery:
         self._entries.clear()
         self._stop_waiting()
         self._connection.give_up(error, messages)
-        taken, self._taken = self._taken, deque()
-        for future in taken:
-            if not future.done():
-                future.set_result(None)
-        self._signal_if_quiet()
+        self._release_callers()
 
     def on_replied(self) -> None:
         """Let a slow client read what the commands sent, before its next message."""
@@ -208,6 +208,14 @@ class BatchDelivery:
         taken = self._taken.popleft()
         if not taken.done():
             taken.set_result(None)
+        self._signal_if_quiet()
+
+    def _release_callers(self) -> None:
+        """No message is left."""
+        taken, self._taken = self._taken, deque()
+        for future in taken:
+            if not future.done():
+                future.set_result(None)
         self._signal_if_quiet()
 
     def _signal_if_quiet(self) -> None:

@@ -35,7 +35,10 @@ class BatchDisconnects(Disconnects):
         await notification.wait_until_ready()
         lane = self._lane_of(notification.connection_id)
         sending = SendingDisconnect(notification, lane, self._context, self._timeout)
-        return await sending.outcome
+        try:
+            return await sending.outcome
+        finally:
+            sending.leave()
 
 
 class SendingDisconnect:
@@ -87,6 +90,10 @@ class SendingDisconnect:
         self._entry.owner = None
         if not self.outcome.done():
             self.outcome.set_exception(error)
+
+    def leave(self) -> None:
+        """Send it no more: nobody waits for its outcome."""
+        self._entry.owner = None
 
     def on_replied(self) -> None:
         """Its connection has ended: there is nobody to wait for."""

@@ -1,0 +1,290 @@
+"""The lease of this run, and the ids of its connections, in Redis."""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from backends.cluster.keys import (
+    ADD,
+    FENCED,
+    RELEASE,
+    RENEW,
+    REPLACE,
+    TAKEN,
+    Keys,
+)
+from backends.cluster.stall import StallHold, now
+from backends.redis_client import RedisAway, RedisClient, RedisError
+
+logger = logging.getLogger(__name__)
+
+RELEASE_TIMEOUT = 2.0  # seconds, at the stop
+
+# What to do when a run was taken for dead: its new name, and the ids of connections
+# whose disconnect events others send.
+OnFenced = Callable[[str, Collection[str]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseSettings:
+    """`ttl` in seconds; `address` is how peers reach this instance, or empty."""
+
+    ttl: float = 15.0
+    address: str = ""
+
+
+class Lease:
+    """Keeps the lease of `instance`, and tells whether it is `held`.
+
+    While Redis is away, ids are kept here and written when it is back. A run that finds
+    itself taken for dead goes on under a new name, see `OnFenced`.
+    """
+
+    def __init__(
+        self,
+        client: RedisClient,
+        keys: Keys,
+        instance: str,
+        settings: LeaseSettings,
+        hold: StallHold,
+    ) -> None:
+        self.instance = instance
+        self.keys = keys
+        self.settings = settings
+        self.held = False
+        self.fenced = 0  # how many times
+        self.on_fenced: OnFenced = lambda instance, reaped: None
+        self._hold = hold
+        self._redis = client.pipeline(
+            self._on_connected, self._on_lost, reply_timeout=settings.ttl / 3
+        )
+        self._ids: dict[str, None] = {}
+        self._added: list[str] = []  # to be written, as `_removed`
+        self._removed: list[str] = []
+        self._written: asyncio.Future[None] | None = None  # done when `_added` is
+        # Writes while there is something; ends by itself.
+        self._writing: asyncio.Task[None] | None = None
+        self._complete = False  # whether Redis has all ids, as far as is known
+        self._stalled = False  # since the last renewal
+        self._held_since: int | None = None  # without a break, in Redis' milliseconds
+        self._time = 0  # Redis' time of the last renewal
+        self._renewed_at = 0.0  # as `now()`
+        self._failing = False  # logged
+        self._kicked = asyncio.Event()
+        self._released = False
+        hold.on_stall = self._on_stall
+        # Cancelled by release().
+        self._running = asyncio.create_task(self._run())
+
+    @property
+    def connections(self) -> int:
+        """Number of ids."""
+        return len(self._ids)
+
+    @property
+    def may_reap(self) -> bool:
+        """Whether it is held, and was for one ttl without a late renewal."""
+        since = self._held_since
+        return (
+            self.held
+            and since is not None
+            and self._time - since >= self.settings.ttl * 1000
+        )
+
+    # Ids of connections.
+
+    def add(self, connection_id: str) -> "asyncio.Future[None] | None":
+        """Record a connection before its first event is sent.
+
+        Returns a future that is done when Redis has it, or is found to be away; None
+        while it is away.
+        """
+        self._ids[connection_id] = None
+        if self._redis.away is not None:
+            return None
+        self._added.append(connection_id)
+        if self._written is None:
+            self._written = self._hold.loop.create_future()
+        self._write()
+        return self._written
+
+    def remove(self, connection_id: str) -> None:
+        """Remove a connection: its disconnect event has ended, or none is due."""
+        if connection_id in self._ids:
+            del self._ids[connection_id]
+            if self._redis.away is None:
+                self._removed.append(connection_id)
+                self._write()
+
+    def _write(self) -> None:
+        if self._writing is None:
+            self._writing = self._hold.loop.create_task(self._write_all())
+
+    async def _write_all(self) -> None:
+        """Write what has gathered: at most one write is unanswered."""
+        try:
+            while self._added or self._removed:
+                added, self._added = self._added, []
+                removed, self._removed = self._removed, []
+                written, self._written = self._written, None
+                try:
+                    await self._write_changes(added, removed)
+                finally:
+                    if written is not None and not written.done():
+                        written.set_result(None)
+        finally:
+            self._writing = None
+
+    async def _write_changes(self, added: list[str], removed: list[str]) -> None:
+        dead, connections = self._own_keys("dead", "connections")
+        adding = removing = None
+        if added:
+            adding = self._redis.execute("EVAL", ADD, 2, dead, connections, *added)
+        if removed:
+            removing = self._redis.execute("SREM", connections, *removed)
+        try:
+            if removing is not None:
+                await removing
+            if adding is not None and not await adding:
+                self._kicked.set()  # there is a tombstone
+        except RedisError as error:
+            self._complete = False  # the next renewal writes all of them
+            self._log_failure(error)
+
+    def _own_keys(self, *names: str) -> list[str]:
+        return [getattr(self.keys, name)(self.instance) for name in names]
+
+    # The lease.
+
+    async def _run(self) -> None:
+        while True:
+            self._kicked.clear()
+            await self._renew()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._kicked.wait(), self.settings.ttl / 3)
+
+    async def _renew(self) -> None:
+        self._stalled = self._hold.active or self._stalled
+        began = now()
+        lease, dead = self._own_keys("lease", "dead")
+        address, ttl = self.settings.address, round(self.settings.ttl * 1000)
+        renewal = self._redis.execute("EVAL", RENEW, 2, lease, dead, address, ttl)
+        if not self._complete:  # others find it from its first connection on
+            self._redis.execute("HSET", self.keys.instances, self.instance, address)
+        try:
+            state, self._time = await renewal
+            if self._hold.active and not self._stalled:  # a reply from before the stall
+                self._kicked.set()
+                return
+            if state == FENCED:
+                reaped = await self._redis.execute("SMEMBERS", dead)
+                self._fence({id_.decode() for id_ in reaped})
+                return
+            if state == TAKEN and self._stalled:
+                await self._leave_old_name()
+                self._fence(())
+                return
+            late = began - self._renewed_at > self.settings.ttl * 2 / 3
+            if state == TAKEN or late or self._held_since is None:
+                self._held_since = self._time
+            self._renewed_at = began
+            if state == TAKEN or not self._complete:
+                await self._write_again()
+        except RedisError as error:
+            self._log_failure(error)
+            self.held, self._held_since = False, None
+            self._hold.extend()
+            return
+        if not self.held:
+            logger.info("%s holds its lease in Redis", self.instance)
+        self.held, self._stalled, self._failing = True, False, False
+        if self._hold.active:
+            self._hold.release()
+        self._hold.extend()
+
+    async def _write_again(self) -> None:
+        """Write all ids: Redis may have lost some, or keep some that have ended."""
+        dead, connections = self._own_keys("dead", "connections")
+        register = self._redis.execute(
+            "HSET", self.keys.instances, self.instance, self.settings.address
+        )
+        self._added, self._removed = [], []
+        written, self._written = self._written, None
+        self._complete = True  # what changes from now on is written after these
+        try:
+            await self._redis.execute(
+                "EVAL", REPLACE, 2, dead, connections, *self._ids
+            )
+            await register
+        except RedisError:
+            self._complete = False
+            raise
+        finally:
+            if written is not None and not written.done():
+                written.set_result(None)
+
+    async def _leave_old_name(self) -> None:
+        lease, connections = self._own_keys("lease", "connections")
+        await self._redis.execute("DEL", lease, connections)
+        await self._redis.execute("HDEL", self.keys.instances, self.instance)
+
+    def _fence(self, reaped: Collection[str]) -> None:
+        """Go on under a new name, without the connections that others have ended."""
+        old = self.instance
+        self.instance = f"{old.rpartition('/')[0]}/{secrets.token_hex(8)}"
+        self._ids = {id_: None for id_ in self._ids if id_ not in reaped}
+        self._complete = self.held = self._stalled = False
+        self._held_since = None
+        self.fenced += 1
+        logger.error(
+            "%s was taken for dead: it goes on as %s, and closes its connections with"
+            " 1012; others have sent the disconnect events of %d",
+            old, self.instance, len(reaped) - ("" in reaped),
+            extra={"event": "fenced"},
+        )  # fmt: skip
+        self.on_fenced(self.instance, reaped)
+        self._hold.release()
+        self._kicked.set()
+
+    def _on_stall(self) -> None:
+        logger.warning("this process stood still for longer than its lease: events wait"
+                       " until Redis has answered")
+        self._kicked.set()
+
+    def _on_connected(self) -> None:
+        self._complete = False
+        self._kicked.set()
+
+    def _on_lost(self, error: RedisAway) -> None:
+        self._log_failure(error)
+        self.held, self._held_since = False, None
+
+    def _log_failure(self, error: RedisError) -> None:
+        """Log the first failure of an outage."""
+        if not self._failing and not self._released:
+            self._failing = True
+            logger.warning(
+                "Redis of --cluster is away, relaying goes on; crashes are not noticed"
+                " meanwhile: %s", error, extra={"event": "cluster_away"},
+            )  # fmt: skip
+
+    async def release(self) -> None:
+        """Give the lease back; what is left are ids whose event others must send."""
+        self._released = True
+        self._running.cancel()
+        await asyncio.gather(self._running, return_exceptions=True)
+        with contextlib.suppress(TimeoutError, RedisError):
+            async with asyncio.timeout(RELEASE_TIMEOUT):
+                if self._writing is not None:
+                    await self._writing
+                lease, connections = self._own_keys("lease", "connections")
+                if not await self._redis.execute(
+                    "EVAL", RELEASE, 2, lease, connections
+                ):
+                    await self._redis.execute(
+                        "HDEL", self.keys.instances, self.instance
+                    )
+        await self._redis.close()

@@ -1,0 +1,153 @@
+"""Wraps a backend: records its connections in Redis, and stops what others have ended.
+
+The moments are those of the journal (`backends.journal`): an id is written before the
+first event leaves, and removed when the disconnect event was accepted or given up.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Collection, Iterable
+
+from backends import (
+    Backend,
+    BackendError,
+    Closure,
+    Condition,
+    Connection,
+    ConnectionRefused,
+    Handshake,
+)
+from backends.cluster.lease import Lease
+from backends.cluster.reaper import Reaper
+from backends.cluster.stall import StallHold
+
+SERVICE_RESTART = 1012  # IANA's registry of close codes: clients reconnect at once
+
+
+class LeasedBackend(Backend):
+    """A backend whose connections are recorded by `lease`."""
+
+    def __init__(
+        self, backend: Backend, lease: Lease, hold: StallHold, reaper: Reaper
+    ) -> None:
+        self._backend = backend
+        self._lease = lease
+        self._hold = hold
+        self._reaper = reaper
+        self._later = 0  # messages that wait for the end of the hold
+        self._closing = False
+        # Connections whose disconnect event others have sent, until they end here.
+        self._fenced: set[str] = set()
+        # The tasks that send disconnect events, by the connection's id.
+        self._ending: dict[str, asyncio.Task[None] | None] = {}
+        self.descriptors = backend.descriptors + DESCRIPTORS
+        self.observes = backend.observes
+        self.takes_many = backend.takes_many
+        self.wants_fields = backend.wants_fields
+        self.called_back = backend.called_back  # type: ignore[method-assign]
+        self.start = backend.start  # type: ignore[method-assign]
+        self.reload = backend.reload  # type: ignore[method-assign]
+        self.lost = backend.lost  # type: ignore[method-assign]
+        self.abandon = backend.abandon  # type: ignore[method-assign]
+        self.rename = backend.rename  # type: ignore[method-assign]
+
+    def condition(self) -> Condition:
+        """Return the backend's own condition."""
+        return self._backend.condition()
+
+    async def connect(
+        self, connection: Connection, handshake: Handshake
+    ) -> str | None:
+        """Record the connection, then ask the backend."""
+        while self._hold.active:
+            await self._hold.passed()
+        written = self._lease.add(connection.id)
+        if written is not None:
+            await asyncio.shield(written)
+        try:
+            return await self._backend.connect(connection, handshake)
+        except ConnectionRefused:
+            self._lease.remove(connection.id)
+            self._fenced.discard(connection.id)
+            raise
+
+    def message(
+        self, connection: Connection, message: str | bytes
+    ) -> Awaitable[None] | None:
+        """Give the message to the backend, after a hold in the order of the calls."""
+        if self._hold.active or self._later:
+            self._later += 1
+            passed = self._hold.passed()
+            passed.add_done_callback(self._on_passed)
+            return self._message_later(connection, message, passed)
+        if self._fenced and connection.id in self._fenced:
+            return None
+        return self._backend.message(connection, message)
+
+    def _on_passed(self, passed: "asyncio.Future[None]") -> None:
+        self._later -= 1
+
+    async def _message_later(
+        self,
+        connection: Connection,
+        message: str | bytes,
+        passed: "asyncio.Future[None]",
+    ) -> None:
+        await passed
+        if connection.id not in self._fenced:
+            taken = self._backend.message(connection, message)
+            if taken is not None:
+                await taken
+
+    async def disconnect(self, connection: Connection, closure: Closure) -> None:
+        """Send the disconnect event, unless others have; then remove the connection."""
+        task = self._ending[connection.id] = asyncio.current_task()
+        try:
+            while self._hold.active:
+                await self._hold.passed()
+            if connection.id in self._fenced:
+                return
+            await self._backend.disconnect(connection, closure)
+        except BackendError:
+            if not self._closing:  # otherwise others send it
+                self._lease.remove(connection.id)
+            raise
+        except asyncio.CancelledError:
+            if connection.id not in self._fenced or task is None:
+                raise
+            task.uncancel()
+        else:
+            self._lease.remove(connection.id)
+        finally:
+            del self._ending[connection.id]
+            self._fenced.discard(connection.id)
+
+    def fence(self, connections: Iterable[Connection], reaped: Collection[str]) -> None:
+        """Close all connections, and send nothing more for those in `reaped`."""
+        for connection_id, task in self._ending.items():
+            if connection_id in reaped and task is not None:
+                self._fenced.add(connection_id)
+                self._backend.abandon(connection_id)
+                task.cancel()
+        for connection in connections:
+            if connection.id in reaped:
+                self._fenced.add(connection.id)
+                self._backend.abandon(connection.id)
+            connection.close(SERVICE_RESTART, "taken for dead", "relay")
+
+    async def drain(self, timeout: float) -> int:
+        """Begin no more events of dead instances, and let the backend drain."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        await self._reaper.stop(timeout)
+        return await self._backend.drain(max(0.0, deadline - loop.time()))
+
+    async def close(self) -> None:
+        """Close the backend, then give the lease back."""
+        self._closing = True
+        await self._reaper.close()
+        await self._backend.close()
+        await self._lease.release()
+        await self._reaper.release()
+
+
+DESCRIPTORS = 8  # for connections to Redis
