@@ -388,7 +388,7 @@ class Service:
             self.forwarder,
         )
         if self.sharing is not None:
-            send = either(send, self.sharing.fast_hop())
+            send = either(self.sharing.fast_hop(), send)
         if self.tracing is not None:  # a handler answers bulk callbacks
             scheme = "https" if self.to_backend.has_tls else "http"
             return self.tracing.fast(send, scheme)

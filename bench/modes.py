@@ -191,7 +191,7 @@ class Traffic(Run):
         match self.cell.mode:
             case "up" | "up-redis":
                 self.on_arrival = self.on_done
-            case "push" | "push-bulk":
+            case "push" | "push-bulk" | "push-forward":
                 self.send = self.call
             case "echo-reply" if self.relay.peer.replies:
                 self.replying = True
@@ -349,6 +349,25 @@ class BulkTraffic(Traffic):
             self.due = []
 
 
+class ForwardTraffic(Traffic):
+    """Pushes by another instance than that of the client.
+
+    Before, pushes by the client's own instance are measured in the same run. `ratio` is
+    the cost of the former in both instances to that of the latter.
+    """
+
+    async def figures(self) -> Figures:
+        await self.begin()
+        local = await self.rate()
+        host = b"%b:%d" % (HOST.encode(), self.relay.last_port)
+        pool = Callbacks(host, self.fail)
+        for client in self.clients:
+            client.callbacks = pool
+        forwarded = await self.rate()
+        ratio = forwarded["cpu_us"] / local["cpu_us"]
+        return {**forwarded, "local_cpu_us": local["cpu_us"], "ratio": ratio}
+
+
 class Latency(Traffic):
     """Echoes at half of the maximum rate, independent of when they return.
 
@@ -485,6 +504,7 @@ MODES: dict[str, type[Run]] = {
     "up-redis": StreamTraffic,
     "push": Traffic,
     "push-bulk": BulkTraffic,
+    "push-forward": ForwardTraffic,
     "echo": Traffic,
     "echo-reply": Traffic,
     "echo-batch": BatchTraffic,
@@ -495,4 +515,5 @@ MODES: dict[str, type[Run]] = {
     "share": Share,
 }
 ALL_SIZES = ("up", "up-redis", "push", "push-bulk", "echo", "echo-reply", "echo-batch")
-ONE_SIZE = {"visit": 1024, "latency": 1024}  # bytes; other modes send no messages
+# In bytes; other modes send no messages.
+ONE_SIZE = {"push-forward": 1024, "visit": 1024, "latency": 1024}

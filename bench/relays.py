@@ -40,6 +40,7 @@ class Setting(NamedTuple):
     batches: bool = False  # whether the backend gets events in batches, if it can
     bulk: bool = False  # whether bulk callbacks are possible, if the relay has them
     redis: str = ""  # URL of the Redis that takes events; empty: the backend does
+    pair: bool = False  # whether two instances take each other's callbacks
 
 
 class Start(NamedTuple):
@@ -56,7 +57,8 @@ class Peer(NamedTuple):
     starts: Callable[[Setting], list[Start]]
     # Whether a client's channel is in its path, and the backend gets no JSON.
     channels: bool = False
-    cannot: tuple[str, ...] = ("share", "up-redis")  # modes that it does not support
+    # Modes that it does not support.
+    cannot: tuple[str, ...] = ("share", "up-redis", "push-forward")
     # Whether a response may have messages; batches and bulk callbacks, too.
     replies: bool = False
 
@@ -74,6 +76,7 @@ class Relay:
         self.peer = peer
         self.redis = redis  # URL of the Redis that takes events, or empty
         self.port = port
+        self.last_port = port  # of the process that started last
         self.processes = processes
 
     def path(self, number: int) -> str:
@@ -136,6 +139,22 @@ def socketdock(setting: Setting, *flags: str, callback_port: int = 0) -> Start:
     return Start(command, callback_port or setting.port)
 
 
+def one_or_pair(setting: Setting) -> list[Start]:
+    """One process of SocketDock, or two instances that forward callbacks."""
+    if not setting.pair:
+        return [socketdock(setting)]
+    secret = setting.folder / "secret"
+    secret.write_text(TOKEN)
+    return [
+        socketdock(
+            each,
+            f"--peer_address=127.0.0.1:{each.port}",
+            f"--peer_secret_file={secret}",
+        )
+        for each in (setting, setting._replace(port=free_port()))
+    ]
+
+
 def two_processes(setting: Setting) -> list[Start]:
     """Two processes of SocketDock that share the clients' port."""
     return [
@@ -178,24 +197,27 @@ def nchan(setting: Setting) -> list[Start]:
 
 
 KNOWN = {
-    "socketdock": Peer(
-        "SocketDock",
-        lambda setting: [socketdock(setting)],
-        cannot=("share",),
-        replies=True,
-    ),
+    "socketdock": Peer("SocketDock", one_or_pair, cannot=("share",), replies=True),
     "socketdock-listeners": Peer(
         "SocketDock, two listeners",
         lambda setting: [socketdock(setting, callback_port=free_port())],
-        cannot=("share",),
+        cannot=("share", "push-forward"),
         replies=True,
     ),
     "socketdock-processes": Peer(
-        "SocketDock, two processes", two_processes, cannot=(), replies=True
+        "SocketDock, two processes",
+        two_processes,
+        cannot=("push-forward",),
+        replies=True,
     ),
     "node": Peer("Node.js", node),
     "tornado": Peer("plain Tornado", plain_tornado),
-    "nchan": Peer("nginx, nchan", nchan, channels=True, cannot=("visit", "share")),
+    "nchan": Peer(
+        "nginx, nchan",
+        nchan,
+        channels=True,
+        cannot=("visit", "share", "up-redis", "push-forward"),
+    ),
 }
 
 
@@ -218,6 +240,7 @@ def running(name: str, backend: str, mode: str, redis: str = "") -> Iterator[Rel
             mode == "echo-batch",
             mode == "push-bulk",
             redis,
+            mode == "push-forward",
         )
         log = Path(folder) / "log"
         processes: list[subprocess.Popen[bytes]] = []
@@ -226,6 +249,7 @@ def running(name: str, backend: str, mode: str, redis: str = "") -> Iterator[Rel
             for start in peer.starts(setting):
                 processes.append(spawn(start, log))
                 relay.processes.append(processes[-1].pid)
+                relay.last_port = start.port
                 wait_for_start(start, processes[-1], log)
             yield relay
         except BenchError as error:

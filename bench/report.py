@@ -23,6 +23,7 @@ TABLES = {
     "Processor time of the relay, µs per message": ["cpu_us"],
     "Messages, handshakes or visits per second": ["per_second"],
     "Latency at half of what each relay can do, ms": ["p50", "p99", "p99.9"],
+    "Cost of a push by another instance, as a multiple of a local one": ["ratio"],
     "Memory per idle connection, bytes": ["bytes"],
     "Share of the clients that the process gets that gets the least": ["least_share"],
     "Processor time of the load, µs per message": ["load_us"],

@@ -19,6 +19,7 @@ FIGURES = {
     "up-redis": PRICE,
     "push": PRICE,
     "push-bulk": PRICE,
+    "push-forward": PRICE | {"local_cpu_us", "ratio"},
     "echo": PRICE,
     "echo-reply": PRICE,
     "echo-batch": PRICE,

@@ -9,7 +9,7 @@ from handlers.callbacks.actions import GONE, Outcome, Sending, send
 from handlers.callbacks.bodies import message_of
 from handlers.callbacks.forward import OWN_KEY
 from handlers.callbacks.hops import HEADER, Signed, digest_of_body
-from handlers.callbacks.received_hops import ReceivedHops, unasked
+from handlers.callbacks.received_hops import ReceivedHops
 from handlers.callbacks.repeats import HEADER as KEY_HEADER
 from handlers.callbacks.responses import response_of
 from handlers.http.request import FastHandler, FastResponse, Request
@@ -23,8 +23,7 @@ OWN = OWN_KEY.encode()
 class FastHop:
     """Answers a forwarded send by the rules of `HopHandler`, but without it.
 
-    Only those without a key of the backend; `FastSend` leaves them all to it, since
-    each has a key.
+    Only those without a key of the backend.
     """
 
     def __init__(self, received: ReceivedHops, max_message_size: int) -> None:
@@ -40,16 +39,20 @@ class FastHop:
 
     def __call__(self, request: Request) -> FastHandler | None:
         """Return the function that receives the body; None if it is not plain."""
-        if request.method != "POST" or request.declared > self._max_message_size:
+        headers = request.headers
+        # Others leave here, at once.
+        if not headers or headers[0][0] != HOP or request.method != "POST":
+            return None
+        if request.declared > self._max_message_size:
             return None
         target = self._target.fullmatch(request.target)
         if target is None or request.upgrade or request.chunked:
             return None
         if request.version != "1.1" or not request.keep_alive:
             return None
-        fields = dict(request.headers)
-        hop, key = fields.get(HOP), fields.get(KEY, b"")
-        if hop is None or not key.startswith(OWN) or len(fields) < len(request.headers):
+        fields = dict(headers)
+        key = fields.get(KEY, b"")
+        if not key.startswith(OWN) or len(fields) < len(headers):
             return None
         if b"expect" in fields or b"content-encoding" in fields:
             return None
@@ -58,7 +61,7 @@ class FastHop:
             self._send,
             target[1].decode(),
             [target[2].decode()] if target[2] else [],
-            hop,
+            headers[0][1],
             (b"POST", request.target, content_type, key),
         )
 
@@ -73,8 +76,8 @@ class FastHop:
         digest = digest_of_body(body)
         if not self._hops.accepts(hop, Signed(*parts, digest)):
             return None
-        keyed = unasked(connection_id, parts[3].decode(), digest)
-        if not self._repeats.is_new(keyed):
+        name = connection_id, parts[3]
+        if not self._repeats.is_new(name):
             return None
         try:
             message = message_of(body, parts[2].decode("latin-1"), types)
@@ -85,9 +88,9 @@ class FastHop:
             return response_of(GONE)
         outcome = send(connection, MessageFrame(message))
         if isinstance(outcome, Outcome):
-            self._repeats.add(keyed, outcome)
+            self._repeats.add(name, digest, outcome)
             return response_of(outcome)
-        return _respond(self._repeats.begin(keyed, _ended(outcome)))
+        return _respond(self._repeats.begin(name, digest, _ended(outcome)))
 
 
 async def _ended(sending: Sending) -> Outcome:

@@ -113,31 +113,41 @@ class FastSend:
         if self._forwarder is not None:
             owner = self._forwarder.owner_of(connection_id)
             if owner is not None:
-                callback = Forwarded(
-                    "POST",
-                    without_key(*_parts(request.target)),
-                    content_type,
-                    connection_id=connection_id,
-                    seconds=self._forwarder.send_timeout,
-                    traceparent=_traceparent(request),
+                sent = connection_id, content_type, types
+                return partial(
+                    self._forward, owner, request.target, request.headers, *sent
                 )
-                return partial(self._forward, owner, types, callback)
         return partial(self._send, connection_id, content_type, types)
 
     def _forward(
         self,
         owner: Address,
+        target: bytes,
+        headers: Sequence[tuple[bytes, bytes]],
+        connection_id: str,
+        content_type: str,
         types: Sequence[str],
-        callback: Forwarded,
         body: bytes,
     ) -> Awaitable[FastResponse] | None:
         """Forward a send to the instance that has its connection."""
-        assert self._forwarder is not None
+        forwarder = self._forwarder
+        assert forwarder is not None
         try:
-            message_of(body, callback.content_type, types)
+            message_of(body, content_type, types)
         except ValueError:
             return None
-        return self._forwarder.forward(owner, callback._replace(body=body))
+        path, _, query = target.decode().partition("?")
+        callback = Forwarded(
+            "POST",
+            without_key(path, query) if query else path,
+            content_type,
+            forwarder.send_timeout,
+            "",
+            body,
+            connection_id,
+            _traceparent(headers),
+        )
+        return forwarder.forward(owner, callback)
 
     def _send(
         self, connection_id: str, content_type: str, types: Sequence[str], body: bytes
@@ -153,15 +163,9 @@ class FastSend:
         return response_of(outcome) if isinstance(outcome, Outcome) else _later(outcome)
 
 
-def _parts(target: bytes) -> tuple[str, str]:
-    """Return path and query of a target."""
-    path, _, query = target.decode().partition("?")
-    return path, query
-
-
-def _traceparent(request: Request) -> str:
+def _traceparent(headers: Sequence[tuple[bytes, bytes]]) -> str:
     """Return the trace to which a request belongs; empty: none."""
-    found = [value for name, value in request.headers if name == b"traceparent"]
+    found = [value for name, value in headers if name == b"traceparent"]
     return found[0].decode("latin-1") if len(found) == 1 else ""
 
 

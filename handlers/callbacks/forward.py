@@ -7,10 +7,11 @@ verifies the request, and never forwards it again.
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
+from itertools import count
 from typing import NamedTuple, Protocol
 
 from backends import BackendError, ForwardOutcome
@@ -38,6 +39,7 @@ RETRY_AFTER = 2  # seconds
 # Begins the Idempotency-Key of a callback that has none. With a key it is carried out
 # once, also if its request is sent again, or was recorded and is replayed.
 OWN_KEY = "hop-"
+HOP = HEADER.encode()
 
 # Headers of an owner's answer that the backend gets.
 PASSED_ON = (
@@ -172,6 +174,12 @@ class Forwarder:
         # By the owner's digits in ids. The client forgets unused addresses, too.
         self._targets: dict[str, PeerTarget] = {}
         self._asking: set[asyncio.Task[None]] = set()  # the cluster
+        # Callbacks under way, oldest first, until they are late; one timer for all.
+        self._under_way: dict[_Forwarding, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        # Begins the keys of this run; see `OWN_KEY`.
+        self._own_key = f"{OWN_KEY}{secrets.token_hex(12)}-"
+        self._numbers = count(1)
 
     def owner_of(self, connection_id: str) -> Address | None:
         """Return the other instance that has a connection.
@@ -184,7 +192,36 @@ class Forwarder:
 
     def forward(self, owner: Address, callback: Forwarded) -> Awaitable[Response]:
         """Send `callback` to `owner`; await it for the response."""
-        return _Forwarding(self, owner, callback).response
+        forwarding = _Forwarding(self, owner, callback)
+        self._under_way[forwarding] = None
+        if self._timer is None:
+            self._watch(self.client.loop.time())
+        return forwarding.response
+
+    def new_key(self) -> str:
+        """Return a key for a callback that has none."""
+        return f"{self._own_key}{next(self._numbers)}"
+
+    def on_ended(self, forwarding: "_Forwarding") -> None:
+        """A callback has its answer."""
+        self._under_way.pop(forwarding, None)
+
+    def _watch(self, began: float) -> None:
+        loop = self.client.loop
+        self._timer = loop.call_at(
+            began + self.timeout, after_reading, loop, self._on_time
+        )
+
+    def _on_time(self) -> None:
+        """Handle the callbacks that have no answer after `--peer_timeout`."""
+        self._timer = None
+        latest = self.client.loop.time() - self.timeout
+        for forwarding in list(self._under_way):
+            if forwarding.began > latest:
+                self._watch(forwarding.began)
+                return
+            del self._under_way[forwarding]
+            self.ask(forwarding)
 
     def target(self, owner: Address) -> PeerTarget:
         """Return where callbacks for the connections of `owner` go."""
@@ -210,17 +247,18 @@ class Forwarder:
         if callback.traceparent:
             more += b"traceparent: %b\r\n" % callback.traceparent.encode("latin-1")
         return (
-            b"%b %b HTTP/1.1\r\nHost: %b\r\nUser-Agent: %b\r\n%bIdempotency-Key: %b\r\n"
-            b"%b: %b\r\nContent-Length: %d\r\n\r\n%b"
+            # `FastHop` recognizes a forwarded send by its first header.
+            b"%b %b HTTP/1.1\r\n%b: %b\r\nIdempotency-Key: %b\r\nHost: %b\r\n"
+            b"User-Agent: %b\r\n%bContent-Length: %d\r\n\r\n%b"
         ) % (
             method,
             target,
+            HOP,
+            hop,
+            key,
             owner.text.encode(),
             self._user_agent,
             more,
-            key,
-            HEADER.encode(),
-            hop,
             len(body),
             body,
         )
@@ -242,12 +280,16 @@ class Forwarder:
 
     async def close(self) -> None:
         """Close all connections; callbacks under way are answered."""
+        if self._timer is not None:
+            self._timer.cancel()
         await self.client.close()
         await asyncio.gather(*self._asking)
 
 
 class _Forwarding:
     """One callback on its way to the owner, until there is an answer.
+
+    `began` is on the loop's clock.
 
     If there is none after `--peer_timeout`, the cluster is asked whether the owner is
     alive: an owner whose machine is gone takes no connection, or nothing on an old one.
@@ -259,31 +301,20 @@ class _Forwarding:
         self.owner = owner
         self._forwarder = forwarder
         self._callback = callback
-        self._key = (callback.key or OWN_KEY + secrets.token_hex(16)).encode()
+        self._key = (callback.key or forwarder.new_key()).encode()
         client = forwarder.client
         self.response: asyncio.Future[Response] = client.loop.create_future()
         self._ended = False
         self._sent = False  # whether the request was written, at least in part
-        self._began = client.loop.time()
-        self._limit(forwarder.timeout, self._on_late)
+        self.began = client.loop.time()
+        self._timer: asyncio.TimerHandle | None = None
         self._exchange = client.post(
             forwarder.target(owner), self._write, self._on_done, keep=_keep
-        )
-
-    def _limit(self, seconds: float, judge: Callable[[], None]) -> None:
-        """Call `judge` that long after the beginning, unless there is an answer."""
-        loop = self._forwarder.client.loop
-        self._timer = loop.call_at(
-            self._began + seconds, after_reading, loop, judge
         )
 
     def _write(self) -> bytes:
         self._sent = True
         return self._forwarder.request(self.owner, self._callback, self._key)
-
-    def _on_late(self) -> None:
-        if not self._ended:
-            self._forwarder.ask(self)
 
     def on_asked(self, alive: bool | None) -> None:
         """Handle whether the owner is alive; None: nobody knows."""
@@ -292,8 +323,11 @@ class _Forwarding:
         if alive is False:
             self._end("gone", response_of(INSTANCE_GONE))
         elif self._sent and self._exchange.pending:
+            loop = self._forwarder.client.loop
             longest = self._callback.seconds + self._forwarder.timeout
-            self._limit(longest, self._fail)
+            self._timer = loop.call_at(
+                self.began + longest, after_reading, loop, self._fail
+            )
         else:
             logger.warning("instance %s is unreachable: a callback was not sent to it",
                            self.owner)
@@ -315,11 +349,11 @@ class _Forwarding:
             self._end("unanswered", response_of(UNANSWERED))
 
     def _answer(self, answer: Answer) -> None:
-        if answer.status == HTTPStatus.UNAUTHORIZED:
+        if answer.status == 401:
             logger.warning("instance %s rejects forwarded callbacks: compare"
                            " --peer_secret_file, and the clocks", self.owner)
         plain = (
-            answer.status == HTTPStatus.OK
+            answer.status == 200
             and answer.body == b"OK"
             and "idempotent-replayed" not in answer.headers
         )
@@ -327,8 +361,11 @@ class _Forwarding:
 
     def _end(self, outcome: ForwardOutcome, response: Response) -> None:
         self._ended = True
-        self._timer.cancel()
-        self._exchange.abandon()
+        self._forwarder.on_ended(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._exchange.pending:
+            self._exchange.abandon()
         self._forwarder.observer.forwarded(
             self._callback.connection_id, self.owner.text, outcome, response.status
         )

@@ -92,7 +92,7 @@ class Peers:
         """Read the files again. Raises `OptionError`; then nothing has changed."""
         keys = read_secrets(self._secret_file)
         self._tls = client_context() if options.peer_tls else None
-        self.owners.keys = keys
+        self.owners.use(keys)
         self.hops.use(keys)
         if self.capabilities is not None:
             self.capabilities.derive(keys)

@@ -30,6 +30,7 @@ from handlers.callbacks.repeats import (
     Answer,
     Keyed,
     KeyReused,
+    Name,
     Repeats,
     digest_of,
 )
@@ -160,7 +161,7 @@ class ReceivedHops:
 
     def _keyed(self, scope: str, route: str, kind: str, request: Received) -> Keyed:
         if request.key.startswith(OWN_KEY):
-            return unasked(scope, request.key, digest_of_body(request.body))
+            return Unasked(scope, "", request.key, digest_of_body(request.body))
         return Keyed(scope, route, request.key, digest_of(kind, request.body))
 
     async def _once(
@@ -193,9 +194,12 @@ def signed(request: Received) -> Signed:
     )
 
 
-def unasked(scope: str, key: str, digest: bytes) -> Keyed:
-    """Return a request whose key an instance has added."""
-    return Keyed(scope, "hop", key, digest)
+class Unasked(Keyed):
+    """A request whose key an instance has added: it is short, and used only once."""
+
+    @property
+    def name(self) -> Name:
+        return self.scope, self.key.encode()
 
 
 class HopHandler(OutcomeHandler):

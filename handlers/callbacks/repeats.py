@@ -130,7 +130,7 @@ class Repeats:
         if (under_way := self._under_way.get(name)) is not None:
             self._compare(under_way[0], request)
             return await asyncio.shield(under_way[1]), True
-        return await asyncio.shield(self.begin(request, act())), False
+        return await asyncio.shield(self.begin(name, request.digest, act())), False
 
     def check(self, request: Keyed) -> None:
         """Raise `KeyReused` if the key is known from another request."""
@@ -139,24 +139,19 @@ class Repeats:
         if known is not None:
             self._compare(known[0], request)
 
-    def is_new(self, request: Keyed) -> bool:
-        """Return whether no request with its key is known."""
-        name = request.name
+    def is_new(self, name: Name) -> bool:
+        """Return whether no request of that name is known."""
         return name not in self._answered and name not in self._under_way
 
     def begin(
-        self, request: Keyed, answer: Coroutine[Any, Any, A]
+        self, name: Name, digest: bytes, answer: Coroutine[Any, Any, A]
     ) -> "asyncio.Task[A]":
         """Run `answer` for a request that is new."""
-        name = request.name
         task = self._loop.create_task(answer)
-        self._under_way[name] = request.digest, task
+        self._under_way[name] = digest, task
         task.add_done_callback(partial(self._on_answer, name))
         return task
 
-    def add(self, request: Keyed, answer: Answer) -> None:
-        """Remember the answer to a request that was new, and took no time."""
-        self._add(request.name, request.digest, answer)
 
     @staticmethod
     def _compare(digest: bytes, request: Keyed) -> None:
@@ -167,9 +162,10 @@ class Repeats:
         digest, _ = self._under_way.pop(name)
         if task.cancelled() or task.exception() is not None:
             return
-        self._add(name, digest, task.result())
+        self.add(name, digest, task.result())
 
-    def _add(self, name: Name, digest: bytes, answer: Answer) -> None:
+    def add(self, name: Name, digest: bytes, answer: Answer) -> None:
+        """Remember the answer to a request that was new."""
         if answer.status < HTTPStatus.MULTIPLE_CHOICES or (
             answer.status == HTTPStatus.GATEWAY_TIMEOUT
         ):

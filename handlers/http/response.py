@@ -8,6 +8,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from tornado.httputil import (
@@ -84,18 +85,31 @@ class PendingResponse:
         request: Request,
         response: Awaitable[FastResponse],
     ) -> None:
-        # Kept here; `on_close` cancels it.
-        self._task = connection.loop.create_task(_answer(connection, request, response))
+        # Kept here; `on_close` cancels it. A future needs no task.
+        self._answer: asyncio.Future[Any]
+        if isinstance(response, asyncio.Future):
+            self._answer = response
+            response.add_done_callback(partial(_on_answer, connection, request))
+        else:
+            answer = _when_answered(connection, request, response)
+            self._answer = connection.loop.create_task(answer)
 
     def on_body(self) -> None:
         """Nothing: the body is complete."""
 
     def on_close(self) -> None:
         """Stop waiting."""
-        self._task.cancel()
+        self._answer.cancel()
 
 
-async def _answer(
+def _on_answer(
+    connection: Connection, request: Request, answer: "asyncio.Future[FastResponse]"
+) -> None:
+    if not answer.cancelled() and connection.request is request:
+        connection.answer(request, answer.result())
+
+
+async def _when_answered(
     connection: Connection, request: Request, response: Awaitable[FastResponse]
 ) -> None:
     answer = await response
