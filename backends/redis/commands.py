@@ -87,6 +87,7 @@ class CommandStream:
         self._on_undelivered = on_undelivered
         self._last = self._trimmed = BEGINNING  # the latest command, and its removal
         self._renew_at = 0.0  # on the loop's clock
+        self._carrying_out = self._ending = False
         self.on_failed: Callable[[], None] = lambda: None
         self._reading: asyncio.Task[None] | None = None  # cancelled by `end`
 
@@ -103,9 +104,12 @@ class CommandStream:
         """
         if self._reading is None:
             return
-        self._reading.cancel()
-        await asyncio.gather(self._reading, return_exceptions=True)
-        self._reading = None
+        reading, self._reading = self._reading, None
+        self._ending = True
+        if self._carrying_out:  # what has begun must not come back
+            await asyncio.wait({reading}, timeout=timeout)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
         try:
             left = await self._client.execute(
                 *("EVAL", END, 1, self._stream, f"({self._last}", COUNT),
@@ -120,12 +124,16 @@ class CommandStream:
     # Reading.
 
     async def _read(self) -> None:
-        while True:
+        while not self._ending:
+            self._carrying_out = False
             try:
                 await self._renew()
-                for entry_id, payload in await self._next():
+                entries = await self._next()
+                self._carrying_out = True
+                for entry_id, payload in entries:
                     await self._carry_out(entry_id, payload)
                     self._last = entry_id
+                self._carrying_out = False
                 await self._trim()
             except RedisError as error:
                 # Once: the writer says when Redis is away, and when it is back.
