@@ -32,7 +32,6 @@ def shared_gateway(io_loop, shared) -> Gateway:
             shared,
             "--authorizeruri={url}function/invocations",
             f"--authorizer_identity={SOURCES}",
-            "--function_timeout=1",
             name="function",
         )
 
@@ -279,17 +278,22 @@ async def test_emulator_has_one_invocation_at_a_time(gateway):
     assert gateway.functions.most_running == 1
 
 
-async def test_emulator_ends_an_invocation_before_the_next(gateway):
+async def test_emulator_ends_an_invocation_before_the_next(io_loop):
     """Also one that nobody waits for any more, since it was too slow."""
-    release = asyncio.Event()
+    async with AsyncExitStack() as stack:
+        gateway = await begin(stack, "--function_timeout=3", name="function")
+        release = asyncio.Event()
 
-    async def wait(event):
-        if event.get("body") == "slow":
-            await release.wait()
-        return echo(event)
+        async def wait(event):
+            if event.get("body") == "slow":
+                await release.wait()
+            return echo(event)
 
-    gateway.functions.functions["function"] = wait
-    async with connect(gateway) as client, connect(gateway) as other:
+        gateway.functions.functions["function"] = wait
+        client, other = [
+            await stack.enter_async_context(websockets.connect(gateway.url))
+            for _ in range(2)
+        ]
         await client.send("slow")
         await gateway.functions.wait_for(1, lambda e: e.get("body") == "slow")
         await other.send("next")
@@ -298,4 +302,4 @@ async def test_emulator_ends_an_invocation_before_the_next(gateway):
         assert len(gateway.functions.of_kind("MESSAGE")) == 1
         release.set()
         assert await receive(other) == "next"
-    assert gateway.functions.most_running == 1
+        assert gateway.functions.most_running == 1

@@ -28,7 +28,7 @@ def io_loop(module_io_loop: IOLoop) -> IOLoop:
 @pytest.fixture(scope="module")
 def shared_gateway(io_loop, shared) -> Gateway:
     async def start() -> Gateway:
-        return await begin(shared, "--function_timeout=3", "--api_id=abcdef1234")
+        return await begin(shared, "--api_id=abcdef1234")
 
     return io_loop.run_sync(start)
 

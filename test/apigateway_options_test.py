@@ -168,6 +168,67 @@ async def test_concurrency_is_limited_for_any_function(io_loop):
         assert gateway.functions.most_running == 2
 
 
+async def test_slow_function_delays_nothing(io_loop):
+    """After --order_wait the next message goes, and after --function_timeout an error.
+
+    The function may still answer, but its answer is not sent.
+    """
+    async with AsyncExitStack() as stack:
+        gateway = await begin(stack, "--order_wait=0.1", "--function_timeout=3")
+        release = asyncio.Event()
+
+        async def wait(event):
+            if event.get("body") == "slow":
+                await release.wait()
+            return {"statusCode": 200, "body": event.get("body")}
+
+        gateway.functions.functions["chat"] = wait
+        async with websockets.connect(gateway.url) as client:
+            await client.send("slow")
+            await client.send("next")
+            assert await receive(client) == "next"
+            frame = json.loads(await receive(client))
+            assert frame["message"] == "Internal server error"
+            release.set()
+            await client.send("last")
+            assert await receive(client) == "last"
+
+
+async def test_wait_for_another_invocation_is_bounded(io_loop):
+    """After --delivery_timeout a message fails, and is not sent later."""
+    async with AsyncExitStack() as stack:
+        gateway = await begin(
+            stack, "--function_concurrency=1", "--delivery_timeout=0.5"
+        )
+        release = asyncio.Event()
+
+        async def wait(event):
+            if event.get("body") == "slow":
+                await release.wait()
+            return {"statusCode": 200, "body": event.get("body")}
+
+        gateway.functions.functions["chat"] = wait
+        slow, other = [
+            await stack.enter_async_context(websockets.connect(gateway.url))
+            for _ in range(2)
+        ]
+        await slow.send("slow")
+        await gateway.functions.wait_for(1, lambda e: e.get("body") == "slow")
+        await other.send("late")
+        frame = json.loads(await receive(other))
+        assert frame["message"] == "Internal server error"
+        with pytest.raises(websockets.InvalidStatus) as caught:
+            await asyncio.wait_for(websockets.connect(gateway.url), DEADLINE)
+        assert caught.value.response.status_code == 502
+        release.set()
+        assert await receive(slow) == "slow"
+        await other.send("next")
+        assert await receive(other) == "next"
+        bodies = [e["body"] for e in gateway.functions.of_kind("MESSAGE")]
+        assert bodies == ["slow", "next"]
+        assert len(gateway.functions.of_kind("CONNECT")) == 2
+
+
 @pytest.mark.once
 @pytest.mark.parametrize(
     "given, words",

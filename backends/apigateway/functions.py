@@ -172,8 +172,7 @@ def function_limits() -> DeliveryLimits:
         options.order_wait,
         options.max_unanswered,
         options.function_timeout,
-        # More than the time in which each invocation ends, which makes room for others.
-        max(options.delivery_timeout, options.function_timeout + 1.0),
+        options.delivery_timeout,
         options.max_queued_bytes,
         options.function_retries,
         options.function_timeout,

@@ -57,6 +57,14 @@ class DeliveryLimits:
     retries: int | None = None
     held_after_disconnect: float = 5.0
 
+    @property
+    def room_timeout(self) -> float:
+        """Seconds after which messages are given up if too many are unanswered."""
+        if self.retries is None:
+            return self.delivery_timeout
+        # Each ends by itself before, and makes room.
+        return max(self.delivery_timeout, (self.backend_timeout or 0.0) + 1.0)
+
 
 class Deliveries:
     """The target, client, breaker, limits and observer of each `Delivery`."""

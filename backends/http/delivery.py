@@ -547,7 +547,7 @@ class Delivery:
             (request.sent_at for request in self._open if not request.answering),
             default=now,
         )
-        return oldest + self._deliveries.limits.delivery_timeout
+        return oldest + self._deliveries.limits.room_timeout
 
     def _wait(self, deadline: float, line: Line | None = None) -> None:
         """Call `_judge` at `deadline`, unless `line` calls `_pump` before."""
