@@ -145,6 +145,14 @@ async def error_of(api: Any, method: str, **arguments: object) -> ClientError:
     return caught.value
 
 
+async def called_by_node(calls: object) -> Any:
+    """Call AWS's SDK for JavaScript; see interop/connections.mjs."""
+    module = "@aws-sdk/client-apigatewaymanagementapi"
+    return json.loads(
+        await by_node("connections.mjs", module, json.dumps(calls).encode())
+    )
+
+
 def assert_error(answer: HTTPResponse, status: int, error_type: str) -> None:
     """An error has AWS's headers and its JSON."""
     assert answer.code == status, answer.body
@@ -446,6 +454,26 @@ async def test_retry_of_boto3_sends_no_frame_twice(guarded, mode):
             assert [await client.receive(), await client.receive()] == ["once", "end"]
 
 
+@pytest.mark.once
+async def test_retry_of_the_javascript_sdk_sends_no_frame_twice(guarded):
+    """As those of boto3."""
+    async with losing_the_first_answer(guarded.service.callback_url) as (url, answers):
+        async with client_of(guarded) as client:
+            calls = [{
+                "endpoint": url,
+                "credentials": {"accessKeyId": KEY_ID, "secretAccessKey": SECRET},
+                "command": "PostToConnectionCommand",
+                "input": {
+                    "ConnectionId": client.id,
+                    "Data": base64.b64encode(data).decode(),
+                },
+                "maxAttempts": 3,
+            } for data in (b"once", b"end")]
+            assert await called_by_node(calls) == [{"status": 200}] * 2
+            assert [answer.split()[1] for answer in answers] == [b"200"] * 3
+            assert [await client.receive(), await client.receive()] == ["once", "end"]
+
+
 # Who may call.
 
 
@@ -607,12 +635,8 @@ async def test_javascript_sdk_has_its_exceptions(guarded):
             one("DeleteConnectionCommand"),
             one("GetConnectionCommand"),
         ]
-        output = await by_node(
-            "connections.mjs",
-            "@aws-sdk/client-apigatewaymanagementapi",
-            json.dumps(calls).encode(),
-        )
-        sent, binary, found, forged, large, gone, deleted, closed = json.loads(output)
+        answers = await called_by_node(calls)
+        sent, binary, found, forged, large, gone, deleted, closed = answers
         assert (sent, binary) == ({"status": 200}, {"status": 200})
         assert [await client.receive(), await client.receive()] == ["hello", b"\xff"]
         assert found["Identity"]["SourceIp"] == "127.0.0.1"

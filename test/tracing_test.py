@@ -15,6 +15,7 @@ import pytest
 import websockets
 from batches_test import BatchBackend
 from faults import send_raw
+from functions import RecordingFunction
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -341,6 +342,31 @@ async def test_bulk_callback_has_a_span(io_loop):
         (span,) = collector.named("POST /commands")
     assert (span.trace_id, span.parent_id) == (trace, parent)
     assert span.attributes["http.route"] == span.attributes["url.path"] == "/commands"
+    assert span.attributes["http.response.status_code"] == 200
+
+
+async def test_send_of_an_sdk_has_a_span(io_loop):
+    """Like any other send; a description has none."""
+    trace, parent = "ab" * 16, "cd" * 8
+    headers = {"traceparent": f"00-{trace}-{parent}-01"}
+    async with Collector() as collector, RecordingBackend() as backend:
+        async with RecordingFunction() as function:
+            flags = ("--otel", "--backend=apigateway", f"--functionuri={function.url}")
+            async with Service(*flags, environment=collector.environment()) as service:
+                async with websockets.connect(service.ws_url) as client:
+                    event = await function.event("CONNECT")
+                    connection_id = event["requestContext"]["connectionId"]
+                    path = f"/local/%40connections/{connection_id}"
+                    url = f"{service.callback_url}{path}"
+                    answer = await backend.call(url, "GET", headers=headers)
+                    assert answer.code == 200
+                    answer = await backend.call(url, headers=headers, body=b"hello")
+                    assert answer.code == 200
+                    assert await client.recv() == "hello"
+        (span,) = collector.named("POST /@connections/{id}")
+    assert (span.trace_id, span.parent_id) == (trace, parent)
+    assert span.attributes["url.path"] == path
+    assert span.attributes["socketdock.connection_id"] == connection_id
     assert span.attributes["http.response.status_code"] == 200
 
 

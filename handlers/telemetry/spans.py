@@ -63,9 +63,11 @@ MAKE_AFTER = 0.1  # seconds
 MADE_AT_ONCE = 50  # spans, which take about 2 ms
 
 SEND_ROUTE, BULK_ROUTE = "/socket/{id}/send", "/commands"
-SEND, BULK = f"POST {SEND_ROUTE}", f"POST {BULK_ROUTE}"
+SDK_ROUTE = "/@connections/{id}"  # sends of AWS's SDKs
+SEND, BULK, SDK_SEND = (f"POST {each}" for each in (SEND_ROUTE, BULK_ROUTE, SDK_ROUTE))
 _SEND_PATH = re.compile(r".{0,200}/socket/[0-9a-f]{32,84}/send")
 _BULK_PATH = re.compile(r".{0,200}/commands")
+_SDK_PATH = re.compile(r".{0,200}/(?:@|%(?:25)?40)connections/([0-9a-f]{32,84})")
 
 Attributes = Mapping[str, str | int]
 
@@ -265,13 +267,13 @@ class Tracing(Observer):
     def answered(self, request: HTTPServerRequest, status: int) -> None:
         """A handler has answered a send that `fast` left to it, or a bulk callback."""
         scheme, path = request.protocol, request.path
-        is_bulk = _BULK_PATH.fullmatch(path) is not None
-        if not (is_bulk or _SEND_PATH.fullmatch(path)):
+        found = next((each for each in _CALLBACKS if each[0].fullmatch(path)), None)
+        if found is None:
             return
+        _, name, make = found
         parent = trace_context(request.headers.get_list("traceparent"))
-        place = self._place(parent, BULK if is_bulk else SEND, SpanKind.SERVER)
+        place = self._place(parent, name, SpanKind.SERVER)
         if _is_sampled(place.flags):
-            make = _bulk if is_bulk else _send
             began = _ago(request.request_time())
             self.add(make(place, parent, began, scheme, path, status))
 
@@ -424,6 +426,21 @@ def _send(
     return _Span(SEND, SpanKind.SERVER, place, parent, began, time_ns(), attributes)
 
 
+def _sdk_send(
+    place: TraceContext,
+    parent: TraceContext | None,
+    began: int,
+    scheme: str,
+    path: str,
+    status: int,
+) -> _Span:
+    attributes = {
+        **_of_callback(SDK_ROUTE, scheme, path, status),
+        "socketdock.connection_id": path.rpartition("/")[2],
+    }
+    return _Span(SDK_SEND, SpanKind.SERVER, place, parent, began, time_ns(), attributes)
+
+
 def _bulk(
     place: TraceContext,
     parent: TraceContext | None,
@@ -434,6 +451,14 @@ def _bulk(
 ) -> _Span:
     attributes = _of_callback(BULK_ROUTE, scheme, path, status)
     return _Span(BULK, SpanKind.SERVER, place, parent, began, time_ns(), attributes)
+
+
+# Path, name and span of each callback that a handler may answer.
+_CALLBACKS = (
+    (_SEND_PATH, SEND, _send),
+    (_BULK_PATH, BULK, _bulk),
+    (_SDK_PATH, SDK_SEND, _sdk_send),
+)
 
 
 def _of_callback(route: str, scheme: str, path: str, status: int) -> Attributes:

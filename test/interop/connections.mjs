@@ -1,6 +1,6 @@
-// Calls /@connections with AWS's SDK: a list of { endpoint, credentials, command, input }
-// on stdin, `input.Data` in base64; on stdout, for each, its result or the name and the
-// status of its exception.
+// Calls /@connections with AWS's SDK: a list of { endpoint, credentials, command, input,
+// maxAttempts } on stdin, `input.Data` in base64; on stdout, for each, its result or the
+// name and the status of its exception.
 
 import { json } from "node:stream/consumers";
 
@@ -8,12 +8,12 @@ import * as sdk from "@aws-sdk/client-apigatewaymanagementapi";
 
 const calls = await json(process.stdin);
 const results = [];
-for (const { endpoint, credentials, command, input } of calls) {
+for (const { endpoint, credentials, command, input, maxAttempts = 1 } of calls) {
   const client = new sdk.ApiGatewayManagementApiClient({
     endpoint,
     credentials,
     region: "eu-central-1",
-    maxAttempts: 1,
+    maxAttempts,
   });
   if (input.Data !== undefined) input.Data = Buffer.from(input.Data, "base64");
   try {
