@@ -36,7 +36,8 @@ from handlers.callbacks.capabilities import make_capabilities
 from handlers.callbacks.executor import CommandExecutor
 from handlers.callbacks.fast_bulk import FastBulk
 from handlers.callbacks.fast_send import FastSend
-from handlers.callbacks.peers import Sharing, make_peers
+from handlers.callbacks.peer_check import peer_findings
+from handlers.callbacks.peers import Peers, Sharing, make_peers
 from handlers.callbacks.repeats import Repeats
 from handlers.callbacks.routes import callback_routes, is_send
 from handlers.callbacks.shared_bulk import SharedBulkHandler
@@ -238,7 +239,6 @@ class Service:
                 self.backend,
                 self.repeats,
                 self._prefix,
-                __version__,
             )
         self.forwarder = None if self.sharing is None else self.sharing.forwarder
         if self.forwarder is not None and self.cluster is not None:
@@ -607,6 +607,8 @@ async def _check_ends(found: list[Finding], sends: bool) -> None:
                 )
             )
     with _errors_added_to(found):
+        found += peer_findings(to_backend)
+    with _errors_added_to(found):
         found += [finding async for finding in make_cluster_check().findings()]
     backend = Check()
     with _errors_added_to(found):
@@ -620,7 +622,8 @@ async def _check_ends(found: list[Finding], sends: bool) -> None:
             found += await _test_events(external)
     found.append(
         descriptors_finding(
-            options.max_connections + backend.descriptors + DESCRIPTORS,
+            options.max_connections + backend.descriptors + DESCRIPTORS
+            + (Peers.descriptors if options.peer_address else 0),
             options.max_connections,
         )
     )

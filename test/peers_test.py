@@ -15,7 +15,7 @@ from metrics_test import scrape
 from ports import free_ports
 from service import DEADLINE, RecordingBackend, Service, eventually, tcp_server
 
-from handlers.callbacks.hops import Hops, Signed, digest_of_body
+from handlers.callbacks.hops import Hops, digest_of_body
 from handlers.owners import Address, SharedOwners
 
 pytestmark = [pytest.mark.gen_test(timeout=60), pytest.mark.once]
@@ -242,9 +242,7 @@ def signed_hop(
     """The header of a hop, by default of a plain send."""
     clock = time.time if seconds is None else lambda: seconds
     hops = Hops("tester", [secret.encode()], clock)
-    parts = Signed(
-        method, path.encode(), content_type, key.encode(), digest_of_body(body)
-    )
+    parts = method, path.encode(), content_type, key.encode(), digest_of_body(body)
     return hops.sign(parts).decode()
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from handlers.callbacks.actions import GONE, Outcome, Sending, send
 from handlers.callbacks.bodies import message_of
 from handlers.callbacks.forward import OWN_KEY
-from handlers.callbacks.hops import HEADER, Signed, digest_of_body
+from handlers.callbacks.hops import HEADER, digest_of_body
 from handlers.callbacks.received_hops import ReceivedHops
 from handlers.callbacks.repeats import HEADER as KEY_HEADER
 from handlers.callbacks.responses import response_of
@@ -74,7 +74,7 @@ class FastHop:
         body: bytes,
     ) -> FastResponse | Awaitable[FastResponse] | None:
         digest = digest_of_body(body)
-        if not self._hops.accepts(hop, Signed(*parts, digest)):
+        if not self._hops.accepts(hop, (*parts, digest)):
             return None
         name = connection_id, parts[3]
         if not self._repeats.is_new(name):

@@ -20,7 +20,7 @@ from backends.client import Response as Answer
 from backends.deadlines import after_reading
 from backends.target import Target
 from handlers.callbacks.actions import OK, Outcome
-from handlers.callbacks.hops import HEADER, Hops, Signed, digest_of_body
+from handlers.callbacks.hops import HEADER, Hops, digest_of_body
 from handlers.callbacks.responses import Response, response_of
 from handlers.clients.connection import Connections
 from handlers.owners import Address
@@ -149,7 +149,6 @@ class PeerSettings:
 
     timeout: float
     send_timeout: float
-    version: str
     tls: bool = False
     certificate_name: str | None = None
 
@@ -170,7 +169,6 @@ class Forwarder:
         self._connections = connections
         self._hops = hops
         self._settings = settings
-        self._user_agent = f"SocketDock/{settings.version}".encode()
         # By the owner's digits in ids. The client forgets unused addresses, too.
         self._targets: dict[str, PeerTarget] = {}
         self._asking: set[asyncio.Task[None]] = set()  # the cluster
@@ -240,7 +238,7 @@ class Forwarder:
         content_type = callback.content_type.encode("latin-1")
         body = callback.body
         digest = digest_of_body(body)
-        hop = self._hops.sign(Signed(method, target, content_type, key, digest))
+        hop = self._hops.sign((method, target, content_type, key, digest))
         more = b""
         if content_type:
             more += b"Content-Type: %b\r\n" % content_type
@@ -249,18 +247,9 @@ class Forwarder:
         return (
             # `FastHop` recognizes a forwarded send by its first header.
             b"%b %b HTTP/1.1\r\n%b: %b\r\nIdempotency-Key: %b\r\nHost: %b\r\n"
-            b"User-Agent: %b\r\n%bContent-Length: %d\r\n\r\n%b"
+            b"%bContent-Length: %d\r\n\r\n%b"
         ) % (
-            method,
-            target,
-            HOP,
-            hop,
-            key,
-            owner.text.encode(),
-            self._user_agent,
-            more,
-            len(body),
-            body,
+            method, target, HOP, hop, key, owner.text.encode(), more, len(body), body
         )
 
     def ask(self, forwarding: "_Forwarding") -> None:

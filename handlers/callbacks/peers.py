@@ -34,8 +34,6 @@ define("peer_name", type=str, metavar="NAME",
        help="the name in the certificates of all instances; none: each has its own "
             "address")
 
-OTHERS = ("peer_secret_file", "peer_tls", "peer_ca", "peer_name")
-
 
 class Peers:
     """What this instance shares with others: secrets, and how to reach them.
@@ -67,13 +65,11 @@ class Peers:
         backend: Backend,
         repeats: Repeats,
         prefix: str,
-        version: str,
     ) -> "Sharing":
         """Make what takes the callbacks of other instances, and gives them theirs."""
         settings = PeerSettings(
             timeout=options.peer_timeout,
             send_timeout=options.send_timeout,
-            version=version,
             tls=options.peer_tls,
             certificate_name=options.peer_name,
         )
@@ -127,17 +123,23 @@ class Sharing:
 
 def make_peers(instance: str, here: CommandExecutor) -> Peers | None:
     """Return what `--peer_address` needs; None without it. Raises `OptionError`."""
+    require_options()
     if not options.peer_address:
-        for name in OTHERS:
-            if options[name]:
-                raise OptionError(f"--{name} needs --peer_address")
         return None
-    if not options.peer_secret_file:
-        raise OptionError("--peer_address needs --peer_secret_file")
-    for name in ("peer_ca", "peer_name"):
-        if options[name] and not options.peer_tls:
-            raise OptionError(f"--{name} needs --peer_tls")
     return Peers(own_address(), options.peer_secret_file, instance, here)
+
+
+def require_options() -> None:
+    """Raise `OptionError` if an option lacks another one."""
+    for name, other in (
+        ("peer_address", "peer_secret_file"),
+        ("peer_secret_file", "peer_address"),
+        ("peer_tls", "peer_address"),
+        ("peer_ca", "peer_tls"),
+        ("peer_name", "peer_tls"),
+    ):
+        if options[name] and not options[other]:
+            raise OptionError(f"--{name} needs --{other}")
 
 
 def own_address() -> Address:

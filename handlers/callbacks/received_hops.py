@@ -185,7 +185,7 @@ class ReceivedHops:
 def signed(request: Received) -> Signed:
     """Return the parts that are signed."""
     method, target, content_type, key, body = request
-    return Signed(
+    return (
         method.encode(),
         target.encode("latin-1"),
         content_type.encode("latin-1"),
