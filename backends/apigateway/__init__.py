@@ -130,6 +130,11 @@ class ApiGatewayBackend(PostingBackend):
     def called_back(self, connection: Connection) -> None:
         """Do nothing: no invocation is abandoned."""
 
+    def abandon(self, connection_id: str) -> None:
+        """Forget a connection whose end another instance has sent."""
+        super().abandon(connection_id)
+        self._callers.pop(connection_id, None)
+
     def disconnect_events(self, connection: Connection) -> DisconnectEvents:
         """Return what makes the connection's last event."""
         return ConnectionEnd(self._events, self._callers.pop(connection.id, None))
