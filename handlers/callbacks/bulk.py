@@ -24,7 +24,7 @@ from backends.media_types import media_type_of
 from handlers.callbacks.access import UnauthorizedHandler
 from handlers.callbacks.actions import Outcome
 from handlers.callbacks.answering import RepeatableHandler
-from handlers.callbacks.executor import CommandExecutor, Result
+from handlers.callbacks.executor import CommandExecutor
 from handlers.callbacks.repeats import INSTANCE, Keyed, Repeats, digest_of
 from handlers.callbacks.responses import JSONResponse, Response
 from handlers.callbacks.tokens import TOKEN_REQUIRED, CallbackTokens
@@ -61,12 +61,13 @@ class Bulk:
         except CommandError as error:
             return Response(Outcome(HTTPStatus.BAD_REQUEST, str(error)))
         del body  # it may wait for slow clients
-        return JSONResponse(_document(await self._executor.results(commands)))
+        statuses = await self.statuses(commands)
+        return JSONResponse(statuses.document(commands))
 
     async def statuses(self, commands: Sequence[Command]) -> "Statuses":
         """Return the statuses when each command was carried out or refused."""
-        results = await self._executor.results(commands)
-        return Statuses(array("H", [outcome.status for _, outcome in results]))
+        outcomes = await self._executor.outcomes(commands)
+        return Statuses(array("H", [outcome.status for outcome in outcomes]))
 
     async def parse(self, body: bytes) -> list[Command]:
         """Return the commands in the body. Raises `CommandError`, and counts it."""
@@ -90,17 +91,6 @@ class Bulk:
         if (parsed := self._turns.run(steps)) is not None:
             await parsed
         return commands
-
-
-def _document(results: Sequence[Result]) -> bytes:
-    return orjson.dumps(
-        {
-            "results": [
-                {"connection_id": connection_id, "status": outcome.status}
-                for connection_id, outcome in results
-            ]
-        }
-    )
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -65,9 +65,8 @@ OUTCOMES: dict[Outcome, CommandOutcome] = {
 }
 
 
-Result = tuple[str, Outcome]  # of a connection
-# The index of a result that is not known yet, the command, and the outcome.
-Waiting = tuple[int, CommandName, Sending]
+# The index of an outcome that is not known yet, the command, and the connection.
+Waiting = tuple[int, CommandName, str, Sending]
 
 
 class CommandExecutor:
@@ -127,24 +126,24 @@ class CommandExecutor:
             return None
         return self._turns.run(self._steps(commands, source, own, on_failed))
 
-    async def results(self, commands: Sequence[Command]) -> list[Result]:
+    async def outcomes(self, commands: Sequence[Command]) -> list[Outcome]:
         """Carry out `commands`, each naming its connections, in order.
 
-        Returns a result for each pair of command and connection, in order, when the
-        kernel has taken all frames, or has not for `--send_timeout`, and all receipts
-        have come or are late.
+        Returns one for each pair of command and connection, in order, when the kernel
+        has taken all frames, or has not for `--send_timeout`, and all receipts have
+        come or are late.
         """
-        results: list[Result] = []
+        outcomes: list[Outcome] = []
         waiting: list[Waiting] = []
-        steps = self._collected(commands, results, waiting)
+        steps = self._collected(commands, outcomes, waiting)
         if (done := self._turns.run(steps)) is not None:
             await done
         if waiting:
-            await all_ended([sending for _, _, sending in waiting])
-            done = self._turns.run(self._awaited(results, waiting))
+            await all_ended([sending for _, _, _, sending in waiting])
+            done = self._turns.run(self._awaited(outcomes, waiting))
             if done is not None:
                 await done
-        return results
+        return outcomes
 
     def _steps(
         self,
@@ -167,10 +166,10 @@ class CommandExecutor:
     def _collected(
         self,
         commands: Iterable[Command],
-        results: list[Result],
+        outcomes: list[Outcome],
         waiting: list[Waiting],
     ) -> Iterator[None]:
-        """As `_steps`, but append to `results`, and to `waiting` what is not known.
+        """As `_steps`, but append to `outcomes`, and to `waiting` what is not known.
 
         A command that is too large is refused for each of its connections.
         """
@@ -190,26 +189,25 @@ class CommandExecutor:
                 else:
                     outcome = self._act(action, frame, connection_id, False)
                 if isinstance(outcome, Sending):
-                    waiting.append((len(results), name, outcome))
+                    waiting.append((len(outcomes), name, connection_id, outcome))
                     outcome = outcome.accepted
                 else:
                     self._observer.commanded(
                         "callback", name, OUTCOMES[outcome], connection_id
                     )
-                results.append((connection_id, outcome))
+                outcomes.append(outcome)
                 left -= cost
                 if left <= 0:
                     left = PER_STEP
                     yield
 
     def _awaited(
-        self, results: list[Result], waiting: Iterable[Waiting]
+        self, outcomes: list[Outcome], waiting: Iterable[Waiting]
     ) -> Iterator[None]:
-        """Replace the results of what was waited for."""
-        for index, command, sending in waiting:
-            connection_id, outcome = results[index][0], sending.outcome
-            self._report("callback", command, connection_id, outcome)
-            results[index] = connection_id, outcome
+        """Replace the outcomes of what was waited for."""
+        for index, command, connection_id, sending in waiting:
+            outcomes[index] = sending.outcome
+            self._report("callback", command, connection_id, outcomes[index])
             yield
 
     def _act(
