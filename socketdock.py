@@ -389,15 +389,16 @@ class Service:
         )
         if self.sharing is not None:
             send = either(self.sharing.fast_hop(), send)
-        if self.tracing is not None:  # a handler answers bulk callbacks
-            scheme = "https" if self.to_backend.has_tls else "http"
-            return self.tracing.fast(send, scheme)
-        if not self.tokens.required:
-            return send
-        bulk = FastBulk(
-            self._prefix, self.tokens, self.bulk, options.max_bulk_size
-        )
-        return either(send, bulk)
+        fast = send
+        if self.tokens.required:
+            bulk = FastBulk(
+                self._prefix, self.tokens, self.bulk, options.max_bulk_size
+            )
+            fast = either(send, bulk)
+        if self.tracing is None:
+            return fast
+        scheme = "https" if self.to_backend.has_tls else "http"
+        return self.tracing.fast(fast, scheme)
 
     def _listen(self) -> None:
         most = self.policy.max_message_size

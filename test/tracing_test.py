@@ -323,8 +323,9 @@ async def test_sends_that_wait_for_a_slow_client_have_spans(io_loop):
         assert len(collector.named(route)) == len(sends)
 
 
-async def test_bulk_callback_has_a_span(io_loop):
-    """It is a child of the backend's."""
+@pytest.mark.parametrize("connection", ["keep-alive", "close"])
+async def test_bulk_callback_has_a_span(io_loop, connection):
+    """It is a child of the backend's; a handler answers if the connection is closed."""
     token, trace, parent = "0123456789abcdef", "ab" * 16, "cd" * 8
     async with Collector() as collector, RecordingBackend() as backend:
         flags = ("--otel", f"--callback_token={token}")
@@ -336,6 +337,7 @@ async def test_bulk_callback_has_a_span(io_loop):
                     "Authorization": f"Bearer {token}",
                     "Content-Type": "application/json",
                     "traceparent": f"00-{trace}-{parent}-01",
+                    "Connection": connection,
                 },
             )
             assert answer.code == 200

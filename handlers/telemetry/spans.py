@@ -217,13 +217,14 @@ class Tracing(Observer):
     def fast(
         self, fast: Callable[[Request], FastHandler | None], scheme: str
     ) -> Callable[[Request], FastHandler | None]:
-        """Wrap `fast`: each send that it answers gets a span."""
+        """Wrap `fast`: each send or bulk callback that it answers gets a span."""
         bound = self._bound
 
         def traced(request: Request) -> FastHandler | None:
             answer = fast(request)
             if answer is None:
                 return None
+            is_bulk = request.target.endswith(BULK_ROUTE.encode())
             traceparents = None
             for name, value in request.headers:
                 if name == b"traceparent":
@@ -237,14 +238,15 @@ class Tracing(Observer):
                 parent, place = None, TraceContext(trace_id, "01", _new_span_id())
             else:
                 parent = trace_context(traceparents or ())
-                place = self._place(parent, SEND, SpanKind.SERVER)
+                place = self._place(parent, BULK if is_bulk else SEND, SpanKind.SERVER)
                 if not _is_sampled(place.flags):
                     return answer
             began = time_ns()
             path = request.target.partition(b"?")[0].decode()
+            make = _bulk if is_bulk else _send
 
             def record(given: FastResponse) -> FastResponse:
-                self.add(_send(place, parent, began, scheme, path, given.status))
+                self.add(make(place, parent, began, scheme, path, given.status))
                 return given
 
             async def record_later(given: Awaitable[FastResponse]) -> FastResponse:
