@@ -88,7 +88,9 @@ class Development(NamedTuple):
         """Connect a client that trusts the relay."""
         trusted = self.variables["NODE_EXTRA_CA_CERTS"]
         context = ssl.create_default_context(cafile=trusted)
-        return websockets.connect(self.url + query, ssl=context)
+        # The function may have to start first.
+        deadline = 2 * DEADLINE
+        return websockets.connect(self.url + query, ssl=context, open_timeout=deadline)
 
 
 @contextlib.asynccontextmanager

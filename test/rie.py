@@ -5,8 +5,10 @@ package `aws-sam-cli`, of which nothing else is installed.
 """
 
 import asyncio
+import contextlib
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -88,7 +90,8 @@ class Emulator:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        os.killpg(self._process.pid, 9)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()
 
 
