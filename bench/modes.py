@@ -432,7 +432,7 @@ class Latency(Traffic):
 class Visits(Run):
     """Clients that connect and disconnect: for each that has left, the next connects.
 
-    In mode connect, a client has left when its socket is closed; in mode visit, when
+    In mode connect, a client has left when its socket is closed; in the others, when
     the backend got its disconnect event.
     """
 
@@ -440,7 +440,7 @@ class Visits(Run):
         self.joining: set[asyncio.Task[None]] = set()
         self.on_gone = self.on_done if self.cell.mode == "connect" else lambda: None
         self.words = wire.CLOSE_NORMALLY
-        if self.cell.mode == "visit":
+        if self.cell.mode != "connect":
             message = wire.message(self.cell.size, 0)
             self.words = wire.client_frame(wire.TEXT, message) + self.words
         for number in range(min(self.cell.clients, AT_ONCE)):
@@ -468,6 +468,13 @@ class Visits(Run):
     def on_event(self, start: bytes, tail: bytes) -> None:
         if start.startswith(b"POST /disconnect"):
             self.on_done()
+
+
+class LeasedVisits(Visits):
+    """Visits of a relay that keeps the ids of its connections in Redis."""
+
+    def broker(self) -> contextlib.AbstractContextManager[str]:
+        return streams.server()
 
 
 class Idle(Run):
@@ -510,10 +517,11 @@ MODES: dict[str, type[Run]] = {
     "echo-batch": BatchTraffic,
     "connect": Visits,
     "visit": Visits,
+    "visit-leases": LeasedVisits,
     "idle": Idle,
     "latency": Latency,
     "share": Share,
 }
 ALL_SIZES = ("up", "up-redis", "push", "push-bulk", "echo", "echo-reply", "echo-batch")
 # In bytes; other modes send no messages.
-ONE_SIZE = {"push-forward": 1024, "visit": 1024, "latency": 1024}
+ONE_SIZE = {"push-forward": 1024, "visit": 1024, "visit-leases": 1024, "latency": 1024}

@@ -41,6 +41,7 @@ class Setting(NamedTuple):
     bulk: bool = False  # whether bulk callbacks are possible, if the relay has them
     redis: str = ""  # URL of the Redis that takes events; empty: the backend does
     pair: bool = False  # whether two instances take each other's callbacks
+    leases: str = ""  # URL of the Redis that keeps the leases; empty: there are none
 
 
 class Start(NamedTuple):
@@ -58,7 +59,7 @@ class Peer(NamedTuple):
     # Whether a client's channel is in its path, and the backend gets no JSON.
     channels: bool = False
     # Modes that it does not support.
-    cannot: tuple[str, ...] = ("share", "up-redis", "push-forward")
+    cannot: tuple[str, ...] = ("share", "up-redis", "push-forward", "visit-leases")
     # Whether a response may have messages; batches and bulk callbacks, too.
     replies: bool = False
 
@@ -129,6 +130,8 @@ def socketdock(setting: Setting, *flags: str, callback_port: int = 0) -> Start:
     backend += [f"--{kind}uri={setting.backend}/{kind}" for kind in kinds]
     if setting.redis:
         backend = ["--backend=redis", f"--redis_url={setting.redis}"]
+    if setting.leases:
+        backend += [f"--cluster={setting.leases}"]
     command = [
         *(sys.executable, str(setting.tree / "socketdock.py"), *backend),
         f"--bindport={setting.port}",
@@ -234,13 +237,14 @@ def running(name: str, backend: str, mode: str, redis: str = "") -> Iterator[Rel
         setting = Setting(
             port,
             backend,
-            mode == "visit",
+            mode in ("visit", "visit-leases"),
             Path(folder),
             Path(tree or PROJECT),
             mode == "echo-batch",
             mode == "push-bulk",
-            redis,
+            "" if mode == "visit-leases" else redis,
             mode == "push-forward",
+            redis if mode == "visit-leases" else "",
         )
         log = Path(folder) / "log"
         processes: list[subprocess.Popen[bytes]] = []

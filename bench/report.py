@@ -37,6 +37,7 @@ PLOTTED = {  # the row for each place on the plot
     },
     "connect": "connect",
     "visit": "visit, 1 KiB",
+    "visit-leases": "visit with leases, 1 KiB",
 }
 COLOURS = {
     "socketdock": "#1f5fa8",

@@ -25,6 +25,7 @@ FIGURES = {
     "echo-batch": PRICE,
     "connect": PRICE,
     "visit": PRICE,
+    "visit-leases": PRICE,
     "idle": {"bytes", "empty"},
     "latency": {"p50", "p99", "p99.9", "per_second", "stolen"},
     "share": {"least_share"},

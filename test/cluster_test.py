@@ -1,16 +1,22 @@
 """Leases in Redis: when a relay dies, a survivor sends its disconnect events."""
 
 import asyncio
-import contextlib
-import json
-import signal
-from collections import Counter
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import websockets
+from cluster import (
+    CLIENTS,
+    TTL,
+    clients_of,
+    ids_of,
+    instance_of,
+    kill,
+    lost,
+    no_keys,
+    relays,
+    status_of,
+)
 from redis_server import RedisServer, Server
 from service import (
     DEADLINE,
@@ -20,87 +26,6 @@ from service import (
     refusal,
     withhold,
 )
-
-TTL = 2.0  # seconds
-CLIENTS = 20  # of each relay
-
-
-@contextlib.asynccontextmanager
-async def relays(
-    redis: RedisServer, backend: RecordingBackend, number: int, *flags: str
-) -> AsyncIterator[list[Service]]:
-    """Run `number` relays that hold their leases, and may reap soon."""
-    async with contextlib.AsyncExitStack() as stack:
-        started = []
-        for name in range(number):
-            relay = Service(
-                *backend.flags("message", "disconnect"),
-                f"--cluster={redis.url}", f"--lease_ttl={TTL}",
-                f"--instance_name=relay-{name}", *flags,
-            )  # fmt: skip
-            started.append(await stack.enter_async_context(relay))
-        for relay in started:
-            await eventually(lambda relay=relay: "holds its lease" in str(relay.log))
-        yield started
-
-
-async def clients_of(
-    relay: Service, number: int = CLIENTS
-) -> list[websockets.ClientConnection]:
-    return await asyncio.gather(
-        *(websockets.connect(relay.ws_url) for _ in range(number))
-    )
-
-
-async def ids_of(
-    backend: RecordingBackend, clients: list[websockets.ClientConnection]
-) -> dict[str, websockets.ClientConnection]:
-    """Return the clients by the id of their connection, from a message of each."""
-    words = {f"I am {id(client)}": client for client in clients}
-    for text, client in words.items():
-        await client.send(text)
-    found: dict[str, websockets.ClientConnection] = {}
-
-    def all_came() -> bool:
-        for event in backend.of("message"):
-            if event["message"] in words:
-                found[event["meta"]["connection_id"]] = words[event["message"]]
-        return len(found) == len(clients)
-
-    await eventually(all_came)
-    return found
-
-
-def lost(backend: RecordingBackend) -> Counter[str]:
-    """Count the disconnect events of lost connections, by their ids."""
-    return Counter(
-        event["connection_id"]
-        for event in backend.of("disconnect")
-        if event["meta"]["reason"] == "instance lost"
-    )
-
-
-async def instance_of(relay: Service, backend: RecordingBackend) -> str:
-    return str((await status_of(relay, backend))["instance"])
-
-
-async def status_of(relay: Service, backend: RecordingBackend) -> dict[str, Any]:
-    response = await backend.call(f"{relay.callback_url}/status", "GET")
-    return dict(json.loads(response.body))
-
-
-async def no_keys(redis: RedisServer, instance: str) -> None:
-    """Wait until nothing of an instance is left but its tombstone."""
-    async with asyncio.timeout(DEADLINE):
-        while not set(await redis.client.keys(f"*{instance}*")) <= {
-            f"socketdock:{{{instance}}}:dead"
-        } or instance in await redis.client.hkeys("socketdock:instances"):
-            await asyncio.sleep(0.05)
-
-
-def kill(*dead: Service) -> None:
-    for relay in dead:
-        relay.process.send_signal(signal.SIGKILL)
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
     python test/soak.py --seconds=300 --seed=N
     python test/soak.py --seconds=600 --one-relay
+    python test/soak.py --cluster           relays that share Redis: cluster_soak.py
 
 Each round takes about ten seconds: a relay with options drawn from the seed, clients
 that connect, send, read and leave in every possible way (`soaking.visits`), callers
@@ -44,6 +45,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+import cluster_soak
 from certificates import Authority
 from faults import Attempt, FaultyBackend, Reply, SilentProxy, memory
 from service import Service
@@ -485,4 +487,7 @@ async def live(
 
 
 if __name__ == "__main__":
+    if "--cluster" in sys.argv:
+        words = [word for word in sys.argv[1:] if word != "--cluster"]
+        sys.exit(asyncio.run(cluster_soak.main(words)))
     sys.exit(asyncio.run(main()))
