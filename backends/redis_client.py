@@ -117,8 +117,9 @@ class TurnPipeline:
         self._on_lost = on_lost
         self._reply_timeout = reply_timeout
         self._waiting: list[tuple[Command, asyncio.Future[Any]]] = []
-        # Connects, then sends while something waits; cancelled by close().
+        # Connects, and sends what waits; cancelled by close().
         self._running: asyncio.Task[None] | None = None
+        self._idle: asyncio.Future[None] | None = None  # done when something waits
         self._failures = 0  # in sequence
         self.connected = False
         self.away: RedisAway | None = None  # why it reconnects now
@@ -138,8 +139,10 @@ class TurnPipeline:
             return future
         self._waiting.append((command, future))
         if self._running is None:
-            # The task begins in the next turn: more may be added in this one.
-            self._running = self._loop.create_task(self._run())
+            self.connect()
+        elif self._idle is not None and not self._idle.done():
+            # The task goes on in the next turn: more may be added in this one.
+            self._idle.set_result(None)
         return future
 
     async def close(self) -> None:
@@ -152,17 +155,16 @@ class TurnPipeline:
         await self._wire.close()
 
     async def _run(self) -> None:
-        try:
+        while True:
             while not self.connected:
                 await self._connect()
-            while self._waiting:
+            if self._waiting:
                 batch = self._waiting[:MAX_PIPELINE]
                 del self._waiting[:MAX_PIPELINE]
                 await self._send(batch)
-                while not self.connected:
-                    await self._connect()
-        finally:
-            self._running = None
+            else:
+                self._idle = self._loop.create_future()
+                await self._idle
 
     async def _connect(self) -> None:
         try:

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from backends.check import Check, Finding
-from backends.cluster.keys import ADD, DONE, KEEP, REAP, RELEASE, RENEW, Keys
+from backends.cluster.keys import CHANGE, DONE, KEEP, REAP, RELEASE, RENEW, Keys
 from backends.redis_client import RedisAway, RedisClient, RedisError
 from backends.redis_url import RedisAddress
 
@@ -72,8 +72,8 @@ class ClusterCheck(Check):
         dead, reaper = keys.dead(me), keys.reaper(me)
         try:
             await self._execute("EVAL", RENEW, 2, lease, dead, "", 1000)
-            await self._execute("EVAL", ADD, 2, dead, ids, "id")
-            await self._execute("SREM", ids, "id")
+            await self._execute("EVAL", CHANGE, 2, dead, ids, 1, "added", "removed")
+            await self._execute("SREM", ids, "added")
             await self._execute("EVAL", RELEASE, 2, lease, ids)
             await self._execute(
                 "EVAL", REAP, 4, lease, ids, dead, reaper, me, 1000, 1000, 0

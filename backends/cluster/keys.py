@@ -18,18 +18,23 @@ return {2 - held, now}
 """
 FENCED, HELD, TAKEN = 0, 1, 2  # TAKEN: there was no lease
 
-# Adds ids of connections, unless there is a tombstone: then it returns 0.
-ADD = """
+# Adds the first ARGV[1] ids and removes the others, unless there is a tombstone: then
+# it returns 0.
+CHANGE = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-for i = 1, #ARGV, 1000 do
-  redis.call('SADD', KEYS[2], unpack(ARGV, i, math.min(i + 999, #ARGV)))
+local added = tonumber(ARGV[1]) + 1
+for i = 2, added, 1000 do
+  redis.call('SADD', KEYS[2], unpack(ARGV, i, math.min(i + 999, added)))
+end
+for i = added + 1, #ARGV, 1000 do
+  redis.call('SREM', KEYS[2], unpack(ARGV, i, math.min(i + 999, #ARGV)))
 end
 return 1
 """
-# Replaces all ids, unless there is a tombstone.
+# Replaces all ids by the given ones, unless there is a tombstone.
 REPLACE = f"""
 if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('DEL', KEYS[2]) end
-{ADD}
+{CHANGE}
 """
 
 # Gives the lease back. Returns how many ids are left for others to send.

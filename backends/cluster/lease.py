@@ -6,9 +6,11 @@ import logging
 import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from backends.cluster.keys import (
-    ADD,
+    CHANGE,
     FENCED,
     RELEASE,
     RENEW,
@@ -64,9 +66,8 @@ class Lease:
         self._ids: dict[str, None] = {}
         self._added: list[str] = []  # to be written, as `_removed`
         self._removed: list[str] = []
-        self._written: asyncio.Future[None] | None = None  # done when `_added` is
-        # Writes while there is something; ends by itself.
-        self._writing: asyncio.Task[None] | None = None
+        self._waiting: list[asyncio.Future[None]] = []  # done when `_added` is written
+        self._writing = False  # a write is due, or unanswered
         self._complete = False  # whether Redis has all ids, as far as is known
         self._stalled = False  # since the last renewal
         self._held_since: int | None = None  # without a break, in Redis' milliseconds
@@ -105,11 +106,11 @@ class Lease:
         self._ids[connection_id] = None
         if self._redis.away is not None:
             return None
+        written: asyncio.Future[None] = self._hold.loop.create_future()
         self._added.append(connection_id)
-        if self._written is None:
-            self._written = self._hold.loop.create_future()
-        self._write()
-        return self._written
+        self._waiting.append(written)
+        self._write_soon()
+        return written
 
     def remove(self, connection_id: str) -> None:
         """Remove a connection: its disconnect event has ended, or none is due."""
@@ -117,42 +118,38 @@ class Lease:
             del self._ids[connection_id]
             if self._redis.away is None:
                 self._removed.append(connection_id)
-                self._write()
+                self._write_soon()
+
+    def _write_soon(self) -> None:
+        """Write what gathers in this turn, or until the last write is answered."""
+        if not self._writing:
+            self._writing = True
+            self._hold.loop.call_soon(self._write)
 
     def _write(self) -> None:
-        if self._writing is None:
-            self._writing = self._hold.loop.create_task(self._write_all())
-
-    async def _write_all(self) -> None:
-        """Write what has gathered: at most one write is unanswered."""
-        try:
-            while self._added or self._removed:
-                added, self._added = self._added, []
-                removed, self._removed = self._removed, []
-                written, self._written = self._written, None
-                try:
-                    await self._write_changes(added, removed)
-                finally:
-                    if written is not None and not written.done():
-                        written.set_result(None)
-        finally:
-            self._writing = None
-
-    async def _write_changes(self, added: list[str], removed: list[str]) -> None:
+        added, self._added = self._added, []
+        removed, self._removed = self._removed, []
+        waiting, self._waiting = self._waiting, []
         dead, connections = self._own_keys("dead", "connections")
-        adding = removing = None
-        if added:
-            adding = self._redis.execute("EVAL", ADD, 2, dead, connections, *added)
-        if removed:
-            removing = self._redis.execute("SREM", connections, *removed)
-        try:
-            if removing is not None:
-                await removing
-            if adding is not None and not await adding:
-                self._kicked.set()  # there is a tombstone
-        except RedisError as error:
+        self._redis.execute(
+            "EVAL", CHANGE, 2, dead, connections, len(added), *added, *removed
+        ).add_done_callback(partial(self._on_written, waiting))
+
+    def _on_written(
+        self, waiting: list["asyncio.Future[None]"], reply: "asyncio.Future[Any]"
+    ) -> None:
+        for written in waiting:
+            if not written.done():
+                written.set_result(None)
+        error = reply.exception()
+        if error is not None:
             self._complete = False  # the next renewal writes all of them
             self._log_failure(error)
+        elif not reply.result():
+            self._kicked.set()  # there is a tombstone
+        self._writing = False
+        if self._added or self._removed:
+            self._write_soon()
 
     def _own_keys(self, *names: str) -> list[str]:
         return [getattr(self.keys, name)(self.instance) for name in names]
@@ -212,19 +209,20 @@ class Lease:
             "HSET", self.keys.instances, self.instance, self.settings.address
         )
         self._added, self._removed = [], []
-        written, self._written = self._written, None
+        waiting, self._waiting = self._waiting, []
         self._complete = True  # what changes from now on is written after these
         try:
             await self._redis.execute(
-                "EVAL", REPLACE, 2, dead, connections, *self._ids
+                "EVAL", REPLACE, 2, dead, connections, len(self._ids), *self._ids
             )
             await register
         except RedisError:
             self._complete = False
             raise
         finally:
-            if written is not None and not written.done():
-                written.set_result(None)
+            for written in waiting:
+                if not written.done():
+                    written.set_result(None)
 
     async def _leave_old_name(self) -> None:
         lease, connections = self._own_keys("lease", "connections")
@@ -262,7 +260,7 @@ class Lease:
         self._log_failure(error)
         self.held, self._held_since = False, None
 
-    def _log_failure(self, error: RedisError) -> None:
+    def _log_failure(self, error: BaseException) -> None:
         """Log the first failure of an outage."""
         if not self._failing and not self._released:
             self._failing = True
@@ -278,8 +276,7 @@ class Lease:
         await asyncio.gather(self._running, return_exceptions=True)
         with contextlib.suppress(TimeoutError, RedisError):
             async with asyncio.timeout(RELEASE_TIMEOUT):
-                if self._writing is not None:
-                    await self._writing
+                self._write()
                 lease, connections = self._own_keys("lease", "connections")
                 if not await self._redis.execute(
                     "EVAL", RELEASE, 2, lease, connections

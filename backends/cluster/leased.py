@@ -62,7 +62,7 @@ class LeasedBackend(Backend):
             await self._hold.passed()
         written = self._lease.add(connection.id)
         if written is not None:
-            await asyncio.shield(written)
+            await written
         try:
             return await self._backend.connect(connection, handshake)
         except ConnectionRefused:
