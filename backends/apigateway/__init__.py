@@ -99,7 +99,7 @@ class ApiGatewayBackend(PostingBackend):
             return await self._decisions.ask(connection.id, caller, handshake)
         except ConnectionRefused:
             self._open_connections.remove(connection.id)
-            del self._callers[connection.id]
+            self._callers.pop(connection.id, None)
             raise
 
     def message(

@@ -84,7 +84,7 @@ class PostingBackend(Backend):
                 self._ending.add(ending)
                 ending.add_done_callback(self._ending.discard)
             else:
-                del self._by_id[connection.id]
+                self._by_id.pop(connection.id, None)
 
     def disconnect_events(self, connection: Connection) -> DisconnectEvents:
         """Return what makes the disconnect event of a connection that has ended."""
@@ -116,7 +116,7 @@ class PostingBackend(Backend):
                     log_failure(notification.connection_id, error)
         finally:
             delivery.end()
-            del self._by_id[notification.connection_id]
+            self._by_id.pop(notification.connection_id, None)
 
     async def lost(self, connection_id: str, instance: str) -> None:
         """Post the disconnect event of a dead run's connection."""
@@ -128,7 +128,7 @@ class PostingBackend(Backend):
     def abandon(self, connection_id: str) -> None:
         """Drop what waits, and abandon what is unanswered."""
         self._open_connections.remove(connection_id)
-        if (delivery := self._by_id.get(connection_id)) is not None:
+        if (delivery := self._by_id.pop(connection_id, None)) is not None:
             delivery.end()
 
     def rename(self, instance: str) -> None:
