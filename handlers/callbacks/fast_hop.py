@@ -1,11 +1,10 @@
 """Answers forwarded sends without a Tornado handler."""
 
 import asyncio
-import re
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from functools import partial
 
-from handlers.callbacks.actions import GONE, Outcome, Sending, send
+from handlers.callbacks.actions import Outcome, Sending, send
 from handlers.callbacks.bodies import message_of
 from handlers.callbacks.forward import OWN_KEY
 from handlers.callbacks.hops import HEADER, digest_of_body
@@ -18,6 +17,11 @@ from handlers.websocket.frames import MessageFrame
 HOP, KEY = HEADER.lower().encode(), KEY_HEADER.lower().encode()
 CONTENT_TYPE = b"content-type"
 OWN = OWN_KEY.encode()
+SEND = b"/send"
+# The queries that are plain, and their values of `type`.
+TYPES: Mapping[bytes, Sequence[str]] = {
+    b"": (), b"type=text": ("text",), b"type=binary": ("binary",)
+}
 
 
 class FastHop:
@@ -31,11 +35,8 @@ class FastHop:
         self._hops = received.hops
         self._repeats = received.unasked
         self._max_message_size = max_message_size
-        prefix, pattern = received.prefix, received.connections.owners.pattern
-        self._target = re.compile(
-            rb"(?:%b)?/socket/(%b)/send(?:\?type=(text|binary))?"
-            % (re.escape(prefix.encode()), pattern.encode())
-        )
+        prefix = received.prefix.encode()
+        self._starts = frozenset({b"/socket", b"%b/socket" % prefix})
 
     def __call__(self, request: Request) -> FastHandler | None:
         """Return the function that receives the body; None if it is not plain."""
@@ -45,8 +46,12 @@ class FastHop:
             return None
         if request.declared > self._max_message_size:
             return None
-        target = self._target.fullmatch(request.target)
-        if target is None or request.upgrade or request.chunked:
+        path, _, query = request.target.partition(b"?")
+        start, _, connection_id = path[: -len(SEND)].rpartition(b"/")
+        if start not in self._starts or not path.endswith(SEND):
+            return None
+        types = TYPES.get(query)
+        if types is None or request.upgrade or request.chunked:
             return None
         if request.version != "1.1" or not request.keep_alive:
             return None
@@ -59,8 +64,8 @@ class FastHop:
         content_type = fields.get(CONTENT_TYPE, b"")
         return partial(
             self._send,
-            target[1].decode(),
-            [target[2].decode()] if target[2] else [],
+            connection_id.decode("latin-1"),
+            types,
             headers[0][1],
             (b"POST", request.target, content_type, key),
         )
@@ -85,7 +90,7 @@ class FastHop:
             return None
         connection = self._received.find(connection_id)
         if connection is None:
-            return response_of(GONE)
+            return None
         outcome = send(connection, MessageFrame(message))
         if isinstance(outcome, Outcome):
             self._repeats.add(name, digest, outcome)

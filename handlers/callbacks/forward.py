@@ -7,7 +7,7 @@ verifies the request, and never forwards it again.
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
@@ -23,6 +23,7 @@ from handlers.callbacks.actions import OK, Outcome
 from handlers.callbacks.hops import HEADER, Hops, digest_of_body
 from handlers.callbacks.responses import Response, response_of
 from handlers.clients.connection import Connections
+from handlers.http.request import LaterResponse
 from handlers.owners import Address
 
 logger = logging.getLogger(__name__)
@@ -188,13 +189,15 @@ class Forwarder:
             return None
         return self._connections.owners.elsewhere(connection_id)
 
-    def forward(self, owner: Address, callback: Forwarded) -> Awaitable[Response]:
+    def forward(
+        self, owner: Address, callback: Forwarded
+    ) -> LaterResponse[Response]:
         """Send `callback` to `owner`; await it for the response."""
         forwarding = _Forwarding(self, owner, callback)
         self._under_way[forwarding] = None
         if self._timer is None:
             self._watch(self.client.loop.time())
-        return forwarding.response
+        return forwarding
 
     def new_key(self) -> str:
         """Return a key for a callback that has none."""
@@ -275,7 +278,7 @@ class Forwarder:
         await asyncio.gather(*self._asking)
 
 
-class _Forwarding:
+class _Forwarding(LaterResponse[Response]):
     """One callback on its way to the owner, until there is an answer.
 
     `began` is on the loop's clock.
@@ -287,12 +290,12 @@ class _Forwarding:
     def __init__(
         self, forwarder: Forwarder, owner: Address, callback: Forwarded
     ) -> None:
+        super().__init__()
         self.owner = owner
         self._forwarder = forwarder
         self._callback = callback
         self._key = (callback.key or forwarder.new_key()).encode()
         client = forwarder.client
-        self.response: asyncio.Future[Response] = client.loop.create_future()
         self._ended = False
         self._sent = False  # whether the request was written, at least in part
         self.began = client.loop.time()
@@ -358,8 +361,7 @@ class _Forwarding:
         self._forwarder.observer.forwarded(
             self._callback.connection_id, self.owner.text, outcome, response.status
         )
-        if not self.response.done():  # the backend may have disconnected
-            self.response.set_result(response)
+        self.respond(response)
 
 
 def _keep(status: int, headers: Mapping[str, str]) -> int:

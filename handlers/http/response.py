@@ -25,7 +25,7 @@ from tornado.web import Application
 from backends.waiting import done_future
 from handlers.http.body_budget import BodyBudget
 from handlers.http.bounds import RequestBounds
-from handlers.http.request import FastResponse, Request
+from handlers.http.request import FastResponse, LaterResponse, Request
 
 SWITCHING_PROTOCOLS = 101
 LINE_END = re.compile(r"[\r\n\0]")
@@ -85,11 +85,11 @@ class PendingResponse:
         request: Request,
         response: Awaitable[FastResponse],
     ) -> None:
-        # Kept here; `on_close` cancels it. A future needs no task.
-        self._answer: asyncio.Future[Any]
-        if isinstance(response, asyncio.Future):
+        # Kept here; `on_close` cancels it.
+        self._answer: LaterResponse[Any] | asyncio.Task[None]
+        if isinstance(response, LaterResponse):  # it needs no task
             self._answer = response
-            response.add_done_callback(partial(_on_answer, connection, request))
+            response.then(partial(_on_answer, connection, request))
         else:
             answer = _when_answered(connection, request, response)
             self._answer = connection.loop.create_task(answer)
@@ -103,18 +103,16 @@ class PendingResponse:
 
 
 def _on_answer(
-    connection: Connection, request: Request, answer: "asyncio.Future[FastResponse]"
+    connection: Connection, request: Request, answer: FastResponse
 ) -> None:
-    if not answer.cancelled() and connection.request is request:
-        connection.answer(request, answer.result())
+    if connection.request is request:
+        connection.answer(request, answer)
 
 
 async def _when_answered(
     connection: Connection, request: Request, response: Awaitable[FastResponse]
 ) -> None:
-    answer = await response
-    if connection.request is request:
-        connection.answer(request, answer)
+    _on_answer(connection, request, await response)
 
 
 class HandlerResponse(HTTPConnection):
