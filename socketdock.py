@@ -123,7 +123,7 @@ DESCRIPTORS = 256  # for open callbacks, the log, and the process itself
 # event with a new boot id says that the connections of the run before are lost.
 CHECK_INSTANCE = "socketdock-check"
 USAGE_ERROR = 2  # exit status: an invalid option
-COMMANDS = ("check", "config", "dev", "health", "redis-partitions")  # none: relay
+COMMANDS = ("check", "config", "dev", "health", "redis-partitions", "worker")
 
 
 def make_server(
@@ -701,6 +701,8 @@ def run(command: str, words: list[str]) -> int:
     develops = command == "dev" or words[:1] == ["dev"]  # of a relay in a process
     if develops:
         words = ["--backend=apigateway", *words[command != "dev" :]]
+    if command == "worker":
+        words = ["--backend=backends.redis.worker", *words]
     number = words.pop(0) if command == "redis-partitions" and words else ""
     warnings = parse_options(words, os.environ)
     if command == "redis-partitions":

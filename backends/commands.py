@@ -74,6 +74,13 @@ class Command:
     connection_ids: Sequence[str] | None
 
 
+@dataclass(slots=True)
+class RoutedCommand(Command):
+    """A command that names the stream of the instance that has its connections."""
+
+    reply: str
+
+
 # Is called with a connection and the status that a callback would have got.
 OnFailed = Callable[[str, int], None]
 
@@ -164,6 +171,9 @@ def _parse_command(value: object, named: bool) -> Command:
     ids = _ids_of(value)
     if ids is None and named:
         raise CommandError("connection_id or connection_ids is missing.")
+    reply = value.get("reply")
+    if isinstance(reply, str):
+        return RoutedCommand(action, ids, reply)
     return Command(action, ids)
 
 

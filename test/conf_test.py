@@ -150,7 +150,7 @@ def default_in(cell):
     `20 s` and `0: forever` are numbers; words, such as `none: no TLS` and `the
     host's name`, say what happens without a value.
     """
-    if (quoted := re.fullmatch(r"`([^-/]+|/\w+)`", cell)) is not None:
+    if (quoted := re.fullmatch(r"`([^-/][^/`]*|/\w+)`", cell)) is not None:
         return quoted[1]
     first = re.match(r"[\w.]*", cell)[0]
     return {"on": True, "off": False}.get(first, first if first[:1].isdigit() else None)

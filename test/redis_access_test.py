@@ -11,7 +11,8 @@ from certificates import Authority
 from redis_client_test import Sentinel
 from redis_server import RedisServer
 from redis_streams import Streams
-from service import DEADLINE, PROJECT, Service
+from redis_worker_test import WorkerService
+from service import DEADLINE, PROJECT, RecordingBackend, Service
 
 pytestmark = [pytest.mark.gen_test(timeout=120), pytest.mark.once]
 
@@ -42,10 +43,10 @@ async def works(streams: Streams, url: str = "") -> None:
     assert not [line for line in service.log if "NOPERM" in line]
 
 
-def documented_user(prefix: str) -> str:
-    """Return the user of docs/redis.md, for another prefix."""
+def documented_user(name: str, prefix: str) -> str:
+    """Return a user of docs/redis.md, for another prefix."""
     text = (PROJECT / "docs" / "redis.md").read_text("utf-8")
-    (line,) = [line for line in text.splitlines() if line.startswith("user ")]
+    (line,) = [line for line in text.splitlines() if line.startswith(f"user {name} ")]
     assert "change-this-password" in line
     return line.replace("~socketdock:*", f"~{prefix}:*")
 
@@ -53,7 +54,7 @@ def documented_user(prefix: str) -> str:
 async def test_documented_user_may_do_all_that_a_relay_does(io_loop, tmp_path):
     """With TLS; and the check finds neither an error nor a missing permission."""
     authority = Authority(tmp_path)
-    user = documented_user("acl")
+    user = documented_user("socketdock", "acl")
     async with RedisServer(
         tmp_path, users=(user,), certificate=authority.server(), aof=True
     ) as redis:
@@ -69,6 +70,42 @@ async def test_documented_user_may_do_all_that_a_relay_does(io_loop, tmp_path):
         status, output = await check(*streams.flags(url=url))
         assert status == 1
         assert "may not run xtrim" in output
+
+
+async def test_documented_user_may_do_all_that_a_worker_does(io_loop, tmp_path):
+    """Take partitions, deliver, acknowledge, bury, and send dead events again."""
+    user = documented_user("socketdock-worker", "acl")
+    name = "socketdock-worker:change-this-password"
+
+    async def refuse_bad(handler, event):
+        if event["message"] == "bad":
+            handler.set_status(500)
+
+    async with (
+        RedisServer(tmp_path, users=(user,)) as redis, RecordingBackend() as backend
+    ):
+        streams = Streams(redis, 2, "acl")
+        backend.answers["message"] = refuse_bad
+        flags = (
+            f"--redis_url=redis://{name}@{redis.place}",
+            f"--messageuri={backend.url('message')}",
+            "--event_timeout=0.5",
+        )
+        admin = f"redis://admin:admin@{redis.place}"
+        async with streams.relay(url=admin) as relay:
+            async with WorkerService(streams, *flags) as worker:
+                async with websockets.connect(relay.ws_url) as client:
+                    await client.send("bad")
+                    async with websockets.connect(relay.ws_url) as other:
+                        async with asyncio.timeout(DEADLINE):
+                            while not await redis.client.exists("acl:dead"):
+                                await other.send("good")
+                                await asyncio.sleep(0.1)
+            async with WorkerService(streams, *flags, "--replay_dead") as again:
+                async with asyncio.timeout(DEADLINE):
+                    while await redis.client.xlen("acl:dead"):
+                        await asyncio.sleep(0.05)
+        assert not [line for line in worker.log + again.log if "NOPERM" in line]
 
 
 async def test_cluster(io_loop, tmp_path):
@@ -115,6 +152,7 @@ async def test_check_finds_what_loses_messages(io_loop, tmp_path):
             await redis.client.xadd(stream, {"event": "message"})
         await redis.client.xgroup_create(streams.names[0], "old", "0")
         await redis.client.set(f"{streams.prefix}:partitions", 3)
+        await redis.client.xadd(f"{streams.prefix}:dead", {"event": "message"})
         before = await everything(redis)
         status, output = await check(*streams.flags())
         assert await everything(redis) == before
@@ -123,6 +161,7 @@ async def test_check_finds_what_loses_messages(io_loop, tmp_path):
         "maxmemory-policy is allkeys-lru",
         "set appendonly to yes",
         f"{streams.prefix}:partitions is 3",
+        f"{streams.prefix}:dead has 1 events",
         "group old has no consumer",
         f"XGROUP DESTROY {streams.names[0]} old",
         f"{streams.names[1]} has 1 entries and no group",

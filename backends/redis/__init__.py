@@ -71,6 +71,13 @@ define("redis_partitions", default=16, metavar="COUNT",
 define("redis_backlog", default=100_000, metavar="COUNT",
        help="most entries of a stream; with more, clients are treated as if Redis were "
             "unreachable")
+define("redis_group", default="socketdock-worker", metavar="NAME",
+       help="socketdock worker: the group of consumers that workers share")
+define("event_timeout", default=60.0, metavar="SECONDS",
+       help="socketdock worker: how long an event may fail while others are accepted, "
+            "until it is dead")
+define("replay_dead", default=False,
+       help="socketdock worker: send dead events again, at the start")
 
 RETRY_AFTER = "1"  # seconds, for clients rejected during an outage
 START_TIMEOUT = 5.0  # seconds for the first connection to Redis

@@ -58,6 +58,13 @@ class RedisCheck(Check):
     async def _about_streams(self) -> AsyncIterator[Finding]:
         try:
             yield await self._partitions_finding()
+            dead = f"{self._keys.prefix}:dead"
+            if count := await self._client.execute("XLEN", dead, timeout=REPLY):
+                yield Finding(
+                    "warning",
+                    f"{dead} has {count} events that could not be delivered; send them"
+                    " again with `socketdock worker --replay_dead`, or delete it",
+                )
             for number in range(self._partitions):
                 for finding in await self._group_findings(self._keys.events(number)):
                     yield finding

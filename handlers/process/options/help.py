@@ -21,6 +21,7 @@ Usage: socketdock [--option=value ...]
        socketdock check --send ...             sends the backend test events, too
        socketdock health [--option=value ...]  asks whether this relay serves
        socketdock config                       prints an options file to edit
+       socketdock worker [--option=value ...]  takes events from Redis to a backend
        socketdock redis-partitions N ...       adds streams of the redis backend
        socketdock --version | --help | --help-all
 
