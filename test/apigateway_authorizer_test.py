@@ -244,6 +244,9 @@ async def test_authorizer_may_answer_unauthorized(gateway):
                 }
             }
         },
+        lambda event: policy(event, "allow"),
+        lambda event: policy(event, ["Allow"]),
+        lambda event: policy(event, resource={"Ref": "Function"}),
         lambda event: None,
     ],
 )

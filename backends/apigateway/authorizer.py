@@ -165,7 +165,10 @@ def is_allowed(result: Mapping[str, Any], method_arn: str) -> bool:
         if _matches(statement, "Action", ACTION.lower()) and _matches(
             statement, "Resource", method_arn
         ):
-            effects.add(statement.get("Effect"))
+            effect = statement.get("Effect")
+            if effect not in ("Allow", "Deny"):
+                raise BadAnswer("an Effect of its policyDocument is not Allow or Deny")
+            effects.add(effect)
     return effects == {"Allow"}
 
 
