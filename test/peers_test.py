@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import hashlib
+import hmac
 import json
 import secrets
 import signal
@@ -22,10 +24,8 @@ pytestmark = [pytest.mark.gen_test(timeout=60), pytest.mark.once]
 
 SECRET = "the secret of all instances"
 OTHER = "a secret that nobody shares"
-AUTHORIZED = {
-    "Authorization": BEARER.partition(": ")[2],
-    "Content-Type": "text/plain",
-}
+PLAIN = {"Content-Type": "text/plain"}
+AUTHORIZED = {"Authorization": BEARER.partition(": ")[2], **PLAIN}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,14 @@ async def relays(number, secret_file, *flags, host="127.0.0.1"):
         yield backend, await asyncio.gather(*running)
 
 
+@pytest.fixture(scope="module")
+def trio(module_io_loop, shared, secret_file):
+    """Three relays with a token, which no test stops, and their backend."""
+    return module_io_loop.run_sync(
+        lambda: shared.enter_async_context(relays(3, secret_file, TOKENS))
+    )
+
+
 @contextlib.asynccontextmanager
 async def joined(backend, service):
     """A client of `service`, and the meta of its first event."""
@@ -93,7 +101,7 @@ async def received(client):
 
 
 async def call(backend, url, **rest):
-    rest.setdefault("headers", {"Content-Type": "text/plain"})
+    rest.setdefault("headers", AUTHORIZED)
     return await backend.call(url, **rest)
 
 
@@ -144,60 +152,63 @@ def test_one_address_has_one_text():
 # Forwarding.
 
 
-async def test_each_instance_takes_each_callback(io_loop, secret_file):
+async def test_each_instance_takes_each_callback(io_loop, trio):
     """Send, info, disconnect and delete; the answer is that of the owner."""
-    async with relays(3, secret_file) as (backend, services):
-        first, second, third = services
-        async with joined(backend, second) as (client, meta):
-            for number, service in enumerate(services):
-                answer = await call(backend, at(service, meta), body=f"{number}")
-                assert (answer.code, answer.body) == (200, b"OK")
-                assert await received(client) == f"{number}"
-            binary = await backend.call(at(first, meta), body=b"\xff\x00")
-            assert binary.code == 200
-            assert await received(client) == b"\xff\x00"
-            text = await backend.call(at(first, meta) + "?type=text", body=b"text")
-            assert text.code == 200
-            assert await received(client) == "text"
-            # With a receipt, which a handler answers.
-            url = at(third, meta) + "?receipt=pong&timeout=20"
-            assert (await call(backend, url, body="pong")).code == 200
-            info = await backend.call(at(first, meta, ""), method="GET")
-            assert json.loads(info.body)["connection_id"] == meta["connection_id"]
-            assert info.headers["Cache-Control"] == "no-store"
-            head = await backend.call(at(first, meta, ""), method="HEAD")
-            assert head.code == 200
-            # What the instance that takes the callback rejects itself.
-            assert (await call(backend, at(first, meta), body=b"\xff")).code == 400
-            body = json.dumps({"code": 4000, "reason": "enough"})
-            url = at(first, meta, "disconnect")
-            assert (await backend.call(url, body=body)).code == 200
-            await asyncio.wait_for(client.wait_closed(), DEADLINE)
-            assert (client.close_code, client.close_reason) == (4000, "enough")
-            for service in services:
-                gone = await call(backend, at(service, meta), body="x")
-                assert gone.code == 410
-                assert "type" not in json.loads(gone.body)
-        async with joined(backend, second) as (client, meta):
-            url = at(third, meta, "")
-            assert (await backend.call(url, method="DELETE")).code == 204
-            await asyncio.wait_for(client.wait_closed(), DEADLINE)
-        found = await scrape(first)
-        assert found['forwarded_total{outcome="answered"}'] >= 7
-        assert found['forwarded_total{outcome="gone"}'] == 0
+    backend, services = trio
+    first, second, third = services
+    before = await forwarded(first)
+    async with joined(backend, second) as (client, meta):
+        for number, service in enumerate(services):
+            answer = await call(backend, at(service, meta), body=f"{number}")
+            assert (answer.code, answer.body) == (200, b"OK")
+            assert await received(client) == f"{number}"
+        binary = await backend.call(
+            at(first, meta),
+            body=b"\xff\x00",
+            headers={"Authorization": AUTHORIZED["Authorization"]},
+        )
+        assert binary.code == 200
+        assert await received(client) == b"\xff\x00"
+        text = await call(backend, at(first, meta) + "?type=text", body=b"text")
+        assert text.code == 200
+        assert await received(client) == "text"
+        # With a receipt, which a handler answers.
+        url = at(third, meta) + "?receipt=pong&timeout=20"
+        assert (await call(backend, url, body="pong")).code == 200
+        info = await call(backend, at(first, meta, ""), method="GET")
+        assert json.loads(info.body)["connection_id"] == meta["connection_id"]
+        assert info.headers["Cache-Control"] == "no-store"
+        head = await call(backend, at(first, meta, ""), method="HEAD")
+        assert head.code == 200
+        # What the instance that takes the callback rejects itself.
+        assert (await call(backend, at(first, meta), body=b"\xff")).code == 400
+        body = json.dumps({"code": 4000, "reason": "enough"})
+        url = at(first, meta, "disconnect")
+        assert (await call(backend, url, body=body)).code == 200
+        await asyncio.wait_for(client.wait_closed(), DEADLINE)
+        assert (client.close_code, client.close_reason) == (4000, "enough")
+        for service in services:
+            gone = await call(backend, at(service, meta), body="x")
+            assert gone.code == 410
+            assert "type" not in json.loads(gone.body)
+    async with joined(backend, second) as (client, meta):
+        url = at(third, meta, "")
+        assert (await call(backend, url, method="DELETE")).code == 204
+        await asyncio.wait_for(client.wait_closed(), DEADLINE)
+    assert await forwarded(first) - before >= 7
+    assert await forwarded(first, "gone") == 0
 
 
-async def test_forged_owners_and_hops_reach_nobody(io_loop, secret_file):
+async def test_forged_owners_and_hops_reach_nobody(io_loop, trio):
     """A wrong MAC is 410 without a hint, a wrong hop 401; no connection is made."""
     connected = []
 
     async def serve(reader, writer):
         connected.append(writer)
 
-    async with (
-        tcp_server(serve) as port,
-        relays(2, secret_file) as (backend, (first, second)),
-    ):
+    backend, (first, second, _) = trio
+    before = [await forwarded(service) for service in (first, second)]
+    async with tcp_server(serve) as port:
         address = Address.parse(f"127.0.0.1:{port}")
         forged = SharedOwners(address, [OTHER.encode()]).new_id()
         answer = await call(backend, at(first, {"connection_id": forged}), body="x")
@@ -228,11 +239,7 @@ async def test_forged_owners_and_hops_reach_nobody(io_loop, secret_file):
         headers = hop_headers(signed_hop(path, key="k"))
         assert (await call(backend, url, body="x", headers=headers)).code == 410
         assert not connected
-        for service in (first, second):
-            found = await scrape(service)
-            assert not any(
-                value for name, value in found.items() if name.startswith("forwarded")
-            )
+        assert [await forwarded(service) for service in (first, second)] == before
 
 
 def signed_hop(
@@ -254,23 +261,23 @@ def hop_headers(hop, key="k"):
     }
 
 
-async def test_hop_needs_no_token_and_is_carried_out_once(io_loop, secret_file):
+async def test_hop_needs_no_token_and_is_carried_out_once(io_loop, trio):
     """A hop that was recorded cannot be replayed."""
-    async with relays(1, secret_file, TOKENS) as (backend, (service,)):
-        async with joined(backend, service) as (client, meta):
-            url = at(service, meta)
-            path = url.removeprefix(service.callback_url)
-            for key in ("hop-recorded", "of-the-backend"):
-                headers = hop_headers(signed_hop(path, key=key), key)
-                for _ in range(2):
-                    answer = await call(backend, url, body="x", headers=headers)
-                    assert answer.code == 200
-            # Without a hop the token counts.
-            assert (await call(backend, url, body="x")).code == 401
-            await call(backend, url, body="last", headers=AUTHORIZED)
-            # Two keys, each carried out once.
-            frames = [await received(client) for _ in range(3)]
-            assert frames == ["x", "x", "last"]
+    backend, (service, *_) = trio
+    async with joined(backend, service) as (client, meta):
+        url = at(service, meta)
+        path = url.removeprefix(service.callback_url)
+        for key in ("hop-recorded", "of-the-backend"):
+            headers = hop_headers(signed_hop(path, key=key), key)
+            for _ in range(2):
+                answer = await call(backend, url, body="x", headers=headers)
+                assert answer.code == 200
+        # Without a hop the token counts.
+        assert (await backend.call(url, body="x")).code == 401
+        await call(backend, url, body="last", headers=AUTHORIZED)
+        # Two keys, each carried out once.
+        frames = [await received(client) for _ in range(3)]
+        assert frames == ["x", "x", "last"]
 
 
 async def test_token_and_key_are_checked_before_forwarding(io_loop, secret_file):
@@ -279,42 +286,115 @@ async def test_token_and_key_are_checked_before_forwarding(io_loop, secret_file)
     async with relays(2, secret_file, *flags) as (backend, (first, second)):
         async with joined(backend, second) as (client, meta):
             url = at(first, meta)
-            assert (await call(backend, url, body="x")).code == 401
+            assert (await backend.call(url, body="x")).code == 401
             assert (await call(backend, url, body="1", headers=AUTHORIZED)).code == 200
             query = meta["send"].partition("?")[2]
             assert query.startswith("key=")
             wrong = query[:-1] + ("A" if query[-1] != "A" else "B")
-            assert (await call(backend, f"{url}?{wrong}", body="x")).code == 401
-            assert (await call(backend, f"{url}?{query}", body="2")).code == 200
-            url = f"{url}?type=binary&{query}&receipt=pong"
-            assert (await call(backend, url, body="3")).code == 200
+            for parts, body, status in (
+                (wrong, "x", 401),
+                (query, "2", 200),
+                (f"type=binary&{query}&receipt=pong", "3", 200),
+            ):
+                answer = await call(
+                    backend, f"{url}?{parts}", body=body, headers=PLAIN
+                )
+                assert answer.code == status
             assert [await received(client) for _ in range(3)] == ["1", "2", b"3"]
-            found = await scrape_with_token(first)
-            assert found['forwarded_total{outcome="answered"}'] == 3
+            assert await forwarded(first) == 3
 
 
-async def scrape_with_token(service):
-    return await scrape(service, BEARER)
+async def forwarded(service, outcome="answered"):
+    """How many callbacks a relay has forwarded with that outcome."""
+    found = await scrape(service, BEARER)
+    return found[f'forwarded_total{{outcome="{outcome}"}}']
 
 
-async def test_repeat_at_another_instance_is_carried_out_once(io_loop, secret_file):
-    """Each owner remembers the keys of its connections."""
-    async with relays(3, secret_file) as (backend, services):
-        async with joined(backend, services[0]) as (client, meta):
-            headers = {"Content-Type": "text/plain", "Idempotency-Key": "a-key"}
-            answers = [
-                await call(backend, at(service, meta), body="x", headers=headers)
-                for service in (*services[1:], services[0])
-            ]
-            assert [answer.code for answer in answers] == [200, 200, 200]
-            replayed = ["Idempotent-Replayed" in a.headers for a in answers]
-            assert replayed == [False, True, True]
-            other = await call(
-                backend, at(services[2], meta), body="y", headers=headers
+async def test_forwarded_request_is_what_the_contract_says(io_loop, secret_file):
+    """Its parts, and a signature that others can verify."""
+    requests = []
+
+    async def serve(reader, writer):
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            lines = head.decode("latin-1").split("\r\n")[:-2]
+            headers = dict(line.split(": ", 1) for line in lines[1:])
+            body = await reader.readexactly(int(headers["Content-Length"]))
+            requests.append((lines[0], headers, body))
+            writer.write(b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nX-Y: z\r\n"
+                         b"Content-Length: 5\r\nContent-Type: text/a\r\n\r\nlater")
+
+    trace = f"00-{'1' * 32}-{'2' * 16}-01"
+    async with (
+        tcp_server(serve) as port,
+        relays(1, secret_file, "--externalhostandport=http://x/sd") as (
+            backend,
+            (relay,),
+        ),
+    ):
+        owner = Address.parse(f"127.0.0.1:{port}")
+        made = SharedOwners(owner, [SECRET.encode()]).new_id()
+        for action, query, key, kept in (
+            ("send", "?type=text&key=k&receipt=pong", "", "?type=text&receipt=pong"),
+            ("send", "?key=" + "k" * 22, "", ""),
+            ("disconnect", "", "the-key", ""),
+            ("", "?key=k", "", ""),
+        ):
+            path = f"/sd/socket/{made}/{action}".rstrip("/")
+            headers = {
+                "Content-Type": "text/plain; charset=utf-8",
+                "traceparent": trace,
+            }
+            if key:
+                headers["Idempotency-Key"] = key
+            body = "{}" if action else None
+            answer = await backend.call(
+                relay.callback_url + path + query,
+                method="POST" if action else "DELETE",
+                body=body,
+                headers=headers,
             )
-            assert other.code == 422
-            await call(backend, at(services[2], meta), body="last")
-            assert [await received(client) for _ in range(2)] == ["x", "last"]
+            # The answer comes back as it is.
+            assert (answer.code, answer.body) == (429, b"later")
+            assert answer.headers["Retry-After"] == "7"
+            assert answer.headers["Content-Type"] == "text/a"
+            line, headers, sent = requests.pop()
+            method = "POST" if action else "DELETE"
+            assert line == f"{method} {path}{kept} HTTP/1.1"
+            assert headers["traceparent"] == trace
+            assert headers["Content-Type"] == "text/plain; charset=utf-8"
+            assert headers["Idempotency-Key"] == key or not key
+            assert "Authorization" not in headers
+            assert sent == (body or "").encode()
+            instance, seconds, signature = headers["SocketDock-Hop"].split(";")
+            assert "/" in instance
+            assert abs(int(seconds.removeprefix("t=")) - time.time()) < 60
+            text = "\n".join((
+                "hop", method, path + kept, seconds.removeprefix("t="),
+                headers["Content-Type"], headers["Idempotency-Key"],
+                hashlib.sha256(sent).hexdigest(),
+            ))
+            expected = hmac.new(SECRET.encode(), text.encode(), "sha256").hexdigest()
+            assert signature == f"v1={expected}"
+
+
+async def test_repeat_at_another_instance_is_carried_out_once(io_loop, trio):
+    """Each owner remembers the keys of its connections."""
+    backend, services = trio
+    async with joined(backend, services[0]) as (client, meta):
+        headers = AUTHORIZED | {"Idempotency-Key": "a-key"}
+        answers = [
+            await call(backend, at(service, meta), body="x", headers=headers)
+            for service in (*services[1:], services[0])
+        ]
+        assert [answer.code for answer in answers] == [200, 200, 200]
+        replayed = ["Idempotent-Replayed" in a.headers for a in answers]
+        assert replayed == [False, True, True]
+        other = await call(
+            backend, at(services[2], meta), body="y", headers=headers
+        )
+        assert other.code == 422
+        await call(backend, at(services[2], meta), body="last")
+        assert [await received(client) for _ in range(2)] == ["x", "last"]
 
 
 # Owners that do not answer.
@@ -461,45 +541,45 @@ async def test_bulk_callback_reaches_the_clients_of_all_instances(
             assert await received(clients[2]) == "b"
 
 
-async def test_bulk_callback_is_repeated_at_another_instance(io_loop, secret_file):
+async def test_bulk_callback_is_repeated_at_another_instance(io_loop, trio):
     """Each owner remembers its part; another body is 422, and nothing is done."""
-    async with relays(3, secret_file, TOKENS) as (backend, services):
-        async with one_client_each(backend, services) as (clients, ids):
-            key = {"Idempotency-Key": "once"}
-            command = {"send": "x", "connection_ids": ids}
-            first, results = await bulk(backend, services[0], command, **key)
-            assert "Idempotent-Replayed" not in first.headers
-            for service in services[::-1]:
-                again, repeated = await bulk(backend, service, command, **key)
-                assert repeated == results
-                assert again.headers["Idempotent-Replayed"] == "true"
-            for changed in (
-                {"send": "y", "connection_ids": ids},
-                {"send": "x", "connection_ids": ids[:1]},
-                {"send": "x", "connection_ids": ids[1:]},
-            ):
-                for service in services:
-                    await bulk(backend, service, changed, status=422, **key)
-            await bulk(backend, services[1], command | {"send": "last"})
-            for client in clients:
-                assert [await received(client) for _ in range(2)] == ["x", "last"]
+    backend, services = trio
+    async with one_client_each(backend, services) as (clients, ids):
+        key = {"Idempotency-Key": "once"}
+        command = {"send": "x", "connection_ids": ids}
+        first, results = await bulk(backend, services[0], command, **key)
+        assert "Idempotent-Replayed" not in first.headers
+        for service in services[::-1]:
+            again, repeated = await bulk(backend, service, command, **key)
+            assert repeated == results
+            assert again.headers["Idempotent-Replayed"] == "true"
+        for changed in (
+            {"send": "y", "connection_ids": ids},
+            {"send": "x", "connection_ids": ids[:1]},
+            {"send": "x", "connection_ids": ids[1:]},
+        ):
+            for service in services:
+                await bulk(backend, service, changed, status=422, **key)
+        await bulk(backend, services[1], command | {"send": "last"})
+        for client in clients:
+            assert [await received(client) for _ in range(2)] == ["x", "last"]
 
 
-async def test_forwarded_bulk_callback_is_not_forwarded_again(io_loop, secret_file):
+async def test_forwarded_bulk_callback_is_not_forwarded_again(io_loop, trio):
     """Its connections are here, or gone."""
-    async with relays(2, secret_file, TOKENS) as (backend, services):
-        async with one_client_each(backend, services) as (clients, ids):
-            body = json.dumps({"commands": [{"send": "x", "connection_ids": ids}]})
-            hop = signed_hop(
-                "/commands", "hop-1", body=body.encode(),
-                content_type=b"application/json",
-            )
-            headers = hop_headers(hop, "hop-1") | {"Content-Type": "application/json"}
-            url = f"{services[0].callback_url}/commands"
-            answer = await backend.call(url, body=body, headers=headers)
-            statuses = [each["status"] for each in json.loads(answer.body)["results"]]
-            assert statuses == [200, 410]
-            assert await received(clients[0]) == "x"
+    backend, (*services, _) = trio
+    async with one_client_each(backend, services) as (clients, ids):
+        body = json.dumps({"commands": [{"send": "x", "connection_ids": ids}]})
+        hop = signed_hop(
+            "/commands", "hop-1", body=body.encode(),
+            content_type=b"application/json",
+        )
+        headers = hop_headers(hop, "hop-1") | {"Content-Type": "application/json"}
+        url = f"{services[0].callback_url}/commands"
+        answer = await backend.call(url, body=body, headers=headers)
+        statuses = [each["status"] for each in json.loads(answer.body)["results"]]
+        assert statuses == [200, 410]
+        assert await received(clients[0]) == "x"
 
 
 async def test_commands_in_responses_reach_other_instances(io_loop, secret_file):
