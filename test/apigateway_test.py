@@ -110,10 +110,13 @@ async def test_body_of_an_answer_becomes_a_frame(gateway, message):
         assert await receive(client) == message
 
 
-async def test_answer_without_a_body_sends_nothing(gateway):
+@pytest.mark.parametrize(
+    "answer", [OK, {"statusCode": 200, "body": ""}, Result(b""), Result(b"", 204)]
+)
+async def test_answer_without_a_body_sends_nothing(gateway, answer):
     """The next frame is that of the next message."""
     gateway.functions.functions["chat"] = on_message(
-        lambda event: echo(event) if event["body"] == "loud" else OK
+        lambda event: echo(event) if event["body"] == "loud" else answer
     )
     async with websockets.connect(gateway.url) as client:
         await client.send("silent")
@@ -149,7 +152,7 @@ FAILURE = {"errorMessage": "no", "errorType": "ValueError", "stackTrace": []}
         Result(b'{"statusCode": 200, "body": "no"}', 404),
         Result(b"", 307, {"Location": "/elsewhere"}),
         Result(b"null"),
-        Result(b""),
+        Result(b"Task timed out after 3.00 seconds"),  # of the emulator
         Result(b"OK"),
         {"body": "no status"},
         {"statusCode": True},

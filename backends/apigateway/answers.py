@@ -191,7 +191,7 @@ class Answers:
         if became == "delivered":
             assert isinstance(outcome, Response)
             try:
-                body = read_answer(outcome).body
+                body = self._frame_of(outcome)
                 if body and self._sends:
                     self._executor.check([Command(Send(body), None)])
             except (BadAnswer, CommandError):
@@ -208,10 +208,18 @@ class Answers:
         """Send the body of an answer, if there is one."""
         if not self._sends:
             return None
-        body = read_answer(response).body
+        body = self._frame_of(response)
         if not body:
             return None
         return self.send(connection, body)
+
+    def _frame_of(self, response: Response) -> str | bytes:
+        """Return the body of an answer, maybe empty. Raises `BadAnswer`.
+
+        An HTTP service may have no answer at all; a function returns `null` then, which
+        is an error on AWS.
+        """
+        return read_answer(response).body if response.body else ""
 
     def send(
         self, connection: Connection, frame: str | bytes
