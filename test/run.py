@@ -66,13 +66,24 @@ NOT_OF_THE_RELAY = named(
     "interop", "kubernetes", "makefile", "monitoring", "openapi", "packaging",
     "proxies", "reply_examples", "soaking", "supervisord", "systemd", "workflow",
 )
-TOO_LONG = named("attacks", "faults", "order", "resolver", "soak")
+TOO_LONG = named(
+    "attacks", "faults", "fuzz_frames", "fuzz_http", "order", "resolver", "slowloris",
+    "soak",
+)
+# Tests of what depends on the kernel or on other servers, more than on Python.
+OF_THE_SYSTEM = named(
+    "console", "files", "lease", "peers_setups", "redis_access", "redis_outage",
+    "redis_worker", "stall", "tunnel", "turns", "uptake",
+)
 RELAY = (
     Part(
         f"The relay's tests, {WORKERS} at a time",
         (
             *PARALLEL,
-            *(f"--ignore={path}" for path in NOT_OF_THE_RELAY + TOO_LONG),
+            *(
+                f"--ignore={path}"
+                for path in NOT_OF_THE_RELAY + TOO_LONG + OF_THE_SYSTEM
+            ),
         ),
     ),
 )
