@@ -110,7 +110,7 @@ class FunctionServer:
             handler.set_status(result.status)
             for field, value in result.headers.items():
                 handler.set_header(field, value)
-            await handler.finish(result.body)
+            await handler.finish(result.body or None)
         else:
             await handler.finish(json.dumps(result))
 
