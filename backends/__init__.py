@@ -44,8 +44,8 @@ from backends.check import Finding as Finding
 from backends.check import expiry_finding as expiry_finding
 from backends.commands import CommandName, CommandOutcome, Executor, Source
 
-# Listed, since this package also has modules that backends share.
-BUILT_IN = ("apigateway", "http", "loopback", "redis")
+# Listed, since this package also has modules that backends share; the most usual first.
+BUILT_IN = ("http", "loopback", "apigateway", "redis")
 
 Initiator = Literal["client", "backend", "relay"]
 
@@ -564,12 +564,13 @@ def names() -> list[str]:
 def users_of_options(module: str) -> list[str]:
     """Return the names of the built-in backends that read the options of `module`.
 
-    `module` is a full name. Options belong to the backend in whose package they are
-    defined, or to those that list a shared module in `OPTION_MODULES`.
+    The most usual one is the first. `module` is a full name. Options belong to the
+    backend in whose package they are defined, or to those that list a shared module in
+    `OPTION_MODULES`.
     """
     return [
         name
-        for name in names()
+        for name in BUILT_IN
         if f"{module}.".startswith(f"{__name__}.{name}.")
         or module in getattr(load(name), "OPTION_MODULES", ())
     ]

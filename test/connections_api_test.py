@@ -346,10 +346,16 @@ async def test_attempts_of_one_call_are_carried_out_once(relay):
 
 
 async def test_route_exists_for_this_backend_only(io_loop):
-    """Other backends have 404 there."""
+    """Other backends have 404 there, and so has a listener for clients only."""
     async with RecordingBackend() as backend, Service(*backend.flags()) as service:
         answer = await call(f"{service.callback_url}/@connections/{UNKNOWN}")
         assert answer.code == 404
+    async with running("--callbackport=0") as relay, client_of(relay) as client:
+        assert (await call(client.url, "GET")).code == 200
+        clients = urlsplit(relay.service.ws_url).netloc
+        for start in ("", "/local"):
+            url = f"http://{clients}{start}/@connections/{client.id}"
+            assert (await call(url, "GET")).code == 404
 
 
 @pytest.mark.once

@@ -5,6 +5,7 @@ in `socketdock.py` and in a backend's `make_backend()`. `sources` reads them, `v
 checks them, `help` lists them.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -132,11 +133,16 @@ def _unused(given: Sequence[Any]) -> list[str]:
     chosen = options.backend
     if chosen not in backends.names():
         return []
-    found: dict[str, list[str]] = {}
+    users_of: dict[str, list[str]] = {}
     for option in dict.fromkeys(given):
         users = backends.users_of_options(module_of(option.group_name))
         if users and chosen not in users and option.value() != option.default:
-            found.setdefault(users[0], []).append(f"--{option.name}")
+            users_of[f"--{option.name}"] = users
+    # Several backends share options; who uses most of these was probably meant.
+    uses = Counter(user for users in users_of.values() for user in users)
+    found: dict[str, list[str]] = {}
+    for name, users in users_of.items():
+        found.setdefault(max(users, key=uses.__getitem__), []).append(name)
     return [
         f"--backend={chosen} does not use {', '.join(names)}; did you mean"
         f" --backend={user}?"

@@ -33,10 +33,6 @@ Each message is POSTed to a backend, which replies by callbacks:
 
     socketdock --backend=http --messageuri=http://127.0.0.1:8000/message
 
-An AWS Lambda function of a WebSocket API is invoked on this machine, with TLS:
-
-    socketdock dev --functionuri=http://127.0.0.1:8000/function
-
 Options can also be set in the environment (SOCKETDOCK_<OPTION>) and in the file that
 --config names. A flag overrides the environment, the environment the file."""
 
