@@ -303,6 +303,36 @@ async def test_stop_delivers_what_it_has(io_loop, tmp_path):
             await client.wait_closed()
 
 
+async def test_survivor_adds_the_disconnect_events_of_a_crashed_relay(
+    io_loop, tmp_path
+):
+    """With --cluster: one for each connection, behind its messages."""
+    async with RedisServer(tmp_path) as redis:
+        streams = Streams(redis)
+        flags = (f"--cluster={redis.url}", "--lease_ttl=2")
+        async with streams.relay(*flags) as dead, streams.relay(*flags) as survivor:
+            clients = [await websockets.connect(dead.ws_url) for _ in range(10)]
+            for client in clients:
+                await client.send("x")
+            messages = await streams.wait_for("message", 10)
+            async with websockets.connect(survivor.ws_url) as living:
+                dead.process.kill()
+                await dead.process.wait()
+                disconnects = await streams.wait_for("disconnect", 10)
+                await living.send("alive")
+                await streams.wait_for("message", 11)
+        ended = {event.connection_id: event.meta for event in disconnects}
+        assert set(ended) == {event.connection_id for event in messages}
+        assert {meta["code"] for meta in ended.values()} == {1006}
+        assert {meta["instance"] for meta in ended.values()} == {
+            messages[0].meta["instance"]
+        }
+        assert len(await streams.all("disconnect")) == 11
+        for client in clients:
+            with contextlib.suppress(websockets.ConnectionClosed):
+                await client.recv()
+
+
 async def test_large_messages_of_many_clients(io_loop, tmp_path):
     """They go in several writes, each of which Redis must answer in time."""
     async with RedisServer(tmp_path) as redis:
