@@ -495,7 +495,9 @@ async def test_status_describes_the_instance(io_loop, method):
         assert 0 <= status["uptime"] < 60
         assert (status["state"], status["ready"]) == ("serving", True)
         assert status["backend"].pop("connections") >= 1
-        assert status["backend"] == {"name": "http", "away": None, "held": 0}
+        assert status["backend"] == {
+            "name": "http", "away": None, "cause": None, "held": 0, "entries": 0
+        }
         assert status["connections"] == {"open": 1, "total": 2}
         assert status["pending"] == {"events": 0, "bytes": 0, "oldest": 0.0}
         assert status["limits"]["max_message_size"] == LIMIT
