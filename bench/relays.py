@@ -219,7 +219,7 @@ KNOWN = {
         "nginx, nchan",
         nchan,
         channels=True,
-        cannot=("visit", "share", "up-redis", "push-forward"),
+        cannot=("visit", "share", "up-redis", "push-forward", "visit-leases"),
     ),
 }
 

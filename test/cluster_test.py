@@ -17,6 +17,7 @@ from cluster import (
     relays,
     status_of,
 )
+from faults import SilentProxy
 from redis_server import RedisServer, Server
 from service import (
     DEADLINE,
@@ -207,6 +208,70 @@ async def no_lease(redis: RedisServer, instance: str) -> None:
     async with asyncio.timeout(DEADLINE):
         while await redis.client.exists(f"socketdock:{{{instance}}}:lease"):
             await asyncio.sleep(0.05)
+
+
+@pytest.mark.long
+@pytest.mark.gen_test
+async def test_events_wait_a_few_seconds_for_redis(tmp_path: Path) -> None:
+    """After a stall; then relaying goes on, and Redis decides when it answers."""
+    async with (
+        RedisServer(tmp_path) as redis,
+        RecordingBackend() as backend,
+        relays(redis, backend, 1) as (paused,),
+    ):
+        instance = await instance_of(paused, backend)
+        clients = await clients_of(paused, 2)
+        await ids_of(backend, clients)
+        async with paused.stalled(0):
+            await clients[0].send("goes on")
+            await no_lease(redis, instance)
+            redis.pause()
+        try:
+            await backend.wait_for("message", 3)
+            assert any("stood still" in line for line in paused.log)
+        finally:
+            redis.resume()
+        for client in clients:
+            await asyncio.wait_for(client.wait_closed(), DEADLINE)
+            assert client.close_code == 1012
+        await backend.wait_for("disconnect", 2)
+
+
+@pytest.mark.long
+@pytest.mark.gen_test
+async def test_relay_that_is_cut_off_relays_on_until_redis_is_back(
+    tmp_path: Path,
+) -> None:
+    """Others send its events meanwhile; what it took since then ends by itself."""
+    async with (
+        RedisServer(tmp_path) as redis,
+        RecordingBackend() as backend,
+        relays(redis, backend, 1) as (_,),
+        SilentProxy(redis.url) as network,
+    ):
+        address = network.url.replace("ws://", "redis://")
+        async with relays(redis, backend, 1, f"--cluster={address}") as (cut_off,):
+            instance = await instance_of(cut_off, backend)
+            clients = await clients_of(cut_off, 3)
+            due = await ids_of(backend, clients)
+            network.stop_forwarding()
+            await no_keys(redis, instance)
+            assert lost(backend) == dict.fromkeys(due, 1)
+            clients += await clients_of(cut_off, 2)
+            all_of_them = await ids_of(backend, clients)  # relaying goes on
+            own = set(all_of_them) - set(due)
+            network.go_on()
+            for client in clients:
+                await asyncio.wait_for(client.wait_closed(), DEADLINE)
+                assert client.close_code == 1012
+            await backend.wait_for("disconnect", len(due) + len(own))
+            assert await instance_of(cut_off, backend) != instance
+        ends = {
+            event["connection_id"]: event["meta"]["code"]
+            for event in backend.of("disconnect")
+        }
+        assert ends == dict.fromkeys(due, 1006) | dict.fromkeys(own, 1012)
+        assert len(backend.of("disconnect")) == len(ends)
 
 
 @pytest.mark.long

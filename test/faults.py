@@ -881,6 +881,10 @@ class SilentProxy:
         """Forward nothing from now on, on any connection."""
         self._passing.clear()
 
+    def go_on(self) -> None:
+        """Forward again, also what has waited."""
+        self._passing.set()
+
     async def _on_client(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:

@@ -71,7 +71,7 @@ class ClusterCheck(Check):
         lease, ids = keys.lease(me), keys.connections(me)
         dead, reaper = keys.dead(me), keys.reaper(me)
         try:
-            await self._execute("EVAL", RENEW, 2, lease, dead, "", 1000)
+            await self._execute("EVAL", RENEW, 2, lease, dead, 1, 1000, 0)
             await self._execute("EVAL", CHANGE, 2, dead, ids, 1, "added", "removed")
             await self._execute("SREM", ids, "added")
             await self._execute("EVAL", RELEASE, 2, lease, ids)

@@ -7,16 +7,18 @@ Cluster. Only Redis' clock counts: that of its expiry, and `TIME`.
 from dataclasses import dataclass
 
 # Takes or renews the lease, unless there is a tombstone. Returns the state (below) and
-# the time in milliseconds.
+# the time in milliseconds. Each renewal writes a value of its own, and says which one
+# was the last that Redis has confirmed: it may have carried out others meanwhile, whose
+# replies are lost.
 RENEW = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 if redis.call('EXISTS', KEYS[2]) == 1 then return {0, now} end
-local held = redis.call('EXISTS', KEYS[1])
+local held = redis.call('GET', KEYS[1]) == ARGV[3]
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return {2 - held, now}
+return {held and 1 or 2, now}
 """
-FENCED, HELD, TAKEN = 0, 1, 2  # TAKEN: there was no lease
+FENCED, HELD, TAKEN = 0, 1, 2  # TAKEN: it was not held since the confirmed renewal
 
 # Adds the first ARGV[1] ids and removes the others, unless there is a tombstone: then
 # it returns 0.

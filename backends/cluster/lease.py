@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
 from collections.abc import Callable, Collection
@@ -73,6 +74,8 @@ class Lease:
         self._held_since: int | None = None  # without a break, in Redis' milliseconds
         self._time = 0  # Redis' time of the last renewal
         self._renewed_at = 0.0  # as `now()`
+        self._renewals = itertools.count(1)
+        self._confirmed = 0  # the latest renewal with a reply
         self._failing = False  # logged
         self._kicked = asyncio.Event()
         self._released = False
@@ -168,7 +171,10 @@ class Lease:
         began = now()
         lease, dead = self._own_keys("lease", "dead")
         address, ttl = self.settings.address, round(self.settings.ttl * 1000)
-        renewal = self._redis.execute("EVAL", RENEW, 2, lease, dead, address, ttl)
+        number = next(self._renewals)
+        renewal = self._redis.execute(
+            "EVAL", RENEW, 2, lease, dead, number, ttl, self._confirmed
+        )
         if not self._complete:  # others find it from its first connection on
             self._redis.execute("HSET", self.keys.instances, self.instance, address)
         try:
@@ -184,6 +190,7 @@ class Lease:
                 await self._leave_old_name()
                 self._fence(())
                 return
+            self._confirmed = number
             late = began - self._renewed_at > self.settings.ttl * 2 / 3
             if state == TAKEN or late or self._held_since is None:
                 self._held_since = self._time
@@ -236,6 +243,7 @@ class Lease:
         self._ids = {id_: None for id_ in self._ids if id_ not in reaped}
         self._complete = self.held = self._stalled = False
         self._held_since = None
+        self._confirmed = 0
         self.fenced += 1
         logger.error(
             "%s was taken for dead: it goes on as %s, and closes its connections with"

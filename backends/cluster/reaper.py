@@ -9,7 +9,7 @@ from typing import Any
 from backends import Backend, BackendError
 from backends.cluster.keys import DONE, KEEP, REAP, TOMBSTONE_TTL, Keys
 from backends.cluster.lease import Lease
-from backends.cluster.stall import StallHold
+from backends.cluster.stall import StallHold, now
 from backends.redis_client import RedisClient, RedisError
 
 logger = logging.getLogger(__name__)
@@ -18,6 +18,8 @@ RATE = 500  # events per second, behind those of living connections
 AT_ONCE = 32  # so that living connections find free connections to the backend
 STOP_TIMEOUT = 2.0  # seconds for events that are being sent when the relay stops
 RETRY_INTERVAL = 0.5  # seconds between two attempts to get a lock
+LOOK_INTERVAL = 3.0  # seconds, at most, between two looks for dead instances
+LOCK_TTL = 5.0  # seconds, at most, after which a reaper that has died is replaced
 
 
 class Lock:
@@ -27,32 +29,42 @@ class Lock:
         self.instance = instance
         self.owner = owner
         self._redis = redis
-        self._ttl = round(ttl * 1000)
+        self._ttl = min(ttl, LOCK_TTL)  # seconds
+        self._until = 0.0  # as `now()`
         self._keeping: asyncio.Task[None] | None = None
-        self.lost = False  # another has it, or may have
+
+    @property
+    def lost(self) -> bool:
+        """Whether another may have it."""
+        return now() > self._until
 
     async def take(self, own_dead_run: bool = False) -> str:
-        """Return `taken`, `busy` (another reaper has it), or `alive`. Raises
-        `RedisError`."""
-        keys = self._redis.keys
+        """Return `taken`, `busy` (another reaper has it), or `alive`.
+
+        Raises `RedisError`.
+        """
+        keys, began = self._redis.keys, now()
         result = await self._redis.execute(
             "EVAL", REAP, 4,
             keys.lease(self.instance), keys.connections(self.instance),
             keys.dead(self.instance), keys.reaper(self.instance),
-            self.owner, self._ttl, TOMBSTONE_TTL, int(own_dead_run),
+            self.owner, round(self._ttl * 1000), TOMBSTONE_TTL, int(own_dead_run),
         )  # fmt: skip
         if result == b"taken":
+            self._until = began + self._ttl
             self._keeping = asyncio.create_task(self._keep())
         return str(result.decode())
 
     async def _keep(self) -> None:
         while not self.lost:
-            await asyncio.sleep(self._ttl / 3000)
+            await asyncio.sleep(self._ttl / 3)
+            began = now()
             with contextlib.suppress(RedisError):
-                self.lost = not await self._redis.execute(
+                kept = await self._redis.execute(
                     "EVAL", KEEP, 1, self._redis.keys.reaper(self.instance),
-                    self.owner, self._ttl,
+                    self.owner, round(self._ttl * 1000),
                 )  # fmt: skip
+                self._until = began + self._ttl if kept else 0.0
 
     async def give_back(self, finished: bool) -> None:
         """Let others have it; `finished`: nothing is left to send."""
@@ -168,7 +180,7 @@ class Reaper:
 
     async def _run(self) -> None:
         while not self._stopping:
-            await asyncio.sleep(self._ttl / 3)
+            await asyncio.sleep(min(self._ttl / 3, LOOK_INTERVAL))
             if not self._lease.may_reap:
                 continue
             try:
