@@ -29,6 +29,11 @@ async def test_random_faults_violate_no_guarantee_of_batches(io_loop):
     await run("batch_soak.py", "--seed=1", "--clients=20", "--messages=30")
 
 
+async def test_random_deaths_violate_no_guarantee_of_leases(io_loop):
+    """Each kind of death once, of three relays that share Redis."""
+    await run("cluster_soak.py", "--seconds=0", "--clients=5", "--lease-ttl=2")
+
+
 async def run(program: str, *flags: str) -> None:
     soak = await asyncio.create_subprocess_exec(
         sys.executable, f"test/{program}", *flags,
