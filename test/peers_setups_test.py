@@ -24,6 +24,7 @@ from peers_test import (
     silent_host,
 )
 from ports import free_ports
+from redis_server import RedisServer
 from service import DEADLINE, RecordingBackend, Service, eventually, refusal
 
 from backends import Observer
@@ -300,6 +301,32 @@ async def test_lease_decides_about_an_owner_that_is_stopped(io_loop, secret_file
             await forwarder.close()
 
 
+@pytest.mark.long
+async def test_instance_that_is_stopped_is_gone_when_its_lease_is(
+    io_loop, secret_file, tmp_path
+):
+    """Until then a callback waits for its answer; both in real Redis."""
+    async with RedisServer(tmp_path) as redis:
+        flags = (f"--cluster={redis.url}", "--lease_ttl=2", "--peer_timeout=0.5")
+        async with relays(2, secret_file, *flags) as (backend, (first, second)):
+            for service in (first, second):
+                await eventually(lambda s=service: "holds its lease" in str(s.log))
+            async with joined(backend, second) as (_, meta):
+                url = at(first, meta)
+                assert (await call(backend, url, body="x")).code == 200
+                async with second.stalled(0):
+                    async with asyncio.timeout(DEADLINE):
+                        while True:
+                            # 504 as long as the lease is there.
+                            answer = await call(
+                                backend, url, body="x", request_timeout=DEADLINE
+                            )
+                            if answer.code == 410:
+                                break
+                            assert answer.code == 504
+                assert json.loads(answer.body)["type"] == "instance-gone"
+
+
 # Options, and the check.
 
 
@@ -308,6 +335,7 @@ async def test_lease_decides_about_an_owner_that_is_stopped(io_loop, secret_file
     [
         (["--peer_address=10.0.0.3:80"], "needs --peer_secret_file"),
         (["--peer_secret_file=x"], "needs --peer_address"),
+        (["--peer_timeout=0"], "--peer_timeout must be above 0"),
         (["--peer_tls=on"], "needs --peer_address"),
         (["--peer_address=relay-1:80", "--peer_secret_file=x"], "=relay-1:80"),
         (["--peer_address=0.0.0.0:80", "--peer_secret_file=x"], "=0.0.0.0:80"),

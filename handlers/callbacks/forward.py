@@ -283,8 +283,9 @@ class _Forwarding(LaterResponse[Response]):
 
     `began` is on the loop's clock.
 
-    If there is none after `--peer_timeout`, the cluster is asked whether the owner is
-    alive: an owner whose machine is gone takes no connection, or nothing on an old one.
+    While there is none, the cluster is asked after each `--peer_timeout` whether the
+    owner is alive: one whose machine is gone takes no connection, or nothing on an old
+    one.
     """
 
     def __init__(
@@ -315,11 +316,7 @@ class _Forwarding(LaterResponse[Response]):
         if alive is False:
             self._end("gone", response_of(INSTANCE_GONE))
         elif self._sent and self._exchange.pending:
-            loop = self._forwarder.client.loop
-            longest = self._callback.seconds + self._forwarder.timeout
-            self._timer = loop.call_at(
-                self.began + longest, after_reading, loop, self._fail
-            )
+            self._wait_on()
         else:
             logger.warning("instance %s is unreachable: a callback was not sent to it",
                            self.owner)
@@ -334,6 +331,16 @@ class _Forwarding(LaterResponse[Response]):
             self._fail()
         else:
             self._forwarder.ask(self)
+
+    def _wait_on(self) -> None:
+        """Ask again after `--peer_timeout`, or give up if that is too late."""
+        loop, timeout = self._forwarder.client.loop, self._forwarder.timeout
+        ends_at = self.began + self._callback.seconds + timeout
+        ask_at = loop.time() + timeout
+        if ask_at < ends_at:
+            self._timer = loop.call_at(ask_at, self._forwarder.ask, self)
+        else:
+            self._timer = loop.call_at(ends_at, after_reading, loop, self._fail)
 
     def _fail(self) -> None:
         if not self._ended:

@@ -140,6 +140,8 @@ def require_options() -> None:
     ):
         if options[name] and not options[other]:
             raise OptionError(f"--{name} needs --{other}")
+    if not options.peer_timeout > 0:
+        raise OptionError("--peer_timeout must be above 0")
 
 
 def own_address() -> Address:
