@@ -98,7 +98,7 @@ def test_proxies_are_started_as_their_files_say():
         head = (PROJECT / "conf" / file).read_text("utf-8")
         assert f"#     {command}\n" in head
         ports = re.findall(r"--bindport=(\d+)", "\n".join(relays))
-        assert set(re.findall(r"127\.0\.0\.1:(\d+)", head)) == set(ports)
+        assert set(ports) <= set(re.findall(r"127\.0\.0\.1:(\d+)", head))
 
 
 def test_traefik_checks_what_the_relays_serve():
