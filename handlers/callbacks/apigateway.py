@@ -29,7 +29,6 @@ from handlers.callbacks.repeats import KEY, Keyed, digest_of
 from handlers.callbacks.responses import Response
 from handlers.callbacks.routes import Action, CallbackHandler, close_action
 from handlers.callbacks.sigv4_keys import SigningKeys
-from handlers.clients.connection import ClientConnection
 from handlers.http.application import Routes
 from handlers.http.body import DISCARD_TIMEOUT, BodyHandler
 from handlers.websocket.frames import MessageFrame
@@ -161,15 +160,17 @@ class ConnectionsHandler(AWSErrorHandler, CallbackHandler):
             return
         answer = await self._forwarded("GET", f"/socket/{connection_id}")
         if answer is None:
-            connection = self._find(connection_id)
+            connection = self.find(connection_id)
             if connection is None:
-                self.send_outcome(GONE)
                 return
             described = actions.describe(connection)
         elif answer.status == HTTPStatus.OK:
             described = json.loads(answer.body)
         else:
             self.respond(answer)
+            return
+        if described["state"] == "connecting":
+            self.send_outcome(GONE)
             return
         self.set_header("Content-Type", "application/json")
         self.finish(json.dumps({
@@ -181,14 +182,11 @@ class ConnectionsHandler(AWSErrorHandler, CallbackHandler):
             "lastActiveAt": _in_utc(described["last_active_at"]),
         }))
 
-    def _find(self, connection_id: str) -> ClientConnection | None:
-        """Return an open connection; on AWS it is not one before `$connect` ends."""
-        found = actions.find(connection_id, self.connections, self.on_asked)
-        return None if found is None or found.state == "connecting" else found
-
     async def outcome(self, connection_id: str, action: Action) -> Outcome:
-        """Carry out `action`; the outcome is `GONE` without an open connection."""
-        if self._find(connection_id) is None:
+        """Carry out `action`; on AWS nothing is open before `$connect` has ended."""
+        connection = self.connections.get(connection_id)
+        if connection is not None and connection.state == "connecting":
+            self.on_asked(connection)
             return GONE
         return await super().outcome(connection_id, action)
 
