@@ -427,6 +427,14 @@ def journals(folder: Path, instance: str) -> list[Path]:
     return list(folder.glob(f"{instance.rpartition('/')[2]}*"))
 
 
+def test_without_redis_py_the_start_names_what_to_install(tmp_path: Path) -> None:
+    """One line; without --cluster nothing needs it."""
+    (tmp_path / "redis.py").write_text("raise ImportError('it is not here')\n")
+    line = refusal("--cluster=redis://h", PYTHONPATH=str(tmp_path))
+    assert "pip install socketdock[redis]" in line
+    assert "--cluster" in line
+
+
 def test_invalid_options_are_rejected(tmp_path: Path) -> None:
     """The URL is not shown."""
     line = refusal("--cluster=http://user:s3cret@host")

@@ -46,7 +46,7 @@ async def lease_of(
 
 async def written(lease: Lease, connection_id: str) -> None:
     """Add an id, and wait until Redis has answered."""
-    answered = lease.add(connection_id)
+    answered = lease.ids.add(connection_id)
     assert answered is not None
     await answered
 
@@ -138,8 +138,8 @@ async def test_connections_that_ended_without_redis_are_not_reaped(
             await written(lease, id_)
         await redis.kill()
         await eventually(lambda: not lease.held)
-        lease.remove("ends")
-        assert lease.add("begins") is None  # nothing waits
+        lease.ids.remove("ends")
+        assert lease.ids.add("begins") is None  # nothing waits
         await redis.start()
         await eventually(lambda: lease.held)
         key = KEYS.connections("here/1")

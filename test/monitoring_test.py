@@ -67,7 +67,7 @@ def exported():
     """The names of a relay's metrics, each with the labels of its samples."""
 
     async def scrape() -> str:
-        async with Service() as service:
+        async with Service("--cluster=redis://127.0.0.1:1") as service:
             return (await ask(service, "GET", "/metrics")).body.decode()
 
     found: dict[str, list[dict[str, str]]] = {}
@@ -151,6 +151,10 @@ CASES = {
     "SocketDockBackendAway": (
         [("socketdock_breaker_open", "", "0x9 1x50")], "10m", "11m",
         [("socketdock_breaker_open", "", "0x9 1 0x50")],
+    ),
+    "SocketDockLeaseNotHeld": (
+        [("socketdock_cluster_lease", "", "1x9 0x50")], "11m", "12m",
+        [("socketdock_cluster_lease", "", "1x9 0 0 1x50")],
     ),
     "SocketDockEventsLate": (
         [("socketdock_oldest_pending_seconds", "", "0x9 31+60x50")], "10m", "11m",

@@ -25,16 +25,15 @@ from backends.apigateway.events import Caller, ConnectionEnd, FunctionEvents
 from backends.apigateway.functions import (
     FunctionClient,
     FunctionDeliveries,
-    NoBreaker,
     function_limits,
     invoke_timeouts,
     make_function_client,
+    make_no_breaker,
 )
 from backends.apigateway.limits import option_defaults as option_defaults
 from backends.apigateway.routes import Routes
 from backends.apigateway.settings import Settings, make_settings, stage_name
 from backends.apigateway.trial import FunctionTrial
-from backends.breaker import BreakerSettings
 from backends.events import Event
 from backends.http import credential_sources
 from backends.http.attempts import Attempts
@@ -191,7 +190,7 @@ def make_attempts(
     return Attempts(
         client,
         requests,
-        NoBreaker(BreakerSettings()),
+        make_no_breaker(None),
         relay.observer,
         INVOCATION_RULES,
         keep_answer,
@@ -205,7 +204,7 @@ def make_backend(relay: Relay) -> ApiGatewayBackend:
     events = make_events(relay, settings)
     client = make_function_client(targets)
     requests = RequestWriter(relay.version)
-    breaker = NoBreaker(BreakerSettings())
+    breaker = make_no_breaker(relay.hold)
     attempts = make_attempts(relay, client, requests)
     timeouts = invoke_timeouts()
     authorizer = None

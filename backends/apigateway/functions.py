@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from tornado.options import define, options
 
-from backends import Connection, Observer
+from backends import Connection, Hold, Observer
 from backends.apigateway.answers import SERVER_ERROR, Answers, error_frame
-from backends.breaker import Breaker
+from backends.breaker import Breaker, BreakerSettings, HeldBreaker
 from backends.client import Client, Exchange
 from backends.client.exchange import Used
 from backends.events import Event
@@ -103,6 +103,16 @@ class NoBreaker(Breaker):
 
     def record(self, connection_id: str, cause: str | None) -> None:
         """Do nothing."""
+
+
+class HeldNoBreaker(HeldBreaker, NoBreaker):
+    """One that permits nothing while a hold is active."""
+
+
+def make_no_breaker(hold: Hold | None) -> NoBreaker:
+    """Make a breaker that never opens."""
+    settings = BreakerSettings()
+    return NoBreaker(settings) if hold is None else HeldNoBreaker(settings, hold)
 
 
 class FunctionDeliveries(SingleDeliveries):

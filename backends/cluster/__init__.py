@@ -1,8 +1,8 @@
 """Leases in Redis: when an instance dies, another sends its disconnect events.
 
-With `--cluster`, for any backend. `lease` holds the lease of this run and records its
-connections, `leased` wraps the backend, `stall` holds events back after a stall, and
-`reaper` sends the events of the dead. `keys` has the scripts that decide.
+With `--cluster`, for any backend. `lease` holds the lease of this run, `ids` records
+its connections, `leased` wraps the backend, `stall` holds events back after a stall,
+and `reaper` sends the events of the dead. `keys` has the scripts that decide.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -88,7 +88,7 @@ class Cluster:
             "redis": str(self._address),
             "lease": self._lease.held,
             "instances": self._reaper.instances,
-            "connections": self._lease.connections,
+            "connections": len(self._lease.ids),
             "reaped": self._reaper.reaped,
             "fenced": self._lease.fenced,
         }

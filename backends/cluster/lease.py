@@ -1,4 +1,4 @@
-"""The lease of this run, and the ids of its connections, in Redis."""
+"""The lease of this run in Redis; `ids` has those of its connections."""
 
 import asyncio
 import contextlib
@@ -7,15 +7,12 @@ import logging
 import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
+from backends.cluster.ids import RecordedIds
 from backends.cluster.keys import (
-    CHANGE,
     FENCED,
     RELEASE,
     RENEW,
-    REPLACE,
     TAKEN,
     Keys,
 )
@@ -42,8 +39,8 @@ class LeaseSettings:
 class Lease:
     """Keeps the lease of `instance`, and tells whether it is `held`.
 
-    While Redis is away, ids are kept here and written when it is back. A run that finds
-    itself taken for dead goes on under a new name, see `OnFenced`.
+    `ids` are written whenever Redis may lack some. A run that finds itself taken for
+    dead goes on under a new name, see `OnFenced`.
     """
 
     def __init__(
@@ -64,12 +61,6 @@ class Lease:
         self._redis = client.pipeline(
             self._on_connected, self._on_lost, reply_timeout=settings.ttl / 3
         )
-        self._ids: dict[str, None] = {}
-        self._added: list[str] = []  # to be written, as `_removed`
-        self._removed: list[str] = []
-        self._waiting: list[asyncio.Future[None]] = []  # done when `_added` is written
-        self._writing = False  # a write is due, or unanswered
-        self._complete = False  # whether Redis has all ids, as far as is known
         self._stalled = False  # since the last renewal
         self._held_since: int | None = None  # without a break, in Redis' milliseconds
         self._time = 0  # Redis' time of the last renewal
@@ -78,15 +69,13 @@ class Lease:
         self._confirmed = 0  # the latest renewal with a reply
         self._failing = False  # logged
         self._kicked = asyncio.Event()
+        self.ids = RecordedIds(
+            self._redis, keys, instance, self._log_failure, self._kicked.set
+        )
         self._released = False
         hold.on_stall = self._on_stall
         # Cancelled by release().
         self._running = asyncio.create_task(self._run())
-
-    @property
-    def connections(self) -> int:
-        """Number of ids."""
-        return len(self._ids)
 
     @property
     def may_reap(self) -> bool:
@@ -98,62 +87,6 @@ class Lease:
             and self._time - since >= self.settings.ttl * 1000
         )
 
-    # Ids of connections.
-
-    def add(self, connection_id: str) -> "asyncio.Future[None] | None":
-        """Record a connection before its first event is sent.
-
-        Returns a future that is done when Redis has it, or is found to be away; None
-        while it is away.
-        """
-        self._ids[connection_id] = None
-        if self._redis.away is not None:
-            return None
-        written: asyncio.Future[None] = self._hold.loop.create_future()
-        self._added.append(connection_id)
-        self._waiting.append(written)
-        self._write_soon()
-        return written
-
-    def remove(self, connection_id: str) -> None:
-        """Remove a connection: its disconnect event has ended, or none is due."""
-        if connection_id in self._ids:
-            del self._ids[connection_id]
-            if self._redis.away is None:
-                self._removed.append(connection_id)
-                self._write_soon()
-
-    def _write_soon(self) -> None:
-        """Write what gathers in this turn, or until the last write is answered."""
-        if not self._writing:
-            self._writing = True
-            self._hold.loop.call_soon(self._write)
-
-    def _write(self) -> None:
-        added, self._added = self._added, []
-        removed, self._removed = self._removed, []
-        waiting, self._waiting = self._waiting, []
-        dead, connections = self._own_keys("dead", "connections")
-        self._redis.execute(
-            "EVAL", CHANGE, 2, dead, connections, len(added), *added, *removed
-        ).add_done_callback(partial(self._on_written, waiting))
-
-    def _on_written(
-        self, waiting: list["asyncio.Future[None]"], reply: "asyncio.Future[Any]"
-    ) -> None:
-        for written in waiting:
-            if not written.done():
-                written.set_result(None)
-        error = reply.exception()
-        if error is not None:
-            self._complete = False  # the next renewal writes all of them
-            self._log_failure(error)
-        elif not reply.result():
-            self._kicked.set()  # there is a tombstone
-        self._writing = False
-        if self._added or self._removed:
-            self._write_soon()
-
     def _own_keys(self, *names: str) -> list[str]:
         return [getattr(self.keys, name)(self.instance) for name in names]
 
@@ -162,7 +95,10 @@ class Lease:
     async def _run(self) -> None:
         while True:
             self._kicked.clear()
-            await self._renew()
+            try:
+                await self._renew()
+            except Exception:  # the lease would run out
+                logger.exception("bug in a lease")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._kicked.wait(), self.settings.ttl / 3)
 
@@ -175,7 +111,7 @@ class Lease:
         renewal = self._redis.execute(
             "EVAL", RENEW, 2, lease, dead, number, ttl, self._confirmed
         )
-        if not self._complete:  # others find it from its first connection on
+        if not self.ids.complete:  # others find it from its first connection on
             self._redis.execute("HSET", self.keys.instances, self.instance, address)
         try:
             state, self._time = await renewal
@@ -195,8 +131,11 @@ class Lease:
             if state == TAKEN or late or self._held_since is None:
                 self._held_since = self._time
             self._renewed_at = began
-            if state == TAKEN or not self._complete:
-                await self._write_again()
+            if state == TAKEN or not self.ids.complete:
+                register = ("HSET", self.keys.instances, self.instance, address)
+                registered = self._redis.execute(*register)
+                await self.ids.write_all()
+                await registered
         except RedisError as error:
             self._log_failure(error)
             self.held, self._held_since = False, None
@@ -209,28 +148,6 @@ class Lease:
             self._hold.release()
         self._hold.extend()
 
-    async def _write_again(self) -> None:
-        """Write all ids: Redis may have lost some, or keep some that have ended."""
-        dead, connections = self._own_keys("dead", "connections")
-        register = self._redis.execute(
-            "HSET", self.keys.instances, self.instance, self.settings.address
-        )
-        self._added, self._removed = [], []
-        waiting, self._waiting = self._waiting, []
-        self._complete = True  # what changes from now on is written after these
-        try:
-            await self._redis.execute(
-                "EVAL", REPLACE, 2, dead, connections, len(self._ids), *self._ids
-            )
-            await register
-        except RedisError:
-            self._complete = False
-            raise
-        finally:
-            for written in waiting:
-                if not written.done():
-                    written.set_result(None)
-
     async def _leave_old_name(self) -> None:
         lease, connections = self._own_keys("lease", "connections")
         await self._redis.execute("DEL", lease, connections)
@@ -240,8 +157,8 @@ class Lease:
         """Go on under a new name, without the connections that others have ended."""
         old = self.instance
         self.instance = f"{old.rpartition('/')[0]}/{secrets.token_hex(8)}"
-        self._ids = {id_: None for id_ in self._ids if id_ not in reaped}
-        self._complete = self.held = self._stalled = False
+        self.ids.rename(self.instance, reaped)
+        self.held = self._stalled = False
         self._held_since = None
         self._confirmed = 0
         self.fenced += 1
@@ -261,7 +178,7 @@ class Lease:
         self._kicked.set()
 
     def _on_connected(self) -> None:
-        self._complete = False
+        self.ids.complete = False
         self._kicked.set()
 
     def _on_lost(self, error: RedisAway) -> None:
@@ -284,7 +201,7 @@ class Lease:
         await asyncio.gather(self._running, return_exceptions=True)
         with contextlib.suppress(TimeoutError, RedisError):
             async with asyncio.timeout(RELEASE_TIMEOUT):
-                self._write()
+                self.ids.write()
                 lease, connections = self._own_keys("lease", "connections")
                 if not await self._redis.execute(
                     "EVAL", RELEASE, 2, lease, connections

@@ -60,13 +60,13 @@ class LeasedBackend(Backend):
         """Record the connection, then ask the backend."""
         while self._hold.active:
             await self._hold.passed()
-        written = self._lease.add(connection.id)
+        written = self._lease.ids.add(connection.id)
         if written is not None:
             await written
         try:
             return await self._backend.connect(connection, handshake)
         except ConnectionRefused:
-            self._lease.remove(connection.id)
+            self._lease.ids.remove(connection.id)
             self._fenced.discard(connection.id)
             raise
 
@@ -109,14 +109,14 @@ class LeasedBackend(Backend):
             await self._backend.disconnect(connection, closure)
         except BackendError:
             if not self._closing:  # otherwise others send it
-                self._lease.remove(connection.id)
+                self._lease.ids.remove(connection.id)
             raise
         except asyncio.CancelledError:
             if connection.id not in self._fenced or task is None:
                 raise
             task.uncancel()
         else:
-            self._lease.remove(connection.id)
+            self._lease.ids.remove(connection.id)
         finally:
             del self._ending[connection.id]
             self._fenced.discard(connection.id)

@@ -172,7 +172,7 @@ class Reaper:
         self._stopping = True
         if self._running is not None:
             self._running.cancel()
-            await asyncio.gather(self._running, return_exceptions=True)
+            await asyncio.wait({self._running}, timeout=STOP_TIMEOUT)
 
     async def release(self) -> None:
         """Close the connections to Redis."""
