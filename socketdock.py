@@ -40,7 +40,7 @@ from handlers.callbacks.peer_check import peer_findings
 from handlers.callbacks.peers import Peers, Sharing, make_peers
 from handlers.callbacks.repeats import Repeats
 from handlers.callbacks.routes import callback_routes, is_send
-from handlers.callbacks.shared_bulk import SharedBulkHandler
+from handlers.callbacks.shared_bulk import SharedBulkHandler, without_trace
 from handlers.callbacks.sigv4_keys import make_signing_keys
 from handlers.callbacks.tokens import CallbackTokens
 from handlers.clients.connection import ClientContext, Connections
@@ -391,9 +391,11 @@ class Service:
             send = either(self.sharing.fast_hop(), send)
         fast = send
         if self.tokens.required:
-            bulk = FastBulk(
+            bulk: Fast = FastBulk(
                 self._prefix, self.tokens, self.bulk, options.max_bulk_size
             )
+            if self.sharing is not None:
+                bulk = without_trace(bulk)
             fast = either(send, bulk)
         if self.tracing is None:
             return fast

@@ -377,6 +377,34 @@ async def test_forwarded_request_is_what_the_contract_says(io_loop, secret_file)
             assert signature == f"v1={expected}"
 
 
+async def test_forwarded_bulk_callback_keeps_its_trace(io_loop, secret_file):
+    """It is one request for each owner, with the trace of the whole."""
+    heads = []
+
+    async def serve(reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        heads.append(dict(line.split(": ", 1) for line in head.split("\r\n")[1:-2]))
+        await reader.readexactly(int(heads[-1]["Content-Length"]))
+        writer.write(b"HTTP/1.1 503 X\r\nContent-Length: 0\r\n\r\n")
+
+    trace = f"00-{'1' * 32}-{'2' * 16}-01"
+    async with (
+        tcp_server(serve) as port,
+        relays(1, secret_file, TOKENS) as (backend, (relay,)),
+    ):
+        owners = SharedOwners(Address.parse(f"127.0.0.1:{port}"), [SECRET.encode()])
+        command = {"send": "x", "connection_ids": [owners.new_id(), owners.new_id()]}
+        for key in ({}, {"Idempotency-Key": "k"}):
+            _, results = await bulk(
+                backend, relay, command, command, traceparent=trace, **key
+            )
+            assert [each["status"] for each in results] == [503] * 4
+            head = heads.pop()
+            assert not heads
+            assert head["traceparent"] == trace
+            assert head["Idempotency-Key"] == "k" or not key
+
+
 async def test_repeat_at_another_instance_is_carried_out_once(io_loop, trio):
     """Each owner remembers the keys of its connections."""
     backend, services = trio

@@ -36,6 +36,12 @@ class OutcomeHandler(BodyHandler):
             self.set_header(name, value)
         self.finish(response.body or None)  # 204 must have none
 
+    @property
+    def traceparent(self) -> str:
+        """The trace to which the request belongs; empty: none."""
+        found = self.request.headers.get_list("traceparent")
+        return found[0] if len(found) == 1 else ""
+
     def take_body(self) -> bytes | None:
         """Return the whole body; None if it was rejected and answered."""
         body = super().take_body()

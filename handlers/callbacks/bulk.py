@@ -135,7 +135,11 @@ class BulkHandler(RepeatableHandler):
         if key:
             await self._answer_once(key, body)
         else:
-            self.respond(await self.bulk.answer(body))
+            self.respond(await self.answer(body))
+
+    async def answer(self, body: bytes) -> Response:
+        """Return the answer to a request without a key."""
+        return await self.bulk.answer(body)
 
     async def _answer_once(self, key: str, body: bytes) -> None:
         try:

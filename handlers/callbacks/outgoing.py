@@ -105,7 +105,7 @@ class Outgoing:
             while waiting:
                 pairs = self._take(waiting)
                 part = _part_of(owner, pairs)
-                callback = part.callback(self._forwarder.send_timeout, "", part.body())
+                callback = part.callback(self._forwarder.send_timeout, part.body())
                 answer = await self._forwarder.forward(owner, callback)
                 if answer.status != HTTPStatus.OK:
                     for pair in pairs:

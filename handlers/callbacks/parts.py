@@ -48,7 +48,9 @@ class Part:
         ]
         return serialized(document)
 
-    def callback(self, send_timeout: float, key: str, body: bytes) -> Forwarded:
+    def callback(
+        self, send_timeout: float, body: bytes, key: str = "", traceparent: str = ""
+    ) -> Forwarded:
         """Return the request for the owner."""
         receipts = (
             command.action.receipt or 0.0
@@ -56,7 +58,9 @@ class Part:
             if isinstance(command.action, Send)
         )
         longest = max(send_timeout, *receipts, 0.0)
-        return Forwarded("POST", PATH, JSON, longest, key, body)
+        return Forwarded(
+            "POST", PATH, JSON, longest, key, body, traceparent=traceparent
+        )
 
 
 class Parts:

@@ -182,7 +182,6 @@ class CallbackHandler(RepeatableHandler, OneConnectionHandler):
         if forwarder is None or owner is None:
             return False
         request = self.request
-        traceparents = request.headers.get_list("traceparent")
         callback = Forwarded(
             # The owner's answer to a HEAD would have no body to read.
             "GET" if request.method == "HEAD" else f"{request.method}",
@@ -192,7 +191,7 @@ class CallbackHandler(RepeatableHandler, OneConnectionHandler):
             key,
             body,
             connection_id,
-            traceparents[0] if len(traceparents) == 1 else "",
+            self.traceparent,
         )
         self.respond(await forwarder.forward(owner, callback))
         return True

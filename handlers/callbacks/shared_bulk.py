@@ -28,6 +28,9 @@ from handlers.callbacks.repeats import (
 )
 from handlers.callbacks.responses import JSONResponse, Response, response_of
 from handlers.clients.connection import Connections
+from handlers.http.request import FastHandler, Request
+
+Fast = Callable[[Request], FastHandler | None]
 
 # Statuses of a part, and whether they are those of an earlier request.
 Carried = tuple[Sequence[int], bool]
@@ -50,34 +53,38 @@ class SharedBulk(Bulk):
         self._forwarder = forwarder
         self._repeats = repeats
 
-    async def answer(self, body: bytes) -> Response:
+    async def answer(self, body: bytes, traceparent: str = "") -> Response:
         try:
             commands = await self.parse(body)
         except CommandError as error:
             return Response(Outcome(HTTPStatus.BAD_REQUEST, str(error)))
         del body  # it may wait for slow clients
-        return await self._answer(commands, "", None)
+        return await self._answer(commands, "", None, traceparent)
 
-    async def answer_once(self, key: str, body: bytes) -> Response:
+    async def answer_once(self, key: str, body: bytes, traceparent: str) -> Response:
         """Answer a request with a key: each owner carries out its part once."""
         try:
             commands = await self.parse(body)
         except CommandError as error:
             return Response(Outcome(HTTPStatus.BAD_REQUEST, str(error)))
         try:
-            return await self._answer(commands, key, body)
+            return await self._answer(commands, key, body, traceparent)
         except KeyReused:
             return response_of(REUSED)
 
     async def _answer(
-        self, commands: Sequence[Command], key: str, body: bytes | None
+        self,
+        commands: Sequence[Command],
+        key: str,
+        body: bytes | None,
+        traceparent: str,
     ) -> Response:
         """Raises `KeyReused` if an owner knows the key from another request."""
         parts = Parts(self._forwarder)
         divided = self._turns.run(parts.divide(commands))
         if divided is not None:
             await divided
-        carried = await asyncio.gather(*self._begin(parts, key, body))
+        carried = await asyncio.gather(*self._begin(parts, key, body, traceparent))
         each = array("H", bytes(2 * parts.pairs))
         for part, (statuses, _) in zip(parts, carried, strict=True):
             for index, status in zip(part.indexes, statuses, strict=True):
@@ -88,7 +95,7 @@ class SharedBulk(Bulk):
         return answer
 
     def _begin(
-        self, parts: Parts, key: str, body: bytes | None
+        self, parts: Parts, key: str, body: bytes | None, traceparent: str
     ) -> list[Awaitable[Carried]]:
         """Begin with this instance's part: if its key was reused, nothing leaves."""
         own = [part for part in parts if part.owner is None]
@@ -99,7 +106,7 @@ class SharedBulk(Bulk):
         return [
             self._here(part, key, bodies.get(part, b""))
             if part.owner is None
-            else self._elsewhere(part, key, bodies[part])
+            else self._elsewhere(part, bodies[part], key, traceparent)
             for part in parts
         ]
 
@@ -111,9 +118,13 @@ class SharedBulk(Bulk):
         statuses, is_repeat = await self._repeats.once(_keyed(key, body), act)
         return statuses.each, is_repeat
 
-    async def _elsewhere(self, part: Part, key: str, body: bytes) -> Carried:
+    async def _elsewhere(
+        self, part: Part, body: bytes, key: str, traceparent: str
+    ) -> Carried:
         assert part.owner is not None
-        callback = part.callback(self._forwarder.send_timeout, key, body)
+        callback = part.callback(
+            self._forwarder.send_timeout, body, key, traceparent
+        )
         answer = await self._forwarder.forward(part.owner, callback)
         if answer.status == HTTPStatus.UNPROCESSABLE_ENTITY:
             raise KeyReused
@@ -131,5 +142,22 @@ class SharedBulkHandler(BulkHandler):
 
     bulk: SharedBulk
 
+    async def answer(self, body: bytes) -> Response:
+        return await self.bulk.answer(body, self.traceparent)
+
     async def _answer_once(self, key: str, body: bytes) -> None:
-        self.respond(await self.bulk.answer_once(key, body))
+        self.respond(await self.bulk.answer_once(key, body, self.traceparent))
+
+
+def without_trace(fast: Fast) -> Fast:
+    """Return what answers only bulk callbacks without a trace, by `fast`.
+
+    `SharedBulkHandler` forwards the trace, which a body does not have.
+    """
+
+    def answer(request: Request) -> FastHandler | None:
+        if any(name == b"traceparent" for name, _ in request.headers):
+            return None
+        return fast(request)
+
+    return answer
