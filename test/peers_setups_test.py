@@ -28,7 +28,8 @@ from redis_server import RedisServer
 from service import DEADLINE, RecordingBackend, Service, eventually, refusal
 
 from backends import Observer
-from handlers.callbacks.forward import Forwarded, Forwarder, PeerSettings
+from handlers.callbacks.forward import Forwarder, PeerSettings
+from handlers.callbacks.forwarded import Forwarded
 from handlers.callbacks.hops import Hops
 from handlers.connections import ConnectionMap
 from handlers.owners import Address, SharedOwners

@@ -24,7 +24,7 @@ from handlers.callbacks.apigateway_access import (
     UnverifiedSignature,
 )
 from handlers.callbacks.apigateway_errors import AWSErrorHandler, Refusal
-from handlers.callbacks.forward import Forwarded
+from handlers.callbacks.forwarded import Forwarded
 from handlers.callbacks.repeats import KEY, Keyed, digest_of
 from handlers.callbacks.responses import Response
 from handlers.callbacks.routes import Action, CallbackHandler, close_action

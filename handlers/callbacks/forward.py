@@ -1,7 +1,7 @@
 """Forwards callbacks to the instance that owns the connection, each once.
 
 `handlers.owners` reads the owner from the connection's id. There `received_hops`
-verifies the request, and never forwards it again.
+verifies the request, and never forwards it again. `forwarded` has its parts.
 """
 
 import asyncio
@@ -9,17 +9,24 @@ import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from http import HTTPStatus
 from itertools import count
-from typing import NamedTuple, Protocol
 
 from backends import BackendError, ForwardOutcome
 from backends.client import Client, Refused
 from backends.client import Response as Answer
 from backends.deadlines import after_reading
-from backends.target import Target
-from handlers.callbacks.actions import OK, Outcome
+from handlers.callbacks.actions import OK
+from handlers.callbacks.forwarded import (
+    INSTANCE_GONE,
+    OWN_KEY,
+    UNANSWERED,
+    UNREACHABLE,
+    Forwarded,
+    Leases,
+    NoLeases,
+    OwnersResponse,
+    PeerTarget,
+)
 from handlers.callbacks.hops import HEADER, Hops, digest_of_body
 from handlers.callbacks.responses import Response, response_of
 from handlers.clients.connection import Connections
@@ -35,108 +42,7 @@ DEAD_AFTER = 15.0  # seconds until a dead host is detected on an open connection
 CONNECTION_AGE = 300.0  # seconds
 LEASE_TIMEOUT = 1.0  # seconds for the cluster to say whether an instance is alive
 MAX_ANSWER = 4 * 1024 * 1024  # bytes; the results of the largest bulk callback
-RETRY_AFTER = 2  # seconds
-
-# Begins the Idempotency-Key of a callback that has none. With a key it is carried out
-# once, also if its request is sent again, or was recorded and is replayed.
-OWN_KEY = "hop-"
 HOP = HEADER.encode()
-
-# Headers of an owner's answer that the backend gets.
-PASSED_ON = (
-    "Content-Type",
-    "Cache-Control",
-    "Idempotent-Replayed",
-    "Retry-After",
-    "WWW-Authenticate",
-)
-
-INSTANCE_GONE = Outcome(
-    HTTPStatus.GONE,
-    "The instance that had this connection does not run.",
-    problem="instance-gone",
-)
-UNREACHABLE = Outcome(
-    HTTPStatus.SERVICE_UNAVAILABLE,
-    "The instance that has this connection cannot be reached.",
-    retry_after=RETRY_AFTER,
-)
-UNANSWERED = Outcome(
-    HTTPStatus.GATEWAY_TIMEOUT,
-    "The instance that has this connection has not answered; it may have carried out"
-    " the request.",
-)
-
-
-class Leases(Protocol):
-    """Knows which instances are alive; a cluster (`--cluster`) has them."""
-
-    async def has_lease(self, peer_address: str) -> bool | None:
-        """Return whether a live instance has this `--peer_address`.
-
-        `peer_address` is `str(Address)`: `10.0.0.3:8765`, `[fd00::3]:8765`, the same
-        text for equal addresses, however the option spells them. None: not known,
-        since there is no cluster, or it does not answer. Is called when that instance
-        was not reached, or has not answered a callback within `--peer_timeout`;
-        possibly for many callbacks at once. Cancelled after `LEASE_TIMEOUT`. Must not
-        raise.
-        """
-
-
-class NoLeases:
-    """Without a cluster nobody knows."""
-
-    async def has_lease(self, peer_address: str) -> bool | None:
-        return None
-
-
-class Forwarded(NamedTuple):
-    """A callback for a connection of another instance.
-
-    `target` is the path, and the query without the connection's key. `key` is its
-    Idempotency-Key; empty: it has none. `seconds` are those that the callback itself
-    may take. `connection_id` is empty for a bulk callback.
-    """
-
-    method: str
-    target: str
-    content_type: str
-    seconds: float
-    key: str = ""
-    body: bytes = b""
-    connection_id: str = ""
-    traceparent: str = ""
-
-
-class OwnersResponse(Response):
-    """The answer of an owner, as the backend gets it."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(OK)
-        headers = {name: answer.headers.get(name.lower()) for name in PASSED_ON}
-        vars(self).update(
-            status=answer.status,
-            headers={name: value for name, value in headers.items() if value},
-            body=answer.body or b"",
-        )
-
-    @cached_property
-    def start(self) -> bytes:
-        """The status line."""
-        return b"HTTP/1.1 %d \r\n" % self.status
-
-
-class PeerTarget(Target):
-    """An instance's callback listener, whose certificate is for `certificate_name`."""
-
-    def __init__(self, address: Address, scheme: str, certificate_name: str | None):
-        super().__init__(scheme, address.host, address.port, "/")
-        vars(self)["certificate_name"] = certificate_name or address.host
-
-    @property
-    def server_name(self) -> str:
-        name: str = vars(self)["certificate_name"]
-        return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,9 +279,3 @@ class _Forwarding(LaterResponse[Response]):
 
 def _keep(status: int, headers: Mapping[str, str]) -> int:
     return MAX_ANSWER
-
-
-def without_key(path: str, query: str) -> str:
-    """Return the target of a callback without the key of its connection."""
-    rest = "&".join(part for part in query.split("&") if not part.startswith("key="))
-    return f"{path}?{rest}" if rest else path

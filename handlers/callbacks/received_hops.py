@@ -20,7 +20,7 @@ from handlers.callbacks import actions
 from handlers.callbacks.actions import GONE, Outcome
 from handlers.callbacks.answering import OutcomeHandler
 from handlers.callbacks.bulk import PATH, Bulk, Statuses
-from handlers.callbacks.forward import OWN_KEY
+from handlers.callbacks.forwarded import OWN_KEY
 from handlers.callbacks.hops import HEADER, Hops, Signed, digest_of_body
 from handlers.callbacks.repeats import HEADER as KEY_HEADER
 from handlers.callbacks.repeats import (
