@@ -117,7 +117,7 @@ def test_prometheus_takes_its_file(tmp_path):
         text.replace("/run/secrets/callback_token", str(token))
     )
     (tmp_path / "alerts.yml").write_text((CONF / "alerts.yml").read_text("utf-8"))
-    assert "13 rules" in promtool("check", "config", tmp_path / "prometheus.yml")
+    assert "14 rules" in promtool("check", "config", tmp_path / "prometheus.yml")
 
 
 @pytest.mark.gen_test
