@@ -313,3 +313,38 @@ async def test_worker_survives_a_restart_of_redis(io_loop, tmp_path):
             first = dict.fromkeys(e["message"] for e in backend.of("message"))
             assert list(first) == [f"{number}" for number in range(40)]
             await until_acknowledged(streams)
+
+
+@pytest.mark.long
+async def test_paused_worker_gives_its_partitions_up(io_loop, redis):
+    """Another one takes over; back, the paused one sends nothing out of order."""
+    streams = Streams(redis)
+    async with (
+        RecordingBackend() as backend,
+        streams.relay() as relay,
+        WorkerService(streams, *uris(backend, "message", "disconnect")) as paused,
+    ):
+        await eventually(lambda: sum("is read" in line for line in paused.log) == 4)
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(websockets.connect(relay.ws_url))
+                for _ in range(10)
+            ]
+            async with paused.stalled(0):
+                for number in range(5):
+                    await asyncio.gather(*(c.send(f"{number}") for c in clients))
+                flags = uris(backend, "message", "disconnect")
+                await stack.enter_async_context(WorkerService(streams, *flags))
+                await backend.wait_for("message", 50)
+            await eventually(lambda: any("is lost" in line for line in paused.log))
+            for number in range(5, 10):
+                await asyncio.gather(*(c.send(f"{number}") for c in clients))
+            await asyncio.gather(*(client.close() for client in clients))
+            await until_acknowledged(streams)
+    first: dict[str, list[str]] = defaultdict(list)
+    for _, event, headers in backend.events:
+        id_ = event["meta"]["connection_id"]
+        if headers["Webhook-Id"] not in first[id_]:
+            first[id_].append(headers["Webhook-Id"])
+    for id_, seen in first.items():
+        assert seen == [*(f"{id_}-{n}" for n in range(1, 11)), f"{id_}-disconnect"]
