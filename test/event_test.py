@@ -79,3 +79,37 @@ def test_message_event_is_the_json_of_its_members(text):
             "message": text,
         }
         assert body == orjson.dumps(expected)
+
+
+def made_by(writer: EventWriter) -> list[bytes]:
+    """The bodies of one event of each kind."""
+    closure = Closure(1000, "", "client", 1.0)
+    return [
+        writer.connect(ID, Handshake({"host": "h"}, "/ws", "", "::1", ())).body,
+        writer.message(ID, 17, "text", None).body,
+        writer.message(ID, 18, b"\xff", None, b'{"step":1}').body,
+        writer.disconnect(Ended(ID, closure), 0, 0).body,
+    ]
+
+
+def test_reply_is_all_that_a_broker_adds() -> None:
+    """Byte for byte the event of the http backend, and `meta.reply`."""
+    relay = Relay("http://h", "relay/ab", "0.1", Observer(), None)
+    plain = made_by(EventWriter(relay))
+    with_reply = made_by(EventWriter(relay, "s:{a}"))
+    member = b',"reply":"s:{a}"'
+    assert [body.count(member) for body in with_reply] == [1] * 4
+    assert [body.replace(member, b"") for body in with_reply] == plain
+
+
+def test_events_without_callbacks_have_no_urls() -> None:
+    """Where no callback URL is known; all else is the same."""
+    writers = [
+        EventWriter(Relay(url, "relay/ab", "0.1", Observer(), None), "s")
+        for url in ("http://h", None)
+    ]
+    for with_urls, without in zip(*map(made_by, writers), strict=True):
+        found, expected = orjson.loads(without), orjson.loads(with_urls)
+        expected["meta"].pop("send", None)
+        expected["meta"].pop("disconnect", None)
+        assert found == expected
