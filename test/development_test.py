@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from functions import RecordingFunction, developing
 from ports import free_ports
+from programs import program
 from service import ended, tcp_server
 
 from handlers.http.development import DevelopmentAuthority
@@ -22,6 +23,7 @@ def make(
     hosts: Sequence[str | None] = (),
     environ: Mapping[str, str] | None = None,
 ) -> DevelopmentAuthority:
+    program("openssl", "openssl")
     return DevelopmentAuthority(folder, hosts, environ or {})
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import websockets
+from programs import program
 from service import DEADLINE, Service, eventually
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
@@ -96,6 +97,7 @@ class Development(NamedTuple):
 @contextlib.asynccontextmanager
 async def developing(folder: Path, *flags: str) -> AsyncIterator[Development]:
     """Run `socketdock dev` with its state and its output in a folder."""
+    program("openssl", "openssl")
     printed, last = folder / "printed", "clients connect to "
     relay = f'exec "{sys.executable}" socketdock.py dev "$@" >"{printed}"'
     service = Service(
