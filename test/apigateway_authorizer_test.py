@@ -1,6 +1,7 @@
 """`--backend=apigateway`: the REQUEST authorizer, and emulators with one invocation."""
 
 import asyncio
+import gzip
 import json
 from contextlib import AsyncExitStack
 
@@ -53,6 +54,16 @@ def policy(event, effect="Allow", resource=None, action="execute-api:Invoke", **
     }
     document = {"Version": "2012-10-17", "Statement": [statement]}
     return {"principalId": "me", "policyDocument": document} | more
+
+
+def sized(result, size):
+    """Return `result` as JSON of `size` bytes."""
+    return Result(json.dumps(result).encode().ljust(size))
+
+
+def zipped(result):
+    body = gzip.compress(json.dumps(result).encode())
+    return Result(body, headers={"Content-Encoding": "gzip"})
 
 
 def echo(event):
@@ -247,6 +258,8 @@ async def test_authorizer_may_answer_unauthorized(gateway):
         lambda event: policy(event, "allow"),
         lambda event: policy(event, ["Allow"]),
         lambda event: policy(event, resource={"Ref": "Function"}),
+        lambda event: sized(policy(event, context={"a": "x"}), 8 * 1024 + 1),
+        lambda event: zipped(policy(event, context={"a": "x" * 9000})),
         lambda event: None,
     ],
 )
@@ -257,6 +270,18 @@ async def test_broken_authorizer_is_500(gateway, answer):
     assert response.status_code == 500
     assert json.loads(response.body)["message"] == "Internal server error"
     assert len(gateway.functions.invoked) == 1
+
+
+async def test_result_of_an_authorizer_may_have_8_kib(gateway):
+    """As on AWS, since it is kept for each connection."""
+    gateway.functions.functions["function"] = authorizing(
+        lambda event: sized(policy(event, context={"name": "me"}), 8 * 1024)
+    )
+    async with connect(gateway) as client:
+        await client.send("go")
+        await receive(client)
+    (message,) = gateway.functions.of_kind("MESSAGE")
+    assert message["requestContext"]["authorizer"]["name"] == "me"
 
 
 # Emulators.

@@ -137,6 +137,17 @@ async def test_any_refusal_passes_to_the_client(gateway, refusal):
     assert len(response.body) <= 4096
 
 
+async def test_refusal_with_too_large_headers_is_502(gateway):
+    """A client could not read it."""
+    headers = {"WWW-Authenticate": f"Basic realm={'x' * 6000}"}
+    gateway.functions.functions["chat"] = on_connect(
+        lambda event: {"statusCode": 401, "headers": headers}
+    )
+    assert (await refused(gateway.url)).status_code == 401
+    headers["Location"] = "/" + "x" * 6000
+    assert (await refused(gateway.url)).status_code == 502
+
+
 @pytest.mark.parametrize(
     "answer",
     [

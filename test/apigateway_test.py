@@ -62,6 +62,13 @@ def on_message(answer):
     [
         ('{"action": "join"}', "join"),
         ('{"action": "move", "to": [1, 2]}', "move"),
+        (r'{"action": "join", "cut": "\ud83d"}', "join"),
+        (r'{"\udfff": "\ude00\ud83d", "action": "join"}', "join"),
+        (r'{"action": "join", "smile": "\ud83d\ude00\ud83d"}', "join"),
+        (r'{"action": "jo\ud83din"}', "$default"),
+        (r'{"action": "join", "cut": "\\ud83d"', "$default"),
+        (r'{"action": "join", "cut": \ud83d}', "$default"),
+        (r'{"action": "join", "cut": "\ud83"}', "$default"),
         ('{"action": "unknown"}', "$default"),
         ('{"action": "Join"}', "$default"),
         ('{"action": ""}', "$default"),
@@ -108,6 +115,23 @@ async def test_body_of_an_answer_becomes_a_frame(gateway, message):
     async with websockets.connect(gateway.url) as client:
         await client.send(message)
         assert await receive(client) == message
+
+
+@pytest.mark.parametrize(
+    "written, frame",
+    [
+        (r"cut \ud83d", "cut \ufffd"),
+        (r"\ude00\ud83d\ude00\ud83d", "\ufffd\U0001f600\ufffd"),
+        (r"\\ud83d \ud83d", "\\ud83d \ufffd"),
+    ],
+)
+async def test_half_of_a_character_is_replaced_in_a_frame(gateway, written, frame):
+    """Functions in JavaScript can return it, but a frame cannot contain it."""
+    answer = Result(f'{{"statusCode": 200, "body": "{written}"}}'.encode())
+    gateway.functions.functions["chat"] = on_message(lambda event: answer)
+    async with websockets.connect(gateway.url) as client:
+        await client.send("go")
+        assert await receive(client) == frame
 
 
 @pytest.mark.parametrize(

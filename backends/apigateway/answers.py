@@ -15,11 +15,12 @@ import orjson
 from tornado.options import define
 
 from backends import AttemptOutcome, BackendError, Connection
+from backends.apigateway.documents import parsed
 from backends.client import Response
 from backends.client.response import MalformedResponse
 from backends.commands import Command, CommandError, Executor, Send
 from backends.events import Event
-from backends.http.content import decoded, parsed_json
+from backends.http.content import decoded
 from backends.http.retries import (
     GATEWAY_FAILURES,
     AnswerRules,
@@ -70,23 +71,22 @@ def keep_answer(status: int, headers: Mapping[str, str]) -> int:
     return MAX_ANSWER_SIZE
 
 
-def read_result(response: Response) -> Any:
+def read_result(response: Response, limit: int = MAX_ANSWER_SIZE) -> Any:
     """Return what a function returned, parsed. Raises `BadAnswer`.
 
-    None if it is no JSON.
+    None if it is no JSON. `limit` is the most bytes that it may have.
     """
     if not is_success(response.status):
         raise FunctionFailed(answered(response))
-    if not response.complete:
-        raise BadAnswer(
-            f"the response was cut off, or is larger than {MAX_ANSWER_SIZE} bytes"
-        )
+    body = response.body or b""
+    if not response.complete or len(body) > limit:
+        raise BadAnswer(f"the response was cut off, or is larger than {limit} bytes")
     try:
-        body = decoded(response.headers, response.body or b"", MAX_ANSWER_SIZE)
+        body = decoded(response.headers, body, limit)
     except MalformedResponse as error:
         raise BadAnswer(str(error)) from None
     try:
-        result = parsed_json(body)
+        result = parsed(body)
     except (ValueError, RecursionError):
         result = None
     is_object = isinstance(result, dict)

@@ -38,6 +38,7 @@ define("authorizer_identity", multiple=True, metavar="SOURCES",
        help="what a handshake must have, else it gets 401 and the authorizer is not "
             "asked: route.request.header.<name>, route.request.querystring.<name>")
 
+MAX_RESULT_SIZE = 8 * 1024  # bytes; API Gateway's for what an authorizer returns
 UNAUTHORIZED = "Unauthorized"  # the error of a function that asks for a 401
 # Members of a Statement that would change what it means.
 UNSUPPORTED = frozenset({"Condition", "NotAction", "NotResource"})
@@ -85,7 +86,7 @@ class Authorizer:
                 event,
                 *self._timeouts,
             )
-            result = read_result(response)
+            result = read_result(response, MAX_RESULT_SIZE)
             context = context_of(result)
             allowed = is_allowed(result, self._events.method_arn)
         except FunctionFailed as failed:

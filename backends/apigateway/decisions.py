@@ -24,6 +24,7 @@ from backends.target import Target
 logger = logging.getLogger(__name__)
 
 JSON = {"content-type": "application/json"}
+MAX_REFUSAL_HEADERS = 8 * 1024  # bytes of their values; clients reject larger ones
 NOT_MODIFIED = 304  # has no body (RFC 9110, section 15.4.5)
 SUBPROTOCOL = "sec-websocket-protocol"
 
@@ -100,6 +101,10 @@ def refusal_of(answer: Answer) -> ConnectionRefused:
         for name in (*REFUSAL_HEADERS, "location")
         if name in answer.headers
     }
+    if sum(map(len, headers.values())) > MAX_REFUSAL_HEADERS:
+        raise BadAnswer(
+            f"the function returned headers of more than {MAX_REFUSAL_HEADERS} bytes"
+        )
     return ConnectionRefused(answer.status, headers, body[:MAX_REFUSAL_BODY])
 
 

@@ -7,10 +7,10 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-import orjson
 from tornado.options import Error as OptionError
 from tornado.options import define, options
 
+from backends.apigateway.documents import parsed
 from backends.target import Target
 
 CONNECT, DISCONNECT, DEFAULT = "$connect", "$disconnect", "$default"
@@ -76,7 +76,7 @@ class Routes:
         if isinstance(message, bytes) or not self._selectable:
             return DEFAULT
         try:
-            value = orjson.loads(message)
+            value = parsed(message.encode())
         except ValueError:
             return DEFAULT
         for name in self._path:

@@ -15,7 +15,7 @@ import orjson
 
 from backends import BackendError, Closure, Handshake
 from backends.apigateway.answers import BadAnswer, read_answer, read_result
-from backends.apigateway.authorizer import context_of, is_allowed
+from backends.apigateway.authorizer import MAX_RESULT_SIZE, context_of, is_allowed
 from backends.apigateway.events import Caller, FunctionEvents
 from backends.apigateway.functions import InvokeTimeouts
 from backends.apigateway.settings import Settings
@@ -111,7 +111,7 @@ class FunctionTrial(Trial):
     def _said(self, what: str, response: Response) -> str:
         """Return what a function has decided. Raises `BadAnswer`."""
         if what == "authorizer":
-            result = read_result(response)
+            result = read_result(response, MAX_RESULT_SIZE)
             context_of(result)
             allows = is_allowed(result, self._events.method_arn)
             return "allowed it" if allows else "denied a client without credentials"
