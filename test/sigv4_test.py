@@ -107,6 +107,12 @@ def test_path_that_is_encoded_once_can_be_signed(keys):
     verify(request(signer, url="https://relay.example/x/%40connections/a%3D"), keys)
 
 
+def test_path_that_is_not_encoded_can_be_signed(keys):
+    """Some signers take the path as it is sent, such as curl 7."""
+    signer = botocore.auth.S3SigV4Auth
+    verify(request(signer, url=f"https://relay.example/x/@connections/{ID}="), keys)
+
+
 def test_proxy_may_decode_the_path_or_remove_the_prefix(keys):
     """What is signed is the path that the caller used."""
     made = request(url=f"https://relay.example/sd/prod/%40connections/{ID}")

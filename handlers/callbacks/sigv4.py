@@ -265,16 +265,17 @@ def _canonical_paths(path: str, prefix: str) -> Sequence[str]:
     """Return the forms of the path that may have been signed.
 
     The rule is that each segment of the path is encoded once more than in the request.
-    Some signers do not, and some proxies change the encoding of the request; all forms
-    mean the same connection.
+    Some signers do not, or sign it as it is sent, and some proxies change the encoding
+    of the request; all forms mean the same connection.
     """
     plain = unquote(unquote(path))
     starts = {"", prefix} if not path.startswith(f"{prefix}/") else {""}
     bodies = {path, unquote(path), plain, quote(plain, f"/{UNRESERVED}")}
-    return [
-        quote(start + body, f"/{UNRESERVED}")
-        for start, body in product(sorted(starts), sorted(bodies))
-    ]
+    encoded = {
+        quote(start + body, f"/{UNRESERVED}") for start, body in product(starts, bodies)
+    }
+    # What was decoded is never a form itself, since it may contain line feeds.
+    return sorted(encoded | {start + path for start in starts})
 
 
 def _canonical_value(values: Sequence[str]) -> str:
