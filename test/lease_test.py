@@ -162,6 +162,29 @@ async def test_lease_of_an_address_is_found(tmp_path: Path) -> None:
         assert await living.has_lease("10.0.0.3:8765") is None
 
 
+@pytest.mark.gen_test
+async def test_leases_in_a_cluster(tmp_path: Path) -> None:
+    """The keys of an instance share a slot; that of all instances has another."""
+    async with RedisServer(tmp_path, "redis", "--cluster-enabled", "yes") as redis:
+        await redis.client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        async with asyncio.timeout(DEADLINE):
+            info = {}
+            while info.get("cluster_state") != "ok":
+                await asyncio.sleep(0.05)
+                info = await redis.client.execute_command("CLUSTER INFO")
+        address = parse_address(f"redis+cluster://{redis.place}", "--cluster")
+        client = RedisClient(address, "--cluster")
+        async with lease_of(client) as lease:
+            await written(lease, "id")
+            assert await redis.client.hkeys(KEYS.instances) == ["here/1"]
+            await redis.client.delete(KEYS.lease("here/1"))
+            lock = Lock(Redis(client, KEYS, DEADLINE), "here/1", "other/1", 30.0)
+            assert await lock.take() == "taken"
+            assert await redis.client.smembers(KEYS.dead("here/1")) == {"", "id"}
+            await lock.give_back(finished=True)
+        await client.close()
+
+
 def checked(*flags: str) -> tuple[int, str]:
     result = ended("check", "--bindport=0", *flags)
     assert not result.stderr
