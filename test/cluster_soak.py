@@ -78,13 +78,14 @@ class Soak:
             opened = await clients_of(site.service, min(50, missing - first))
             site.clients |= await ids_of(self.backend, opened)
 
-    async def run(self, rng: random.Random, seconds: float) -> int:
-        """Return the number of rounds."""
+    async def run(self, rng: random.Random, seconds: float, only: str) -> int:
+        """Return the number of rounds; `only` names one fault, or is empty."""
         faults: list[Callable[[random.Random], Awaitable[None]]] = [
             self.one_dies, self.two_die, self.reaper_dies, self.one_pauses,
             self.redis_is_away, self.redis_is_emptied,
         ]  # fmt: skip
         rng.shuffle(faults)
+        faults = [fault for fault in faults if only in ("", fault.__name__)]
         began, rounds = time.monotonic(), 0
         while rounds < len(faults) or time.monotonic() - began < seconds:
             for site in self.sites:
@@ -130,7 +131,7 @@ class Soak:
         async with site.service.stalled(0):
             for client in due.values():  # waits in its socket when it goes on
                 await client.send("too late")
-            await self.reaped(site)
+            await self.reaped(site, time.monotonic())
         for client in due.values():
             await asyncio.wait_for(client.wait_closed(), PATIENCE)
             if client.close_code != 1012:
@@ -157,17 +158,17 @@ class Soak:
     async def die(self, dead: list[Site]) -> None:
         """Kill relays; others must send the events of all their connections in time."""
         kill(*(site.service for site in dead))
+        began = time.monotonic()
         for site in dead:
             await site.service.process.wait()
         for site in dead:
-            await self.reaped(site)
+            await self.reaped(site, began)
             self.ended |= set(site.clients)
             site.clients, site.instance = {}, ""
             await site.stack.aclose()
 
-    async def reaped(self, site: Site) -> None:
+    async def reaped(self, site: Site, began: float) -> None:
         """Wait until all events of a relay's connections have come."""
-        began = time.monotonic()
 
         def all_came() -> bool:
             return set(site.clients) <= {
@@ -227,6 +228,7 @@ async def main(words: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     parser.add_argument("--clients", type=int, default=500, help="of each relay")
     parser.add_argument("--lease-ttl", type=float, default=15)
+    parser.add_argument("--only", default="", help="the name of one fault")
     arguments = parser.parse_args(words)
     print(f"seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -237,7 +239,7 @@ async def main(words: list[str]) -> int:
             soak = Soak(redis, backend, arguments.clients, arguments.lease_ttl)
             try:
                 rng = random.Random(arguments.seed)
-                rounds = await soak.run(rng, arguments.seconds)
+                rounds = await soak.run(rng, arguments.seconds, arguments.only)
                 await soak.end()
             finally:
                 for site in soak.sites:
