@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import signal
 from zlib import crc32
 
@@ -12,6 +13,8 @@ from redis_streams import PARTITIONS, Streams
 from service import DEADLINE, RecordingBackend, Service, refusal
 
 from backends.redis.janitor import TRIM
+
+GREETINGS = itertools.count()
 
 pytestmark = [pytest.mark.gen_test(timeout=120), pytest.mark.once]
 
@@ -54,11 +57,12 @@ async def of(streams: Streams, connection_id: str, number: int) -> list:
 
 async def greeted(streams: Streams, service: Service, client) -> dict:
     """Send a message, and return `meta` of its event."""
-    await client.send(f"hello {id(client)}")
+    text = f"hello {next(GREETINGS)}"
+    await client.send(text)
     async with asyncio.timeout(DEADLINE):
         while True:
             for entry in await streams.all("message"):
-                if entry.payload["message"] == f"hello {id(client)}":
+                if entry.payload["message"] == text:
                     return entry.meta
             await asyncio.sleep(0.02)
 

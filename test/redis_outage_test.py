@@ -176,9 +176,9 @@ async def test_full_stream_counts_as_an_outage(io_loop, tmp_path):
         async with streams.relay(*flags) as service:
             ready = f"{service.callback_url}/readyz"
             async with websockets.connect(service.ws_url) as client:
-                while await streams.length() <= 4:
+                for number in range(1, 5):  # and the connect event: one too many
                     await client.send("x")
-                    await streams.wait_for("message")
+                    await streams.wait_for("message", number)
                 await client.send("too many")
                 async with asyncio.timeout(DEADLINE):
                     while (await operator.call(ready, "GET")).code != 503:
