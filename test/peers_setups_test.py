@@ -14,6 +14,7 @@ from check_test import check, only
 from metrics_test import scrape
 from peers_test import (
     OTHER,
+    PATIENT,
     SECRET,
     at,
     call,
@@ -179,6 +180,7 @@ async def test_peers_with_tls(io_loop, secret_file, tmp_path, server):
                 f"--peer_ca={authority.path}",
                 "--peer_name=relays.internal",
                 f"--http_server={server}",
+                PATIENT,
             )
             services.append(await stack.enter_async_context(service))
         first, second, third = services
@@ -286,7 +288,7 @@ async def test_lease_decides_about_an_owner_that_is_stopped(io_loop, secret_file
             own = Address.parse("127.0.0.1:9")
             keys = [SECRET.encode()]
             connections = ConnectionMap(owners=SharedOwners(own, keys))
-            settings = PeerSettings(timeout=0.2, send_timeout=60)
+            settings = PeerSettings(timeout=2, send_timeout=60)
             forwarder = Forwarder(connections, Hops("x", keys), settings)
             forwarder.leases = FakeLeases(False)
             owner = forwarder.owner_of(meta["connection_id"])
@@ -308,7 +310,7 @@ async def test_instance_that_is_stopped_is_gone_when_its_lease_is(
 ):
     """Until then a callback waits for its answer; both in real Redis."""
     async with RedisServer(tmp_path) as redis:
-        flags = (f"--cluster={redis.url}", "--lease_ttl=2", "--peer_timeout=0.5")
+        flags = (f"--cluster={redis.url}", "--lease_ttl=2", "--peer_timeout=2")
         async with relays(2, secret_file, *flags) as (backend, (first, second)):
             for service in (first, second):
                 await eventually(lambda s=service: "holds its lease" in str(s.log))
@@ -324,7 +326,7 @@ async def test_instance_that_is_stopped_is_gone_when_its_lease_is(
                             )
                             if answer.code == 410:
                                 break
-                            assert answer.code == 504
+                            assert answer.code in (503, 504)
                 assert json.loads(answer.body)["type"] == "instance-gone"
 
 

@@ -23,6 +23,7 @@ from handlers.owners import Address, SharedOwners
 pytestmark = [pytest.mark.gen_test(timeout=60), pytest.mark.once]
 
 SECRET = "the secret of all instances"
+PATIENT = "--peer_timeout=20"  # also on a busy machine
 OTHER = "a secret that nobody shares"
 PLAIN = {"Content-Type": "text/plain"}
 AUTHORIZED = {"Authorization": BEARER.partition(": ")[2], **PLAIN}
@@ -46,6 +47,7 @@ def peer_flags(secret_file, port, host="127.0.0.1"):
         f"--bindport={port}",
         f"--peer_address={host}:{port}",
         f"--peer_secret_file={secret_file}",
+        PATIENT,
     )
 
 
@@ -430,7 +432,7 @@ async def test_repeat_at_another_instance_is_carried_out_once(io_loop, trio):
 
 async def test_dead_owner_is_410_at_once(io_loop, secret_file):
     """Its port refuses: the instance is gone, with all its connections."""
-    async with relays(2, secret_file, "--peer_timeout=30") as (backend, services):
+    async with relays(2, secret_file) as (backend, services):
         first, second = services
         async with joined(backend, second) as (_, meta):
             assert (await call(backend, at(first, meta), body="x")).code == 200
@@ -441,7 +443,7 @@ async def test_dead_owner_is_410_at_once(io_loop, secret_file):
                 answer = await call(backend, at(first, meta, action), body="")
                 assert answer.code == 410
                 assert json.loads(answer.body)["type"] == "instance-gone"
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 15
             found = await scrape(first)
             assert found['forwarded_total{outcome="gone"}'] == 2
 
@@ -469,11 +471,10 @@ async def test_silent_owner_is_503_within_the_timeout(io_loop, secret_file):
             urls = [
                 at(service, {"connection_id": owners.new_id()}) for _ in range(200)
             ]
-            began = time.monotonic()
-            answers = await asyncio.gather(
-                *(call(backend, url, body="x") for url in urls)
-            )
-            assert time.monotonic() - began < 10
+            async with asyncio.timeout(DEADLINE):
+                answers = await asyncio.gather(
+                    *(call(backend, url, body="x") for url in urls)
+                )
             assert {answer.code for answer in answers} == {503}
             assert {answer.headers["Retry-After"] for answer in answers} == {"2"}
 
@@ -486,7 +487,7 @@ async def test_unanswered_callback_is_504(io_loop, secret_file):
     async def end(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
 
-    flags = ("--peer_timeout=0.2", "--send_timeout=0.3")
+    flags = ("--peer_timeout=2", "--send_timeout=0.3")
     async with relays(1, secret_file, *flags) as (backend, (service,)):
         for serve in (hold, end):
             async with tcp_server(serve) as port:
