@@ -388,7 +388,7 @@ class Service:
             self.forwarder,
         )
         if self.sharing is not None:
-            send = either(self.sharing.fast_hop(), send)
+            send = self.sharing.fast_hop(send)
         fast = send
         if self.tokens.required:
             bulk: Fast = FastBulk(

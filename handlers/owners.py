@@ -29,6 +29,7 @@ define("peer_secret_file", type=str, metavar="PATH",
 RANDOM = 32  # hex digits of an id that are random
 MAC = 16  # hex digits
 OWNERS = {12: 4, 36: 16}  # hex digits of an owner: bytes of its IP address
+OWNER_PART = slice(RANDOM, -MAC)  # of an id
 LENGTHS = {RANDOM + digits + MAC for digits in OWNERS}  # of ids with an owner
 
 ID = r"[0-9a-f]{32}"  # an id without an owner
@@ -127,6 +128,7 @@ class Owners:
     """Ids of an instance that knows no other: random, and owned by nobody else."""
 
     pattern = ID  # of the ids of connections
+    own_digits = ""  # of this instance in its ids
 
     def new_id(self) -> str:
         """Return the id of a new connection of this instance."""
@@ -146,7 +148,7 @@ class SharedOwners(Owners):
     pattern = SHARED_ID
 
     def __init__(self, own: Address, keys: Sequence[bytes]) -> None:
-        self.own = own
+        self.own_digits = own.digits
         self.use(keys)
 
     def use(self, keys: Sequence[bytes]) -> None:
@@ -156,7 +158,7 @@ class SharedOwners(Owners):
         self._verified: dict[str, Address] = {}
 
     def new_id(self) -> str:
-        digits = secrets.token_hex(RANDOM // 2) + self.own.digits
+        digits = secrets.token_hex(RANDOM // 2) + self.own_digits
         return digits + _mac(self._macs[0], digits)
 
     def elsewhere(self, connection_id: str) -> Address | None:
@@ -170,8 +172,8 @@ class SharedOwners(Owners):
     def _verify(self, connection_id: str) -> Address | None:
         if len(connection_id) not in LENGTHS or not connection_id.isascii():
             return None
-        owner = connection_id[RANDOM:-MAC]
-        if owner == self.own.digits:
+        owner = connection_id[OWNER_PART]
+        if owner == self.own_digits:
             return None
         digits, mac = connection_id[:-MAC], connection_id[-MAC:]
         if any(hmac.compare_digest(_mac(key, digits), mac) for key in self._macs):

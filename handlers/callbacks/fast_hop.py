@@ -1,7 +1,7 @@
 """Answers forwarded sends without a Tornado handler."""
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 from handlers.callbacks.actions import Outcome, Sending, send
@@ -27,10 +27,17 @@ TYPES: Mapping[bytes, Sequence[str]] = {
 class FastHop:
     """Answers a forwarded send by the rules of `HopHandler`, but without it.
 
-    Only those without a key of the backend.
+    Only those without a key of the backend. `otherwise` may answer all requests that
+    are not forwarded.
     """
 
-    def __init__(self, received: ReceivedHops, max_message_size: int) -> None:
+    def __init__(
+        self,
+        received: ReceivedHops,
+        max_message_size: int,
+        otherwise: Callable[[Request], FastHandler | None],
+    ) -> None:
+        self._otherwise = otherwise
         self._received = received
         self._hops = received.hops
         self._repeats = received.unasked
@@ -41,10 +48,9 @@ class FastHop:
     def __call__(self, request: Request) -> FastHandler | None:
         """Return the function that receives the body; None if it is not plain."""
         headers = request.headers
-        # Others leave here, at once.
-        if not headers or headers[0][0] != HOP or request.method != "POST":
-            return None
-        if request.declared > self._max_message_size:
+        if not headers or headers[0][0] != HOP:
+            return self._otherwise(request)
+        if request.method != "POST" or request.declared > self._max_message_size:
             return None
         path, _, query = request.target.partition(b"?")
         start, _, connection_id = path[: -len(SEND)].rpartition(b"/")

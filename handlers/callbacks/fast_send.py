@@ -14,7 +14,7 @@ from handlers.callbacks.forwarded import Forwarded, without_key
 from handlers.callbacks.responses import response_of
 from handlers.clients.connection import Connections
 from handlers.http.request import FastHandler, FastResponse, Request
-from handlers.owners import Address
+from handlers.owners import OWNER_PART, Address
 from handlers.websocket.frames import MessageFrame
 
 # Cached Host headers. Backends send few, each many times.
@@ -92,6 +92,8 @@ class FastSend:
         self._connections = connections
         self._backend = backend
         self._forwarder = forwarder
+        # In the ids of this instance's connections, which need no other look.
+        self._own_digits = connections.owners.own_digits
 
     def __call__(self, request: Request) -> FastHandler | None:
         """Return the function that receives the body; None if it is not plain."""
@@ -111,7 +113,10 @@ class FastSend:
             self._access.challenge(credentials, connection_id, key) is not None
         ):
             return None
-        if self._forwarder is not None:
+        if (
+            self._forwarder is not None
+            and connection_id[OWNER_PART] != self._own_digits
+        ):
             owner = self._forwarder.owner_of(connection_id)
             if owner is not None:
                 sent = connection_id, content_type, types

@@ -1,6 +1,7 @@
 """Lets this instance and others take each other's callbacks, as the options say."""
 
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tornado.options import Error as OptionError
@@ -20,6 +21,7 @@ from handlers.callbacks.repeats import Repeats
 from handlers.callbacks.shared_bulk import SharedBulk
 from handlers.clients.connection import Connections
 from handlers.http.application import Routes
+from handlers.http.request import FastHandler, Request
 from handlers.owners import Address, SharedOwners, read_secrets
 
 define("peer_timeout", default=2.0, metavar="SECONDS",
@@ -111,9 +113,9 @@ class Sharing:
         largest = max(6 * options.max_message_size, 2 * options.max_bulk_size)
         return hop_routes(self.received, largest)
 
-    def fast_hop(self) -> FastHop:
+    def fast_hop(self, otherwise: Callable[[Request], FastHandler | None]) -> FastHop:
         """Return what answers forwarded sends without a handler."""
-        return FastHop(self.received, options.max_message_size)
+        return FastHop(self.received, options.max_message_size, otherwise)
 
     async def close(self) -> None:
         """Close the connections to other instances."""
