@@ -45,6 +45,18 @@ def test_crash_leaves_open_connections(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lock"]
 
 
+def test_run_that_was_taken_for_dead_leaves_its_new_name(tmp_path):
+    """With the connections that were open then, and those that came after."""
+    with crashed(tmp_path) as journal:
+        journal.add(ONE)
+        journal.rename("host/cccc")
+        journal.add(TWO)
+    state = StateDirectory(tmp_path, "host/bbbb")
+    (dead,) = state.dead
+    assert (dead.ids, dead.instance) == ([ONE, TWO], "host/cccc")
+    state.close()
+
+
 @pytest.mark.parametrize(
     ("damage", "ids"),
     [
