@@ -40,7 +40,8 @@ class FastHop:
         self._otherwise = otherwise
         self._received = received
         self._hops = received.hops
-        self._repeats = received.unasked
+        self._recent = received.recent
+        self._loop = received.connections.loop
         self._max_message_size = max_message_size
         prefix = received.prefix.encode()
         self._starts = frozenset({b"/socket", b"%b/socket" % prefix})
@@ -87,8 +88,8 @@ class FastHop:
         digest = digest_of_body(body)
         if not self._hops.accepts(hop, (*parts, digest)):
             return None
-        name = connection_id, parts[3]
-        if not self._repeats.is_new(name):
+        key = parts[3].decode()
+        if key in self._recent:
             return None
         try:
             message = message_of(body, parts[2].decode("latin-1"), types)
@@ -99,9 +100,11 @@ class FastHop:
             return None
         outcome = send(connection, MessageFrame(message))
         if isinstance(outcome, Outcome):
-            self._repeats.add(name, digest, outcome)
+            self._recent.add(key, outcome)
             return response_of(outcome)
-        return _respond(self._repeats.begin(name, digest, _ended(outcome)))
+        task = self._loop.create_task(_ended(outcome))
+        self._recent.add(key, task)
+        return _respond(task)
 
 
 async def _ended(sending: Sending) -> Outcome:

@@ -22,6 +22,7 @@ from handlers.callbacks.answering import OutcomeHandler
 from handlers.callbacks.bulk import PATH, Bulk, Statuses
 from handlers.callbacks.forwarded import OWN_KEY
 from handlers.callbacks.hops import HEADER, Hops, Signed, digest_of_body
+from handlers.callbacks.recent import Recent
 from handlers.callbacks.repeats import HEADER as KEY_HEADER
 from handlers.callbacks.repeats import (
     INSTANCE,
@@ -30,7 +31,6 @@ from handlers.callbacks.repeats import (
     Answer,
     Keyed,
     KeyReused,
-    Name,
     Repeats,
     digest_of,
 )
@@ -67,9 +67,8 @@ class Received(NamedTuple):
 class ReceivedHops:
     """Verifies forwarded callbacks, and carries them out.
 
-    `repeats` remembers those that a backend has given a key. The others have a key that
-    guards only against a repeated request: `unasked` remembers these, so that they do
-    not displace answers that a backend may ask for.
+    `repeats` remembers those that a backend has given a key, and `recent` the others:
+    these do not displace answers that a backend may ask for.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class ReceivedHops:
         self.hops = hops
         self.connections = connections
         self.backend = backend
-        self.unasked = Repeats(connections.loop)
+        self.recent = Recent(connections.loop)
         self._bulk = bulk
         self._repeats = repeats
         start = rf"(?:{re.escape(prefix)})?"
@@ -138,7 +137,10 @@ class ReceivedHops:
             case _:
                 return NOT_FOUND
         act = partial(self._outcome, connection_id, action)
-        keyed = self._keyed(connection_id, f"{route}", kind, request)
+        if request.key.startswith(OWN_KEY):
+            return response_of(await self.recent.once(request.key, act))
+        digest = digest_of(kind, request.body)
+        keyed = Keyed(connection_id, f"{route}", request.key, digest)
         return await self._once(keyed, act, response_of)
 
     async def _carry_out_bulk(self, request: Received) -> Response:
@@ -149,7 +151,10 @@ class ReceivedHops:
             return JSONResponse(statuses.document(commands))
 
         act = partial(self._bulk.statuses, commands)
-        keyed = self._keyed(INSTANCE, "commands", "commands", request)
+        if request.key.startswith(OWN_KEY):
+            return response(await self.recent.once(request.key, act))
+        digest = digest_of("commands", request.body)
+        keyed = Keyed(INSTANCE, "commands", request.key, digest)
         return await self._once(keyed, act, response)
 
     async def _outcome(self, connection_id: str, action: Action) -> Outcome:
@@ -159,27 +164,19 @@ class ReceivedHops:
         outcome = action(connection)
         return outcome if isinstance(outcome, Outcome) else await outcome
 
-    def _keyed(self, scope: str, route: str, kind: str, request: Received) -> Keyed:
-        if request.key.startswith(OWN_KEY):
-            return Unasked(scope, "", request.key, digest_of_body(request.body))
-        return Keyed(scope, route, request.key, digest_of(kind, request.body))
-
     async def _once(
         self,
         keyed: Keyed,
         act: Callable[[], Coroutine[Any, Any, A]],
         response: Callable[[A], Response],
     ) -> Response:
-        """Carry it out once for all requests with the same key."""
-        own = keyed.key.startswith(OWN_KEY)
+        """Carry it out once for all requests with the same key of a backend."""
         try:
-            repeats = self.unasked if own else self._repeats
-            answer, is_repeat = await repeats.once(keyed, act)
+            answer, is_repeat = await self._repeats.once(keyed, act)
         except KeyReused:
             return response_of(REUSED)
-        if not is_repeat or own:
-            return response(answer)
-        return response(answer).with_header(*REPLAYED)
+        given = response(answer)
+        return given.with_header(*REPLAYED) if is_repeat else given
 
 
 def signed(request: Received) -> Signed:
@@ -192,14 +189,6 @@ def signed(request: Received) -> Signed:
         key.encode("latin-1"),
         digest_of_body(body),
     )
-
-
-class Unasked(Keyed):
-    """A request whose key an instance has added: it is short, and used only once."""
-
-    @property
-    def name(self) -> Name:
-        return self.scope, self.key.encode()
 
 
 class HopHandler(OutcomeHandler):

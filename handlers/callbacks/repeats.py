@@ -130,7 +130,10 @@ class Repeats:
         if (under_way := self._under_way.get(name)) is not None:
             self._compare(under_way[0], request)
             return await asyncio.shield(under_way[1]), True
-        return await asyncio.shield(self.begin(name, request.digest, act())), False
+        task = self._loop.create_task(act())
+        self._under_way[name] = request.digest, task
+        task.add_done_callback(partial(self._on_answer, name))
+        return await asyncio.shield(task), False
 
     def check(self, request: Keyed) -> None:
         """Raise `KeyReused` if the key is known from another request."""
@@ -138,20 +141,6 @@ class Repeats:
         known = self._answered.get(name) or self._under_way.get(name)
         if known is not None:
             self._compare(known[0], request)
-
-    def is_new(self, name: Name) -> bool:
-        """Return whether no request of that name is known."""
-        return name not in self._answered and name not in self._under_way
-
-    def begin(
-        self, name: Name, digest: bytes, answer: Coroutine[Any, Any, A]
-    ) -> "asyncio.Task[A]":
-        """Run `answer` for a request that is new."""
-        task = self._loop.create_task(answer)
-        self._under_way[name] = digest, task
-        task.add_done_callback(partial(self._on_answer, name))
-        return task
-
 
     @staticmethod
     def _compare(digest: bytes, request: Keyed) -> None:
@@ -162,10 +151,7 @@ class Repeats:
         digest, _ = self._under_way.pop(name)
         if task.cancelled() or task.exception() is not None:
             return
-        self.add(name, digest, task.result())
-
-    def add(self, name: Name, digest: bytes, answer: Answer) -> None:
-        """Remember the answer to a request that was new."""
+        answer: Answer = task.result()
         if answer.status < HTTPStatus.MULTIPLE_CHOICES or (
             answer.status == HTTPStatus.GATEWAY_TIMEOUT
         ):
