@@ -16,6 +16,7 @@ from tornado.options import options
 import handlers.backlog
 import handlers.clients.policy  # noqa: F401 (defines options of the relay)
 from backends import Relay, apigateway
+from backends.apigateway.settings import domain_name
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 
@@ -244,7 +245,21 @@ async def test_wait_for_another_invocation_is_bounded(io_loop):
         ({"route_selection": "$request.header.x"}, "$request.body.action"),
         ({"route_selection": "$request.body."}, "$request.body.action"),
         ({"route_selection": "${request.body.a"}, "$request.body.action"),
+        ({"route_selection": "$request.body.a[0]"}, "$request.body.action"),
+        ({"route_selection": "$request.body.action "}, "$request.body.action"),
         ({"stage": "a/b"}, "--stage=a/b"),
+        ({"domain_name": "https://api.example"}, "--domain_name=https://api.example"),
+        ({"domain_name": "wss://api.example/local"}, "host:port"),
+        ({"domain_name": "api.example, other.example"}, "host:port"),
+        ({"domain_name": "api.example:"}, "host:port"),
+        ({"domain_name": "api.example:0"}, "host:port"),
+        ({"domain_name": "api.example:99999"}, "host:port"),
+        ({"domain_name": "fd00::1"}, "host:port"),
+        ({"domain_name": "[fe80::1%eth0]"}, "host:port"),
+        ({"domain_name": "me:secret@api.example"}, "host:port"),
+        ({"domain_name": "api.example?stage=x"}, "host:port"),
+        ({"domain_name": "/api"}, "host:port"),
+        ({"domain_name": "stra\u00dfe.example"}, "xn--"),
         ({"authorizer_identity": ["route.request.header.a"]}, "--authorizeruri"),
         (
             {"authorizeruri": "http://x/", "authorizer_identity": ["header.a"]},
@@ -261,3 +276,20 @@ async def test_invalid_options_are_one_line(io_loop, given, words):
             stack.enter_context(patch.object(options.mockable(), name, value))
         apigateway.make_backend(Relay(None, "test/0", "0"))
     assert words in str(caught.value)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("api.example", "api.example"),
+        ("localhost:8765", "localhost:8765"),
+        ("[fd00::1]:8765", "[fd00::1]:8765"),
+        ("api.example:443/prefix", "api.example:443/prefix"),
+        ("b\u00fccher.example:80", "xn--bcher-kva.example:80"),
+    ],
+)
+def test_domain_name_is_a_host_and_maybe_a_port(given, expected):
+    """An international name is encoded, since SDKs make URLs of it."""
+    with patch.object(options.mockable(), "domain_name", given):
+        assert domain_name(Relay(None, "test/0", "0")) == expected

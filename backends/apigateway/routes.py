@@ -27,7 +27,8 @@ define("route_selection", default="$request.body.action", metavar="EXPRESSION",
             "of its JSON")
 
 # One property or a path, as `$request.body.a.b` or `${request.body.a.b}`.
-SELECTION = re.compile(r"\$(?:request\.body\.([^{}]+)|\{request\.body\.([^{}]+)\})")
+NAMES = r"([^{}\[\]\s]+)"
+SELECTION = re.compile(rf"\$(?:request\.body\.{NAMES}|\{{request\.body\.{NAMES}\}})")
 
 
 class Routes:

@@ -12,6 +12,7 @@ from tornado.options import define, options
 from backends import Relay
 from backends.apigateway.authorizer import identity_sources
 from backends.apigateway.routes import Routes, function_target, make_routes
+from backends.hosts import encoded_host, is_host
 from backends.target import Target
 
 logger = logging.getLogger(__name__)
@@ -83,10 +84,40 @@ def stage_name() -> str:
 def domain_name(relay: Relay) -> str:
     """Return `domainName` of events. Raises `OptionError` if it is not known."""
     if options.domain_name:
-        return str(options.domain_name)
+        return _checked_domain(options.domain_name)
     if relay.callback_url is None:
         raise OptionError(
             "--backend=apigateway needs --domain_name or --externalhostandport, since"
             " callbacks are bound to a wildcard address"
         )
     return urlsplit(relay.callback_url).netloc
+
+
+def _checked_domain(name: str) -> str:
+    """Return a host, maybe with a port and a path, whose name is encoded.
+
+    Functions put `https://` before it, and a stage behind it. Raises `OptionError`.
+    """
+    what = "--domain_name" + ("" if "@" in name else f"={name}")
+    host = re.split("[:/]", name, maxsplit=1)[0]
+    try:
+        name = encoded_host(host) + name[len(host):]
+    except ValueError as error:
+        raise OptionError(f"{what}: {error}") from None
+    try:
+        parts = urlsplit(f"//{name}")
+        host = parts.hostname or ""
+        wrong = (
+            not is_host(host)
+            or "%" in host  # a zone is valid on one machine only
+            or parts.netloc.endswith(":")
+            or parts.port == 0
+            or re.search(r"[@?#\\]|[^!-~]", name)
+        )
+    except ValueError:
+        wrong = True
+    if wrong:
+        raise OptionError(
+            f"{what} is not like host:port; an IPv6 address needs brackets"
+        )
+    return name.rstrip("/")
