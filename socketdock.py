@@ -59,6 +59,7 @@ from handlers.http.bounds import RequestBounds
 from handlers.http.development import (
     DevelopmentAuthority,
     local_url,
+    named_hosts,
     set_development_options,
 )
 from handlers.http.listener import Descriptors, Server, bindable, is_wildcard
@@ -721,8 +722,8 @@ def run(command: str, words: list[str]) -> int:
         logger.warning(warning)
     variables: Sequence[str] = ()
     if develops:
-        hosts = options.externalhostandport, options.domain_name
-        variables = DevelopmentAuthority(folder, hosts, os.environ).variables
+        authority = DevelopmentAuthority(folder, named_hosts(), os.environ)
+        variables = authority.variables
     return asyncio.Runner(loop_factory=factory).run(serve(log, variables))
 
 

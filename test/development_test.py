@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gen_test(timeout=60), pytest.mark.once]
 
 def make(
     folder: Path,
-    hosts: Sequence[str | None] = (),
+    hosts: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
 ) -> DevelopmentAuthority:
     program("openssl", "openssl")
@@ -52,11 +52,14 @@ async def accepted(
 
 async def test_server_is_accepted_by_each_name(io_loop, tmp_path):
     """This machine's names, those that containers use, and those of options."""
-    hosts = ("relay.example:8765", "https://other.example/sd", "[fd00::1]:1", None)
+    hosts = (
+        "relay.example:8765", "https://other.example/sd", "[fd00::1]:1", "[127.0.0.2]",
+        "b\u00fccher.example:80", "invalid, name", "[fe80::1%eth0]",
+    )
     authority = make(tmp_path, hosts)
     for host in (
         "localhost", "127.0.0.1", "::1", "host.docker.internal", "relay.example",
-        "other.example", "fd00::1",
+        "other.example", "fd00::1", "127.0.0.2", "xn--bcher-kva.example",
     ):
         assert await accepted(authority, host), host
     assert not await accepted(authority, "unknown.example")
@@ -73,12 +76,17 @@ async def test_authority_is_kept(io_loop, tmp_path):
     assert await accepted(second, "new.example", trusted)
 
 
-def test_files_are_for_their_user_only(tmp_path):
-    """Whoever has the key can pretend to be any server."""
+def test_keys_are_for_their_user_only(tmp_path):
+    """Whoever has the key can pretend to be any server.
+
+    What to trust is for all: a container that mounts it may have another user.
+    """
     folder = tmp_path / "a" / "b"
     make(folder)
     for path in (folder, *folder.rglob("*")):
         wanted = 0o700 if path.is_dir() else 0o600
+        if path.name in ("ca.pem", "ca-bundle.pem"):
+            wanted = 0o644
         assert stat.S_IMODE(path.stat().st_mode) == wanted, path
     assert sorted(path.name for path in folder.rglob("*")) == [
         "authority", "ca-bundle.pem", "ca.key", "ca.pem", "server.pem"
@@ -153,6 +161,17 @@ async def test_containers_have_a_name_for_this_machine(io_loop, tmp_path, flags)
             domain = event["requestContext"]["domainName"]
             assert domain == f"host.docker.internal:{port}"
             assert relay.service.callback_url == f"https://0.0.0.0:{port}"
+
+
+async def test_functions_reach_the_address_of_the_relay(io_loop, tmp_path):
+    """It is the `domainName` of events, and so a name of the certificate."""
+    async with RecordingFunction() as function:
+        given = (f"--functionuri={function.url}", "--bindip=127.0.0.2", "--bindport=0")
+        async with developing(tmp_path, *given) as relay, relay.connect():
+            event = await function.event("CONNECT")
+            domain = event["requestContext"]["domainName"]
+            assert relay.url == f"wss://{domain}/local"
+            assert domain.startswith("127.0.0.2:")
 
 
 async def test_health_asks_a_relay_for_development(io_loop, tmp_path):

@@ -19,6 +19,7 @@ from tornado.options import Error as OptionError
 from tornado.options import options
 
 from backends import Unavailable
+from backends.hosts import encoded_host, is_host
 from handlers.http.listener import Listener, is_wildcard
 
 # By these names functions reach this machine: on it, and from containers.
@@ -29,6 +30,9 @@ OPENSSL_TIMEOUT = 30.0  # seconds for each of its few steps
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 397  # the most that browsers accept
 SPARE = 30 * 24 * 3600  # seconds for which the authority must still be valid
+
+# The mode of files without a key: containers that mount them may have another user.
+FOR_ALL = 0o644
 
 # Where systems keep the authorities that they trust, besides what Python knows.
 SYSTEM_BUNDLES = (
@@ -90,6 +94,15 @@ def local_url(listener: Listener, scheme: str) -> str:
     return f"{url.partition('://')[0]}://localhost:{url.rpartition(':')[2]}"
 
 
+def named_hosts() -> Sequence[str]:
+    """Return how the options name this relay: hosts, perhaps with a port, or URLs."""
+    addresses = (options.bindip, options.callbackip)
+    return [
+        *filter(None, (options.externalhostandport, options.domain_name)),
+        *(f"[{each}]" for each in addresses if each and not is_wildcard(each)),
+    ]
+
+
 class DevelopmentAuthority:
     """A certificate authority in a folder that only its user can read.
 
@@ -100,7 +113,7 @@ class DevelopmentAuthority:
     """
 
     def __init__(
-        self, folder: Path, hosts: Sequence[str | None], environ: Mapping[str, str]
+        self, folder: Path, hosts: Sequence[str], environ: Mapping[str, str]
     ) -> None:
         self._folder = folder
         self._authority = folder / "authority"
@@ -143,6 +156,7 @@ class DevelopmentAuthority:
                 "-days", AUTHORITY_DAYS, "-config", configuration,
                 "-extensions", "authority", "-out", made / "ca.pem",
             )
+            (made / "ca.pem").chmod(FOR_ALL)
             # Another relay may make one now, too: the first one stays.
             with suppress(OSError):
                 if not self._is_valid():
@@ -182,19 +196,26 @@ class DevelopmentAuthority:
         with tempfile.TemporaryDirectory(dir=self._folder) as name:
             made = Path(name) / self.bundle.name
             _write(made, self.certificate.read_bytes() + trusted)
+            made.chmod(FOR_ALL)
             made.replace(self.bundle)
 
 
-def _names(hosts: Sequence[str | None]) -> Sequence[str]:
-    """Return the names of the certificate: the usual ones, and `hosts`."""
+def _names(hosts: Sequence[str]) -> Sequence[str]:
+    """Return the names of the certificate: the usual ones, and `hosts`.
+
+    Invalid ones are left out: the checks of their options say what is wrong.
+    """
     names = dict.fromkeys(NAMES)
-    for each in filter(None, hosts):
+    for each in hosts:
         host = each.partition("://")[2] or each
         host = host.partition("/")[0].rpartition("@")[2]
         if not host.endswith("]"):
             bare, colon, port = host.rpartition(":")
             host = bare if colon and port.isdigit() else host
-        names[host.strip("[]")] = None
+        host = host.strip("[]")
+        if is_host(host) and "%" not in host:
+            with suppress(ValueError):
+                names[encoded_host(host)] = None
     return list(names)
 
 
