@@ -396,6 +396,23 @@ async def test_another_number_of_partitions_stops_the_start(io_loop, redis):
         pass
 
 
+async def test_stored_number_that_is_none_stops_the_start(io_loop, redis):
+    """With one line; `check` says it, too, and no such number can be stored."""
+    streams = Streams(redis)
+    for number in "0", "16385":
+        status, output = await run(
+            "redis-partitions", number, f"--redis_url={redis.url}",
+            f"--redis_prefix={streams.prefix}",
+        )  # fmt: skip
+        assert status == 2 and "16384" in output
+    await redis.client.set(f"{streams.prefix}:partitions", "many")
+    with pytest.raises(RuntimeError, match="partitions is many: give the same"):
+        async with streams.relay():
+            pass
+    status, output = await run("check", *streams.flags())
+    assert status == 1 and "partitions is many;" in output
+
+
 async def run(*words: str) -> tuple[int | None, str]:
     """Run a command of `socketdock`; return its status and its output."""
     service = Service()
@@ -415,6 +432,7 @@ async def run(*words: str) -> tuple[int | None, str]:
         (("--redis_url=http://s3cret@h",), "--redis_url"),
         (("--redis_url=redis://h", "--redis_prefix={x}"), "--redis_prefix"),
         (("--redis_url=redis://h", "--redis_url_file=/x"), "exclude"),
+        (("--redis_url=redis://h", "--redis_partitions=16385"), "16384"),
     ],
     ids=str,
 )

@@ -348,3 +348,78 @@ async def test_paused_worker_gives_its_partitions_up(io_loop, redis):
             first[id_].append(headers["Webhook-Id"])
     for id_, seen in first.items():
         assert seen == [*(f"{id_}-{n}" for n in range(1, 11)), f"{id_}-disconnect"]
+
+
+async def test_entries_with_odd_fields_do_no_harm(io_loop, redis):
+    """Nothing of an entry gets into other headers, and nothing else stays behind."""
+    async with relayed(redis) as (backend, streams, _, worker):
+        entries: list[dict[str, str | bytes]] = [
+            {"id": "a\r\nEvil: 1"},
+            {"id": "b", "traceparent": "00\r\nEvil: 1"},
+            {"id": b"\xff", "connection_id": b"\xff"},
+            {"id": "", "connection_id": "one"},
+            {"connection_id": "two"},
+            {"id": "\u00fc"},
+            {"id": "x" * 10_000},
+            {"id": "long-" + "9" * 5_000},
+            {"event": "unknown"},
+            {"event": "undelivered", "connection_id": "a\nb"},
+            {"id": "c-1", "connection_id": "c", "payload": '{"meta": 5}'},
+        ]
+        pipeline = redis.client.pipeline()
+        for entry in entries:
+            fields = {"event": "message", "payload": "{}", **entry}
+            pipeline.xadd(streams.names[0], fields)
+        await pipeline.execute()
+        await until_acknowledged(streams)
+        headers = [headers for _, _, headers in backend.events]
+        ids = [each["Webhook-Id"] for each in headers]
+        assert len(set(ids)) == 9 and all(id_.isascii() for id_ in ids)
+        assert not any("Evil" in each for each in headers)
+        assert "Traceback" not in str(worker.log)
+
+
+async def test_full_redis_is_emptied(io_loop, tmp_path):
+    """Without memory in Redis the worker keeps its partitions, and what is read goes.
+
+    An event that is dead waits for memory.
+    """
+    async with RedisServer(tmp_path) as redis:
+        setup = relayed(redis, "--event_timeout=0.5")
+        async with setup as (backend, streams, relay, worker):
+            refusing = True
+
+            async def answer(handler, event):
+                if refusing or event["message"] == "bad":
+                    handler.set_status(500)
+
+            backend.answers["message"] = answer
+            async with (
+                websockets.connect(relay.ws_url) as first,
+                websockets.connect(relay.ws_url) as second,
+            ):
+                await first.send("good")
+                await streams.wait_for("message", 1)
+                await second.send("bad")
+                await streams.wait_for("message", 2)
+                leases = [f"{streams.prefix}:worker:{{{n}}}" for n in range(4)]
+                async with asyncio.timeout(DEADLINE):
+                    while await redis.client.exists(*leases) != len(leases):
+                        await asyncio.sleep(0.02)
+                await redis.client.config_set("maxmemory", 1)
+                began = await redis.client.pttl(leases[0])
+                async with asyncio.timeout(DEADLINE):  # it falls until it is renewed
+                    while (left := await redis.client.pttl(leases[0])) <= began:
+                        assert left > 0, "the lease was not renewed"
+                        began = left
+                        await asyncio.sleep(0.05)
+                refusing = False
+                await eventually(lambda: "waits to be put among" in str(worker.log))
+                async with asyncio.timeout(DEADLINE):
+                    while await streams.length() > 1:
+                        await asyncio.sleep(0.05)
+                await redis.client.config_set("maxmemory", 0)
+                async with asyncio.timeout(DEADLINE):
+                    while not await redis.client.xlen(f"{streams.prefix}:dead"):
+                        await asyncio.sleep(0.05)
+            assert "Traceback" not in str(worker.log)

@@ -15,7 +15,7 @@ from backends.journal import StateDirectory
 from backends.redis.backend import RedisBackend, StreamSettings
 from backends.redis.check import RedisCheck
 from backends.redis.growth import grow
-from backends.redis.keys import Keys
+from backends.redis.keys import MAX_PARTITIONS, Keys
 from backends.redis.verdicts import make_verdicts, make_verdicts_check
 from backends.redis_client import RedisClient
 from backends.redis_url import read_address
@@ -68,8 +68,18 @@ def make_redis_client() -> RedisClient:
     return RedisClient(address, "--backend=redis")
 
 
+def check_partitions(number: int) -> int:
+    """Return a number of partitions. Raises `OptionError` if none may have it."""
+    if not 0 < number <= MAX_PARTITIONS:
+        raise OptionError(
+            f"there are 1 to {MAX_PARTITIONS} partitions in Redis, not {number}"
+        )
+    return number
+
+
 async def grow_partitions(number: int) -> str:
     """Store a larger number of partitions; see `growth.grow`."""
+    check_partitions(number)
     return await grow(make_redis_client(), make_keys(), number)
 
 
@@ -78,7 +88,7 @@ def make_check(relay: Relay) -> RedisCheck:
     return RedisCheck(
         make_redis_client(),
         make_keys(),
-        options.redis_partitions,
+        check_partitions(options.redis_partitions),
         Path(options.state_dir) if options.state_dir else None,
         make_verdicts_check(),
     )
@@ -91,7 +101,7 @@ def make_backend(relay: Relay) -> RedisBackend:
     if options.state_dir:
         state = StateDirectory(Path(options.state_dir), relay.instance)
     settings = StreamSettings(
-        options.redis_partitions,
+        check_partitions(options.redis_partitions),
         options.redis_backlog,
         options.handshake_timeout,
         options.delivery_timeout,

@@ -6,7 +6,7 @@ from typing import Any
 
 from backends.check import Check, Finding
 from backends.http.check import HTTPCheck, folder_finding
-from backends.redis.keys import Keys
+from backends.redis.keys import Keys, count_in
 from backends.redis_check import REPLY, permission_finding, server_findings
 from backends.redis_client import RedisClient, RedisError, Word
 
@@ -76,11 +76,12 @@ class RedisCheck(Check):
         stored = await self._client.execute("GET", key, timeout=REPLY)
         if stored is None:
             return Finding("ok", f"{key} is not set yet: this is a new prefix")
-        if int(stored) == self._partitions:
+        text = stored.decode(errors="replace")
+        if count_in(text) == self._partitions:
             return Finding("ok", f"{key} is --redis_partitions={self._partitions}")
         return Finding(
             "error",
-            f"--redis_partitions={self._partitions}, but {key} is {int(stored)}; give"
+            f"--redis_partitions={self._partitions}, but {key} is {text[:40]}; give"
             " the same number, or grow it with `socketdock redis-partitions`",
         )
 

@@ -7,7 +7,6 @@ from backends.redis.keys import Keys
 from backends.redis_client import RedisClient, RedisError
 
 REPLY = 5.0  # seconds
-MAX_PARTITIONS = 16_384  # the slots of a Cluster
 
 # KEYS: the number of partitions. ARGV: the new number. Returns the old one, or 0.
 GROW = """\

@@ -20,7 +20,8 @@ REPLY = 5.0  # seconds for each reply
 # the instance has the lock now.
 LOCK = """\
 local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
+if holder == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+if holder then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
@@ -103,10 +104,16 @@ class Janitor:
     async def _trim(self) -> None:
         self._holds_lock = False
         expiry = int(LOCK_EXPIRY * 1000)
-        self._holds_lock = bool(
-            await self._execute("EVAL", LOCK, 1, self._lock, self._instance, expiry)
-        )
-        if self._holds_lock:
+        is_full = False
+        try:
+            self._holds_lock = bool(
+                await self._execute("EVAL", LOCK, 1, self._lock, self._instance, expiry)
+            )
+        except RedisError as error:
+            is_full = error.code == "OOM"  # then nobody gets the lock
+            if not is_full:
+                raise
+        if self._holds_lock or is_full:
             for stream in self._streams:
                 await self._execute("EVAL", TRIM, 1, stream)
 

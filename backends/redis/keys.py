@@ -7,6 +7,8 @@ which node has a key: keys with equal braces are on one node.
 from typing import NamedTuple
 from zlib import crc32
 
+MAX_PARTITIONS = 16_384  # the slots of a Cluster
+
 
 class Keys(NamedTuple):
     """The names of all keys of the relays that share `prefix`."""
@@ -30,6 +32,13 @@ class Keys(NamedTuple):
     def commands(self, instance: str) -> str:
         """The stream of the commands for an instance."""
         return f"{self.prefix}:commands:{{{instance}}}"
+
+
+def count_in(stored: str) -> int:
+    """Return the number of partitions in the text of its key; 0: it is none."""
+    is_number = stored.isascii() and stored.isdecimal() and len(stored) < 6
+    count = int(stored) if is_number else 0
+    return count if count <= MAX_PARTITIONS else 0
 
 
 def partition_of(connection_id: str, partitions: int) -> int:

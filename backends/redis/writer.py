@@ -14,7 +14,7 @@ from backends import BackendAway, BackendError, Hold
 from backends.deadlines import STALL, after_reading
 from backends.events import Event
 from backends.redis.entry import Entry, NotAdded, Owner
-from backends.redis.keys import Keys, partition_of
+from backends.redis.keys import Keys, count_in, partition_of
 from backends.redis.partition import Partition
 from backends.redis_client import RedisAway, RedisClient
 
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 # Of one write, whose reply must come in time; a single event is always sent.
 MAX_BYTES = 4 * 1024 * 1024
 RETRY = 0.5  # seconds between attempts while a stream takes nothing
+MAX_SHOWN = 40  # characters of a value that should be a number
 
 
 class StreamWriter:
@@ -58,7 +59,7 @@ class StreamWriter:
         self._lost_since: float | None = self.loop.time()  # on the loop's clock
         self.why = "not connected yet"  # the latest failure
         self._reported = False  # the outage is in the log
-        self.wrong_count: int | None = None  # the number that Redis has instead
+        self.wrong_count: str | None = None  # what Redis has instead
         # Done when it is usable, or when the first attempt to connect has failed.
         self.tried: asyncio.Future[None] = self.loop.create_future()
         self._emptied: asyncio.Future[None] | None = None
@@ -258,15 +259,16 @@ class StreamWriter:
         if error is not None:  # such as a missing permission
             self._postpone(f"{self._address}: {error}")
             return
-        stored, count = int(reply.result()), len(self._partitions)
+        text = (reply.result() or b"nothing").decode(errors="replace")[:MAX_SHOWN]
+        stored, count = count_in(text), len(self._partitions)
         # The number may grow while relays run that do not use all of them yet.
         if stored != count and not (self._began and stored > count):
-            self.wrong_count = stored
+            self.wrong_count = text
             if not self.tried.done():  # the start ends with this
                 self.tried.set_result(None)
                 return
             self._postpone(
-                f"{self._keys.partitions} is {stored}, and --redis_partitions {count}"
+                f"{self._keys.partitions} is {text}, and --redis_partitions {count}"
             )
             return
         self._usable = self._began = True

@@ -43,7 +43,7 @@ from backends.http.replies import make_replies
 from backends.http.request import RequestWriter
 from backends.http.targets import target_of
 from backends.redis import make_keys, make_redis_client
-from backends.redis.keys import Keys
+from backends.redis.keys import Keys, count_in
 from backends.redis.worker.conversation import BackendContext
 from backends.redis.worker.dead import replay
 from backends.redis.worker.leases import Leases
@@ -168,11 +168,11 @@ class WorkerBackend(Backend):
                 )
                 # Before the first relay has started there is nothing to read.
                 if stored is not None:
-                    self._partitions = int(stored)
-                    if options.replay_dead:
-                        moved = await replay(self._redis, self._keys, self._partitions)
-                        logger.info("%d dead events are sent again", moved)
-                    break
+                    self._partitions = count_in(stored.decode(errors="replace"))
+                    if self._partitions:
+                        await self._replay()
+                        break
+                    logger.error("%s is no number of partitions", self._keys.partitions)
             except RedisError as error:
                 logger.warning("Redis can't be used: %s", error)
             await asyncio.sleep(RETRY)
@@ -187,6 +187,11 @@ class WorkerBackend(Backend):
             ),
         )  # fmt: skip
         self._leases.begin()
+
+    async def _replay(self) -> None:
+        if options.replay_dead:
+            moved = await replay(self._redis, self._keys, self._partitions)
+            logger.info("%d dead events are sent again", moved)
 
     def _on_connected(self) -> None:
         if self._away is not None:

@@ -1,5 +1,6 @@
 """An event that a worker has read from a stream."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +11,17 @@ from backends.events import Event
 
 # The field of an entry that was dead, and is read again.
 REPLAYED = b"replayed"
+# What may be in a header of a request: anyone who may write to Redis can add an entry.
+ID = re.compile("[!-~]{1,300}")
+TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-([0-9a-f]{2})")
+MAX_DIGITS = 18  # of the number of a message
 
 
 class StoredEvent:
     """An event of a stream, until it is acknowledged.
 
-    `ids` are those of its entries: the relay may have added it more than once.
+    `ids` are those of its entries: the relay may have added it more than once. One
+    without an id that fits into a header is known by that of its entry.
     """
 
     __slots__ = (
@@ -35,12 +41,14 @@ class StoredEvent:
         self.name = pairs.get(b"event", b"").decode(errors="replace")
         self.connection_id = pairs.get(b"connection_id", b"").decode(errors="replace")
         self.replayed = REPLAYED in pairs
+        event_id = pairs.get(b"id", b"").decode(errors="replace")
         traceparent = pairs.get(b"traceparent", b"").decode(errors="replace")
+        trace = trace_of(traceparent)
         self.event = Event(
-            pairs.get(b"id", b"").decode(errors="replace"),
+            event_id if ID.fullmatch(event_id) else f"{entry_id}-entry",
             pairs.get(b"payload", b""),
-            traceparent,
-            trace_of(traceparent),
+            traceparent if trace is not None else "",
+            trace,
         )
         self.failed = False  # an attempt has failed, or it was given up
         # On the loop's clock: its first failure, and its first failure while others
@@ -51,7 +59,8 @@ class StoredEvent:
     def number(self) -> int:
         """The number of a message within its connection; 0 for other events."""
         last = self.event.id.rpartition("-")[2]
-        return int(last) if last.isascii() and last.isdecimal() else 0
+        is_number = last.isascii() and last.isdecimal() and len(last) <= MAX_DIGITS
+        return int(last) if is_number else 0
 
     def meta(self) -> dict[str, Any]:
         """Return `meta` of the payload, or nothing."""
@@ -64,5 +73,5 @@ class StoredEvent:
 
 def trace_of(traceparent: str) -> TraceContext | None:
     """Return the trace that an event belongs to, if its field is well-formed."""
-    parts = traceparent.split("-")
-    return TraceContext(parts[1], parts[3]) if len(parts) == 4 else None
+    found = TRACEPARENT.fullmatch(traceparent)
+    return TraceContext(found[1], found[2]) if found else None

@@ -19,12 +19,15 @@ LEASE = 6.0  # seconds after the last renewal
 RENEWAL = 1.5  # seconds between renewals
 REPLY = 2.0  # seconds for each reply
 
+# Redis that is full takes nothing new, and gets room only if workers read on: what they
+# have must be renewed without a command that needs memory.
+
 # KEYS: the sorted set of workers. ARGV: this worker, seconds of a lease. Returns the
 # number of workers.
 ENTER = """\
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
-redis.call('ZADD', KEYS[1], now, ARGV[1])
+redis.pcall('ZADD', KEYS[1], now, ARGV[1])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - tonumber(ARGV[2]))
 return redis.call('ZCARD', KEYS[1])
 """
@@ -32,7 +35,8 @@ return redis.call('ZCARD', KEYS[1])
 # KEYS: a lease. ARGV: this worker, milliseconds. Returns 1 if it holds the lease.
 TAKE = """\
 local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
+if holder == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+if holder then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """

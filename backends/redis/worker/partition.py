@@ -74,7 +74,7 @@ class PartitionReader:
         self._reading.cancel()
         for conversation in list(self.conversations.values()):
             conversation.cut()
-        self.conversations.clear()
+            self._forget(conversation)
 
     # Reading.
 
@@ -160,7 +160,7 @@ class PartitionReader:
 
     async def bury(self, stored: StoredEvent, error: BackendError) -> None:
         """Put an event among the dead."""
-        event = stored.event
+        event, latest = stored.event, ""
         while not self._is_cut:
             try:
                 await self._pipeline.execute(
@@ -170,7 +170,11 @@ class PartitionReader:
                     "traceparent", event.traceparent, "error", str(error),
                 )  # fmt: skip
                 return
-            except RedisAway:
+            except RedisError as failure:  # such as a full memory
+                if not isinstance(failure, RedisAway) and failure.code != latest:
+                    latest = failure.code
+                    logger.error("event %s waits to be put among the dead: %s",
+                                 event.id, failure)
                 await asyncio.sleep(RETRY)
 
     def on_rest(self, conversation: Conversation) -> None:

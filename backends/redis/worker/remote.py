@@ -111,7 +111,7 @@ class RemoteExecutor:
             failed = []
             for each, reply in zip(waiting, replies, strict=True):
                 command, connection_id, _ = each
-                if isinstance(reply, RedisAway):
+                if isinstance(reply, RedisAway) or is_full(reply):
                     failed.append(each)
                 elif isinstance(reply, RedisError):
                     self._report(source, command, connection_id, "invalid")
@@ -126,6 +126,11 @@ class RemoteExecutor:
         self, source: Source, command: Command, connection_id: str, outcome: Any
     ) -> None:
         self._observer.commanded(source, command.action.name, outcome, connection_id)
+
+
+def is_full(reply: object) -> bool:
+    """Whether Redis has no memory for a command; there is some when events are read."""
+    return isinstance(reply, RedisError) and reply.code == "OOM"
 
 
 def payload_of(action: Action, connection_id: str) -> bytes:
