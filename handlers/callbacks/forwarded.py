@@ -15,8 +15,9 @@ from handlers.owners import Address
 
 RETRY_AFTER = 2  # seconds
 # Begins the Idempotency-Key of a callback that has none. With a key it is carried out
-# once, also if its request is sent again, or was recorded and is replayed.
-OWN_KEY = "hop-"
+# once, also if its request is sent again, or was recorded and is replayed. No key of a
+# backend has a space.
+OWN_KEY = "hop "
 
 # Headers of an owner's answer that the backend gets.
 PASSED_ON = (
