@@ -58,7 +58,8 @@ setup(
     package_data={
         "backends": ["py.typed"],
         "handlers": ["py.typed"],
-        "handlers.callbacks": ["openapi.json", "openapi_apigateway.json"],
+        "handlers.callbacks": ["openapi.json"],
+        "handlers.callbacks.apigateway": ["openapi.json"],
         "handlers.operators.console": ["page/*"],
     },
     data_files=[

@@ -29,19 +29,19 @@ from handlers.admission import Admission
 from handlers.backlog import Backlog
 from handlers.callbacks.access import CallbackAccess
 from handlers.callbacks.address import callback_url
-from handlers.callbacks.apigateway import connections_routes
+from handlers.callbacks.apigateway.routes import connections_routes
+from handlers.callbacks.apigateway.sigv4_keys import make_signing_keys
 from handlers.callbacks.bulk import PATH as BULK_PATH
 from handlers.callbacks.bulk import Bulk, BulkHandler, bulk_routes
 from handlers.callbacks.capabilities import make_capabilities
 from handlers.callbacks.executor import CommandExecutor
 from handlers.callbacks.fast_bulk import FastBulk
 from handlers.callbacks.fast_send import FastSend
-from handlers.callbacks.peer_check import peer_findings
-from handlers.callbacks.peers import Peers, Sharing, make_peers
+from handlers.callbacks.peers.check import peer_findings
+from handlers.callbacks.peers.shared_bulk import SharedBulkHandler, without_trace
+from handlers.callbacks.peers.sharing import Peers, Sharing, make_peers
 from handlers.callbacks.repeats import Repeats
 from handlers.callbacks.routes import callback_routes, is_send
-from handlers.callbacks.shared_bulk import SharedBulkHandler, without_trace
-from handlers.callbacks.sigv4_keys import make_signing_keys
 from handlers.callbacks.tokens import CallbackTokens
 from handlers.clients.connection import ClientContext, Connections
 from handlers.clients.heartbeat import Heartbeat

@@ -42,7 +42,7 @@ def test_wheel_has_two_modules_and_two_packages_with_all_their_modules(names):
     typed = {f"{package}/py.typed" for package in PACKAGES}
     documents = {
         "handlers/callbacks/openapi.json",
-        "handlers/callbacks/openapi_apigateway.json",
+        "handlers/callbacks/apigateway/openapi.json",
     }
     assert shipped == MODULES | modules | page | documents | typed
 

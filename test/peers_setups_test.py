@@ -29,9 +29,9 @@ from redis_server import RedisServer
 from service import DEADLINE, RecordingBackend, Service, eventually, refusal
 
 from backends import Observer
-from handlers.callbacks.forward import Forwarder, PeerSettings
-from handlers.callbacks.forwarded import Forwarded
-from handlers.callbacks.hops import Hops
+from handlers.callbacks.peers.forward import Forwarder, PeerSettings
+from handlers.callbacks.peers.forwarded import Forwarded
+from handlers.callbacks.peers.hops import Hops
 from handlers.connections import ConnectionMap
 from handlers.owners import Address, SharedOwners
 

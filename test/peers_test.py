@@ -17,7 +17,7 @@ from metrics_test import scrape
 from ports import free_ports
 from service import DEADLINE, RecordingBackend, Service, eventually, tcp_server
 
-from handlers.callbacks.hops import Hops, digest_of_body
+from handlers.callbacks.peers.hops import Hops, digest_of_body
 from handlers.owners import Address, SharedOwners
 
 pytestmark = [pytest.mark.gen_test(timeout=60), pytest.mark.once]

@@ -12,8 +12,8 @@ from botocore.credentials import Credentials
 from tornado.httputil import HTTPHeaders
 from tornado.options import Error as OptionError
 
-from handlers.callbacks.sigv4 import SignatureError, SignedRequest
-from handlers.callbacks.sigv4_keys import SigningKeys
+from handlers.callbacks.apigateway.sigv4 import SignatureError, SignedRequest
+from handlers.callbacks.apigateway.sigv4_keys import SigningKeys
 
 NOW = datetime.datetime(2026, 11, 28, 12, 0, 0, tzinfo=datetime.UTC)
 KEY_ID, SECRET = "AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"

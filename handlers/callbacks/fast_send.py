@@ -9,8 +9,8 @@ from backends.media_types import has_text_charset
 from handlers.callbacks.access import CallbackAccess
 from handlers.callbacks.actions import GONE, Outcome, find, send
 from handlers.callbacks.bodies import message_of
-from handlers.callbacks.forward import Forwarder
-from handlers.callbacks.forwarded import Forwarded, without_key
+from handlers.callbacks.peers.forward import Forwarder
+from handlers.callbacks.peers.forwarded import Forwarded, without_key
 from handlers.callbacks.responses import response_of
 from handlers.clients.connection import Connections
 from handlers.http.request import FastHandler, FastResponse, Request

@@ -17,7 +17,9 @@ from handlers.owners import ID
 
 DOCUMENT = Path(__file__).with_suffix(".json").read_text("utf-8")
 # What `--backend=apigateway` adds.
-CONNECTIONS = Path(__file__).with_name("openapi_apigateway.json").read_text("utf-8")
+CONNECTIONS = (
+    Path(__file__).with_name("apigateway") / "openapi.json"
+).read_text("utf-8")
 
 Document = dict[str, Any]
 

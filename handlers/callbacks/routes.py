@@ -23,9 +23,9 @@ from handlers.callbacks.access import (
 from handlers.callbacks.actions import GONE, Outcome
 from handlers.callbacks.answering import OutcomeHandler, RepeatableHandler
 from handlers.callbacks.bodies import message_of, parse_closing, receipt_of
-from handlers.callbacks.forward import Forwarder
-from handlers.callbacks.forwarded import Forwarded, without_key
 from handlers.callbacks.openapi import OpenAPIHandler
+from handlers.callbacks.peers.forward import Forwarder
+from handlers.callbacks.peers.forwarded import Forwarded, without_key
 from handlers.callbacks.repeats import Keyed, Repeats, digest_of
 from handlers.clients.connection import ClientConnection, Connections
 from handlers.http.application import Routes

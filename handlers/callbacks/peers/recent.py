@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
-from handlers.callbacks.hops import MAX_DIFFERENCE
+from handlers.callbacks.peers.hops import MAX_DIFFERENCE
 
 # Seconds for which a callback is remembered at least: its time may be that much ahead,
 # and is accepted until it is that much old.

@@ -20,9 +20,9 @@ from handlers.callbacks import actions
 from handlers.callbacks.actions import GONE, Outcome
 from handlers.callbacks.answering import OutcomeHandler
 from handlers.callbacks.bulk import PATH, Bulk, Statuses
-from handlers.callbacks.forwarded import OWN_KEY
-from handlers.callbacks.hops import HEADER, Hops, Signed, digest_of_body
-from handlers.callbacks.recent import Recent
+from handlers.callbacks.peers.forwarded import OWN_KEY
+from handlers.callbacks.peers.hops import HEADER, Hops, Signed, digest_of_body
+from handlers.callbacks.peers.recent import Recent
 from handlers.callbacks.repeats import HEADER as KEY_HEADER
 from handlers.callbacks.repeats import (
     INSTANCE,

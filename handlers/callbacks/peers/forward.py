@@ -16,7 +16,7 @@ from backends.client import Client, Refused
 from backends.client import Response as Answer
 from backends.deadlines import after_reading
 from handlers.callbacks.actions import OK
-from handlers.callbacks.forwarded import (
+from handlers.callbacks.peers.forwarded import (
     INSTANCE_GONE,
     OWN_KEY,
     UNANSWERED,
@@ -27,7 +27,7 @@ from handlers.callbacks.forwarded import (
     OwnersResponse,
     PeerTarget,
 )
-from handlers.callbacks.hops import HEADER, Hops, digest_of_body
+from handlers.callbacks.peers.hops import HEADER, Hops, digest_of_body
 from handlers.callbacks.responses import Response, response_of
 from handlers.clients.connection import Connections
 from handlers.http.request import LaterResponse

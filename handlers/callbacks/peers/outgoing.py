@@ -23,8 +23,8 @@ from backends.commands import (
     SetState,
     Source,
 )
-from handlers.callbacks.forward import Forwarder
-from handlers.callbacks.parts import Part
+from handlers.callbacks.peers.forward import Forwarder
+from handlers.callbacks.peers.parts import Part
 from handlers.clients.inbox import size_of
 from handlers.owners import Address
 from handlers.websocket.turns import Turns

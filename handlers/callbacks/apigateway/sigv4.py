@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 
 from tornado.httputil import HTTPHeaders
 
-from handlers.callbacks.sigv4_keys import SigningKeys
+from handlers.callbacks.apigateway.sigv4_keys import SigningKeys
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 SERVICE = "execute-api"

@@ -15,8 +15,8 @@ import orjson
 from backends.commands import NORMAL_CLOSURE, PONG, Action, Close, Command, Send
 from backends.events import serialized
 from handlers.callbacks.bulk import JSON, PATH
-from handlers.callbacks.forward import Forwarder
-from handlers.callbacks.forwarded import Forwarded
+from handlers.callbacks.peers.forward import Forwarder
+from handlers.callbacks.peers.forwarded import Forwarded
 from handlers.callbacks.responses import Response
 from handlers.owners import Address
 

@@ -6,9 +6,9 @@ from functools import partial
 
 from handlers.callbacks.actions import Outcome, Sending, send
 from handlers.callbacks.bodies import message_of
-from handlers.callbacks.forwarded import OWN_KEY
-from handlers.callbacks.hops import HEADER, digest_of_body
-from handlers.callbacks.received_hops import ReceivedHops
+from handlers.callbacks.peers.forwarded import OWN_KEY
+from handlers.callbacks.peers.hops import HEADER, digest_of_body
+from handlers.callbacks.peers.received_hops import ReceivedHops
 from handlers.callbacks.repeats import HEADER as KEY_HEADER
 from handlers.callbacks.responses import response_of
 from handlers.http.request import FastHandler, FastResponse, Request

@@ -12,13 +12,13 @@ from backends.files import require_regular
 from backends.pem import load_failure, no_password
 from handlers.callbacks.capabilities import Capabilities
 from handlers.callbacks.executor import CommandExecutor
-from handlers.callbacks.fast_hop import FastHop
-from handlers.callbacks.forward import MAX_CONNECTIONS, Forwarder, PeerSettings
-from handlers.callbacks.hops import Hops
-from handlers.callbacks.outgoing import Outgoing, SharedExecutor
-from handlers.callbacks.received_hops import ReceivedHops, hop_routes
+from handlers.callbacks.peers.fast_hop import FastHop
+from handlers.callbacks.peers.forward import MAX_CONNECTIONS, Forwarder, PeerSettings
+from handlers.callbacks.peers.hops import Hops
+from handlers.callbacks.peers.outgoing import Outgoing, SharedExecutor
+from handlers.callbacks.peers.received_hops import ReceivedHops, hop_routes
+from handlers.callbacks.peers.shared_bulk import SharedBulk
 from handlers.callbacks.repeats import Repeats
-from handlers.callbacks.shared_bulk import SharedBulk
 from handlers.clients.connection import Connections
 from handlers.http.application import Routes
 from handlers.http.request import FastHandler, Request

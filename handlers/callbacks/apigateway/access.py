@@ -7,9 +7,9 @@ from http import HTTPStatus
 from tornado.httputil import HTTPServerRequest
 
 from handlers.callbacks.access import CallbackAccess, key_in
-from handlers.callbacks.apigateway_errors import Refusal
-from handlers.callbacks.sigv4 import SignatureError, SignedRequest
-from handlers.callbacks.sigv4_keys import SigningKeys
+from handlers.callbacks.apigateway.errors import Refusal
+from handlers.callbacks.apigateway.sigv4 import SignatureError, SignedRequest
+from handlers.callbacks.apigateway.sigv4_keys import SigningKeys
 
 
 class ConnectionsAccess:

@@ -19,16 +19,16 @@ from tornado.routing import Matcher
 from handlers.callbacks import actions
 from handlers.callbacks.access import CallbackAccess
 from handlers.callbacks.actions import GONE, Outcome
-from handlers.callbacks.apigateway_access import (
+from handlers.callbacks.apigateway.access import (
     ConnectionsAccess,
     UnverifiedSignature,
 )
-from handlers.callbacks.apigateway_errors import AWSErrorHandler, Refusal
-from handlers.callbacks.forwarded import Forwarded
+from handlers.callbacks.apigateway.errors import AWSErrorHandler, Refusal
+from handlers.callbacks.apigateway.sigv4_keys import SigningKeys
+from handlers.callbacks.peers.forwarded import Forwarded
 from handlers.callbacks.repeats import KEY, Keyed, digest_of
 from handlers.callbacks.responses import Response
 from handlers.callbacks.routes import Action, CallbackHandler, close_action
-from handlers.callbacks.sigv4_keys import SigningKeys
 from handlers.http.application import Routes
 from handlers.http.body import DISCARD_TIMEOUT, BodyHandler
 from handlers.websocket.frames import MessageFrame

@@ -15,8 +15,8 @@ from backends.commands import Command, CommandError
 from handlers.callbacks.actions import Outcome
 from handlers.callbacks.bulk import Bulk, BulkHandler, Statuses
 from handlers.callbacks.executor import CommandExecutor
-from handlers.callbacks.forward import Forwarder
-from handlers.callbacks.parts import Part, Parts, statuses_in
+from handlers.callbacks.peers.forward import Forwarder
+from handlers.callbacks.peers.parts import Part, Parts, statuses_in
 from handlers.callbacks.repeats import (
     INSTANCE,
     REPLAYED,
