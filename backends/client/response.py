@@ -150,7 +150,7 @@ class ResponseReader:
                     self._head += data
         if not self.has_head and self.size > MAX_HEAD_SIZE:
             self._head = self._head[: self._head.rfind(b"\n") + 1]
-            self.complete = self.cut()
+            self.complete, self.whole = self.cut(), False  # the body is not reached
             if not self.complete:
                 raise MalformedResponse("the response headers are too long")
 
@@ -190,13 +190,15 @@ class ResponseReader:
         self._repairing, self._head = False, b""
         self.headers = {}
         self._parser = self._new_parser()
+        head, has_length = repaired(status, head)
         try:
-            self._parser.feed_data(repaired(status, head))
+            self._parser.feed_data(head)
             if left and not self.complete:
                 self._parser.feed_data(left)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.complete = True  # a body that cannot be read: the status counts
         self.reusable = False
+        self.whole = self.whole and has_length
         self.complete = self.complete or not self.limit
 
     # The parser's callbacks.
@@ -264,12 +266,14 @@ def is_interim(status: int) -> bool:
     return 100 <= status < 200 and status != SWITCHING_PROTOCOLS
 
 
-def repaired(status: int, head: bytes) -> bytes:
+def repaired(status: int, head: bytes) -> tuple[bytes, bool]:
     """Return a well-formed head with `status` and the valid lines of `head`.
 
     `head` is without the status line. Lines that are not fields are removed. A body
-    with an invalid length must be discarded (RFC 9112, section 6.3): its length is 0.
+    with an invalid length must be discarded (RFC 9112, section 6.3): its length is 0,
+    and the second value is False.
     """
+    has_length = True
     fields: list[bytes] = []
     framing: dict[bytes, list[bytes]] = {name: [] for name in FRAMING}
     for line in FOLD.sub(b" ", head).split(b"\n"):
@@ -293,6 +297,7 @@ def repaired(status: int, head: bytes) -> bytes:
     elif lengths:
         length, *others = lengths
         if others or LENGTH.fullmatch(length) is None:
-            length = b"0"
+            length, has_length = b"0", False
         fields.append(b"Content-Length: %b\r\n" % length)
-    return b"HTTP/1.1 %d\r\n%bConnection: close\r\n\r\n" % (status, b"".join(fields))
+    head = b"HTTP/1.1 %d\r\n%bConnection: close\r\n\r\n" % (status, b"".join(fields))
+    return head, has_length
