@@ -440,5 +440,6 @@ def test_invalid_options_are_rejected(tmp_path: Path) -> None:
     line = refusal("--cluster=http://user:s3cret@host")
     assert "--cluster" in line
     assert "s3cret" not in line
-    assert "--lease_ttl" in refusal("--cluster=redis://h", "--lease_ttl=0.5")
+    for ttl in "0.5", "1e300":
+        assert "--lease_ttl" in refusal("--cluster=redis://h", f"--lease_ttl={ttl}")
     assert "--cluster_prefix" in refusal("--cluster=redis://h", "--cluster_prefix={x}")

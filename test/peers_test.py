@@ -481,21 +481,54 @@ async def test_silent_owner_is_503_within_the_timeout(io_loop, secret_file):
 
 
 async def test_unanswered_callback_is_504(io_loop, secret_file):
-    """The owner has taken it and says nothing, or ends the connection."""
+    """The owner has taken it and says nothing, ends the connection, or is another.
+
+    What listens there now may not be a relay.
+    """
     async def hold(reader, writer):
         await reader.read()
 
     async def end(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
 
+    def answering(answer):
+        async def serve(reader, writer):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+            await writer.drain()
+
+        return serve
+
+    upgrade = b"Upgrade: x\r\nConnection: upgrade\r\n\r\n"
+    switching = answering(b"HTTP/1.1 101 Go\r\n" + upgrade)
+    unknown = answering(b"HTTP/1.1 999 Odd\r\nContent-Length: 0\r\n\r\n")
     flags = ("--peer_timeout=2", "--send_timeout=0.3")
     async with relays(1, secret_file, *flags) as (backend, (service,)):
-        for serve in (hold, end):
+        for serve in (hold, end, switching, unknown):
             async with tcp_server(serve) as port:
                 address = Address.parse(f"127.0.0.1:{port}")
                 forged = SharedOwners(address, [SECRET.encode()]).new_id()
                 url = at(service, {"connection_id": forged})
                 assert (await call(backend, url, body="x")).code == 504
+
+
+async def test_answer_with_odd_headers_is_passed_on_without_them(io_loop, secret_file):
+    """They are no reason for a 500."""
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 429 Slow\r\nRetry-After: 1\x012\r\n"
+                     b"Content-Type: a\xffb\r\nContent-Length: 2\r\n\r\nno")
+        await writer.drain()
+
+    async with relays(1, secret_file) as (backend, (service,)):
+        async with tcp_server(serve) as port:
+            address = Address.parse(f"127.0.0.1:{port}")
+            forged = SharedOwners(address, [SECRET.encode()]).new_id()
+            url = at(service, {"connection_id": forged})
+            answer = await call(backend, url, body="x")
+            assert (answer.code, answer.body) == (429, b"no")
+            assert "Retry-After" not in answer.headers
+        assert "Traceback" not in str(service.log)
 
 
 # Bulk callbacks, and commands in responses.

@@ -32,7 +32,7 @@ define("cluster_prefix", default="socketdock", metavar="NAME",
 define("lease_ttl", default=15.0, metavar="SECONDS",
        help="time after which an instance of --cluster that renews nothing is dead")
 
-MIN_LEASE_TTL = 1.0  # seconds
+MIN_LEASE_TTL, MAX_LEASE_TTL = 1.0, 3600.0  # seconds
 
 
 class Cluster:
@@ -123,6 +123,8 @@ def _settings() -> tuple[RedisAddress, float]:
     address = read_address("cluster", options.cluster, options.cluster_file)
     if options.lease_ttl < MIN_LEASE_TTL:
         raise OptionError(f"--lease_ttl is below {MIN_LEASE_TTL:g} s")
+    if options.lease_ttl > MAX_LEASE_TTL:
+        raise OptionError(f"--lease_ttl is above {MAX_LEASE_TTL:g} s")
     if not options.cluster_prefix or set(options.cluster_prefix) & set("{}"):
         raise OptionError("--cluster_prefix must have a character, and no { or }")
     return address, options.lease_ttl

@@ -26,6 +26,7 @@ from handlers.callbacks.peers.forwarded import (
     NoLeases,
     OwnersResponse,
     PeerTarget,
+    is_answer,
 )
 from handlers.callbacks.peers.hops import HEADER, Hops, digest_of_body
 from handlers.callbacks.responses import Response, response_of
@@ -231,7 +232,7 @@ class _Forwarding(LaterResponse[Response]):
     def _on_done(self, outcome: Answer | BackendError) -> None:
         if isinstance(outcome, Refused):
             self._end("gone", response_of(INSTANCE_GONE))
-        elif isinstance(outcome, Answer) and outcome.complete:
+        elif isinstance(outcome, Answer) and is_answer(outcome):
             self._answer(outcome)
         elif self._sent:
             self._fail()

@@ -3,6 +3,7 @@
 `forward` sends it to the instance that owns the connection.
 """
 
+import re
 from functools import cached_property
 from http import HTTPStatus
 from typing import NamedTuple, Protocol
@@ -27,6 +28,9 @@ PASSED_ON = (
     "Retry-After",
     "WWW-Authenticate",
 )
+
+VALUE = re.compile("[ -~]*")  # of a header that is passed on
+STATUSES = range(200, 600)  # of an answer to a callback
 
 INSTANCE_GONE = Outcome(
     HTTPStatus.GONE,
@@ -85,6 +89,11 @@ class Forwarded(NamedTuple):
     traceparent: str = ""
 
 
+def is_answer(answer: Answer) -> bool:
+    """Whether an owner has answered a callback, completely."""
+    return answer.complete and answer.status in STATUSES
+
+
 class OwnersResponse(Response):
     """The answer of an owner, as the backend gets it."""
 
@@ -93,7 +102,11 @@ class OwnersResponse(Response):
         headers = {name: answer.headers.get(name.lower()) for name in PASSED_ON}
         vars(self).update(
             status=answer.status,
-            headers={name: value for name, value in headers.items() if value},
+            headers={
+                name: value
+                for name, value in headers.items()
+                if value and VALUE.fullmatch(value)
+            },
             body=answer.body or b"",
         )
 

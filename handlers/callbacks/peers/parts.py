@@ -16,7 +16,7 @@ from backends.commands import NORMAL_CLOSURE, PONG, Action, Close, Command, Send
 from backends.events import serialized
 from handlers.callbacks.bulk import JSON, PATH
 from handlers.callbacks.peers.forward import Forwarder
-from handlers.callbacks.peers.forwarded import Forwarded
+from handlers.callbacks.peers.forwarded import STATUSES, Forwarded
 from handlers.callbacks.responses import Response
 from handlers.owners import Address
 
@@ -111,7 +111,7 @@ def statuses_in(answer: Response, number: int) -> Sequence[int]:
             statuses = array("H", [each["status"] for each in results])
         except (ValueError, TypeError, KeyError, OverflowError):
             statuses = array("H")
-        if len(statuses) == number:
+        if len(statuses) == number and all(each in STATUSES for each in statuses):
             return statuses
         return array("H", [HTTPStatus.GATEWAY_TIMEOUT] * number)
     return array("H", [answer.status] * number)
