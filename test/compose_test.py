@@ -68,9 +68,15 @@ def test_relays_are_stopped_later_than_they_drain(services):
         assert float(services[name]["stop_grace_period"].removesuffix("s")) > drain
 
 
+def without_comments(name):
+    """The text of a file in conf/, without its lines that are comments."""
+    text = (CONF / name).read_text("utf-8")
+    return re.sub(r"^ *#.*\n", "", text, flags=re.M)
+
+
 def test_drain_delay_is_longer_than_haproxy_health_checks(services):
     """`--drain_delay` is longer than the interval of checks times their number."""
-    text = (CONF / "haproxy.cfg").read_text("utf-8")
+    text = without_comments("haproxy.cfg")
     ((interval, fall),) = re.findall(r"check inter (\d+)s fall (\d+)", text)
     for name in ("relay-1", "relay-2"):
         delay = services[name]["environment"]["SOCKETDOCK_DRAIN_DELAY"]
@@ -92,7 +98,7 @@ def test_haproxy_gets_the_addresses_of_the_relays(services):
     """Its file uses each variable, and HAProxy accepts the result."""
     haproxy = program("haproxy", "haproxy", "/usr/sbin/haproxy")
     environment = services["haproxy"]["environment"]
-    text = (CONF / "haproxy.cfg").read_text("utf-8")
+    text = without_comments("haproxy.cfg")
     assert set(environment) == set(re.findall(r"\$\{(\w+)-", text))
     for name in ("relay-1", "relay-2"):
         variable = name.upper().replace("-", "_")

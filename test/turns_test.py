@@ -39,6 +39,7 @@ pytestmark = [
 ]
 LOOPS = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 
+NO_PINGS = "--ping_interval=0"  # they would come between the echoes
 FLOODING = 10  # clients
 DELAY = 0.02  # seconds by which all of them may delay another one
 FLOODS = {
@@ -119,7 +120,8 @@ async def test_flood_does_not_delay_others(io_loop, loop, name):
     """Ten clients send at full speed; another client's echo is in time."""
     flood = FLOODS[name]
     chunk = flood * (2**18 // len(flood) + 1)
-    async with Service(f"--event_loop={loop}", "--compression") as service:
+    flags = (f"--event_loop={loop}", "--compression", NO_PINGS)
+    async with Service(*flags) as service:
         offers = DEFLATE if name == "deflated" else ()
         peers = [Peer(service, *offers) for _ in range(FLOODING)]
         if name == "fragments":
@@ -159,7 +161,7 @@ async def test_resumed_clients_do_not_delay_others(io_loop, loop):
     """Their messages that were read ahead are delivered in small parts."""
     count, queued, large = 4, 20_000, 8 * 2**20
     flags = ("--send_timeout=60", f"--connection_queue_messages={queued}",
-             f"--max_message_size={large}", f"--event_loop={loop}")
+             f"--max_message_size={large}", f"--event_loop={loop}", NO_PINGS)
     async with Service(*flags) as service:
         peers = [Peer(service) for _ in range(count)]
         # The echo of a large one waits, and tiny ones stand behind.
