@@ -205,12 +205,15 @@ class Hold(Protocol):
     """Says when events must wait: another instance may have taken this one for dead.
 
     It begins with the first look at `active` after a stall of the process, and takes
-    at most a few seconds.
+    at most a few seconds, unless `persist` was called.
     """
 
     @property
     def active(self) -> bool:
         """Whether events must wait now."""
+
+    def persist(self) -> None:
+        """Let events wait until it is known, however long that takes."""
 
     def wait(self, call: Callable[[], None]) -> None:
         """Call `call` once, when events may be sent again."""

@@ -2,7 +2,8 @@
 
     python test/soak.py --seconds=300 --seed=N
     python test/soak.py --seconds=600 --one-relay
-    python test/soak.py --cluster           relays that share Redis: cluster_soak.py
+    python test/soak.py --cluster           relays that share Redis: cluster_soak.py,
+                                            and a durable queue: queue_soak.py
 
 Each round takes about ten seconds: a relay with options drawn from the seed, clients
 that connect, send, read and leave in every possible way (`soaking.visits`), callers
@@ -46,6 +47,7 @@ from pathlib import Path
 from statistics import median
 
 import cluster_soak
+import queue_soak
 from certificates import Authority
 from faults import Attempt, FaultyBackend, Reply, SilentProxy, memory
 from service import Service
@@ -71,6 +73,7 @@ FLAT = 24 * MIB  # growth over minutes that does not count
 COMPLAINT = re.compile(r"^\[E |^ *[\w.]+(Error|Exception): ")
 EXAMPLES = 2  # of each kind of violation
 DETAIL = re.compile(r"[0-9a-f]{32}|(?<!')\b\d[-\d., ]*|'(?!code|initiator)\w+': [^,}]+")
+CLUSTER = (cluster_soak.main, queue_soak.main)  # with --cluster
 WARM = 60.0  # seconds after which memory is to be flat
 
 
@@ -489,5 +492,6 @@ async def live(
 if __name__ == "__main__":
     if "--cluster" in sys.argv:
         words = [word for word in sys.argv[1:] if word != "--cluster"]
-        sys.exit(asyncio.run(cluster_soak.main(words)))
+        statuses = [asyncio.run(main(words)) for main in CLUSTER]
+        sys.exit(max(statuses))
     sys.exit(asyncio.run(main()))

@@ -34,6 +34,13 @@ async def test_random_deaths_violate_no_guarantee_of_leases(io_loop):
     await run("cluster_soak.py", "--seconds=0", "--clients=5", "--lease-ttl=2")
 
 
+async def test_random_deaths_lose_nothing_of_a_durable_queue(io_loop):
+    """Relays, workers, Redis and the backend die; each message is accounted for."""
+    await run(
+        "queue_soak.py", "--seconds=6", "--away=0", "--clients=15", "--lease-ttl=2"
+    )
+
+
 async def run(program: str, *flags: str) -> None:
     soak = await asyncio.create_subprocess_exec(
         sys.executable, f"test/{program}", *flags,

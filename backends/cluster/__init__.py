@@ -71,10 +71,10 @@ class Cluster:
         `rename` gets the `instance` under which it goes on.
         """
 
-        def on_fenced(instance: str, reaped: Collection[str]) -> None:
+        def on_fenced(instance: str, ended: Collection[str]) -> None:
             rename(instance)
             self._backend.rename(instance)
-            self._backend.fence(connections, reaped)
+            self._backend.fence(connections, ended)
 
         self._lease.on_fenced = on_fenced
 

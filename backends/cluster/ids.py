@@ -65,11 +65,16 @@ class RecordedIds:
                 self._removed.append(connection_id)
                 self._write_soon()
 
-    def rename(self, instance: str, reaped: Collection[str]) -> None:
-        """Keep them under another instance, without those that others have ended."""
+    def rename(self, instance: str, reaped: Collection[str]) -> set[str]:
+        """Keep them under another instance, without those that others have ended.
+
+        Returns these.
+        """
         self._instance = instance
-        self._ids = {id_: None for id_ in self._ids if id_ not in reaped}
+        ended = {id_ for id_ in self._ids if id_ in reaped}
+        self._ids = {id_: None for id_ in self._ids if id_ not in ended}
         self.complete = False
+        return ended
 
     async def write_all(self) -> None:
         """Replace what Redis has: it may have lost some, or keep some that have ended.

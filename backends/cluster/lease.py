@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 RELEASE_TIMEOUT = 2.0  # seconds, at the stop
 
-# What to do when a run was taken for dead: its new name, and the ids of connections
-# whose disconnect events others send.
+# What to do when a run was taken for dead: its new name, and the ids of those of its
+# connections whose disconnect events others send.
 OnFenced = Callable[[str, Collection[str]], None]
 
 
@@ -56,7 +56,7 @@ class Lease:
         self.settings = settings
         self.held = False
         self.fenced = 0  # how many times
-        self.on_fenced: OnFenced = lambda instance, reaped: None
+        self.on_fenced: OnFenced = lambda instance, ended: None
         self._hold = hold
         self._redis = client.pipeline(
             self._on_connected, self._on_lost, reply_timeout=settings.ttl / 3
@@ -157,7 +157,7 @@ class Lease:
         """Go on under a new name, without the connections that others have ended."""
         old = self.instance
         self.instance = f"{old.rpartition('/')[0]}/{secrets.token_hex(8)}"
-        self.ids.rename(self.instance, reaped)
+        ended = self.ids.rename(self.instance, reaped)
         self.held = self._stalled = False
         self._held_since = None
         self._confirmed = 0
@@ -168,7 +168,7 @@ class Lease:
             old, self.instance, len(reaped) - ("" in reaped),
             extra={"event": "fenced"},
         )  # fmt: skip
-        self.on_fenced(self.instance, reaped)
+        self.on_fenced(self.instance, ended)
         self._hold.release()
         self._kicked.set()
 

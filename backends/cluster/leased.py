@@ -64,7 +64,10 @@ class LeasedBackend(Backend):
         if written is not None:
             await written
         try:
-            return await self._backend.connect(connection, handshake)
+            subprotocol = await self._backend.connect(connection, handshake)
+            if connection.id in self._fenced:
+                raise ConnectionRefused(503)
+            return subprotocol
         except ConnectionRefused:
             self._lease.ids.remove(connection.id)
             self._fenced.discard(connection.id)
@@ -121,17 +124,17 @@ class LeasedBackend(Backend):
             del self._ending[connection.id]
             self._fenced.discard(connection.id)
 
-    def fence(self, connections: Iterable[Connection], reaped: Collection[str]) -> None:
-        """Close all connections, and send nothing more for those in `reaped`."""
-        for connection_id, task in self._ending.items():
-            if connection_id in reaped and task is not None:
-                self._fenced.add(connection_id)
-                self._backend.abandon(connection_id)
+    def fence(self, connections: Iterable[Connection], ended: Collection[str]) -> None:
+        """Close all connections, and send nothing more for those in `ended`.
+
+        Some of these are closed, but their messages or disconnect events still wait.
+        """
+        for connection_id in ended:
+            self._fenced.add(connection_id)
+            self._backend.abandon(connection_id)
+            if (task := self._ending.get(connection_id)) is not None:
                 task.cancel()
         for connection in connections:
-            if connection.id in reaped:
-                self._fenced.add(connection.id)
-                self._backend.abandon(connection.id)
             connection.close(SERVICE_RESTART, "taken for dead", "relay")
 
     async def drain(self, timeout: float) -> int:

@@ -6,7 +6,7 @@ from time import CLOCK_BOOTTIME, clock_gettime
 
 from backends.waiting import Waiters
 
-MAX_HOLD = 5.0  # seconds
+MAX_HOLD = 5.0  # seconds, unless events wait for Redis anyway
 
 
 def now() -> float:
@@ -17,29 +17,37 @@ def now() -> float:
 class StallHold:
     """`active` from the end of a stall beyond `ttl` seconds until `release`.
 
-    At most for `MAX_HOLD`. It begins with the first look at `active` after the stall,
-    before any timer or socket had its turn; then it calls `on_stall`. `extend` says
-    that there was no stall until now.
+    At most for `MAX_HOLD`, unless `persist` was called. It begins with the first look
+    at `active` after the stall, before any timer or socket had its turn; then it calls
+    `on_stall`. `extend` says that there was no stall until now.
     """
 
     def __init__(self, ttl: float) -> None:
         self.loop = asyncio.get_running_loop()
         self._ttl = ttl
         self._until = now() + ttl
-        self._timer: asyncio.TimerHandle | None = None  # while it holds
+        self._holds = False
+        self._persists = False
+        self._timer: asyncio.TimerHandle | None = None  # ends it
         self._line = Waiters()
         self.on_stall: Callable[[], None] = lambda: None
 
     @property
     def active(self) -> bool:
         """Whether events must wait now."""
-        if self._timer is not None:
+        if self._holds:
             return True
         if now() <= self._until:
             return False
-        self._timer = self.loop.call_later(MAX_HOLD, self.release)
+        self._holds = True
+        if not self._persists:
+            self._timer = self.loop.call_later(MAX_HOLD, self.release)
         self.on_stall()
         return True
+
+    def persist(self) -> None:
+        """Hold until Redis has answered, however long that takes."""
+        self._persists = True
 
     def extend(self) -> None:
         """The loop runs: a stall is what is longer than `ttl` from now on."""
@@ -51,6 +59,7 @@ class StallHold:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._holds = False
         self._until = now() + self._ttl
         self._line.call_all()
 

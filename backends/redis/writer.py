@@ -40,6 +40,10 @@ class StreamWriter:
     ) -> None:
         """`shortest_timeout` is that of all events that are retried, in seconds."""
         self._hold = hold
+        if hold is not None:
+            # Without Redis no event leaves, and with it, the streams may be reached
+            # before the lease.
+            hold.persist()
         self.loop = asyncio.get_running_loop()
         self._keys = keys
         self._address = client.address
