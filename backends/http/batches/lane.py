@@ -200,9 +200,13 @@ class Lane:
 
     def _try(self) -> None:
         """Send the batch if the breaker permits it, or wait for that."""
-        context, batch, now = self._context, self._batch, self._loop.time()
-        assert batch is not None
+        context, now = self._context, self._loop.time()
+        assert self._batch is not None
         self._stop_waiting()
+        self._leave_out_ended(self._batch)
+        batch = self._batch
+        if batch is None:
+            return
         if not context.breaker.take():
             for entry in batch.entries:  # an open breaker counts as a failed attempt
                 entry.failed_at = min(entry.failed_at, now)
@@ -419,6 +423,10 @@ class Lane:
         for entry in batch.entries:
             if entry.owner is not None and now >= entry.deadline:
                 entry.owner.give_up(error)
+        self._leave_out_ended(batch)
+
+    def _leave_out_ended(self, batch: Batch) -> None:
+        """Form a batch of the events that have not left it while it waited."""
         entries = still_here(batch.entries)
         if not entries:
             self._end_batch()
