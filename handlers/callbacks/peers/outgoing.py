@@ -131,7 +131,9 @@ class Outgoing:
     def _on_taken(self, pair: _Pair) -> None:
         self._pairs -= 1
         self._bytes -= pair.size
-        self._full = self._full and self._pairs > MAX_WAITING // 2
+        self._full = self._full and (
+            self._pairs > MAX_WAITING // 2 or self._bytes > MAX_WAITING_BYTES // 2
+        )
 
     def _report(self, pair: _Pair, outcome: CommandOutcome) -> None:
         self._observer.commanded(
