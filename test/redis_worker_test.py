@@ -379,6 +379,21 @@ async def test_entries_with_odd_fields_do_no_harm(io_loop, redis):
         assert "Traceback" not in str(worker.log)
 
 
+async def test_partition_that_cannot_be_read_is_logged_once(io_loop, redis):
+    """A worker that reads nothing must not look well."""
+    streams = Streams(redis)
+    async with RecordingBackend() as backend, streams.relay():
+        await redis.client.set(streams.names[0], "no stream")
+        async with WorkerService(streams, *uris(backend, "message")) as worker:
+            await eventually(lambda: "WRONGTYPE" in str(worker.log))
+            await redis.client.delete(streams.names[0])
+            await eventually(lambda: "works again" in str(worker.log))
+            fields = {"event": "message", "id": "a-1", "payload": "{}"}
+            await redis.client.xadd(streams.names[0], fields)
+            await backend.wait_for("message", 1)
+            assert str(worker.log).count("WRONGTYPE") == 1
+
+
 async def test_full_redis_is_emptied(io_loop, tmp_path):
     """Without memory in Redis the worker keeps its partitions, and what is read goes.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from backends.redis.keys import Keys
+from backends.redis.worker.failures import FailureLog
 from backends.redis_client import RedisClient, RedisError
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Leases:
         self._worker = worker
         self._partitions = partitions
         self._read = read
+        self._failures = FailureLog("renewing the leases of partitions")
         self.held: dict[int, Reader] = {}
         self._renewed_at: dict[int, float] = {}  # on the loop's clock
         # Partitions that others shall have: what is under way ends first.
@@ -105,8 +107,9 @@ class Leases:
         while True:
             try:
                 await self._renew_all()
+                self._failures.succeeded()
             except RedisError as error:
-                logger.debug("leases are not renewed: %s", error)
+                self._failures.failed(error)
             except Exception:
                 logger.exception("bug while renewing leases")
             self._cut_late_ones()

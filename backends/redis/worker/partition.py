@@ -7,6 +7,7 @@ from backends import BackendError
 from backends.redis.keys import Keys
 from backends.redis.worker.conversation import BackendContext, Conversation
 from backends.redis.worker.entry import StoredEvent
+from backends.redis.worker.failures import FailureLog
 from backends.redis_client import RedisAway, RedisClient, RedisError, TurnPipeline
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class PartitionReader:
         self._stream = keys.events(number)
         self._group = group
         self._context = context
+        self._failures = FailureLog(f"reading {self._stream}")
         self.conversations: dict[str, Conversation] = {}
         self._unsettled = 0  # events
         self._acks: list[str] = []
@@ -91,12 +93,14 @@ class PartitionReader:
                     position = entries[-1][0] if entries else NEW
                 for entry_id, fields in entries:
                     self._take(entry_id, fields)
+                self._failures.succeeded()
             except RedisError as error:
-                logger.debug("%s: %s", self._stream, error)
+                self._failures.failed(error)
                 position = ""  # what was read, and not received here, is pending
                 await asyncio.sleep(RETRY)
             except Exception:
                 logger.exception("bug while reading %s", self._stream)
+                position = ""
                 await asyncio.sleep(RETRY)
 
     async def _make_group(self) -> None:
