@@ -229,6 +229,7 @@ async def main(words: list[str]) -> int:
     parser.add_argument("--clients", type=int, default=500, help="of each relay")
     parser.add_argument("--lease-ttl", type=float, default=15)
     parser.add_argument("--only", default="", help="the name of one fault")
+    parser.add_argument("--away", help="of queue_soak.py")
     arguments = parser.parse_args(words)
     print(f"seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
