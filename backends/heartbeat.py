@@ -74,10 +74,15 @@ class Heartbeat:
         event = heartbeat_event(self._relay, next(self._numbers), ttl)
         answered: asyncio.Future[Response | BackendError]
         answered = self.client.loop.create_future()
+
+        def on_done(outcome: Response | BackendError) -> None:
+            if not answered.done():  # `close` may have cancelled it in this turn
+                answered.set_result(outcome)
+
         exchange = self.client.post(
             self._target,
             partial(self._write, self._target, event),
-            answered.set_result,
+            on_done,
             timeout=timeout,
         )
         try:

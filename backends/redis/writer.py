@@ -165,7 +165,8 @@ class StreamWriter:
             self._send()
         if self._emptied is not None and not self.waiting:
             emptied, self._emptied = self._emptied, None
-            emptied.set_result(None)
+            if not emptied.done():  # the stop may have ended the wait for it
+                emptied.set_result(None)
 
     def _on_answered(self, partition: Partition, reply: list[Any]) -> None:
         partition.length = int(reply[0])
