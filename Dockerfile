@@ -2,7 +2,7 @@ FROM python:3.12-slim AS build
 WORKDIR /build
 COPY . .
 RUN python -m venv /opt/socketdock \
- && /opt/socketdock/bin/pip install --no-cache-dir --disable-pip-version-check .
+ && /opt/socketdock/bin/pip install --no-cache-dir --disable-pip-version-check '.[redis]'
 
 FROM python:3.12-slim
 COPY --from=build /opt/socketdock /opt/socketdock

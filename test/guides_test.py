@@ -1,13 +1,15 @@
 """docs/guides: the commands and the code are those of the examples, which are run.
 
 `reply_examples_test` runs each example by the commands in its head, `balancer_test`
-the proxies by their files.
+the proxies by their files, `acapy_transport_test` the transport of the mediators.
 """
 
 import re
+import subprocess
 
 import pytest
 import yaml
+from programs import program
 from reply_examples_test import FOLDER, LAMBDA_URL, commands
 from service import PROJECT
 
@@ -56,7 +58,7 @@ def test_guide_begins_with_a_command_and_is_in_the_index(path):
     assert re.match(r"# .+\n\n```sh\n", path.read_text("utf-8"))
     index = (PROJECT / "docs" / "README.md").read_text("utf-8")
     assert f"(guides/{path.name})" in index
-    assert path.stem in {*EXAMPLES, "proxies"}
+    assert path.stem in {*EXAMPLES, "aca-py-and-credo", "proxies"}
 
 
 @each_guide
@@ -91,10 +93,10 @@ def test_guide_has_the_code_of_its_example(name):
 def test_proxies_are_started_as_their_files_say():
     """Each by the command at the beginning of its file."""
     started, *relays = blocks(page("proxies"), "sh")
-    for (program, file), command in zip(
+    for (name, file), command in zip(
         PROXIES.items(), started.splitlines(), strict=True
     ):
-        assert command.startswith(f"{program} ")
+        assert command.startswith(f"{name} ")
         head = (PROJECT / "conf" / file).read_text("utf-8")
         assert f"#     {command}\n" in head
         ports = re.findall(r"--bindport=(\d+)", "\n".join(relays))
@@ -110,3 +112,35 @@ def test_traefik_checks_what_the_relays_serve():
     balancer = http["services"][router["service"]]["loadBalancer"]
     assert len(balancer["servers"]) == 2
     assert balancer["healthCheck"]["path"] == "/readyz"
+
+
+def test_mediators_are_balanced_by_a_rule_of_haproxy(tmp_path):
+    """It accepts the lines in the page."""
+    haproxy = program("haproxy", "haproxy", "/usr/sbin/haproxy")
+    (rules,) = blocks(page("aca-py-and-credo"), "haproxy")
+    path = tmp_path / "haproxy.cfg"
+    path.write_text(
+        "defaults\n    mode http\n"
+        "    timeout connect 2s\n    timeout client 9s\n    timeout server 9s\n"
+        "frontend f\n    bind 127.0.0.1:9\n    default_backend mediators\n"
+        f"backend mediators\n{rules}\n    server m 127.0.0.1:9\n"
+    )
+    checked = subprocess.run(
+        [haproxy, "-c", "-f", path],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_relay_of_the_mediators_has_the_options_of_the_example():
+    """And nothing more than a key in the URLs of callbacks."""
+    (block,) = blocks(page("aca-py-and-credo"), "sh")
+    relay = lines_of(block)[1].split()
+    (wanted,) = (
+        line for line in commands("acapy_transport.py") if "bin/socketdock" in line
+    )
+    assert set(relay) - set(wanted.split()) == {"--callback_capability"}
+    assert set(wanted.split()) <= set(relay)

@@ -16,7 +16,8 @@ import pytest
 import yaml
 from check_test import check
 from programs import kill
-from service import DEADLINE, PROJECT, RecordingBackend, Service
+from redis_server import RedisServer
+from service import DEADLINE, PROJECT, RecordingBackend, Service, eventually
 
 pytestmark = [pytest.mark.gen_test(timeout=60), pytest.mark.once]
 
@@ -44,6 +45,7 @@ FORMS = [
     pytest.param(manifest, id=manifest["kind"])
     for _, manifest in ALL
     if manifest["kind"] in ("Deployment", "StatefulSet")
+    and manifest["metadata"]["name"] == "socketdock"
 ]
 DOCKERFILE = (PROJECT / "Dockerfile").read_text("utf-8")
 
@@ -71,16 +73,20 @@ def ports_of(form: Manifest) -> dict[str, int]:
     return {port["name"]: port["containerPort"] for port in container_of(form)["ports"]}
 
 
-def environment_of(form: Manifest) -> dict[str, str]:
+def environment_of(form: Manifest, *applied: str) -> dict[str, str]:
     """Return the variables of the container, as the kubelet sets them.
 
-    The pod's address is 127.0.0.1.
+    Of the optional ConfigMaps those in `applied` exist. The pod's address is 127.0.0.1.
     """
     container = container_of(form)
     image = re.search(r"^ENV ((?:.*\\\n)*.*)", DOCKERFILE, flags=re.M)[1]
     environment = dict(re.findall(r"(SOCKETDOCK_\w+)=(\S+)", image))
     for source in container["envFrom"]:
-        environment |= of_kind("ConfigMap", source["configMapRef"]["name"])["data"]
+        name, optional = (
+            source["configMapRef"].get(key) for key in ("name", "optional")
+        )
+        if not optional or name in applied:
+            environment |= of_kind("ConfigMap", name)["data"]
     fields = {"status.podIP": "127.0.0.1"}
     for variable in container["env"]:
         if "valueFrom" in variable:
@@ -439,3 +445,93 @@ def test_update_keeps_all_relays():
     assert headless["spec"]["clusterIP"] == "None"
     # While a pod drains, Prometheus goes on to scrape it.
     assert headless["spec"]["publishNotReadyAddresses"] is True
+
+
+# Redis: leases.yaml and queue.yaml.
+
+
+WORKER = "socketdock-worker"
+
+
+@pytest.fixture(scope="module")
+def redis(io_loop, shared, tmp_path_factory) -> RedisServer:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    return io_loop.run_sync(lambda: shared.enter_async_context(server))
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_relay_and_worker_start_with_redis(io_loop, form, redis, tmp_path):
+    """Leases alone, then with the queue; the URL is in the Secret."""
+    worker = of_kind("Deployment", WORKER)
+    pods = [
+        (form, environment_of(form, "socketdock-leases")),
+        (form, environment_of(form, "socketdock-leases", "socketdock-queue")),
+        (worker, environment_of(worker)),
+    ]
+    lease = "holds its lease in Redis"
+    expected = [("backend http", lease), ("backend redis", lease), ("is read",)]
+    for number, (manifest, variables) in enumerate(pods):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        environment = mounted(manifest, variables, folder)
+        (folder / "secrets" / "redis-url").write_text(redis.url)
+        service = Service(environment=environment)
+        service.flags[:0] = container_of(manifest).get("args", [])
+        async with service:
+            pod = Relay(manifest, service)
+            for name in ("livenessProbe", "readinessProbe"):
+                asked = container_of(manifest)[name]["httpGet"]
+                path, port = asked["path"], pod.port(asked["port"])
+                await eventually(lambda path=path, port=port: get(port, path)[0] == 200)
+            for text in expected[number]:
+                await eventually(lambda text=text, log=service.log: text in str(log))
+            await kill(service.process)  # before its drain_delay
+        assert [line for line in service.log if not line.startswith("[I ")] == []
+
+
+def test_worker_is_a_pod_as_the_relay_is():
+    """Its user, its secrets, its image and its ports are those of the relay."""
+    worker, relay = of_kind("Deployment", WORKER), of_kind("Deployment")
+    for key in ("securityContext", "volumes"):
+        assert pod_of(worker)[key] == pod_of(relay)[key]
+    for key in ("image", "ports", "securityContext", "volumeMounts", "livenessProbe"):
+        assert container_of(worker)[key] == container_of(relay)[key], key
+    assert pod_of(worker)["terminationGracePeriodSeconds"] > 25 + 1
+    labels = worker["spec"]["template"]["metadata"]["labels"]
+    for selector in (
+        worker["spec"]["selector"]["matchLabels"],
+        of_kind("NetworkPolicy", WORKER)["spec"]["podSelector"]["matchLabels"],
+        pod_of(worker)["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"],
+    ):
+        assert selector == labels
+    clients = of_kind("Service")["spec"]["selector"]
+    assert not clients.items() <= labels.items()  # no client is sent to it
+
+
+def test_policies_let_both_reach_redis_and_the_worker_its_backend():
+    """Relays and workers by leases.yaml; the rest as common.yaml has it."""
+    policy = of_kind("NetworkPolicy", "socketdock-redis")["spec"]
+    (expression,) = policy["podSelector"]["matchExpressions"]
+    for name in ("socketdock", WORKER):
+        labels = of_kind("Deployment", name)["spec"]["template"]["metadata"]["labels"]
+        assert labels[expression["key"]] in expression["values"]
+    (rule,) = policy["egress"]
+    text = (CONF / "leases.yaml").read_text("utf-8")
+    (port,) = re.findall(r"redis://\S+:(\d+)\"", text)
+    assert rule["ports"] == [{"port": int(port)}]
+    egress = of_kind("NetworkPolicy", WORKER)["spec"]["egress"]
+    assert egress == of_kind("NetworkPolicy")["spec"]["egress"][:2]
+
+
+def test_secret_has_the_file_that_the_options_name():
+    """The key that the command adds is what both ConfigMaps name."""
+    (patch,) = re.findall(
+        r"--patch='(.*\n.*)'", (CONF / "leases.yaml").read_text("utf-8")
+    )
+    (key,) = json.loads(patch.replace("\n#", "\n"))["stringData"]
+    (mount,) = container_of(of_kind("Deployment"))["volumeMounts"]
+    for name, option in [
+        ("leases", "SOCKETDOCK_CLUSTER_FILE"), ("queue", "SOCKETDOCK_REDIS_URL_FILE")
+    ]:
+        data = of_kind("ConfigMap", f"socketdock-{name}")["data"]
+        assert data[option] == f"{mount['mountPath']}/{key}"

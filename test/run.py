@@ -61,10 +61,11 @@ PARTS = (
 # in front of the relay, programs in other languages. And tests that take long: floods,
 # measurements, new environments.
 NOT_OF_THE_RELAY = named(
-    "apigateway_e2e", "balancer", "bench", "commands", "compose", "conformance",
-    "console_page", "development", "docs", "examples", "first_use", "guides", "imports",
-    "interop", "kubernetes", "makefile", "monitoring", "openapi", "packaging",
-    "proxies", "reply_examples", "soaking", "supervisord", "systemd", "workflow",
+    "acapy_transport", "apigateway_e2e", "balancer", "bench", "commands", "compose",
+    "compose_redis", "conformance", "console_page", "development", "docs", "examples",
+    "first_use", "guides", "imports", "interop", "kubernetes", "makefile", "monitoring",
+    "openapi", "packaging", "proxies", "reply_examples", "soaking", "supervisord",
+    "systemd", "workflow",
 )
 TOO_LONG = named(
     "attacks", "faults", "fuzz_frames", "fuzz_http", "order", "resolver", "slowloris",
