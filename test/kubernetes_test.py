@@ -15,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from check_test import check
+from compose_redis_test import warnings_of_start
 from programs import kill
 from redis_server import RedisServer
 from service import DEADLINE, PROJECT, RecordingBackend, Service, eventually
@@ -486,7 +487,7 @@ async def test_relay_and_worker_start_with_redis(io_loop, form, redis, tmp_path)
             for text in expected[number]:
                 await eventually(lambda text=text, log=service.log: text in str(log))
             await kill(service.process)  # before its drain_delay
-        assert [line for line in service.log if not line.startswith("[I ")] == []
+        assert warnings_of_start(service) == []
 
 
 def test_worker_is_a_pod_as_the_relay_is():
