@@ -64,6 +64,12 @@ class Balancer:
         assert old in text, f"{self.conf} has no {old!r}"
         self.path.write_text(text.replace(old, new))
 
+    def change_number(self, old: str, new: str) -> None:
+        """As `change`, but not within a longer number, such as a port."""
+        text, count = re.subn(rf"\b{old}\b", new, self.path.read_text("utf-8"))
+        assert count, f"{self.conf} has no {old}"
+        self.path.write_text(text)
+
     def command(self) -> list[str]:
         raise NotImplementedError
 
@@ -377,7 +383,7 @@ async def test_reload_keeps_clients(io_loop, balancer, tmp_path):
             balancer(tmp_path, both) as front,
             clients(front.url, 4) as before,
         ):
-            front.change("404", "418")
+            front.change_number("404", "418")
             async with asyncio.timeout(DEADLINE):
                 while await front.status("/") != 418:
                     # A master that has just begun misses a signal, though a worker of
