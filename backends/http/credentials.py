@@ -13,10 +13,9 @@ from typing import NamedTuple
 from tornado.options import Error as OptionError
 from tornado.options import define
 
-from backends import Unavailable
 from backends.files import read_lines, require_regular
 from backends.http.signature import Signer, key_of
-from backends.pem import load_failure, no_password
+from backends.pem import load_certificate, verifying_context
 
 define("webhook_secret", multiple=True, metavar="SECRETS",
        help="secrets that sign each event (Standard Webhooks: whsec_ and base64); "
@@ -147,25 +146,11 @@ def _client_context(
     """Make the context that verifies the backend, with the relay's certificate."""
     if key and not cert:
         raise OptionError("--backend_key needs --backend_cert")
-    if ca:
-        require_regular(ca, f"--backend_ca={ca}")
-    try:
-        context = ssl.create_default_context(cafile=ca or None)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        raise Unavailable(f"--backend_ca={ca}: {load_failure(error)}") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # The same rules for every Python. By default 3.13 rejects certificates without an
-    # authority key identifier, which many private CAs issue; before 3.13 an
-    # intermediate CA certificate alone is not trusted.
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context = verifying_context(ca, "backend_ca")
     if cert:
         require_regular(cert, f"--backend_cert={cert}")
         if key:
             require_regular(key, f"--backend_key={key}")
-        try:
-            context.load_cert_chain(cert, key or None, no_password)
-        except (OSError, ValueError) as error:
-            files = f"--backend_cert={cert}" + (f", --backend_key={key}" if key else "")
-            raise Unavailable(f"{files}: {load_failure(error)}") from None
+        files = f"--backend_cert={cert}" + (f", --backend_key={key}" if key else "")
+        load_certificate(context, cert, key, files)
     return context

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from tornado.options import Error as OptionError
 from tornado.options import define, options
 
-from backends import Backend, Unavailable
-from backends.files import require_regular
-from backends.pem import load_failure, no_password
+from backends import Backend
+from backends.pem import load_certificate, verifying_context
 from handlers.callbacks.capabilities import Capabilities
 from handlers.callbacks.executor import CommandExecutor
 from handlers.callbacks.peers.fast_hop import FastHop
@@ -163,24 +162,10 @@ def client_context() -> ssl.SSLContext:
     Where callers need a certificate (`--callback_client_ca`), each instance shows that
     of its own callback listener.
     """
-    ca = options.peer_ca
-    if ca:
-        require_regular(ca, f"--peer_ca={ca}")
-    try:
-        context = ssl.create_default_context(cafile=ca or None)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        raise Unavailable(f"--peer_ca={ca}: {load_failure(error)}") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # As for backends: each Python accepts the same certificates.
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context = verifying_context(options.peer_ca, "peer_ca")
     certificate, key = options.callback_tls_cert, options.callback_tls_key
     if options.callback_client_ca and certificate:
-        try:
-            context.load_cert_chain(certificate, key, no_password)
-        except (OSError, ValueError) as error:
-            raise Unavailable(
-                f"--callback_tls_cert={certificate}: {load_failure(error)}"
-            ) from None
+        where = f"--callback_tls_cert={certificate}"
+        load_certificate(context, certificate, key, where)
     return context
 
