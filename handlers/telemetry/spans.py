@@ -617,7 +617,6 @@ def _ago(seconds: float) -> int:
     return time_ns() - int(seconds * 1e9)
 
 
-@lru_cache(maxsize=16)
 def _of_place(place: str) -> tuple[str, SpanKind, Attributes]:
     """Return name, kind and attributes of a span for an entry of a stream."""
     stream, _, entry_id = place.partition(" ")
@@ -629,6 +628,7 @@ def _of_place(place: str) -> tuple[str, SpanKind, Attributes]:
     }
 
 
+@lru_cache(maxsize=16)
 def _of_url(url: str) -> tuple[str, Attributes]:
     """Return name and attributes of a span for POSTs to `url`."""
     parts = urlsplit(url)
