@@ -13,6 +13,7 @@ from backends import (
     Handshake,
     Observer,
 )
+from backends.wrapper import BackendWrapper
 from handlers.telemetry.observers import ObservedBackend, Observers
 
 HANDSHAKE = Handshake({}, "/ws", "", "127.0.0.1", ())
@@ -179,6 +180,23 @@ def test_every_observer_method_is_passed_on():
 
 
 # ObservedBackend.
+
+
+def test_wrapped_backend_is_asked_for_everything():
+    """A wrapper has each member of the interface, and that of its backend."""
+
+    class Inner(Scripted):
+        descriptors, observes, takes_many, wants_fields = 7, True, True, True
+
+    inner = Inner()
+    wrapper = BackendWrapper(inner)
+    for name in vars(Backend):
+        if name.startswith("_"):
+            continue
+        if callable(getattr(Backend, name)):
+            assert name in {**vars(BackendWrapper), **vars(wrapper)}, name
+        else:
+            assert getattr(wrapper, name) == getattr(inner, name), name
 
 
 @pytest.mark.gen_test

@@ -11,7 +11,6 @@ from backends import (
     Backend,
     BackendError,
     Closure,
-    Condition,
     Connection,
     ConnectionRefused,
     Handshake,
@@ -19,17 +18,18 @@ from backends import (
 from backends.cluster.lease import Lease
 from backends.cluster.reaper import Reaper
 from backends.cluster.stall import StallHold
+from backends.wrapper import BackendWrapper
 
 SERVICE_RESTART = 1012  # IANA's registry of close codes: clients reconnect at once
 
 
-class LeasedBackend(Backend):
+class LeasedBackend(BackendWrapper):
     """A backend whose connections are recorded by `lease`."""
 
     def __init__(
         self, backend: Backend, lease: Lease, hold: StallHold, reaper: Reaper
     ) -> None:
-        self._backend = backend
+        super().__init__(backend)
         self._lease = lease
         self._hold = hold
         self._reaper = reaper
@@ -39,20 +39,7 @@ class LeasedBackend(Backend):
         self._fenced: set[str] = set()
         # The tasks that send disconnect events, by the connection's id.
         self._ending: dict[str, asyncio.Task[None] | None] = {}
-        self.descriptors = backend.descriptors + DESCRIPTORS
-        self.observes = backend.observes
-        self.takes_many = backend.takes_many
-        self.wants_fields = backend.wants_fields
-        self.called_back = backend.called_back  # type: ignore[method-assign]
-        self.start = backend.start  # type: ignore[method-assign]
-        self.reload = backend.reload  # type: ignore[method-assign]
-        self.lost = backend.lost  # type: ignore[method-assign]
-        self.abandon = backend.abandon  # type: ignore[method-assign]
-        self.rename = backend.rename  # type: ignore[method-assign]
-
-    def condition(self) -> Condition:
-        """Return the backend's own condition."""
-        return self._backend.condition()
+        self.descriptors += DESCRIPTORS
 
     async def connect(
         self, connection: Connection, handshake: Handshake

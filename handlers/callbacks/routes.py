@@ -170,7 +170,6 @@ class CallbackHandler(RepeatableHandler, OneConnectionHandler):
         if outcome is not None:
             self.send_outcome(outcome)
 
-
     async def is_forwarded(
         self, connection_id: str, key: str = "", body: bytes = b""
     ) -> bool:

@@ -16,7 +16,6 @@ from backends import (
     BackendAway,
     BackendError,
     Closure,
-    Condition,
     Connection,
     ConnectionRefused,
     EventName,
@@ -25,6 +24,7 @@ from backends import (
     Outcome,
     TraceContext,
 )
+from backends.wrapper import BackendWrapper
 
 SEEN = [name for name in vars(Observer) if not name.startswith("_")]
 
@@ -72,34 +72,17 @@ def _call_all(calls: list[Callable[..., None]], *args: Any, **kwargs: Any) -> No
         call(*args, **kwargs)
 
 
-class ObservedBackend(Backend):
+class ObservedBackend(BackendWrapper):
     """Wraps a backend that calls no observer: each call of it counts as one attempt.
 
     It does not report the end of a failed message: the relay reports each message that
     is given up.
     """
 
-    observes = True
-
     def __init__(self, backend: Backend, observer: Observer) -> None:
-        self._backend = backend
+        super().__init__(backend)
         self._observer = observer
-        self.descriptors = backend.descriptors
-        self.takes_many = backend.takes_many
-        self.wants_fields = backend.wants_fields
-        # These are not observed: use the backend's own.
-        self.start = backend.start  # type: ignore[method-assign]
-        self.called_back = backend.called_back  # type: ignore[method-assign]
-        self.reload = backend.reload  # type: ignore[method-assign]
-        self.drain = backend.drain  # type: ignore[method-assign]
-        self.close = backend.close  # type: ignore[method-assign]
-        self.lost = backend.lost  # type: ignore[method-assign]
-        self.abandon = backend.abandon  # type: ignore[method-assign]
-        self.rename = backend.rename  # type: ignore[method-assign]
-
-    def condition(self) -> Condition:
-        """Return the backend's own condition."""
-        return self._backend.condition()
+        self.observes = True
 
     async def connect(
         self, connection: Connection, handshake: Handshake

@@ -100,7 +100,6 @@ class ConnectionsHandler(GuardedHandler):
             }
         )
 
-
     def _state(self, connection: ClientConnection) -> dict[str, Any]:
         state = connection.backend_state
         described: dict[str, Any] = {"backend_state_size": len(state or b"")}
