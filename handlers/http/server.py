@@ -170,7 +170,7 @@ class RequestConnection(SocketConnection):
             return
         if (
             self._inbox
-            or self.request is not None
+            or self._has_work()
             or self._unsent is not None
             or self._parser.end_of_piece(data) != len(data)
         ):
@@ -179,9 +179,8 @@ class RequestConnection(SocketConnection):
             return
         # Usually one complete request: this is the fast path.
         self._parse(data)
-        if self.request is not None:
-            self._serve()
-        if self.request is not None or self._rejection:
+        self._serve()
+        if self._has_work():
             self._settle()
 
     def on_end(self) -> None:
@@ -207,6 +206,10 @@ class RequestConnection(SocketConnection):
         self.abort()
 
     # From one request to the next.
+
+    def _has_work(self) -> bool:
+        """Whether a request has to be answered, or bytes that are no request."""
+        return self.request is not None or bool(self._rejection)
 
     def _may_parse(self) -> bool:
         """Whether more may be parsed now."""

@@ -203,8 +203,7 @@ class Lane:
         context, now = self._context, self._loop.time()
         assert self._batch is not None
         self._stop_waiting()
-        self._leave_out_ended(self._batch)
-        batch = self._batch
+        batch = self._leave_out_ended(self._batch)
         if batch is None:
             return
         if not context.breaker.take():
@@ -412,27 +411,28 @@ class Lane:
         for entry in batch.entries:
             entry.attempts += 1
             entry.failed_at = min(entry.failed_at, now)
-        self._give_up_overdue(batch, error)
-        if self._batch is not None:
-            deadline = min(entry.deadline for entry in self._batch.entries)
+        rest = self._give_up_overdue(batch, error)
+        if rest is not None:
+            deadline = min(entry.deadline for entry in rest.entries)
             self._wait(min(deadline, now + max(backoff(batch.attempts), wait)))
 
-    def _give_up_overdue(self, batch: Batch, error: BackendError) -> None:
-        """Give up events whose time is over, and form a batch of the others."""
+    def _give_up_overdue(self, batch: Batch, error: BackendError) -> Batch | None:
+        """Give up events whose time is over; return a batch of the others, if any."""
         now = self._loop.time()
         for entry in batch.entries:
             if entry.owner is not None and now >= entry.deadline:
                 entry.owner.give_up(error)
-        self._leave_out_ended(batch)
+        return self._leave_out_ended(batch)
 
-    def _leave_out_ended(self, batch: Batch) -> None:
-        """Form a batch of the events that have not left it while it waited."""
+    def _leave_out_ended(self, batch: Batch) -> Batch | None:
+        """Return the batch without events that have left it; None: it has ended."""
         entries = still_here(batch.entries)
         if not entries:
             self._end_batch()
         elif len(entries) < len(batch.entries):
             self._batch = self._form(entries, batch.suspect)
             self._batch.attempts = batch.attempts
+        return self._batch
 
     def _error(self, why: str) -> BackendError:
         return BackendError(f"POST {self._context.target}: {why}")
@@ -460,11 +460,12 @@ class Lane:
 
     def _judge(self) -> None:
         """Go on after a wait; called after reading what has arrived."""
-        if self._timer is None or self._batch is None:
+        batch = self._batch
+        if self._timer is None or batch is None:
             return  # the wait has ended meanwhile
         if self._in_line:
-            self._give_up_overdue(self._batch, self._error("the backend is away"))
-        if self._batch is not None:
+            batch = self._give_up_overdue(batch, self._error("the backend is away"))
+        if batch is not None:
             self._try()
         else:
             self._stop_waiting()

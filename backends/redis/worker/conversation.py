@@ -241,8 +241,13 @@ class Conversation:
         self._given_up = None
         self._delivery.number = stored.number
         await self._delivery.post(stored.event)
-        if self._given_up is not None:
-            await self._on_given_up(stored, self._given_up)
+        error = self._why_given_up()
+        if error is not None:
+            await self._on_given_up(stored, error)
+
+    def _why_given_up(self) -> BackendError | None:
+        """Why the message that was posted last is given up, if it is."""
+        return self._given_up
 
     async def _on_given_up(self, stored: StoredEvent, error: BackendError) -> None:
         """Send again what was given up; the first may be dead."""
