@@ -15,18 +15,31 @@ import orjson
 from backends import Closure, Handshake, Relay, TraceContext
 
 
-class Event(NamedTuple):
+class Event:
     """One event, the same on each attempt: its id, its JSON body and its span.
 
     `traceparent` is the span (W3C Trace Context), `trace` what the span belongs to,
     if anything. The body may be kept for long, and takes no more memory than its
-    length.
+    length. An event does not change.
     """
 
-    id: str
-    body: bytes | mmap
-    traceparent: str
-    trace: TraceContext | None
+    __slots__ = ("body", "id", "trace", "traceparent")
+
+    def __init__(
+        self,
+        event_id: str,
+        body: bytes | mmap,
+        traceparent: str,
+        trace: TraceContext | None,
+    ) -> None:
+        self.id = event_id
+        self.body = body
+        self.traceparent = traceparent
+        self.trace = trace
+
+    def with_body(self, body: bytes | mmap) -> "Event":
+        """Return the same event with another body."""
+        return Event(self.id, body, self.traceparent, self.trace)
 
 
 class Ended(NamedTuple):
@@ -101,32 +114,25 @@ class EventWriter:
 
         `state` is `Connection.backend_state`.
         """
-        message_id = f"{connection_id}-{number}"
         if isinstance(message, str):
-            rest, text = '"text"', message
+            kind, text = '"text"', message
         else:
-            rest = '"binary"'
+            kind = '"binary"'
             try:
                 text = message.decode()
             except UnicodeDecodeError:
-                rest = '"binary","encoding":"base64"'
+                kind = '"binary","encoding":"base64"'
                 text = base64.b64encode(message).decode()
-        # Byte by byte what orjson would write, in less time: only the ids change.
-        callbacks = ""
-        if self._callback_url is not None:
-            url = f"{self._quoted_url}/socket/{connection_id}"
-            query = "" if self._key_of is None else self._query(connection_id)
-            callbacks = (
-                f'"send":"{url}/send{query}","disconnect":"{url}/disconnect{query}",'
-            )
+        message_id = f"{connection_id}-{number}"
         held = "" if state is None else f',"state":{state.decode()}'
+        # Byte by byte what orjson would write, in less time: only the ids change.
         meta = (
-            f'{{"meta":{{"connection_id":"{connection_id}",{callbacks}'
-            f'{self._quoted_own},"message_id":"{message_id}","type":{rest}{held}}}'
-            ',"message":'
+            f'{{"meta":{{"connection_id":"{connection_id}",'
+            f'{self._quoted_callbacks(connection_id)}{self._quoted_own},'
+            f'"message_id":"{message_id}","type":{kind}{held}}},"message":'
         )
         body = b"".join((meta.encode(), orjson.dumps(text), b"}"))  # see serialized()
-        return self._event(message_id, body, trace)
+        return Event(message_id, body, traceparent(trace, self._sample), trace)
 
     def disconnect(self, ended: Ended, undelivered: int, refused: int) -> Event:
         """Make the disconnect event; the counts are those of all its messages."""
@@ -155,6 +161,14 @@ class EventWriter:
         )
         return self._event(event_id, body, None)
 
+    def _quoted_callbacks(self, connection_id: str) -> str:
+        """Return the callback URLs of a connection as members of `meta`, if any."""
+        if self._callback_url is None:
+            return ""
+        url = f"{self._quoted_url}/socket/{connection_id}"
+        query = self._query(connection_id)
+        return f'"send":"{url}/send{query}","disconnect":"{url}/disconnect{query}",'
+
     def _query(self, connection_id: str) -> str:
         """Return the query of a connection's callback URLs, with its key if any."""
         return "" if self._key_of is None else f"?key={self._key_of(connection_id)}"
@@ -181,7 +195,8 @@ def traceparent(
     system call for each message: the ids must differ, but need not be secret.
     """
     if trace is not None:
-        return f"00-{trace.trace_id}-{random.randbytes(8).hex()}-{trace.flags}"
-    ids = random.randbytes(24).hex()
+        span_id = random.getrandbits(64)
+        return f"00-{trace.trace_id}-{span_id:016x}-{trace.flags}"
+    ids = f"{random.getrandbits(192):048x}"
     flags = "01" if sample is not None and sample(ids[:32]) else "00"
     return f"00-{ids[:32]}-{ids[32:]}-{flags}"

@@ -128,4 +128,4 @@ def marked(event: Event) -> Event:
     """Return `event` with a mark in its body, so that a function can ignore it."""
     content = orjson.loads(bytes(event.body))
     content["requestContext"]["test"] = True
-    return event._replace(body=serialized(content))
+    return event.with_body(serialized(content))

@@ -99,7 +99,7 @@ class DisconnectNotification:
             refused = self._delivery.refused
         event = self._events.disconnect(self._ended, undelivered, refused)
         if self._event is not None:  # the same event: only its counts may change
-            event = self._event._replace(body=event.body)
+            event = self._event.with_body(event.body)
         self._event = event
         return event
 

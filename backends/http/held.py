@@ -182,7 +182,7 @@ class Held:
         self._overdue.add(request)
         if request not in self._sizes:
             event = request.event
-            request.event = event._replace(body=on_own_pages(event.body))
+            request.event = event.with_body(on_own_pages(event.body))
             self._sizes[request] = size = len(event.body)
             self._bytes += size
 

@@ -26,24 +26,15 @@ class RequestWriter:
 
     def write(self, target: Target, event: Event) -> bytes:
         """Return the request of one attempt to send `event`, with a new timestamp."""
-        event_id, timestamp, signature = event.id.encode(), int(time.time()), b""
-        body = bytes(event.body)  # copies only a body in pages of its own
+        body, timestamp, signature = event.body, int(time.time()), ""
         if self._signer is not None:
-            signature = b"webhook-signature: %b\r\n" % self._signer.signatures(
-                event_id, timestamp, body
-            )
-        return (
-            b"%bwebhook-id: %b\r\nwebhook-timestamp: %d\r\n%b"
-            b"traceparent: %b\r\nContent-Length: %d\r\n\r\n%b"
-        ) % (
-            self._head(target),
-            event_id,
-            timestamp,
-            signature,
-            event.traceparent.encode(),
-            len(body),
-            body,
+            signed = self._signer.signatures(event.id.encode(), timestamp, bytes(body))
+            signature = f"webhook-signature: {signed.decode()}\r\n"
+        fields = (
+            f"webhook-id: {event.id}\r\nwebhook-timestamp: {timestamp}\r\n{signature}"
+            f"traceparent: {event.traceparent}\r\nContent-Length: {len(body)}\r\n\r\n"
         )
+        return b"".join((self._head(target), fields.encode(), body))
 
     def _head(self, target: Target) -> bytes:
         head = self._heads.get(target)

@@ -168,7 +168,7 @@ def marked(event: Event) -> Event:
     """Return `event` with the mark in its body, so that a backend can ignore it."""
     content = orjson.loads(bytes(event.body))
     content["meta"]["test"] = True
-    return event._replace(body=serialized(content))
+    return event.with_body(serialized(content))
 
 
 def batch(events: Mapping[EventName, Event]) -> Event:
@@ -179,9 +179,8 @@ def batch(events: Mapping[EventName, Event]) -> Event:
         for name, event in events.items()
     ]
     first = next(iter(events.values()))
-    return first._replace(
-        id=f"{first.id}-batch", body=serialized({"events": listed})
-    )
+    body = serialized({"events": listed})
+    return Event(f"{first.id}-batch", body, first.traceparent, first.trace)
 
 
 def counted(commands: Sequence[Command]) -> str:
