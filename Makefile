@@ -5,7 +5,7 @@
 #             console in a browser for five minutes under load, and batches of 200,000
 #             messages (these two not with ARGS): ARGS="--seconds=60 --seed=1"; deaths
 #             of relays that share Redis, and around a durable queue: ARGS="--cluster"
-# make bench  the cost of a message compared with other relays, into docs/performance.md:
+# make bench  the cost of a message compared with other relays, into docs/performance.md
 #             ARGS="--modes=up,echo --rounds=3 --results=/tmp/results.json"
 # make fuzz   forty times as many random frames, requests and answers as the tests:
 #             ARGS="-k answers" FUZZ=400

@@ -3,6 +3,7 @@
     make bench ARGS="--modes=up,echo --sizes=1024 --rounds=5"
 
 `wire` makes the bytes, `load` has clients and backend, `modes` runs and measures them,
-`relays` starts the relays, `report` makes tables and a plot, `comparison` compares two
-checkouts. docs/performance.md explains the figures.
+`relays` starts the relays, `results` keeps those of each machine, `report` makes tables
+and plots, `comparison` compares two checkouts. docs/performance.md explains the
+figures.
 """

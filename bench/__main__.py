@@ -3,22 +3,22 @@
 import argparse
 import asyncio
 import os
-import platform
 import resource
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
-from bench import comparison, relays, report
+from bench import comparison, relays, report, results
 from bench.load import BenchError
 from bench.modes import ALL_SIZES, MODES, ONE_SIZE, Cell, Figures, measure
 
-RELAYS = ["socketdock", "socketdock-listeners", "node", "tornado", "nchan"]
+RELAYS = [
+    "socketdock", "socketdock-pure", "socketdock-listeners", "node", "tornado", "nchan"
+]  # fmt: skip
 SIZES = [128, 1024, 64 * 1024, 1024 * 1024]  # bytes
 SHARING = 1000  # clients, in mode share
 QUIET = 0.02  # share of the relay's processor time that the host may take
@@ -50,10 +50,12 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
         help="for a figure while the host takes the processor; the quietest counts")
     add("--clients", type=int, default=64)
     add("--idle-clients", type=int, default=8000, help="in mode idle")
+    add("--crowd-clients", type=int, default=10_000, help="in mode up-crowd")
     add("--add", action="store_true",
         help="keep what other runs have left in the results, and add to it")
-    add("--results", type=Path, default=report.RESULTS, metavar="FILE",
-        help="another one leaves docs/ as it is")
+    add("--results", type=Path, metavar="FILE",
+        default=results.file_of(results.machine()["processor"]),
+        help="default: that of this processor; another one leaves docs/ as it is")
     add("--profile", type=Path, metavar="FOLDER",
         help="flame graphs by py-spy; the figures, spoilt, are not kept")
     add("--against", type=checkout, metavar="PATH",
@@ -104,9 +106,11 @@ def cells(arguments: argparse.Namespace, number: int) -> Iterator[Cell]:
     """
     peers = arguments.peers if number % 2 else arguments.peers[::-1]
     for mode in arguments.modes:
-        clients = {"idle": arguments.idle_clients, "share": SHARING}.get(
-            mode, arguments.clients
-        )
+        clients = {
+            "idle": arguments.idle_clients,
+            "share": SHARING,
+            "up-crowd": arguments.crowd_clients,
+        }.get(mode, arguments.clients)
         for size in arguments.sizes if mode in ALL_SIZES else [ONE_SIZE.get(mode, 0)]:
             for relay in peers:
                 if not relays.KNOWN[relay.partition("@")[0]].can(mode):
@@ -145,20 +149,12 @@ async def quietest(cell: Cell, tries: int) -> Figures:
     return best
 
 
-def machine() -> dict[str, Any]:
-    """Describe the machine of the measurement."""
-    cpu = Path("/proc/cpuinfo").read_text().partition("model name")[2]
-    return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "processor": cpu.partition("\n")[0].lstrip("\t :") or platform.machine(),
-        "processors": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-    }
-
-
 def main() -> None:
     arguments = read_arguments(sys.argv[1:])
+    is_kept = arguments.results is not None and arguments.profile is None
+    is_published = is_kept and arguments.results.parent == results.FOLDER
+    if is_published and not relays.is_compiled(relays.PROJECT):
+        sys.exit("bench: run `make compile` before, or keep the --results elsewhere")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     os.sched_setaffinity(0, {relays.LOAD_PROCESSOR})
@@ -169,20 +165,19 @@ def main() -> None:
         sys.exit(f"bench: {error}")
     except KeyboardInterrupt:
         sys.exit("bench: interrupted, nothing is kept")
+    found: results.Results = {"machine": results.machine(), "runs": runs}
     if arguments.add and arguments.results is not None:
-        runs = report.added(arguments.results, runs)
-    results = {"machine": machine(), "runs": runs}
-    print(f"\n{report.tables(results)}")
+        found = results.added(arguments.results, found)
+    print(f"\n{report.tables(found)}")
     if arguments.against is not None:
         compared = list(comparison.comparisons(runs, "socketdock", arguments.against))
         print(*compared, sep="\n")
         if any(pair.is_slower for pair in compared):
             sys.exit(1)
-    if arguments.profile is not None or arguments.results is None:
-        return
-    report.write(results, arguments.results)
-    if arguments.results == report.RESULTS:
-        report.publish(results)
+    if is_kept:
+        results.write(found, arguments.results)
+    if is_published:
+        report.publish()
 
 
 if __name__ == "__main__":

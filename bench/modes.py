@@ -33,7 +33,7 @@ PATIENCE = 20.0  # seconds for each step except the measurement
 AT_ONCE = 64  # handshakes, visits, or messages in flight (times the window)
 # Messages of one client in flight at once. In other modes, and for messages of more
 # than WINDOW_SIZE bytes, there is one.
-WINDOW = {"up": 4, "up-redis": 4, "push-bulk": 4}
+WINDOW = {"up": 4, "up-redis": 4, "up-crowd": 4, "push-bulk": 4}
 WINDOW_SIZE = 256 * 1024
 BULK = 100  # commands of one bulk callback; fewer if they exceed BULK_SIZE
 BULK_SIZE = 4 * 1024 * 1024  # bytes
@@ -156,8 +156,8 @@ class Run:
             raise BenchError(f"a client can't connect: {error}") from error
 
     async def enter(self) -> None:
-        """Open all clients."""
-        for number in range(self.cell.clients):
+        """Open all clients that are not open yet."""
+        for number in range(len(self.clients), self.cell.clients):
             client = Client(number, self.relay.path(number), self.fail)
             await self.join(client)
             self.clients.append(client)
@@ -177,19 +177,23 @@ class Traffic(Run):
 
     replying = False  # whether the response to an event has a message
 
+    def __init__(self, cell: Cell) -> None:
+        super().__init__(cell)
+        self.pools: dict[bytes, Callbacks] = {}
+        self.known = 0  # clients that the backend can call back
+
     async def figures(self) -> Figures:
         await self.begin()
         return await self.rate()
 
     async def begin(self) -> None:
         """Introduce all clients to the backend, then send the first messages."""
-        self.pools: dict[bytes, Callbacks] = {}
         self.send: Callable[[Client], None] = Client.send
         self.on_arrival: Callable[[Client], None] = lambda client: None
         await self.enter()
         await self.introduce()
         match self.cell.mode:
-            case "up" | "up-redis":
+            case "up" | "up-redis" | "up-crowd":
                 self.on_arrival = self.on_done
             case "push" | "push-bulk" | "push-forward":
                 self.send = self.call
@@ -211,8 +215,7 @@ class Traffic(Run):
 
     async def introduce(self) -> None:
         """Let each client send one message, so that the backend can call it back."""
-        self.known = 0
-        for sent, client in enumerate(self.clients, 1):
+        for sent, client in enumerate(self.clients[self.known :], self.known + 1):
             message = wire.message(self.cell.size, client.number)
             client.frame = wire.client_frame(wire.TEXT, message)
             client.on_message = self.on_done
@@ -262,6 +265,38 @@ class Traffic(Run):
         self.done += 1
         self.ready.append(client)
         self.send(self.ready.popleft())
+
+
+    async def rest(self) -> None:
+        """Send nothing more, and wait until nothing is in flight."""
+        resting = 0
+
+        def rest(client: Client) -> None:
+            nonlocal resting
+            resting += 1
+
+        self.send = rest
+        await self.until(lambda: resting == self.in_flight, "the last message")
+
+
+class CrowdTraffic(Traffic):
+    """Messages of many clients.
+
+    Before, messages of `AT_ONCE` clients are measured in the same run. `crowd_ratio` is
+    the cost of the former to that of the latter.
+    """
+
+    async def figures(self) -> Figures:
+        crowd = self.cell
+        self.cell = crowd._replace(clients=min(AT_ONCE, crowd.clients))
+        await self.begin()
+        few = await self.rate()
+        await self.rest()
+        self.cell = crowd
+        await self.begin()
+        many = await self.rate()
+        ratio = many["cpu_us"] / few["cpu_us"]
+        return {**many, "few_cpu_us": few["cpu_us"], "crowd_ratio": ratio}
 
 
 class StreamTraffic(Traffic):
@@ -378,20 +413,13 @@ class Latency(Traffic):
     async def figures(self) -> Figures:
         await self.begin()
         self.per_second = (await self.rate())["per_second"] / 2
-        resting = 0
-
-        def rest(client: Client) -> None:
-            nonlocal resting
-            resting += 1
-
-        self.have_echoes(rest)
-        await self.until(lambda: resting == self.in_flight, "the last echo")
-
+        await self.rest()
         self.total = max(1, int(self.per_second * self.cell.seconds))
         self.sent = 0
         self.due: list[deque[float]] = [deque() for _ in self.clients]
         self.latencies: list[float] = []
-        self.have_echoes(self.on_echo)
+        for client in self.clients:
+            client.on_message = self.on_echo
         self.start, stolen = time.perf_counter(), stolen_seconds()
         self.pace()
         await self.wait(self.cell.seconds)
@@ -405,11 +433,6 @@ class Latency(Traffic):
                 for name, share in PERCENTILES.items()
             },
         }
-
-    def have_echoes(self, to: Callable[[Client], None]) -> None:
-        """Call another function for each message that a client gets."""
-        for client in self.clients:
-            client.on_message = to
 
     def pace(self) -> None:
         """Send what is due. Spins, since the loop's timers count milliseconds."""
@@ -508,6 +531,7 @@ class Share(Run):
 
 MODES: dict[str, type[Run]] = {
     "up": Traffic,
+    "up-crowd": CrowdTraffic,
     "up-redis": StreamTraffic,
     "push": Traffic,
     "push-bulk": BulkTraffic,
@@ -524,4 +548,6 @@ MODES: dict[str, type[Run]] = {
 }
 ALL_SIZES = ("up", "up-redis", "push", "push-bulk", "echo", "echo-reply", "echo-batch")
 # In bytes; other modes send no messages.
-ONE_SIZE = {"push-forward": 1024, "visit": 1024, "visit-leases": 1024, "latency": 1024}
+ONE_SIZE = dict.fromkeys(
+    ("up-crowd", "push-forward", "visit", "visit-leases", "latency"), 1024
+)

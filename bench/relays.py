@@ -142,6 +142,19 @@ def socketdock(setting: Setting, *flags: str, callback_port: int = 0) -> Start:
     return Start(command, callback_port or setting.port)
 
 
+def pure(setting: Setting) -> list[Start]:
+    """SocketDock from a copy without the modules that `make compile` has made."""
+    tree = setting.folder / "pure"
+    others = (".*", "__pycache__", "bench", "build", "docs", "examples", "test")
+    shutil.copytree(setting.tree, tree, ignore=shutil.ignore_patterns("*.so", *others))
+    return one_or_pair(setting._replace(tree=tree))
+
+
+def is_compiled(tree: Path) -> bool:
+    """Whether `make compile` has made modules of that checkout."""
+    return any((tree / "handlers").rglob("*.so"))
+
+
 def one_or_pair(setting: Setting) -> list[Start]:
     """One process of SocketDock, or two instances that forward callbacks."""
     if not setting.pair:
@@ -201,6 +214,9 @@ def nchan(setting: Setting) -> list[Start]:
 
 KNOWN = {
     "socketdock": Peer("SocketDock", one_or_pair, cannot=("share",), replies=True),
+    "socketdock-pure": Peer(
+        "SocketDock, pure", pure, cannot=("share",), replies=True
+    ),
     "socketdock-listeners": Peer(
         "SocketDock, two listeners",
         lambda setting: [socketdock(setting, callback_port=free_port())],

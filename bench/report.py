@@ -1,22 +1,24 @@
-"""From rounds to medians: tables and a plot for docs/performance.md.
+"""From rounds to medians: tables and plots for docs/, and the ratios in README.md.
 
-    python -m bench.report     again, from bench/results.json
+    python -m bench.report     again, from bench/results/
 """
 
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import results
 from bench.modes import MODES
 from bench.relays import KNOWN, PROJECT
+from bench.results import Results
 
-RESULTS = PROJECT / "bench" / "results.json"
 PAGE = PROJECT / "docs" / "performance.md"
-PLOT = PROJECT / "docs" / "performance.png"
-BEGIN, END = "<!-- figures: by make bench -->\n", "<!-- end of figures -->\n"
+README = PROJECT / "README.md"
+PLOTS = PROJECT / "docs" / "images"
+FIGURES = "<!-- figures: by make bench -->\n", "<!-- end of figures -->\n"
+RATIOS = "| multiple of Node.js |", "\n\n"  # README.md is short: no lines for marks
 
 # The figures of each table, by its heading; each has its own rows.
 TABLES = {
@@ -24,6 +26,7 @@ TABLES = {
     "Messages, handshakes or visits per second": ["per_second"],
     "Latency at half of what each relay can do, ms": ["p50", "p99", "p99.9"],
     "Cost of a push by another instance, as a multiple of a local one": ["ratio"],
+    "Cost of a message of a crowd, as a multiple of one of 64 clients": ["crowd_ratio"],
     "Memory per idle connection, bytes": ["bytes"],
     "Share of the clients that the process gets that gets the least": ["least_share"],
     "Processor time of the load, µs per message": ["load_us"],
@@ -39,24 +42,23 @@ PLOTTED = {  # the row for each place on the plot
     "visit": "visit, 1 KiB",
     "visit-leases": "visit with leases, 1 KiB",
 }
+SUMMARY = ("up", "push", "echo", "connect", "visit")  # the columns in README.md
 COLOURS = {
     "socketdock": "#1f5fa8",
+    "socketdock-pure": "#4583c4",
     "socketdock-listeners": "#6ea3d8",
     "socketdock-processes": "#b3cfea",
     "tornado": "#c9822b",
     "nchan": "#7f8a93",
 }
 
-Results = Mapping[str, Any]
-
-
 class Table:
     """Figures of all relays: a row for each mode and size, with all its rounds."""
 
-    def __init__(self, results: Results, figures: Sequence[str]) -> None:
+    def __init__(self, found: Results, figures: Sequence[str]) -> None:
         self.rows: dict[str, dict[str, list[float]]] = {}
         self.relays: list[str] = []
-        for run in sorted(results["runs"], key=place):
+        for run in sorted(found["runs"], key=place):
             for figure in figures:
                 if figure not in run:
                     continue
@@ -96,9 +98,9 @@ class Table:
         return f"{cell} ±{(max(values) - min(values)) / 2 / middle:.0%}"
 
 
-def tables(results: Results) -> str:
+def tables(found: Results) -> str:
     """Return all figures, in Markdown."""
-    machine, runs = results["machine"], results["runs"]
+    machine, runs = found["machine"], found["runs"]
     rounds = Counter(map(place, runs)).values()
     least, most = min(rounds), max(rounds)
     stolen = [run["stolen"] for run in runs if "stolen" in run] or [0.0]
@@ -111,9 +113,9 @@ def tables(results: Results) -> str:
         f" for itself {median(stolen):.0%} of the time ({max(stolen):.0%} at worst)."
     ]
     for heading, figures in TABLES.items():
-        table = Table(results, figures)
+        table = Table(found, figures)
         if table.rows:
-            parts += [f"### {heading}", table.markdown()]
+            parts += [f"#### {heading}", table.markdown()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -128,43 +130,75 @@ def column(relay: str) -> int:
     return [*KNOWN].index(relay.partition("@")[0])
 
 
-def added(file: Path, runs: Sequence[Any]) -> list[Any]:
-    """Return the runs of the file that measured something else, then `runs`."""
-
-    def what(run: Any) -> tuple[Any, ...]:
-        return run["relay"], run["mode"], run["size"], run["clients"]
-
-    kept = json.loads(file.read_text("utf-8"))["runs"] if file.exists() else []
-    measured = {what(run) for run in runs}
-    return [run for run in kept if what(run) not in measured] + list(runs)
-
-
-def write(results: Results, file: Path) -> None:
-    """Write the results, one line per run, for readable diffs."""
-    runs = ",\n".join(map(json.dumps, results["runs"]))
-    machine = json.dumps(results["machine"])
-    file.write_text(f'{{"machine": {machine},\n"runs": [\n{runs}\n]}}\n', "utf-8")
+def publish() -> None:
+    """Write the figures of all machines into docs/ and README.md."""
+    machines = results.read_all()
+    sections = "\n".join(
+        section(name, found) for name, found in machines.items() if "runs" in found
+    )
+    replace(PAGE, FIGURES, f"\n{sections}\n")
+    replace(README, RATIOS, summary(machines))
 
 
-def publish(results: Results) -> None:
-    """Write tables and plot into docs/."""
-    page = PAGE.read_text("utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    picture = f"![Processor time beside Node.js's]({PLOT.name})"
-    figures = f"{BEGIN}\n{picture}\n\n{tables(results)}\n{END}"
-    PAGE.write_text(f"{before}{figures}{after}", "utf-8")
-    plot(Table(results, ["cpu_us"]))
+def section(name: str, found: Results) -> str:
+    """Return a machine's part of the page; draw its plot."""
+    heading = f"### {found['machine']['processor']}\n\n"
+    picture = PLOTS / f"performance-{name}.png"
+    if plot(Table(found, ["cpu_us"]), picture):
+        at = picture.relative_to(PAGE.parent)
+        heading += f"![Processor time beside Node.js's]({at})\n\n"
+    return heading + tables(found)
 
 
-def plot(table: Table) -> None:
-    """Plot each relay's processor time per message as a multiple of Node's."""
+def summary(machines: Mapping[str, Results]) -> str:
+    """Return the table of README.md: the ratios to Node.js on each machine."""
+    lines = [[*SUMMARY, "idle"], ["---"] * (len(SUMMARY) + 2)]
+    for found in machines.values():
+        lines += summary_rows(found)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).removeprefix("|")
+
+
+def summary_rows(found: Results) -> Iterator[list[str]]:
+    """Yield a row for each form of SocketDock that was measured on a machine."""
+    name = results.short_name(found["machine"]["processor"])
+    if "ratios" in found:
+        cells = [f"{found['ratios'][mode]:.2f}" for mode in SUMMARY]
+        yield [f"{name} ({found['note']})", *cells, kilobytes(found["bytes"])]
+        return
+    prices, memory = Table(found, ["cpu_us"]), Table(found, ["bytes"])
+    for relay, form in (("socketdock", "compiled"), ("socketdock-pure", "pure")):
+        if relay not in prices.relays:
+            continue
+        ratios = (prices.ratio(PLOTTED[mode], relay) for mode in SUMMARY)
+        cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        sizes = [row[relay] for row in memory.rows.values() if relay in row]
+        cells.append(kilobytes(median(sizes[0])) if sizes else "")
+        yield [f"{name}, {form}", *cells]
+
+
+def kilobytes(size: float) -> str:
+    """Format bytes as kB."""
+    return f"{size / 1000:.1f} kB"
+
+
+def replace(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Replace what is between two marks on a page."""
+    before, _, rest = page.read_text("utf-8").partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    page.write_text(f"{before}{marks[0]}{text}{marks[1]}{after}", "utf-8")
+
+
+def plot(table: Table, file: Path) -> bool:
+    """Plot each relay's processor time per message as a multiple of Node's.
+
+    Returns False if there is nothing to plot.
+    """
     from matplotlib.figure import Figure  # noqa: PLC0415 (measuring does without)
 
     modes = [mode for mode in PLOTTED if BASELINE in table.rows.get(PLOTTED[mode], {})]
     relays = [relay for relay in table.relays if relay != BASELINE]
     if not modes or not relays:
-        return
+        return False
     picture = Figure(figsize=(9, 4.5), layout="constrained")
     axes = picture.subplots()
     width = 0.8 / len(relays)
@@ -192,7 +226,8 @@ def plot(table: Table) -> None:
     axes.set_title("Processor time per handshake, visit, or message of 1 KiB")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
-    picture.savefig(PLOT, dpi=120)
+    picture.savefig(file, dpi=120)
+    return True
 
 
 def label(mode: str, size: int, clients: int) -> str:
@@ -212,4 +247,4 @@ def title(relay: str) -> str:
 
 
 if __name__ == "__main__":
-    publish(json.loads(RESULTS.read_text("utf-8")))
+    publish()

@@ -5,10 +5,12 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from service import PROJECT
 
+from bench import report, results
 from bench.comparison import Comparison, comparisons
 
 pytestmark = [pytest.mark.gen_test(timeout=240), pytest.mark.long]
@@ -16,6 +18,7 @@ pytestmark = [pytest.mark.gen_test(timeout=240), pytest.mark.long]
 PRICE = {"cpu_us", "load_us", "per_second", "busy", "stolen"}
 FIGURES = {
     "up": PRICE,
+    "up-crowd": PRICE | {"few_cpu_us", "crowd_ratio"},
     "up-redis": PRICE,
     "push": PRICE,
     "push-bulk": PRICE,
@@ -43,7 +46,7 @@ async def test_every_mode_of_the_benchmark_gives_its_figures(
     await bench(
         "--peers=socketdock", "--rounds=1", "--tries=1",
         "--seconds=0.2", "--warm-up=0.1", "--clients=4", "--idle-clients=70",
-        "--sizes=65536", f"--results={results}",
+        "--crowd-clients=70", "--sizes=65536", f"--results={results}",
     )  # fmt: skip
     await bench(
         "--peers=socketdock-processes", "--modes=share", "--rounds=1",
@@ -100,6 +103,49 @@ def test_costs_are_compared_within_a_round() -> None:
     ]
     (comparison,) = comparisons(runs, "ours", "theirs")
     assert comparison.ratios == [1.5, 0.5]
+
+
+def run(relay: str, mode: str, **figures: float) -> dict[str, Any]:
+    """Make a run of the results."""
+    size = 0 if mode in ("connect", "idle") else 1024
+    return {"relay": relay, "mode": mode, "size": size, "clients": 64, **figures}
+
+
+def test_readme_has_a_row_for_each_machine_and_form() -> None:
+    """Ratios to Node.js; where a mode was not measured, the cell is empty."""
+    runs = [
+        run("node", "up", cpu_us=40.0),
+        run("socketdock-pure", "up", cpu_us=36.0),
+        run("socketdock", "up", cpu_us=20.0),
+        run("socketdock", "up", cpu_us=30.0),
+        run("socketdock", "up", cpu_us=99.0),
+        run("socketdock", "idle", bytes=2040.0),
+    ]
+    modes = {"up": 1.0, "push": 2.0, "echo": 3.0, "connect": 4.0, "visit": 5.0}
+    table = report.summary({
+        "one": {"machine": {"processor": "Intel(R) Xeon(R) Processor"}, "runs": runs},
+        "two": {
+            "machine": {"processor": "AMD EPYC 7R13 48-Core Processor"},
+            "note": "by hand", "ratios": modes, "bytes": 2700,
+        },
+    })  # fmt: skip
+    assert table.splitlines()[2:] == [
+        "| Intel Xeon, compiled | 0.75 |  |  |  |  | 2.0 kB |",
+        "| Intel Xeon, pure | 0.90 |  |  |  |  |  |",
+        "| AMD EPYC 7R13 (by hand) | 1.00 | 2.00 | 3.00 | 4.00 | 5.00 | 2.7 kB |",
+    ]
+
+
+def test_results_are_added_to_those_of_the_machine(tmp_path: Path) -> None:
+    """What is measured again replaces the runs before; the dates of both are kept."""
+    file = tmp_path / results.file_of("Intel(R) Xeon(R) CPU @ 2.20GHz").name
+    assert file.name == "intel-xeon.json"
+    before = [run("node", "up", cpu_us=1.0), run("socketdock", "up", cpu_us=1.0)]
+    results.write({"machine": {"date": "2026-01-01"}, "runs": before}, file)
+    again = [run("socketdock", "up", cpu_us=2.0)]
+    found = results.added(file, {"machine": {"date": "2026-01-02"}, "runs": again})
+    assert found["runs"] == [before[0], *again]
+    assert found["machine"]["date"] == "2026-01-01 to 2026-01-02"
 
 
 async def bench(*flags: str) -> str:
