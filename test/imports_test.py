@@ -24,6 +24,7 @@ LAYERS = (
     "clients",
     "callbacks",
     "operators",
+    "program",
 )
 # Backends that are built on another one.
 BASES = {"apigateway": "http", "redis": "http"}

@@ -1,7 +1,7 @@
 """Listens at one address, with or without TLS, and accepts connections.
 
 A server reads the requests: `handlers.http.server`, or Tornado's
-(`handlers.http.tornado_server`). `socketdock.py` defines the routes.
+(`handlers.http.tornado_server`). `handlers.program.service` defines the routes.
 """
 
 import asyncio

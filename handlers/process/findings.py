@@ -1,7 +1,7 @@
 """The checks of `socketdock check` on this machine, each with a remedy.
 
 They do not listen on a port: a client of a running relay might connect to the check
-instead. `socketdock.py` adds the findings of the backend.
+instead. `handlers.program.check` adds the findings of the backend.
 """
 
 import errno

@@ -1,6 +1,6 @@
 """Opens the standard streams at the start, and exits the process.
 
-`socketdock.py` calls these functions; they know nothing about connections.
+The commands of `socketdock` call these functions; they know nothing about connections.
 """
 
 import atexit

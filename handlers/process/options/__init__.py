@@ -1,8 +1,8 @@
 """Sets the options from flags, environment, file and defaults, in that precedence.
 
 Each is defined beside the code that it controls, and read where that code is made:
-in `socketdock.py` and in a backend's `make_backend()`. `sources` reads them, `values`
-checks them, `help` lists them.
+in `handlers.program` and in a backend's `make_backend()`. `sources` reads them,
+`values` checks them, `help` lists them.
 """
 
 from collections import Counter
