@@ -10,8 +10,6 @@ import logging
 import time
 from datetime import UTC, datetime, timedelta
 
-from tornado.iostream import IOStream
-
 from backends import (
     Backend,
     BackendError,
@@ -29,6 +27,7 @@ from handlers.clients.policy import ClientPolicy
 from handlers.clients.receipts import Receipts
 from handlers.clients.reception import DELAYED_ACK, Reception
 from handlers.connections import ConnectionMap
+from handlers.http.sockets import TakenSocket
 from handlers.process.logs import log_event
 from handlers.rates import Throttle
 from handlers.websocket.closing import CLOSE_TIMEOUT
@@ -166,11 +165,11 @@ class ClientConnection:
 
     def begin(
         self,
-        stream: IOStream,
+        taken: TakenSocket,
         subprotocol: str | None,
         compression: Compression | None,
     ) -> None:
-        """Start the WebSocket on `stream`, whose handshake was answered with 101."""
+        """Start the WebSocket on a socket to which the 101 was written."""
         self.subprotocol = subprotocol
         policy = self._context.policy
         if policy.rates:
@@ -180,7 +179,7 @@ class ClientConnection:
             self._protocol = FragmentingProtocol(self, *limits, policy.max_frame_size)
         else:
             self._protocol = ClientProtocol(self, *limits)
-        self._protocol.begin(stream)
+        self._protocol.begin(taken, self._context.loop)
 
     # Called by ClientProtocol.
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from tornado.iostream import StreamClosedError
 from tornado.websocket import WebSocketHandler
 
 from backends import (
@@ -123,13 +122,12 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
                 None,
             )
         compression = negotiate_compression(self, self.policy.compression)
-        try:
-            stream = upgrade(self, subprotocol)
-        except StreamClosedError:
+        taken = upgrade(self, subprotocol)
+        if taken is None:
             self._leave(connection)
             return
         self._record_outcome("opened", HTTPStatus.SWITCHING_PROTOCOLS)
-        connection.begin(stream, subprotocol, compression)
+        connection.begin(taken, subprotocol, compression)
 
     def _leave(self, connection: ClientConnection) -> None:
         """End a connection whose client left before the 101."""

@@ -329,7 +329,10 @@ def _resolved(
 def _bind(address: str, port: int, reuse_port: bool) -> Sequence[socket.socket]:
     where = f"can't listen at port {port} of {address or '*'}"
     try:
-        return bind_sockets(port, address, backlog=BACKLOG, reuse_port=reuse_port)
+        bound = bind_sockets(port, address, backlog=BACKLOG, reuse_port=reuse_port)
+        for sock in bound:  # accepted connections inherit it
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return bound
     except OSError as error:  # in use, not there yet, or no such name
         raise Unavailable(f"{where}: {error.strerror or error}") from None
     except ValueError as error:  # not even a host's name

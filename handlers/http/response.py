@@ -19,13 +19,14 @@ from tornado.httputil import (
     RequestStartLine,
     ResponseStartLine,
 )
-from tornado.iostream import IOStream, StreamClosedError
+from tornado.iostream import StreamClosedError
 from tornado.web import Application
 
 from backends.waiting import done_future
 from handlers.http.body_budget import BodyBudget
 from handlers.http.bounds import RequestBounds
 from handlers.http.request import FastResponse, LaterResponse, Request
+from handlers.http.sockets import TakenSocket
 
 SWITCHING_PROTOCOLS = 101
 LINE_END = re.compile(r"[\r\n\0]")
@@ -68,7 +69,7 @@ class Connection(Protocol):
 
     def give_up(self, status: bytes) -> None: ...
 
-    def take_stream(self) -> IOStream: ...
+    def hand_over(self) -> TakenSocket | None: ...
 
     def abort(self) -> None: ...
 
@@ -132,7 +133,7 @@ class HandlerResponse(HTTPConnection):
         self._body_limit = connection.bounds.max_body_size
         self._keep_alive = request.keep_alive
         self._chunked = False
-        self._switch = b""  # a 101, which is sent by `detach`
+        self._switch = b""  # a 101, which is sent by `take_socket`
 
     @property
     def _is_over(self) -> bool:
@@ -281,16 +282,13 @@ class HandlerResponse(HTTPConnection):
         self._delegate = self._on_close = None
         self._connection.on_answered(self._keep_alive and self._request.complete)
 
-    def detach(self) -> IOStream:
-        """Send the 101, and return the socket with all that was read of it.
-
-        Raises `StreamClosedError` if the connection is closed.
-        """
+    def take_socket(self) -> TakenSocket | None:
+        """Send the 101, and return the socket; None if the connection is closed."""
         if self._is_over:
-            raise StreamClosedError
+            return None
         self._delegate = self._on_close = None
         self._connection.send(self._switch)
-        return self._connection.take_stream()
+        return self._connection.hand_over()
 
     def abort(self) -> None:
         """Close the connection immediately."""

@@ -19,7 +19,6 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any
 
-from tornado.iostream import IOStream, StreamClosedError
 from tornado.web import Application
 
 from backends.waiting import done_future
@@ -34,7 +33,7 @@ from handlers.http.response import (
     PendingResponse,
     fail,
 )
-from handlers.http.sockets import READ_SIZE, SocketConnection
+from handlers.http.sockets import READ_SIZE, SocketConnection, TakenSocket
 
 logger = logging.getLogger(__name__)
 
@@ -431,21 +430,14 @@ class RequestConnection(SocketConnection):
             self._taken = self.loop.create_future()
         return self._taken
 
-    def take_stream(self) -> IOStream:
-        """Return the socket, with what was read behind the current request.
-
-        Raises `StreamClosedError` if the connection is closing.
-        """
+    def hand_over(self) -> TakenSocket | None:
+        """Return the socket for another protocol; None if the connection is closing."""
         if self._closing:
-            raise StreamClosedError
-        inbox, unsent = self._inbox, self._unsent
-        stream = IOStream(self.take_socket(), max_buffer_size=2 * MAX_AHEAD)
-        stream._read_buffer += inbox
-        stream._read_buffer_size += len(inbox)
-        if unsent:
-            stream._write_buffer.append(bytes(unsent))
+            return None
+        unread, unsent = bytes(self._inbox), bytes(self._unsent or b"")
+        taken = TakenSocket(self.take_socket(), unread, unsent)
         self._forget()
-        return stream
+        return taken
 
     def close(self) -> None:
         """Close once the peer has taken what was written; discard what arrives.

@@ -34,6 +34,21 @@ def send_close_notify(sock: ssl.SSLSocket) -> bool:
     return True
 
 
+class TakenSocket:
+    """The socket of a connection that speaks another protocol from now on.
+
+    `unread` was read behind the request for that protocol, and `unsent` was written
+    before it, but not taken by the kernel.
+    """
+
+    __slots__ = ("sock", "unread", "unsent")
+
+    def __init__(self, sock: socket.socket, unread: bytes, unsent: bytes) -> None:
+        self.sock = sock
+        self.unread = unread
+        self.unsent = unsent
+
+
 class SocketConnection:
     """Reads and writes one socket; a subclass handles the bytes.
 

@@ -47,7 +47,7 @@ from handlers.http.bounds import (
 )
 from handlers.http.deadlines import Deadlines
 from handlers.http.response import SWITCHING_PROTOCOLS, add_option
-from handlers.http.sockets import send_close_notify
+from handlers.http.sockets import TakenSocket, send_close_notify
 
 TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n"
@@ -322,6 +322,23 @@ class _Exchange(HTTP1Connection):
         """File descriptor of the connection's socket; -1 once it is closed."""
         sock = self.stream.socket
         return -1 if sock is None else sock.fileno()
+
+    def take_socket(self) -> TakenSocket | None:
+        """Return the socket for another protocol; None if the connection is closed."""
+        stream = self.detach()
+        if stream.closed():
+            return None
+        if stream._state is not None:
+            stream.io_loop.remove_handler(stream.fileno())
+            stream._state = None
+        unsent = b""
+        if stream._write_buffer:
+            with stream._write_buffer.peek(len(stream._write_buffer)) as waiting:
+                unsent = bytes(waiting)
+        taken = TakenSocket(stream.socket, bytes(stream._read_buffer), unsent)
+        stream.socket = None  # type: ignore[assignment] # as IOStream.close_fd does
+        stream._closed = True
+        return taken
 
     @property
     def body_budget(self) -> BodyBudget:

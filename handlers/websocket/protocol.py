@@ -14,9 +14,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Literal, Protocol
 
-from tornado.iostream import IOStream
-
 from backends import ConnectionClosed, SendBufferFull
+from handlers.http.sockets import TakenSocket
 from handlers.websocket.closing import Closing
 from handlers.websocket.deflate import Compression, Inflater
 from handlers.websocket.frames import (
@@ -146,9 +145,9 @@ class ClientProtocol:
         self._pong: asyncio.Future[None] | None = None
         self._latest_ping: bytes | None = None
 
-    def begin(self, stream: IOStream) -> None:
-        """Take over the socket of `stream`, to which the 101 was written."""
-        self._stream = client_stream(stream, self)
+    def begin(self, taken: TakenSocket, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin on a socket to which the 101 was written."""
+        self._stream = client_stream(taken, loop, self)
         try:
             self._client.on_open()
         except Exception:

@@ -1,8 +1,8 @@
 """Reads and writes the socket of an open WebSocket, plain or TLS.
 
-It replaces Tornado's stream after the handshake: one system call per read and one
-per frame, a future only if a caller has to wait, and a tenth of the memory
-(docs/decisions/010-own-streams.md). `handlers.websocket.protocol` uses it.
+Unlike Tornado's streams: one system call per read and one per frame, a future only if a
+caller has to wait, and a tenth of the memory (docs/decisions/010-own-streams.md).
+`handlers.websocket.protocol` uses it.
 """
 
 import asyncio
@@ -14,10 +14,8 @@ from collections import deque
 from operator import itemgetter
 from typing import Protocol
 
-from tornado.iostream import IOStream
-
 from backends import ConnectionClosed
-from handlers.http.sockets import NOT_NOW, send_close_notify
+from handlers.http.sockets import NOT_NOW, TakenSocket, send_close_notify
 from handlers.websocket.uptake import Outgoing, outgoing
 
 RECORD = 16 * 1024  # bytes; the largest TLS record (RFC 8446, section 5.1)
@@ -33,10 +31,12 @@ class Owner(Protocol):
         """A write has failed: nothing more is sent."""
 
 
-def client_stream(stream: IOStream, owner: Owner) -> "ClientStream":
-    """Take over the socket of `stream`, plain or TLS."""
-    is_tls = isinstance(stream.socket, ssl.SSLSocket)
-    return (TLSClientStream if is_tls else ClientStream)(stream, owner)
+def client_stream(
+    taken: TakenSocket, loop: asyncio.AbstractEventLoop, owner: Owner
+) -> "ClientStream":
+    """Return the stream of a socket, plain or TLS."""
+    is_tls = isinstance(taken.sock, ssl.SSLSocket)
+    return (TLSClientStream if is_tls else ClientStream)(taken, loop, owner)
 
 
 class ClientStream:
@@ -64,33 +64,23 @@ class ClientStream:
         "unsent",
     )
 
-    def __init__(self, stream: IOStream, owner: Owner) -> None:
-        # Stored, since `get_running_loop` makes a system call before Python 3.12.
-        self.loop = asyncio.get_running_loop()
+    def __init__(
+        self, taken: TakenSocket, loop: asyncio.AbstractEventLoop, owner: Owner
+    ) -> None:
+        self.loop = loop
         self._owner: Owner | None = owner  # None once it is closed
         self._reading = False
-        self.closed = stream.closed()
+        self.closed = False
         self.lost = False
         self.taken = 0  # bytes that the kernel has taken
         # Bytes that were written and that the kernel has not taken.
         self.unsent: bytearray | None = None
         # Futures, each with the value of `taken` at which it is done.
         self._waiting: deque[tuple[int, asyncio.Future[None]]] | None = None
-        self._unread = b""  # bytes behind the handshake that Tornado has read already
-        if self.closed:
-            return
-        if stream._state is not None:
-            stream.io_loop.remove_handler(stream.fileno())
-            stream._state = None
-        self._sock: socket.socket = stream.socket
-        self._unread = bytes(stream._read_buffer)
-        unsent = len(stream._write_buffer)
-        if unsent:
-            with stream._write_buffer.peek(unsent) as data:
-                self._send_later(data)
-        stream.socket = None  # type: ignore[assignment] # as IOStream.close_fd does
-        stream._closed = True
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock: socket.socket = taken.sock
+        self._unread = taken.unread
+        if taken.unsent:
+            self._send_later(taken.unsent)
         self.start_reading()  # replaces the reader of the HTTP server
 
     @property

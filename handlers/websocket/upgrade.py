@@ -5,20 +5,21 @@
 
 import base64
 import hashlib
+from typing import Any
 
-from tornado.iostream import IOStream
 from tornado.web import RequestHandler
 
+from handlers.http.sockets import TakenSocket
 from handlers.websocket.deflate import Compression, accept_offer
 from handlers.websocket.negotiation import extensions
 
 ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 
 
-def upgrade(handler: RequestHandler, subprotocol: str | None) -> IOStream:
-    """Answer a handshake with 101, and return the stream of the new WebSocket.
+def upgrade(handler: RequestHandler, subprotocol: str | None) -> TakenSocket | None:
+    """Answer a handshake with 101, and return the socket of the new WebSocket.
 
-    Raises `StreamClosedError` if the client has disconnected.
+    None: the client has disconnected.
     """
     key = handler.request.headers["Sec-WebSocket-Key"].encode()
     accept = base64.b64encode(hashlib.sha1(key + ACCEPT_GUID).digest()).decode()
@@ -30,7 +31,9 @@ def upgrade(handler: RequestHandler, subprotocol: str | None) -> IOStream:
     handler.set_header("Connection", "Upgrade")
     handler.set_header("Sec-WebSocket-Accept", accept)
     handler.finish()
-    return handler.detach()
+    connection: Any = handler.request.connection
+    taken: TakenSocket | None = connection.take_socket()
+    return taken
 
 
 def negotiate_compression(
