@@ -474,10 +474,14 @@ class Backend(abc.ABC):
         counts as undelivered.
         """
 
-    async def disconnect(self, connection: Connection, closure: Closure) -> None:
+    def disconnect(
+        self, connection: Connection, closure: Closure
+    ) -> Awaitable[None] | None:
         """Handle the end of an accepted connection.
 
-        Raises `BackendError` where this could not be delivered; the relay logs it.
+        Returns None if that is done, or an awaitable that completes when it is; write
+        `async def` for the simple case. The awaitable fails with `BackendError` where
+        the end could not be delivered; the relay logs it.
         """
         return None
 
@@ -487,7 +491,9 @@ class Backend(abc.ABC):
         Called with --cluster, for runs of other processes; the closure is `LOST`.
         Raises `BackendError` where this could not be delivered.
         """
-        await self.disconnect(LostConnection(connection_id), LOST)
+        delivered = self.disconnect(LostConnection(connection_id), LOST)
+        if delivered is not None:
+            await delivered
 
     def abandon(self, connection_id: str) -> None:
         """Send nothing more for a connection: another instance has sent its end.

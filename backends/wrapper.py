@@ -30,8 +30,10 @@ class BackendWrapper(Backend):
     ) -> Awaitable[None] | None:
         return self._backend.message(connection, message)
 
-    async def disconnect(self, connection: Connection, closure: Closure) -> None:
-        await self._backend.disconnect(connection, closure)
+    def disconnect(
+        self, connection: Connection, closure: Closure
+    ) -> Awaitable[None] | None:
+        return self._backend.disconnect(connection, closure)
 
     async def lost(self, connection_id: str, instance: str) -> None:
         await self._backend.lost(connection_id, instance)

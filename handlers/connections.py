@@ -7,14 +7,14 @@ its route. Client handlers and callback handlers share nothing else.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 from tornado.options import define
 
-from backends import Observer
+from backends import BackendError, Observer
 from backends.deadlines import after_reading
 from handlers.admission import RETRY_AFTER, Admission, Refusal, RefusalLog
 from handlers.backlog import Backlog
@@ -55,6 +55,9 @@ class Listed(Protocol):
     def abort(self) -> None:
         """Cut the connection off immediately."""
 
+    def on_notified(self, error: BaseException | None) -> None:
+        """Its disconnect notification has ended; None: without an error, or cut off."""
+
 
 C = TypeVar("C", bound=Listed)
 
@@ -81,7 +84,7 @@ class ConnectionMap(Generic[C]):
         # The dictionary's own method, since it is called for each message.
         self.get: Callable[[str], C | None] = self._connections.get
         # Kept here so that they aren't collected while they run; awaited by drain().
-        self._notifications: dict[asyncio.Task[None], C] = {}
+        self._notifications: dict[asyncio.Future[None], C] = {}
         self._changed = asyncio.Event()
         self.total = 0  # connections listed since the start
         self.backlog = backlog or Backlog()
@@ -144,20 +147,22 @@ class ConnectionMap(Generic[C]):
     # Shutdown.
 
     def run_notification(
-        self, connection: C, notification: Coroutine[None, None, None]
+        self, connection: C, notification: Awaitable[None]
     ) -> None:
         """Run `notification`, which sends the disconnect event of `connection`."""
         self.backlog.hold(0)
-        task = self.loop.create_task(notification)
-        self._notifications[task] = connection
-        task.add_done_callback(self._on_notification_ended)
+        running = asyncio.ensure_future(notification, loop=self.loop)
+        self._notifications[running] = connection
+        running.add_done_callback(self._on_notification_ended)
 
-    def _on_notification_ended(self, task: asyncio.Task[None]) -> None:
-        del self._notifications[task]
+    def _on_notification_ended(self, ended: "asyncio.Future[None]") -> None:
+        connection = self._notifications.pop(ended)
         self._changed.set()
         self.backlog.release(0)
-        if not task.cancelled() and task.exception() is not None:
-            logger.error("bug in a disconnect notification", exc_info=task.exception())
+        error = None if ended.cancelled() else ended.exception()
+        connection.on_notified(error)
+        if error is not None and not isinstance(error, BackendError):
+            logger.error("bug in a disconnect notification", exc_info=error)
 
     async def drain(
         self,

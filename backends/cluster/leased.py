@@ -96,7 +96,9 @@ class LeasedBackend(BackendWrapper):
                 await self._hold.passed()
             if connection.id in self._fenced:
                 return
-            await self._backend.disconnect(connection, closure)
+            delivered = self._backend.disconnect(connection, closure)
+            if delivered is not None:
+                await delivered
         except BackendError:
             if not self._closing:  # otherwise others send it
                 self._lease.ids.remove(connection.id)

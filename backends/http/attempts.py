@@ -4,7 +4,6 @@
 """
 
 import asyncio
-from functools import partial
 
 from backends import Attempt, BackendError, EventName, Observer
 from backends.breaker import Breaker
@@ -30,11 +29,12 @@ class Attempts:
     ) -> None:
         """`rules` say what a response means; `keep` what they need of its body."""
         self.rules = rules
+        self.requests = requests
+        self.breaker = breaker
+        self.observer = observer
+        self.loop = client.loop
         self._keep = keep
         self._client = client
-        self._requests = requests
-        self._breaker = breaker
-        self._observer = observer
 
     async def make(
         self,
@@ -53,68 +53,91 @@ class Attempts:
         decides how much of the response's body is kept. Raises `BackendError` if there
         is no response.
         """
-        loop = self._client.loop
-        began = loop.time()
-        outcome: Response | BackendError
+        attempt = SingleAttempt(self, name, connection_id, target, event, number)
+        exchange = self._client.post(
+            target,
+            attempt.request,
+            attempt.on_done,
+            timeout=timeout,
+            queue_timeout=queue_timeout,
+            keep=keep or self._keep,
+        )
         try:
-            outcome = await self._post(
-                target, event, timeout, queue_timeout, keep or self._keep
-            )
-        except (NoConnection, asyncio.CancelledError):
-            self._breaker.record_nothing()
+            return await attempt.response
+        except asyncio.CancelledError:
+            if attempt.response.cancelled():
+                exchange.abandon()
+                self.breaker.record_nothing()
             raise
-        except BackendError as error:
-            outcome = error
-        became = self.rules.outcome_of(outcome)
-        cause = unreachable_cause(became, target.url, outcome)
-        self._breaker.record(connection_id, cause)
-        answer = outcome if isinstance(outcome, Response) else None
-        self._observer.attempted(
+
+
+class SingleAttempt:
+    """One attempt: reports how it has ended, and keeps the response."""
+
+    __slots__ = (
+        "_attempts",
+        "_began",
+        "_connection_id",
+        "_event",
+        "_name",
+        "_number",
+        "_target",
+        "response",
+    )
+
+    def __init__(
+        self,
+        attempts: Attempts,
+        name: EventName,
+        connection_id: str,
+        target: Target,
+        event: Event,
+        number: int,
+    ) -> None:
+        self._attempts = attempts
+        self._name: EventName = name
+        self._connection_id = connection_id
+        self._target = target
+        self._event = event
+        self._number = number
+        self._began = attempts.loop.time()
+        # Fails with `BackendError` if there is none.
+        self.response: asyncio.Future[Response] = attempts.loop.create_future()
+
+    def request(self) -> bytes:
+        """Return the whole request."""
+        return self._attempts.requests.write(self._target, self._event)
+
+    def on_done(self, outcome: Response | BackendError) -> None:
+        """There is a response, or there will be none."""
+        if self.response.done():
+            return  # cancelled, which `Attempts.make` handles in a later turn
+        status = None
+        if isinstance(outcome, BackendError):
+            self.response.set_exception(outcome)
+            self.response.exception()  # whoever waited may be cancelled before it runs
+        else:
+            status = outcome.status
+            self.response.set_result(outcome)
+        attempts, event, url = self._attempts, self._event, self._target.url
+        if isinstance(outcome, NoConnection):
+            attempts.breaker.record_nothing()
+            return
+        became = attempts.rules.outcome_of(outcome)
+        attempts.breaker.record(
+            self._connection_id, unreachable_cause(became, url, outcome)
+        )
+        attempts.observer.attempted(
             Attempt(
-                name,
-                connection_id,
+                self._name,
+                self._connection_id,
                 event.id,
                 event.traceparent,
                 became,
-                answer.status if answer is not None else None,
-                loop.time() - began,
-                target.url,
+                status,
+                attempts.loop.time() - self._began,
+                url,
                 event.trace,
-                number,
+                self._number,
             )
         )
-        if isinstance(outcome, BackendError):
-            raise outcome
-        return outcome
-
-    async def _post(
-        self,
-        target: Target,
-        event: Event,
-        timeout: float,
-        queue_timeout: float | None,
-        keep: Keep | None,
-    ) -> Response:
-        done: asyncio.Future[Response] = self._client.loop.create_future()
-
-        def on_done(outcome: Response | BackendError) -> None:
-            if done.done():
-                return
-            if isinstance(outcome, BackendError):
-                done.set_exception(outcome)
-            else:
-                done.set_result(outcome)
-
-        exchange = self._client.post(
-            target,
-            partial(self._requests.write, target, event),
-            on_done,
-            timeout=timeout,
-            queue_timeout=queue_timeout,
-            keep=keep,
-        )
-        try:
-            return await done
-        finally:
-            if not done.done() or done.cancelled():
-                exchange.abandon()

@@ -71,11 +71,13 @@ class Decisions:
                 self._replies.report(connection_id, event.id, error)
                 return None
             subprotocol = chosen_subprotocol(reply.members)
+        elif not response.body:
+            return None  # the usual case: accepted without a word
         else:
             try:
                 subprotocol = chosen_subprotocol(parsed_json(body_of(response)))
             except ValueError:
-                return None  # not JSON, such as "OK" or nothing: accepted nevertheless
+                return None  # not JSON, such as "OK": accepted nevertheless
             except MalformedResponse as error:
                 raise BackendError(f"POST {target}: {error}") from error
         if subprotocol is not None and subprotocol not in offered:

@@ -7,7 +7,8 @@ import abc
 import asyncio
 import itertools
 import logging
-from typing import Protocol
+from collections.abc import Coroutine
+from typing import Any, Protocol
 
 from tornado.options import define
 
@@ -77,6 +78,11 @@ class DisconnectNotification:
     def again(self) -> "DisconnectNotification":
         """Return the next notification: a message was delivered after this one."""
         return DisconnectNotification(self._events, self._ended, self._delivery)
+
+    @property
+    def settled(self) -> bool:
+        """Whether `wait_until_ready` need not wait."""
+        return self._delivery is None or self._delivery.settled
 
     @property
     def ready(self) -> bool:
@@ -159,23 +165,25 @@ class DisconnectDelivery(Disconnects):
         self._breaker = breaker
         self._timeout = timeout
 
-    async def deliver(self, notification: DisconnectNotification) -> None:
+    def deliver(
+        self, notification: DisconnectNotification
+    ) -> Coroutine[Any, Any, None]:
         """Send the event. Raises `BackendError` if it was refused or given up."""
         if self.target is None:
-            await notification.wait_until_ready()
-        else:
-            await super().deliver(notification)
+            return notification.wait_until_ready()
+        return super().deliver(notification)
 
     async def _send(
         self, notification: DisconnectNotification
     ) -> BackendError | None:
         target = self.target
         assert target is not None
-        loop = asyncio.get_running_loop()
+        loop = self._attempts.loop
         deadline = float("inf")
         for attempt in itertools.count(1):
             wait = 0.0
-            await notification.wait_until_ready()
+            if not notification.settled:
+                await notification.wait_until_ready()
             while not self._breaker.take():
                 deadline = min(deadline, loop.time() + self._timeout)
                 if await self._wait_for_breaker(notification, deadline):

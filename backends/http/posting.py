@@ -5,6 +5,7 @@ messages, `disconnects` sends the end of each connection after them.
 """
 
 import asyncio
+from collections.abc import Awaitable
 
 from backends import (
     LOST,
@@ -61,19 +62,33 @@ class PostingBackend(Backend):
         self.reload()
         open_connections.start_recovery()
 
-    async def disconnect(self, connection: Connection, closure: Closure) -> None:
+    def disconnect(
+        self, connection: Connection, closure: Closure
+    ) -> Awaitable[None] | None:
         """Post to `--disconnecturi`; held requests end a little later."""
         delivery = self._by_id.get(connection.id)
+        events = self.disconnect_events(connection)
+        if self._disconnects.target is None and (
+            delivery is None or not (delivery.busy or delivery.holding)
+        ):
+            self._by_id.pop(connection.id, None)
+            self._open_connections.remove(connection.id)
+            return None
         ended = Ended(
             connection.id, closure, connection.trace, connection.backend_state
         )
-        notification = DisconnectNotification(
-            self.disconnect_events(connection), ended, delivery
-        )
+        notification = DisconnectNotification(events, ended, delivery)
         if delivery is None:
-            await self._notify(notification)
-            return
+            return self._notify(notification)
         delivery.disconnected = True
+        return self._notify_after(delivery, notification)
+
+    async def _notify_after(
+        self,
+        delivery: Delivery | BatchDelivery,
+        notification: DisconnectNotification,
+    ) -> None:
+        """Deliver the disconnect event of a connection that has sent messages."""
         try:
             await self._notify(notification)
             if self._disconnects.target is not None:
@@ -84,7 +99,7 @@ class PostingBackend(Backend):
                 self._ending.add(ending)
                 ending.add_done_callback(self._ending.discard)
             else:
-                self._by_id.pop(connection.id, None)
+                self._by_id.pop(notification.connection_id, None)
 
     def disconnect_events(self, connection: Connection) -> DisconnectEvents:
         """Return what makes the disconnect event of a connection that has ended."""

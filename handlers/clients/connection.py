@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Awaitable
 from datetime import UTC, datetime, timedelta
 
 from backends import (
@@ -561,9 +562,17 @@ class ClientConnection:
             context.observer.closed(self, close.code, initiator, duration)
             if logger.isEnabledFor(logging.INFO):
                 self._log_close(close.code, initiator, duration)
-        context.connections.run_notification(
-            self, self._notify_backend(close, initiator, duration)
-        )
+        # Its end may take long, with thousands of others: keep only what it needs.
+        self._protocol = None
+        notification: Awaitable[None] | None
+        if self._inbox.busy:
+            notification = self._notify_after_messages(close, initiator, duration)
+        else:
+            notification = self._notify_backend(close, initiator, duration)
+        if notification is None:
+            self._inbox.close()
+        else:
+            context.connections.run_notification(self, notification)
 
     def _log_close(self, code: int, initiator: Initiator, duration: float) -> None:
         """Log without the reason, which is text of the peer."""
@@ -586,28 +595,41 @@ class ClientConnection:
             "waiting": len(self._inbox),
         })
 
-    async def _notify_backend(
+    def _notify_backend(
         self, close: Close, initiator: Initiator, duration: float
-    ) -> None:
-        """Notify the backend of the end, after all messages that were read before."""
-        # It may wait for long, with thousands of others: keep only what it needs.
-        self._protocol = None
-        await self._inbox.delivered()
-        self._inbox.waiting_since = self._began + duration
+    ) -> Awaitable[None] | None:
+        """Notify the backend of the end; return as `Backend.disconnect` does."""
+        inbox = self._inbox
+        inbox.waiting_since = self._began + duration
         closure = Closure(
-            close.code, close.reason, initiator, duration, self._inbox.undelivered
+            close.code, close.reason, initiator, duration, inbox.undelivered
         )
         try:
-            await self._context.backend.disconnect(self, closure)
-        except BackendError as error:
+            return self._context.backend.disconnect(self, closure)
+        except Exception as error:  # as if the awaitable had failed
+            failed = self._context.loop.create_future()
+            failed.set_exception(error)
+            return failed
+
+    async def _notify_after_messages(
+        self, close: Close, initiator: Initiator, duration: float
+    ) -> None:
+        """Notify the backend after all messages that were read before the end."""
+        await self._inbox.delivered()
+        notification = self._notify_backend(close, initiator, duration)
+        if notification is not None:
+            await notification
+
+    def on_notified(self, error: BaseException | None) -> None:
+        """The backend was notified of the end; with a `BackendError` it was not."""
+        self._inbox.close()
+        if isinstance(error, BackendError):
             logger.error(
                 "connection %s: disconnect notification failed: %s",
                 self.id,
                 error,
                 extra={"event": "disconnect_failed", "connection_id": self.id},
             )
-        finally:
-            self._inbox.close()
 
     def _now(self) -> float:
         return self._context.loop.time()

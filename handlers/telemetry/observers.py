@@ -126,7 +126,9 @@ class ObservedBackend(BackendWrapper):
     async def disconnect(self, connection: Connection, closure: Closure) -> None:
         began = monotonic()
         try:
-            await self._backend.disconnect(connection, closure)
+            delivered = self._backend.disconnect(connection, closure)
+            if delivered is not None:
+                await delivered
         except BackendError as error:
             self._report("disconnect", connection, began, error)
             raise
