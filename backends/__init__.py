@@ -285,8 +285,7 @@ class Handshake:
     fields: Sequence[tuple[str, str]] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Closure:
+class Closure(NamedTuple):
     """How a connection ended.
 
     `code` is the relay's own close code where it closed first, else the one

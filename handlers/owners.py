@@ -8,8 +8,8 @@ each connection without asking anybody (docs/decisions/019-any-instance.md).
 import hashlib
 import hmac
 import ipaddress
+import os
 import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -132,7 +132,7 @@ class Owners:
 
     def new_id(self) -> str:
         """Return the id of a new connection of this instance."""
-        return secrets.token_hex(RANDOM // 2)
+        return os.urandom(RANDOM // 2).hex()
 
     def elsewhere(self, connection_id: str) -> Address | None:
         """Return the owner of a connection that is not here.
@@ -158,7 +158,7 @@ class SharedOwners(Owners):
         self._verified: dict[str, Address] = {}
 
     def new_id(self) -> str:
-        digits = secrets.token_hex(RANDOM // 2) + self.own_digits
+        digits = super().new_id() + self.own_digits
         return digits + _mac(self._macs[0], digits)
 
     def elsewhere(self, connection_id: str) -> Address | None:

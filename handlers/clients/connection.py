@@ -187,10 +187,11 @@ class ClientConnection:
     def on_open(self) -> None:
         """Send the frames of callbacks that came before the 101."""
         self.state = "open"
-        self._last_message = self._now()
-        self._context.heartbeat.add(self)
-        self._context.lifetimes.add(self)
-        self._context.observer.opened(self)
+        context = self._context
+        self._last_message = now = context.loop.time()
+        context.heartbeat.add(self, now)
+        context.lifetimes.add(self, now)
+        context.observer.opened(self)
         if logger.isEnabledFor(logging.INFO):
             self._log_open()
         early, self._early = self._early, None
@@ -199,7 +200,7 @@ class ClientConnection:
                 self.send_frame(frame, limited=False)
         if self._closing is not None:
             self.close(*self._closing)
-        elif self._context.connections.draining:
+        elif context.connections.draining:
             self.drain()
 
     def _log_open(self) -> None:

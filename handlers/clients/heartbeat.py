@@ -52,10 +52,9 @@ class Heartbeat:
         self._pinged_at: dict[Pinged, float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, connection: Pinged) -> None:
-        """Ping `connection` from now on."""
+    def add(self, connection: Pinged, now: float) -> None:
+        """Ping `connection` from `now` on, which is the time on the loop's clock."""
         if self._interval > 0:
-            now = asyncio.get_running_loop().time()
             self._ping_at[connection] = now + self._interval
             self._arm(now)
 

@@ -66,11 +66,10 @@ class Lifetimes:
         # send during it.
         self._resumed_at = float("-inf")
 
-    def add(self, connection: Expirable) -> None:
-        """Watch `connection` from now on."""
+    def add(self, connection: Expirable, now: float) -> None:
+        """Watch `connection` from `now` on, which is the time on the loop's clock."""
         if not self._on:
             return
-        now = asyncio.get_running_loop().time()
         ends_at = now + self._max_lifetime * (1 - JITTER * random.random())
         if self._timer is None and not self._due:
             self._last_turn = self._turn_at(now)
