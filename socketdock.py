@@ -17,11 +17,6 @@ from tornado.options import define, options
 
 import backends
 from backends import Unavailable
-from handlers.http.development import (
-    DevelopmentAuthority,
-    named_hosts,
-    set_development_options,
-)
 from handlers.process.command_line import arguments_of
 from handlers.process.event_loop import loop_factory
 from handlers.process.lifecycle import exit_now, open_standard_streams
@@ -34,7 +29,6 @@ from handlers.process.options import (
 )
 from handlers.process.options.help import print_help
 from handlers.process.options.template import print_template
-from handlers.program.check import check
 from handlers.program.health import health
 from handlers.program.service import serve
 
@@ -93,11 +87,19 @@ def run(command: str, words: list[str]) -> int:
     if command == "redis-partitions":
         return asyncio.run(grow_partitions(number))
     if develops:
+        from handlers.http.development import (
+            DevelopmentAuthority,
+            named_hosts,
+            set_development_options,
+        )
+
         folder = set_development_options(os.environ)
     if command == "health":
         return health()
     factory = loop_factory(options.event_loop)
     if command == "check":
+        from handlers.program.check import check
+
         return asyncio.Runner(loop_factory=factory).run(
             check(__version__, warnings, sends)
         )

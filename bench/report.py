@@ -193,7 +193,7 @@ def plot(table: Table, file: Path) -> bool:
 
     Returns False if there is nothing to plot.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415 (measuring does without)
+    from matplotlib.figure import Figure
 
     modes = [mode for mode in PLOTTED if BASELINE in table.rows.get(PLOTTED[mode], {})]
     relays = [relay for relay in table.relays if relay != BASELINE]

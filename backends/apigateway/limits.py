@@ -6,12 +6,7 @@ See "Quotas for configuring and running a WebSocket API" in its developer guide.
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from tornado.options import define, options
-
-define("apigateway_limits", default=True,
-       help="whether the apigateway backend has API Gateway's limits of messages, "
-            "frames and connections, where options do not set others; off: the "
-            "relay's own")
+from tornado.options import options
 
 LIMITS: Mapping[str, float] = MappingProxyType({
     "max_message_size": 128 * 1024,  # bytes

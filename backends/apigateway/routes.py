@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from tornado.options import Error as OptionError
-from tornado.options import define, options
+from tornado.options import options
 
 from backends.apigateway.documents import parsed
 from backends.target import Target
@@ -16,15 +16,6 @@ from backends.target import Target
 CONNECT, DISCONNECT, DEFAULT = "$connect", "$disconnect", "$default"
 PREDEFINED = (CONNECT, DISCONNECT, DEFAULT)
 
-define("functionuri", type=str, metavar="URL",
-       help="URL that invokes the Lambda function of all routes, or of an HTTP service "
-            "that takes the same requests; required")
-define("routes", multiple=True, metavar="ROUTES",
-       help="route keys, each with =URL if its function is not that of --functionuri; "
-            "$connect, $disconnect and $default always exist, except with = and no URL")
-define("route_selection", default="$request.body.action", metavar="EXPRESSION",
-       help="where a message has its route key: $request.body and the path of a member "
-            "of its JSON")
 
 # One property or a path, as `$request.body.a.b` or `${request.body.a.b}`.
 NAMES = r"([^{}\[\]\s]+)"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from tornado.options import Error as OptionError
-from tornado.options import define, options
+from tornado.options import options
 
 from backends import Relay
 from backends.apigateway.authorizer import identity_sources
@@ -16,14 +16,6 @@ from backends.hosts import encoded_host, is_host
 from backends.target import Target
 
 logger = logging.getLogger(__name__)
-
-define("stage", default="local", metavar="NAME",
-       help="the stage: clients connect to /<stage>, or to --ws_path")
-define("api_id", default="socketdock", metavar="ID",
-       help="apiId in events")
-define("domain_name", type=str, metavar="NAME",
-       help="domainName in events, by which functions reach /@connections; none: host "
-            "and port of --externalhostandport")
 
 WITHOUT_EFFECT = ("messageuri", "disconnecturi", "backend_timeout")
 STAGE = re.compile(r"[A-Za-z0-9_-]{1,128}")

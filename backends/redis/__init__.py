@@ -6,19 +6,18 @@ trims. Decisions on handshakes are those of the `http` backend.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tornado.options import Error as OptionError
 from tornado.options import define, options
 
 from backends import Relay
-from backends.journal import StateDirectory
-from backends.redis.backend import RedisBackend, StreamSettings
-from backends.redis.check import RedisCheck
-from backends.redis.growth import grow
-from backends.redis.keys import MAX_PARTITIONS, Keys
-from backends.redis.verdicts import make_verdicts, make_verdicts_check
-from backends.redis_client import RedisClient
-from backends.redis_url import read_address
+
+if TYPE_CHECKING:
+    from backends.redis.backend import RedisBackend
+    from backends.redis.check import RedisCheck
+    from backends.redis.keys import Keys
+    from backends.redis_client import RedisClient
 
 # The shared modules whose options this backend reads.
 OPTION_MODULES = (
@@ -54,22 +53,29 @@ define("replay_dead", default=False,
        help="socketdock worker: send dead events again, at the start")
 
 
-def make_keys() -> Keys:
+def make_keys() -> "Keys":
     """Return the keys from the options. Raises `OptionError`."""
+    from backends.redis.keys import Keys
+
     prefix = options.redis_prefix
     if not prefix or any(character in prefix for character in "{}"):
         raise OptionError(f"--redis_prefix={prefix} is empty or has a brace")
     return Keys(prefix)
 
 
-def make_redis_client() -> RedisClient:
+def make_redis_client() -> "RedisClient":
     """Return the client from the options. Raises `OptionError`."""
+    from backends.redis_client import RedisClient
+    from backends.redis_url import read_address
+
     address = read_address("redis_url", options.redis_url, options.redis_url_file)
     return RedisClient(address, "--backend=redis")
 
 
 def check_partitions(number: int) -> int:
     """Return a number of partitions. Raises `OptionError` if none may have it."""
+    from backends.redis.keys import MAX_PARTITIONS
+
     if not 0 < number <= MAX_PARTITIONS:
         raise OptionError(
             f"there are 1 to {MAX_PARTITIONS} partitions in Redis, not {number}"
@@ -79,12 +85,17 @@ def check_partitions(number: int) -> int:
 
 async def grow_partitions(number: int) -> str:
     """Store a larger number of partitions; see `growth.grow`."""
+    from backends.redis.growth import grow
+
     check_partitions(number)
     return await grow(make_redis_client(), make_keys(), number)
 
 
-def make_check(relay: Relay) -> RedisCheck:
+def make_check(relay: Relay) -> "RedisCheck":
     """Make the checks of `socketdock check`, from the options."""
+    from backends.redis.check import RedisCheck
+    from backends.redis.verdicts import make_verdicts_check
+
     return RedisCheck(
         make_redis_client(),
         make_keys(),
@@ -94,8 +105,12 @@ def make_check(relay: Relay) -> RedisCheck:
     )
 
 
-def make_backend(relay: Relay) -> RedisBackend:
+def make_backend(relay: Relay) -> "RedisBackend":
     """Make the backend for `--backend=redis`, from the options."""
+    from backends.journal import StateDirectory
+    from backends.redis.backend import RedisBackend, StreamSettings
+    from backends.redis.verdicts import make_verdicts
+
     client, keys, verdicts = make_redis_client(), make_keys(), make_verdicts(relay)
     state = None
     if options.state_dir:

@@ -3,19 +3,22 @@
 import re
 from collections.abc import Awaitable, Sequence
 from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 from backends import Backend
 from backends.media_types import has_text_charset
 from handlers.callbacks.access import CallbackAccess
 from handlers.callbacks.actions import GONE, Outcome, find, send
 from handlers.callbacks.bodies import message_of
-from handlers.callbacks.peers.forward import Forwarder
 from handlers.callbacks.peers.forwarded import Forwarded, without_key
 from handlers.callbacks.responses import response_of
 from handlers.clients.connection import Connections
 from handlers.http.request import FastHandler, FastResponse, Request
 from handlers.owners import OWNER_PART, Address
 from handlers.websocket.frames import MessageFrame
+
+if TYPE_CHECKING:
+    from handlers.callbacks.peers.forward import Forwarder
 
 # Cached Host headers. Backends send few, each many times.
 MAX_REMEMBERED = 64
@@ -76,7 +79,7 @@ class FastSend:
         connections: Connections,
         backend: Backend,
         max_message_size: int,
-        forwarder: Forwarder | None = None,
+        forwarder: "Forwarder | None" = None,
     ) -> None:
         self._max_message_size = max_message_size
         self._target = re.compile(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tornado.web import RequestHandler
 
@@ -24,7 +24,6 @@ from handlers.callbacks.actions import GONE, Outcome
 from handlers.callbacks.answering import OutcomeHandler, RepeatableHandler
 from handlers.callbacks.bodies import message_of, parse_closing, receipt_of
 from handlers.callbacks.openapi import OpenAPIHandler
-from handlers.callbacks.peers.forward import Forwarder
 from handlers.callbacks.peers.forwarded import Forwarded, without_key
 from handlers.callbacks.repeats import Keyed, Repeats, digest_of
 from handlers.clients.connection import ClientConnection, Connections
@@ -32,6 +31,9 @@ from handlers.http.application import Routes
 from handlers.http.body import NotFoundHandler
 from handlers.probes import LiveHandler, Readiness, ReadyHandler
 from handlers.websocket.frames import CloseCode, MessageFrame
+
+if TYPE_CHECKING:
+    from handlers.callbacks.peers.forward import Forwarder
 
 Action = Callable[[ClientConnection], Outcome | Awaitable[Outcome]]
 
@@ -142,7 +144,7 @@ class CallbackHandler(RepeatableHandler, OneConnectionHandler):
         backend: Backend,
         repeats: Repeats,
         max_message_size: int,
-        forwarder: Forwarder | None = None,
+        forwarder: "Forwarder | None" = None,
     ) -> None:
         self.connections = connections
         self.backend = backend

@@ -25,16 +25,11 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
-from tornado.options import define, options
 
 from backends import Backend
 from handlers.clients.connection import Connections
 from handlers.operators.guard import OperatorGuard, OperatorHandler
 from handlers.operators.metrics import BOUNDS, LoopLag, Metrics
-from handlers.telemetry.observers import Observers
-
-define("metrics", default=True,
-       help="collect metrics and serve GET /metrics; off: the path does not exist")
 
 # choose_encoder() raises for a version that is not a number.
 NO_VERSION = re.compile(r"version=(?!\d{1,4}(\.\d{1,4}){0,2}\s*([;,]|$))")
@@ -286,23 +281,3 @@ class MetricsHandler(OperatorHandler):
         self.finish(body)
 
     head = get
-
-
-def make_collector(
-    connections: Connections,
-    backend: Backend,
-    observers: Observers,
-    version: str,
-    cluster: Described | None = None,
-) -> RelayCollector | None:
-    """Return the collector, and start counting; None with --metrics=off.
-
-    `cluster` has the leases of --cluster.
-    """
-    if not options.metrics:
-        return None
-    metrics = Metrics()
-    observers.add(metrics)
-    build = {"version": version, "backend": options.backend}
-    most = {"connections": options.max_connections, "pending": options.max_pending}
-    return RelayCollector(metrics, connections, backend, build, most, cluster)

@@ -11,7 +11,7 @@ import backends
 from backends import Check, Finding, Observer, Relay
 from backends.cluster import make_cluster_check
 from handlers.callbacks.address import callback_url
-from handlers.callbacks.apigateway.sigv4_keys import make_signing_keys
+from handlers.callbacks.apigateway import make_signing_keys
 from handlers.callbacks.executor import CommandExecutor
 from handlers.callbacks.peers.check import peer_findings
 from handlers.callbacks.peers.sharing import Peers

@@ -18,7 +18,6 @@ from handlers.http.bounds import RequestBounds
 from handlers.http.listener import Server
 from handlers.http.request import FastHandler, Request
 from handlers.http.server import RequestServer
-from handlers.http.tornado_server import TornadoServer
 
 if TYPE_CHECKING:
     from handlers.telemetry.spans import Tracing
@@ -58,6 +57,8 @@ def make_server(
         routes, default_handler_class=NotFoundHandler, log_function=on_answered
     )
     if options.http_server == "tornado":
+        from handlers.http.tornado_server import TornadoServer
+
         return TornadoServer(application, bounds)
     return RequestServer(application, bounds, fast, on_fast_answered, keep_names)
 

@@ -11,6 +11,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from tornado.options import options
@@ -22,15 +23,13 @@ from handlers.admission import Admission
 from handlers.backlog import Backlog
 from handlers.callbacks.access import CallbackAccess
 from handlers.callbacks.address import callback_url
-from handlers.callbacks.apigateway.routes import connections_routes
-from handlers.callbacks.apigateway.sigv4_keys import make_signing_keys
+from handlers.callbacks.apigateway import make_signing_keys
 from handlers.callbacks.bulk import Bulk, BulkHandler, bulk_routes
 from handlers.callbacks.capabilities import make_capabilities
 from handlers.callbacks.executor import CommandExecutor
 from handlers.callbacks.fast_bulk import FastBulk
 from handlers.callbacks.fast_send import FastSend
-from handlers.callbacks.peers.shared_bulk import SharedBulkHandler, without_trace
-from handlers.callbacks.peers.sharing import Sharing, make_peers
+from handlers.callbacks.peers import make_peers
 from handlers.callbacks.repeats import Repeats
 from handlers.callbacks.routes import callback_routes
 from handlers.callbacks.tokens import CallbackTokens
@@ -44,13 +43,10 @@ from handlers.clients.tickets import Tickets
 from handlers.http.application import Routes
 from handlers.http.binding import bind_listeners
 from handlers.http.body_budget import MAX_BODY_BYTES, BodyBudget
-from handlers.http.development import local_url
 from handlers.http.listener import Descriptors
-from handlers.operators.console import console_routes
-from handlers.operators.console.assets import clients_of
-from handlers.operators.console.tail import Tail
+from handlers.operators.collecting import make_collector
+from handlers.operators.console import make_tail
 from handlers.operators.guard import OperatorGuard
-from handlers.operators.prometheus import make_collector
 from handlers.operators.routes import operator_routes
 from handlers.operators.status import Status
 from handlers.probes import Readiness
@@ -64,6 +60,9 @@ from handlers.program.servers import Fast, bounds, either, make_server
 from handlers.telemetry import make_tracing
 from handlers.telemetry.observers import ObservedBackend, Observers
 from handlers.websocket.frames import UNMASKS_IN_C
+
+if TYPE_CHECKING:
+    from handlers.callbacks.peers.sharing import Sharing
 
 logger = logging.getLogger("socketdock")
 
@@ -89,6 +88,8 @@ async def serve(
     await service.backend.start()
     service.start(log)
     if variables:
+        from handlers.http.development import local_url
+
         address = f"{local_url(service.to_clients, 'ws')}/{options.stage}"
         with contextlib.suppress(BrokenPipeError):
             print("\n".join((*variables, f"clients connect to {address}")), flush=True)
@@ -177,11 +178,10 @@ class Service:
         self.collector = make_collector(
             self.connections, self.backend, self.observers, self._version, self.cluster
         )
-        self.tail = Tail(
+        self.tail = make_tail(
             self.observers,
             self.connections,
             self.backend,
-            options.console_bodies,
             {
                 "version": self._version,
                 "instance": self.instance,
@@ -211,7 +211,9 @@ class Service:
 
     def _rename(self, instance: str) -> None:
         """Go on under another name: this run was taken for dead."""
-        self.instance = self.tail.named["instance"] = instance
+        self.instance = instance
+        if self.tail is not None:
+            self.tail.named["instance"] = instance
         self.status.rename(instance)
 
     def _occupancy(self) -> Occupancy:
@@ -268,6 +270,8 @@ class Service:
             self._prefix, self.access, self.readiness, self._version, stage, **callbacks
         )
         if stage is not None:
+            from handlers.callbacks.apigateway.routes import connections_routes
+
             routes += connections_routes(
                 self._prefix, stage, self.signing_keys, self.access, **callbacks
             )
@@ -276,13 +280,16 @@ class Service:
         routes += bulk_routes(
             self._prefix,
             self.tokens,
-            BulkHandler if self.sharing is None else SharedBulkHandler,
+            BulkHandler if self.sharing is None else self.sharing.bulk_handler,
             bulk=self.bulk,
             repeats=self.repeats,
             max_bulk_size=options.max_bulk_size,
         )
         routes += operator_routes(guard, status, self.collector)
-        if options.console:
+        if self.tail is not None:
+            from handlers.operators.console.assets import clients_of
+            from handlers.operators.console.routes import console_routes
+
             routes += console_routes(
                 guard,
                 self.connections,
@@ -315,7 +322,7 @@ class Service:
                 self._prefix, self.tokens, self.bulk, options.max_bulk_size
             )
             if self.sharing is not None:
-                bulk = without_trace(bulk)
+                bulk = self.sharing.fast_bulk(bulk)
             fast = either(send, bulk)
         if self.tracing is None:
             return fast
@@ -421,7 +428,8 @@ class Service:
     async def _close(self) -> None:
         if self.collector is not None:
             self.collector.close()
-        await self.tail.close()
+        if self.tail is not None:
+            await self.tail.close()
         self.heartbeat.close()
         self.lifetimes.close()
         self.policy.stalls.close()

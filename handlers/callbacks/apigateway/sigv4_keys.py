@@ -4,29 +4,14 @@ import re
 from collections.abc import Iterator, Mapping
 
 from tornado.options import Error as OptionError
-from tornado.options import define, options
 
 from backends.files import read_lines
-
-define("sigv4_keys_file", type=str, metavar="PATH",
-       help="file of key ids and secrets, one pair per line; each callback to "
-            "/@connections then needs an AWS signature (SigV4) by one of them; re-read "
-            "on SIGHUP")
 
 MIN_SECRET_LENGTH = 16  # characters
 MAX_KEYS_FILE = 64 * 1024  # bytes
 
 # A slash would end it in the scope of a signature.
 KEY_ID = re.compile(r"[\w.@+-]{1,128}", re.ASCII)
-
-
-def make_signing_keys() -> "SigningKeys | None":
-    """Read the keys; None without the option. Raises `OptionError`."""
-    if options.sigv4_keys_file is None:
-        return None
-    if options.backend != "apigateway":
-        raise OptionError("--sigv4_keys_file needs --backend=apigateway")
-    return SigningKeys(options.sigv4_keys_file)
 
 
 class SigningKeys:

@@ -10,11 +10,8 @@ from collections.abc import Iterator
 from tornado.options import options
 
 from backends.check import Finding
-from handlers.callbacks.peers.sharing import (
-    client_context,
-    own_address,
-    require_options,
-)
+from handlers.callbacks.peers import require_options
+from handlers.callbacks.peers.sharing import client_context, own_address
 from handlers.http.listener import Listener
 from handlers.owners import Address, read_secrets
 

@@ -1,11 +1,11 @@
 """Lets this instance and others take each other's callbacks, as the options say."""
 
 import ssl
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tornado.options import Error as OptionError
-from tornado.options import define, options
+from tornado.options import options
 
 from backends import Backend
 from backends.pem import load_certificate, verifying_context
@@ -16,24 +16,16 @@ from handlers.callbacks.peers.forward import MAX_CONNECTIONS, Forwarder, PeerSet
 from handlers.callbacks.peers.hops import Hops
 from handlers.callbacks.peers.outgoing import Outgoing, SharedExecutor
 from handlers.callbacks.peers.received_hops import ReceivedHops, hop_routes
-from handlers.callbacks.peers.shared_bulk import SharedBulk
+from handlers.callbacks.peers.shared_bulk import (
+    Fast,
+    SharedBulk,
+    SharedBulkHandler,
+    without_trace,
+)
 from handlers.callbacks.repeats import Repeats
 from handlers.clients.connection import Connections
 from handlers.http.application import Routes
-from handlers.http.request import FastHandler, Request
 from handlers.owners import Address, SharedOwners, read_secrets
-
-define("peer_timeout", default=2.0, metavar="SECONDS",
-       help="longest wait for a connection to another instance; also added to the time "
-            "that a forwarded callback may take")
-define("peer_tls", default=False,
-       help="connect to other instances by TLS")
-define("peer_ca", type=str, metavar="PATH",
-       help="CA certificates (PEM) that verify other instances; re-read on SIGHUP; "
-            "none: the system's")
-define("peer_name", type=str, metavar="NAME",
-       help="the name in the certificates of all instances; none: each has its own "
-            "address")
 
 
 class Peers:
@@ -106,43 +98,26 @@ class Sharing:
     bulk: SharedBulk
     received: ReceivedHops
 
+    bulk_handler: ClassVar = SharedBulkHandler
+
     def routes(self) -> Routes:
         """Return the route of callbacks that were forwarded here."""
         # In JSON a character may take six bytes.
         largest = max(6 * options.max_message_size, 2 * options.max_bulk_size)
         return hop_routes(self.received, largest)
 
-    def fast_hop(self, otherwise: Callable[[Request], FastHandler | None]) -> FastHop:
+    def fast_hop(self, otherwise: Fast) -> FastHop:
         """Return what answers forwarded sends without a handler."""
         return FastHop(self.received, options.max_message_size, otherwise)
+
+    def fast_bulk(self, fast: Fast) -> Fast:
+        """Return what answers bulk callbacks without a handler, by `fast` if it can."""
+        return without_trace(fast)
 
     async def close(self) -> None:
         """Close the connections to other instances."""
         await self.outgoing.close()
         await self.forwarder.close()
-
-
-def make_peers(instance: str, here: CommandExecutor) -> Peers | None:
-    """Return what `--peer_address` needs; None without it. Raises `OptionError`."""
-    require_options()
-    if not options.peer_address:
-        return None
-    return Peers(own_address(), options.peer_secret_file, instance, here)
-
-
-def require_options() -> None:
-    """Raise `OptionError` if an option lacks another one."""
-    for name, other in (
-        ("peer_address", "peer_secret_file"),
-        ("peer_secret_file", "peer_address"),
-        ("peer_tls", "peer_address"),
-        ("peer_ca", "peer_tls"),
-        ("peer_name", "peer_tls"),
-    ):
-        if options[name] and not options[other]:
-            raise OptionError(f"--{name} needs --{other}")
-    if not options.peer_timeout > 0:
-        raise OptionError("--peer_timeout must be above 0")
 
 
 def own_address() -> Address:

@@ -2,26 +2,20 @@
 
 `assets` serves the files of `page/`, which run in the browser as they are. `tail`
 observes while the page is open, `live` streams what it saw, `connections` lists,
-sends and closes, `playground` lets the page connect as a client.
+sends and closes, `playground` lets the page connect as a client. They are imported only
+with `--console`.
 """
 
-from tornado.options import define
-from tornado.routing import Matcher
-from tornado.web import RequestHandler
+from typing import TYPE_CHECKING
 
+from tornado.options import define, options
+
+from backends import Backend
 from handlers.clients.connection import Connections
-from handlers.clients.tickets import Tickets
-from handlers.operators.console.assets import Clients, PageHandler, read_files
-from handlers.operators.console.connections import (
-    CloseHandler,
-    ConnectionsHandler,
-    SendHandler,
-)
-from handlers.operators.console.live import LiveHandler, ViewerHandler
-from handlers.operators.console.playground import PlaygroundHandler
-from handlers.operators.console.tail import Tail
-from handlers.operators.guard import OperatorGuard
-from handlers.owners import SHARED_ID
+from handlers.telemetry.observers import Observers
+
+if TYPE_CHECKING:
+    from handlers.operators.console.tail import Tail
 
 define("console", default=True,
        help="serve the console, a page for operators, at / of the callback listener; "
@@ -31,38 +25,18 @@ define("console_bodies", default=True,
             "connection in the console")
 
 
-def console_routes(
-    guard: OperatorGuard,
+def make_tail(
+    observers: Observers,
     connections: Connections,
-    tail: Tail,
-    tickets: Tickets,
-    clients: Clients,
-    max_message_size: int,
-) -> list[tuple[str | Matcher, type[RequestHandler], dict[str, object]]]:
-    """Return the routes of the page's files and data."""
-    guarded = {"guard": guard}
-    one = f"/console/connections/({SHARED_ID})"
-    reached = {**guarded, "connections": connections}
-    page = {**guarded, "files": read_files(), "clients": clients}
-    return [
-        (r"/()", PageHandler, page),
-        (r"/console/([a-z]+\.(?:js|css|svg))", PageHandler, page),
-        (
-            r"/console/live",
-            LiveHandler,
-            {**guarded, "tail": tail, "clients": clients},
-        ),
-        (r"/console/viewers/([0-9a-f]{32})", ViewerHandler, {**guarded, "tail": tail}),
-        (
-            r"/console/connections",
-            ConnectionsHandler,
-            {**reached, "may_show_state": tail.may_show_bodies},
-        ),
-        (rf"{one}/send", SendHandler, {**reached, "max_body_size": max_message_size}),
-        (rf"{one}/close", CloseHandler, {**reached, "tail": tail}),
-        (
-            r"/console/playground",
-            PlaygroundHandler,
-            {**guarded, "tickets": tickets, "clients": clients},
-        ),
-    ]
+    backend: Backend,
+    named: dict[str, str],
+) -> "Tail | None":
+    """Return what observes for the page; None with --console=off.
+
+    `named` is what the page shows of this process.
+    """
+    if not options.console:
+        return None
+    from handlers.operators.console.tail import Tail
+
+    return Tail(observers, connections, backend, options.console_bodies, named)

@@ -47,7 +47,7 @@ PURPOSES = (
     ("Callbacks, operators and console",
      ("handlers.callbacks", "handlers.operators", "handlers.owners")),
     ("Metrics, tracing and probes",
-     ("handlers.operators.prometheus", "handlers.probes",
+     ("handlers.operators.collecting", "handlers.probes",
       "handlers.telemetry")),
     ("Log", ("handlers.process.logs", "tornado.log")),
     ("Help", ("tornado.options",)),
