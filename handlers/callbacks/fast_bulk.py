@@ -6,7 +6,7 @@ from collections.abc import Awaitable
 
 from backends.media_types import media_type_of
 from handlers.callbacks.bulk import JSON, PATH, Bulk
-from handlers.callbacks.fast_send import plain_headers
+from handlers.callbacks.fast_send import plain_headers_of
 from handlers.callbacks.responses import Response
 from handlers.callbacks.tokens import CallbackTokens
 from handlers.http.request import FastHandler, Request
@@ -36,7 +36,7 @@ class FastBulk:
         """Return the function that receives the body; None if it is not plain."""
         if self._target.fullmatch(request.target) is None or request.chunked:
             return None
-        plain = plain_headers(request, self._max_bulk_size)
+        plain = plain_headers_of(request, self._max_bulk_size)
         if plain is None:
             return None
         content_type, credentials = plain

@@ -2,40 +2,31 @@
 
 import re
 from collections.abc import Awaitable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 from backends import Backend
-from backends.media_types import has_text_charset
 from handlers.callbacks.access import CallbackAccess
 from handlers.callbacks.actions import GONE, Outcome, find, send
 from handlers.callbacks.bodies import message_of
 from handlers.callbacks.peers.forwarded import Forwarded, without_key
 from handlers.callbacks.responses import response_of
 from handlers.clients.connection import Connections
-from handlers.http.request import FastHandler, FastResponse, Request
+from handlers.http.fast import FastResponse
+from handlers.http.plain import plain_headers
+from handlers.http.request import FastHandler, PlainHeaders, Request
 from handlers.owners import OWNER_PART, Address
 from handlers.websocket.frames import MessageFrame
 
 if TYPE_CHECKING:
     from handlers.callbacks.peers.forward import Forwarder
 
-# Cached Host headers. Backends send few, each many times.
-MAX_REMEMBERED = 64
-
 # See `handlers.callbacks.capabilities` for the key.
 TYPE, KEY = rb"type=(?:text|binary)", rb"key=[A-Za-z0-9_-]{22}"
 PLAIN_QUERY = rb"%b(?:&%b)?|%b(?:&%b)?" % (TYPE, KEY, KEY, TYPE)
-PLAIN_HOST = re.compile(rb"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
 
 
-@lru_cache(MAX_REMEMBERED)
-def is_plain_host(value: bytes) -> bool:
-    """Return whether a Host header has the usual form."""
-    return PLAIN_HOST.fullmatch(value) is not None
-
-
-def plain_headers(request: Request, max_size: int) -> tuple[str, list[str]] | None:
+def plain_headers_of(request: Request, max_size: int) -> PlainHeaders | None:
     """Return `Content-Type` and `Authorization` headers; None if it is not plain.
 
     A plain request is a POST with a body of up to `max_size` bytes, which needs no
@@ -45,24 +36,7 @@ def plain_headers(request: Request, max_size: int) -> tuple[str, list[str]] | No
         return None
     if request.upgrade or not request.keep_alive or request.declared > max_size:
         return None
-    content_type = host = None
-    credentials = []
-    for name, value in request.headers:
-        if name == b"content-type":
-            if content_type is not None:
-                return None
-            content_type = value.decode("latin-1")
-            if ";" in content_type and not has_text_charset(content_type):
-                return None
-        elif name == b"host":
-            if host is not None or not is_plain_host(value):
-                return None
-            host = value
-        elif name == b"authorization":
-            credentials.append(value.decode("latin-1"))
-        elif name in (b"expect", b"content-encoding", b"idempotency-key"):
-            return None
-    return None if host is None else (content_type or "", credentials)
+    return request.plain or plain_headers(request.headers)
 
 
 class FastSend:
@@ -103,7 +77,7 @@ class FastSend:
         target = self._target.fullmatch(request.target)
         if target is None:
             return None
-        plain = plain_headers(request, self._max_message_size)
+        plain = plain_headers_of(request, self._max_message_size)
         if plain is None:
             return None
         content_type, credentials = plain

@@ -7,8 +7,8 @@ from functools import cached_property, lru_cache
 from http import HTTPStatus
 
 from handlers.callbacks.actions import OK, Outcome
+from handlers.http.fast import FastResponse
 from handlers.http.problem import PROBLEM_TYPE, problem_document
-from handlers.http.request import FastResponse
 
 START = b"HTTP/1.1 200 OK\r\n"
 JSON_HEADERS = {"Content-Type": "application/json; charset=utf-8"}

@@ -1,68 +1,13 @@
-"""One HTTP request as `handlers.http.parser` reads it, and what may answer it early."""
+"""One HTTP request, as `handlers.http.parser` or `handlers.http.plain` reads it."""
 
-import asyncio
-from collections.abc import Awaitable, Callable, Generator
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
+from handlers.http.fast import FastResponse
 
-class FastResponse:
-    """A response that needs no handler."""
-
-    status: int
-
-    @property
-    def start(self) -> bytes:
-        """The status line."""
-        raise NotImplementedError
-
-    @property
-    def rest(self) -> bytes:
-        """The headers except `Date`, the empty line and the body."""
-        raise NotImplementedError
-
-
-R = TypeVar("R", bound=FastResponse)
-
-
-class LaterResponse(Generic[R]):
-    """A response that is not there yet; await it, or let it call `then`'s function.
-
-    Unlike a future it calls at once, not in the next turn of the loop.
-    """
-
-    def __init__(self) -> None:
-        self._response: R | None = None
-        self._on_response: Callable[[R], None] | None = None
-
-    def then(self, on_response: Callable[[R], None]) -> None:
-        """Call `on_response` when it is there, unless it is cancelled before."""
-        if self._response is not None:
-            on_response(self._response)
-        else:
-            self._on_response = on_response
-
-    def cancel(self) -> None:
-        """Call nobody: the response is not needed."""
-        self._on_response = None
-
-    def respond(self, response: R) -> None:
-        """It is there."""
-        self._response = response
-        on_response, self._on_response = self._on_response, None
-        if on_response is not None:
-            on_response(response)
-
-    def __await__(self) -> Generator[Any, None, R]:
-        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-
-        def on_response(response: R) -> None:
-            if not future.done():  # who waited may be cancelled
-                future.set_result(response)
-
-        self.then(on_response)
-        return (yield from future)
-
-
+Fields = list[tuple[bytes, bytes]]  # names in lower case, and values
+# Content-Type, and all Authorization headers; see `handlers.http.plain`.
+PlainHeaders = tuple[str, Sequence[str]]
 # Answers a complete body; None leaves the request to its handler after all.
 FastHandler = Callable[[bytes], FastResponse | Awaitable[FastResponse] | None]
 
@@ -89,7 +34,7 @@ class Request:
     """One request, from the first byte of its head until it is answered.
 
     Names in `headers` are in lower case. `upgrade` says that it asks for another
-    protocol, by its headers or by CONNECT.
+    protocol, by its headers or by CONNECT. `plain` is set by `handlers.http.plain`.
     """
 
     __slots__ = (
@@ -103,6 +48,7 @@ class Request:
         "keep_alive",
         "length",
         "method",
+        "plain",
         "response",
         "size",
         "target",
@@ -114,7 +60,8 @@ class Request:
     def __init__(self) -> None:
         self.method = self.version = ""
         self.target = b""
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.headers: Fields = []
+        self.plain: PlainHeaders | None = None
         self.trailers = 0
         # Bytes of an incomplete head; then bytes since the body last grew.
         self.size = 0

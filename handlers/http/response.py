@@ -25,7 +25,8 @@ from tornado.web import Application
 from backends.waiting import done_future
 from handlers.http.body_budget import BodyBudget
 from handlers.http.bounds import RequestBounds
-from handlers.http.request import FastResponse, LaterResponse, Request
+from handlers.http.fast import FastResponse, LaterResponse
+from handlers.http.request import Request
 from handlers.http.sockets import TakenSocket
 
 SWITCHING_PROTOCOLS = 101

@@ -25,8 +25,10 @@ from backends.waiting import done_future
 from handlers.http.body_budget import RETRY_AFTER
 from handlers.http.bounds import ANSWER_TIMEOUT, IDLE_TIMEOUT, RequestBounds
 from handlers.http.deadlines import Deadlines
+from handlers.http.fast import FastResponse
 from handlers.http.parser import MalformedRequest, NamingParser, RequestParser
-from handlers.http.request import FastHandler, FastResponse, Request, Response
+from handlers.http.plain import MAX_HEAD_SIZE, plain_request
+from handlers.http.request import FastHandler, Request, Response
 from handlers.http.response import (
     Context,
     HandlerResponse,
@@ -60,6 +62,7 @@ class RequestServer:
     ) -> None:
         """If `keep_names`, requests keep the names of headers as they were written."""
         self.parser_type = NamingParser if keep_names else RequestParser
+        self.max_plain_head = min(MAX_HEAD_SIZE, bounds.max_header_size)
         self.application = application
         self.bounds = bounds
         self.fast = fast
@@ -167,16 +170,17 @@ class RequestConnection(SocketConnection):
     def on_data(self, data: bytes) -> None:
         if self._closing or self._rejection:
             return
-        if (
-            self._inbox
-            or self._has_work()
-            or self._unsent is not None
-            or self._parser.end_of_piece(data) != len(data)
-        ):
+        if self._inbox or self._has_work() or self._unsent is not None:
             self._inbox += data
             self._advance()
             return
-        # Usually one complete request: this is the fast path.
+        # Usually one complete request, and often a plain one: these are fast paths.
+        if self._parser.partial is None and self._answer_plain(data):
+            return
+        if self._parser.end_of_piece(data) != len(data):
+            self._inbox += data
+            self._advance()
+            return
         self._parse(data)
         self._serve()
         if self._has_work():
@@ -313,18 +317,48 @@ class RequestConnection(SocketConnection):
         request.response = by_handler
         by_handler.begin()
 
+    def _answer_plain(self, data: bytes) -> bool:
+        """Answer `data` if it is a plain request, whole, that needs no handler.
+
+        If not, nothing was done: the parser reads it.
+        """
+        server = self._server
+        request = plain_request(data, server.max_plain_head)
+        fast = server.fast(request) if request is not None else None
+        if request is None or fast is None:
+            return False
+        response = fast(request.take_body())
+        if response is None:
+            return False
+        if isinstance(response, FastResponse):
+            self._write(request, response)
+            self._set_deadline()
+        else:
+            self.request = request
+            self._answer_later(request, response)
+            self._settle()
+        return True
+
     def _answer(
         self, request: Request, response: FastResponse | Awaitable[FastResponse]
     ) -> None:
-        """Answer without a handler, immediately or later."""
-        if not isinstance(response, FastResponse):
-            self.deadline = float("inf")
-            request.response = PendingResponse(self, request, response)
-            return
+        """Answer the current request without a handler, immediately or later."""
+        if isinstance(response, FastResponse):
+            self._write(request, response)
+            self.on_answered(keep_alive=True)
+        else:
+            self._answer_later(request, response)
+
+    def _answer_later(
+        self, request: Request, response: Awaitable[FastResponse]
+    ) -> None:
+        self.deadline = float("inf")
+        request.response = PendingResponse(self, request, response)
+
+    def _write(self, request: Request, response: FastResponse) -> None:
         server = self._server
         self.send(response.start + server.date() + response.rest)
         server.log(request.method, request.target.decode("latin-1"), response.status)
-        self.on_answered(keep_alive=True)
 
     def answer(self, request: Request, response: FastResponse) -> None:
         """Write a response that has been waited for."""

@@ -45,7 +45,8 @@ from tornado.options import Error as OptionError
 
 from backends import Attempt, BatchEnd, HandshakeOutcome, Observer, TraceContext
 from backends.hosts import DEFAULT_PORTS
-from handlers.http.request import FastHandler, FastResponse, Request
+from handlers.http.fast import FastResponse
+from handlers.http.request import FastHandler, Request
 from handlers.telemetry.exporter import (
     CountingExporter,
     SDKLogHandler,

@@ -11,7 +11,8 @@ from handlers.callbacks.peers.hops import HEADER, digest_of_body
 from handlers.callbacks.peers.received_hops import ReceivedHops
 from handlers.callbacks.repeats import HEADER as KEY_HEADER
 from handlers.callbacks.responses import response_of
-from handlers.http.request import FastHandler, FastResponse, Request
+from handlers.http.fast import FastResponse
+from handlers.http.request import FastHandler, Request
 from handlers.websocket.frames import MessageFrame
 
 HOP, KEY = HEADER.lower().encode(), KEY_HEADER.lower().encode()

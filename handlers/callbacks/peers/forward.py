@@ -31,7 +31,7 @@ from handlers.callbacks.peers.forwarded import (
 from handlers.callbacks.peers.hops import HEADER, Hops, digest_of_body
 from handlers.callbacks.responses import Response, response_of
 from handlers.clients.connection import Connections
-from handlers.http.request import LaterResponse
+from handlers.http.fast import LaterResponse
 from handlers.owners import Address
 
 logger = logging.getLogger(__name__)
