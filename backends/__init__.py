@@ -266,8 +266,7 @@ class Relay:
     dead_runs: DeadRuns | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Handshake:
+class Handshake(NamedTuple):
     """A client's request for a WebSocket, as the relay read it.
 
     Header names are lower-case, and a repeated header is joined with `, `.

@@ -78,28 +78,19 @@ class EventWriter:
         self._own["instance"] = instance
         self._quoted_own = orjson.dumps(self._own).decode()[1:-1]
 
-    def meta(self, connection_id: str) -> dict[str, Any]:
-        """The members of `meta` that each event of a live connection has."""
-        if self._callback_url is None:
-            return {"connection_id": connection_id, **self._own}
-        socket_url = f"{self._callback_url}/socket/{connection_id}"
-        query = self._query(connection_id)
-        return {
-            "connection_id": connection_id,
-            "send": f"{socket_url}/send{query}",
-            "disconnect": f"{socket_url}/disconnect{query}",
-            **self._own,
-        }
-
     def connect(self, connection_id: str, handshake: Handshake) -> Event:
         """Make the connect event, which asks for a decision."""
-        meta = self.meta(connection_id)
-        meta["headers"] = dict(handshake.headers)
-        meta["path"] = handshake.path
-        meta["query"] = handshake.query
-        meta["remote_ip"] = handshake.remote_ip
-        meta["subprotocols"] = list(handshake.subprotocols)
-        body = serialized({"meta": meta})
+        asked = orjson.dumps(
+            {
+                "headers": dict(handshake.headers),
+                "path": handshake.path,
+                "query": handshake.query,
+                "remote_ip": handshake.remote_ip,
+                "subprotocols": list(handshake.subprotocols),
+            }
+        )
+        meta = f'{{"meta":{{{self._quoted_meta(connection_id)},'
+        body = b"".join((meta.encode(), memoryview(asked)[1:], b"}"))
         return self._event(f"{connection_id}-connect", body, handshake.trace)
 
     def message(
@@ -125,10 +116,8 @@ class EventWriter:
                 text = base64.b64encode(message).decode()
         message_id = f"{connection_id}-{number}"
         held = "" if state is None else f',"state":{state.decode()}'
-        # Byte by byte what orjson would write, in less time: only the ids change.
         meta = (
-            f'{{"meta":{{"connection_id":"{connection_id}",'
-            f'{self._quoted_callbacks(connection_id)}{self._quoted_own},'
+            f'{{"meta":{{{self._quoted_meta(connection_id)},'
             f'"message_id":"{message_id}","type":{kind}{held}}},"message":'
         )
         body = b"".join((meta.encode(), orjson.dumps(text), b"}"))  # see serialized()
@@ -136,21 +125,19 @@ class EventWriter:
 
     def disconnect(self, ended: Ended, undelivered: int, refused: int) -> Event:
         """Make the disconnect event; the counts are those of all its messages."""
-        closure = ended.closure
-        meta: dict[str, Any] = {
-            "connection_id": ended.id,
-            **(self._own if ended.instance is None else {"instance": ended.instance}),
-            "code": closure.code,
-            "reason": closure.reason,
-            "initiator": closure.initiator,
-            "duration": round(closure.duration, 3),
-            "undelivered": undelivered,
-            "refused": refused,
-        }
-        if ended.state is not None:
-            meta["state"] = orjson.Fragment(ended.state)
-        body = serialized({"connection_id": ended.id, "meta": meta})
-        return self._event(f"{ended.id}-disconnect", body, ended.trace)
+        closure, own = ended.closure, self._quoted_own
+        seconds = round(closure.duration, 3)
+        if ended.instance is not None:
+            own = orjson.dumps({"instance": ended.instance}).decode()[1:-1]
+        held = "" if ended.state is None else f',"state":{ended.state.decode()}'
+        body = (
+            f'{{"connection_id":"{ended.id}","meta":{{"connection_id":"{ended.id}",'
+            f'{own},"code":{closure.code:d},'
+            f'"reason":{orjson.dumps(closure.reason).decode()},'
+            f'"initiator":"{closure.initiator}","duration":{seconds},'
+            f'"undelivered":{undelivered},"refused":{refused}{held}}}}}'
+        )
+        return self._event(f"{ended.id}-disconnect", body.encode(), ended.trace)
 
     def undelivered(
         self, event_id: str, connection_id: str, command: str, status: int
@@ -161,13 +148,20 @@ class EventWriter:
         )
         return self._event(event_id, body, None)
 
-    def _quoted_callbacks(self, connection_id: str) -> str:
-        """Return the callback URLs of a connection as members of `meta`, if any."""
+    def _quoted_meta(self, connection_id: str) -> str:
+        """Return the members of `meta` that each event of a live connection has.
+
+        Byte by byte what orjson would write, in less time: only the ids change.
+        """
+        meta_id = f'"connection_id":"{connection_id}",'
         if self._callback_url is None:
-            return ""
+            return f"{meta_id}{self._quoted_own}"
         url = f"{self._quoted_url}/socket/{connection_id}"
         query = self._query(connection_id)
-        return f'"send":"{url}/send{query}","disconnect":"{url}/disconnect{query}",'
+        return (
+            f'{meta_id}"send":"{url}/send{query}",'
+            f'"disconnect":"{url}/disconnect{query}",{self._quoted_own}'
+        )
 
     def _query(self, connection_id: str) -> str:
         """Return the query of a connection's callback URLs, with its key if any."""

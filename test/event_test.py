@@ -7,6 +7,7 @@ import pytest
 
 from backends import Closure, Handshake, Observer, Relay
 from backends.events import Ended, Event, EventWriter
+from handlers.websocket.frames import CloseCode
 
 ID = "0f6c" * 8
 
@@ -113,3 +114,50 @@ def test_events_without_callbacks_have_no_urls() -> None:
         expected["meta"].pop("send", None)
         expected["meta"].pop("disconnect", None)
         assert found == expected
+
+
+@pytest.mark.parametrize("state", [None, b'{"step":1}'])
+@pytest.mark.parametrize("instance", [None, 'dead "1"/ab'])
+def test_disconnect_event_is_the_json_of_its_members(state, instance) -> None:
+    """For a reason that must be escaped, and any instance."""
+    reason = 'quoted "\\/\n\0\x1f\x7f é€😀'
+    closure = Closure(CloseCode.GOING_AWAY, reason, "relay", 12.34567)
+    ended = Ended(ID, closure, state=state, instance=instance)
+    expected = {
+        "connection_id": ID,
+        "meta": {
+            "connection_id": ID,
+            "instance": instance or 'relay "1"/ab',
+            "code": 1001,
+            "reason": reason,
+            "initiator": "relay",
+            "duration": 12.346,
+            "undelivered": 2,
+            "refused": 1,
+        },
+    }
+    if state is not None:
+        expected["meta"]["state"] = {"step": 1}
+    assert writer().disconnect(ended, 2, 1).body == orjson.dumps(expected)
+
+
+def test_connect_event_is_the_json_of_its_members() -> None:
+    """For values that must be escaped."""
+    text = 'quoted "\\/\n\0\x1f\x7f é€😀'
+    socket = f'http://h/"\\é/socket/{ID}'
+    asked = {
+        "headers": {"host": "h", "x": text},
+        "path": text,
+        "query": text,
+        "remote_ip": "127.0.0.1",
+        "subprotocols": [text, "b"],
+    }
+    meta = {
+        "connection_id": ID,
+        "send": f"{socket}/send",
+        "disconnect": f"{socket}/disconnect",
+        "instance": 'relay "1"/ab',
+        **asked,
+    }
+    body = writer().connect(ID, Handshake(**asked)).body
+    assert body == orjson.dumps({"meta": meta})
