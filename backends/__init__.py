@@ -568,6 +568,14 @@ def names() -> list[str]:
     return sorted(BUILT_IN)
 
 
+def built_in(name: str) -> str | None:
+    """Return the built-in backend that `name` is, or to which this module belongs."""
+    module = f"{name}." if "." in name else f"{__name__}.{name}."
+    return next(
+        (each for each in BUILT_IN if module.startswith(f"{__name__}.{each}.")), None
+    )
+
+
 def users_of_options(module: str) -> list[str]:
     """Return the names of the built-in backends that read the options of `module`.
 

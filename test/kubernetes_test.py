@@ -348,6 +348,12 @@ def test_image_has_the_version_of_the_relay(form):
 # The manifests among each other.
 
 
+def is_monitored(service: Manifest) -> bool:
+    """Whether the ServiceMonitor selects a Service."""
+    selector = of_kind("ServiceMonitor")["spec"]["selector"]["matchLabels"]
+    return selector.items() <= service["metadata"]["labels"].items()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_labels_are_selected(form):
     """By the form itself, the Services, the budget and the network policy."""
@@ -364,9 +370,8 @@ def test_labels_are_selected(form):
         pod_of(form)["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"],
     ):
         assert selector.items() <= labels.items()
-    monitored = of_kind("ServiceMonitor")["spec"]["selector"]["matchLabels"].items()
-    assert monitored <= callbacks["metadata"]["labels"].items()
-    assert not monitored <= clients["metadata"]["labels"].items()
+    assert is_monitored(callbacks)
+    assert not is_monitored(clients)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -507,6 +512,15 @@ def test_worker_is_a_pod_as_the_relay_is():
         assert selector == labels
     clients = of_kind("Service")["spec"]["selector"]
     assert not clients.items() <= labels.items()  # no client is sent to it
+
+
+def test_prometheus_finds_each_worker():
+    """At the port and the path where it finds the relays, also during a drain."""
+    service = of_kind("Service", WORKER)
+    labels = of_kind("Deployment", WORKER)["spec"]["template"]["metadata"]["labels"]
+    relays = of_kind("Service", "socketdock-callbacks")["spec"]
+    assert service["spec"] == {**relays, "selector": labels}
+    assert is_monitored(service)
 
 
 def test_policies_let_both_reach_redis_and_the_worker_its_backend():

@@ -356,6 +356,18 @@ def test_one_port_for_both_listeners_exits_with_2(bindip, callbackip):
     assert "--callbackport is --bindport" in refusal(*flags)
 
 
+@pytest.mark.parametrize("backend", ["redis", "backends.redis.worker", "apigateway"])
+def test_option_of_the_http_backend_is_a_warning_with_others(backend):
+    """The heartbeat is one of that backend; a worker belongs to that of Redis."""
+    name = backend.removeprefix("backends.").removesuffix(".worker")
+    check = ended(
+        "check", f"--backend={backend}", "--bindport=0",
+        "--instanceuri=http://127.0.0.1:9/instance",
+    )
+    unused = f"warning: --backend={name} does not use --instanceuri; did you mean"
+    assert f"{unused} --backend=http?" in check.stdout.splitlines()
+
+
 @pytest.mark.gen_test
 async def test_options_of_another_backend_are_a_warning(io_loop):
     """In the log and by `check`: an echo was probably not intended."""

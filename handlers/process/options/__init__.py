@@ -130,8 +130,8 @@ def _unused(given: Sequence[Any]) -> list[str]:
 
     None if the selected backend is not built in: it may use a built-in one.
     """
-    chosen = options.backend
-    if chosen not in backends.names():
+    chosen = backends.built_in(options.backend)
+    if chosen is None:
         return []
     users_of: dict[str, list[str]] = {}
     for option in dict.fromkeys(given):
