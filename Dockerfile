@@ -1,6 +1,8 @@
-FROM python:3.12-slim AS build
+# With a C compiler, as the modules that messages pass are compiled.
+FROM python:3.12 AS build
 WORKDIR /build
 COPY . .
+ENV SOCKETDOCK_COMPILE=1
 RUN python -m venv /opt/socketdock \
  && /opt/socketdock/bin/pip install --no-cache-dir --disable-pip-version-check '.[redis]'
 

@@ -12,6 +12,9 @@
 # make conformance  all of Autobahn's cases, into docs/conformance.md, in ten
 #             minutes: ARGS="'9.*' 12.1.1" (without --write)
 # make screenshots  the console's pictures in docs/images, in two minutes
+# make compile  compiles what messages pass, in place, by mypyc: in two minutes, and again
+#             when its sources have changed. Other targets then use it
+# make pure   removes what was compiled
 # make lint   ruff and mypy
 # make clean  removes what the other targets created
 
@@ -28,13 +31,17 @@ NODE_MODULES = test/interop/node_modules/.package-lock.json \
 # AWS's emulator of Lambda, for the tests of functions.
 EMULATOR = test/rie/aws-lambda-rie
 
-.PHONY: run test demo soak screenshots bench fuzz conformance lint clean
+# If something was compiled, what runs it compiles again what has changed.
+COMPILED = $(wildcard .venv/compile.stamp)
+SOURCES = $(shell find backends handlers -name '*.py')
 
-run: .venv/run.stamp
+.PHONY: run test demo soak screenshots bench fuzz conformance compile pure lint clean
+
+run: .venv/run.stamp $(COMPILED)
 	@exec $(BIN)/python socketdock.py $(ARGS)
 
 # Without these modules the tests that need them are skipped, with a message.
-test: .venv/test.stamp
+test: .venv/test.stamp $(COMPILED)
 	@if command -v npm >/dev/null; then \
 	    $(MAKE) --no-print-directory --keep-going $(NODE_MODULES) || \
 	        echo "npm failed, so the tests with Node.js are left out." >&2; \
@@ -43,10 +50,10 @@ test: .venv/test.stamp
 	    echo "AWS's emulator is missing, so the tests with it are left out." >&2
 	@exec $(BIN)/python test/run.py $(ARGS)
 
-demo: .venv/run.stamp
+demo: .venv/run.stamp $(COMPILED)
 	@exec $(BIN)/python examples/demo.py
 
-soak: .venv/test.stamp
+soak: .venv/test.stamp $(COMPILED)
 	$(BIN)/python test/soak.py $(ARGS)
 	@[ -n "$(ARGS)" ] || CONSOLE_SECONDS=300 CONSOLE_CLIENTS=10000 \
 	    $(BIN)/python -m pytest -q -rs test/console_page_test.py \
@@ -54,26 +61,32 @@ soak: .venv/test.stamp
 	@[ -n "$(ARGS)" ] || $(BIN)/python test/batch_soak.py
 
 # The console's pictures in docs/images; it needs ports 8000 and 8765, and chromium.
-screenshots: .venv/test.stamp
+screenshots: .venv/test.stamp $(COMPILED)
 	@exec $(BIN)/python test/screenshots.py $(ARGS)
 
-bench: .venv/bench.stamp
+bench: .venv/bench.stamp $(COMPILED)
 	@if command -v npm >/dev/null; then \
 	    $(MAKE) --no-print-directory bench/peers/node_modules/.package-lock.json; \
 	fi
 	@exec $(BIN)/python -m bench $(ARGS)
 
-fuzz: .venv/test.stamp
+fuzz: .venv/test.stamp $(COMPILED)
 	FUZZ=$(FUZZ) $(BIN)/python -m pytest test/fuzz_*_test.py $(ARGS)
 
-conformance: .venv/test.stamp
+conformance: .venv/test.stamp $(COMPILED)
 	@exec $(BIN)/python test/conformance.py $(or $(ARGS),--write)
+
+compile: .venv/compile.stamp
+
+pure:
+	find backends handlers -name '*.so' -delete
+	rm -rf socketdock__mypyc.* build .venv/compile.stamp
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-clean:
+clean: pure
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	rm -rf test/interop/node_modules examples/express_backend/node_modules
 	rm -rf bench/peers/node_modules test/rie supervisord.pid
@@ -110,6 +123,11 @@ endif
 
 .venv/bench.stamp: setup.py pyproject.toml | .venv/bin/pip
 	$(PIP) -e '.[bench]'
+	@touch .venv/run.stamp $@
+
+.venv/compile.stamp: $(SOURCES) setup.py pyproject.toml | .venv/bin/pip
+	$(PIP) -e '.[compile]'
+	SOCKETDOCK_COMPILE=1 $(PIP) --no-build-isolation --no-deps -e .
 	@touch .venv/run.stamp $@
 
 $(EMULATOR): test/rie.py | .venv/test.stamp

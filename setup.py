@@ -1,13 +1,93 @@
-"""What ships: a module, two packages, the console's page and `conf/`."""
+"""What ships: a module, two packages, the console's page and `conf/`.
 
+With SOCKETDOCK_COMPILE=1 in the environment mypyc compiles `COMPILED`; that needs a C
+compiler. Otherwise everything is pure Python. docs/decisions/022-compiled-modules.md.
+"""
+
+import hashlib
+import json
+import os
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = "https://github.com/socketdock/socketdock"
 PAGES = f"{REPOSITORY}/blob/main/"
+COMPILES = os.environ.get("SOCKETDOCK_COMPILE") == "1"
+# mypyc compiles these as one group, so that calls among them are direct: what a message
+# passes. `handlers.process.form` knows the name of the group's library.
+GROUP = "socketdock"
+LIBRARY = f"{GROUP}__mypyc"
+COMPILED = [
+    f"{module.replace('.', '/')}.py"
+    for module in (
+        "backends.breaker",
+        "backends.client.connection",
+        "backends.client.exchange",
+        "backends.client.pool",
+        "backends.client.response",
+        "backends.deadlines",
+        "backends.events",
+        "backends.http.deliveries",
+        "backends.http.delivery",
+        "backends.http.held",
+        "backends.http.request",
+        "backends.http.targets",
+        "backends.waiting",
+        "handlers.backlog",
+        "handlers.clients.connection",
+        "handlers.clients.heartbeat",
+        "handlers.clients.inbox",
+        "handlers.clients.lifetimes",
+        "handlers.clients.reception",
+        "handlers.connections",
+        "handlers.http.deadlines",
+        "handlers.http.parser",
+        "handlers.http.server",
+        "handlers.http.sockets",
+        "handlers.websocket.closing",
+        "handlers.websocket.frames",
+        "handlers.websocket.protocol",
+        "handlers.websocket.stream",
+        "handlers.websocket.turns",
+        "handlers.websocket.uptake",
+    )
+]
+# Exactly one version: what mypyc generates differs from one to the next.
+MYPYC = "mypy==2.4.1"
+
+
+class BuildCompiled(build_ext):
+    """Compiles `COMPILED`, and records which sources were compiled."""
+
+    def finalize_options(self) -> None:
+        # Only there where something is compiled.
+        from mypyc.build import mypycify
+
+        self.distribution.ext_modules = mypycify(  # type: ignore[assignment] # the same
+            # Other modules are read for their types; `make lint` checks them.
+            ["--follow-imports=silent", *COMPILED],
+            opt_level="3",
+            group_name=GROUP,
+        )
+        super().finalize_options()
+        self.parallel = os.cpu_count()
+
+    def run(self) -> None:
+        super().run()
+        library = Path(self.get_ext_fullpath(LIBRARY))
+        sources = {
+            name: hashlib.sha256((HERE / name).read_bytes()).hexdigest()
+            for name in COMPILED
+        }
+        library.with_suffix(".json").write_text(json.dumps(sources), "utf-8")
+
+    def get_source_files(self) -> list[str]:
+        """An sdist has no generated files."""
+        return []
 
 
 def version() -> str:
@@ -24,6 +104,16 @@ def readme() -> str:
     text = re.sub(r"(!\[[^]]*\]\()(?!https:)", rf"\1{REPOSITORY}/raw/main/", text)
     return re.sub(r"(?<!!)(\[[^]]*\]\()(?!https:)", rf"\1{PAGES}", text)
 
+
+REQUIRED = [
+    "tornado>=6.6,<6.7",  # handlers.websocket.protocol uses internal parts of it
+    "httptools>=0.6.4,<1",
+    "orjson>=3.9,<4",
+    "aiohappyeyeballs>=2.4,<3",
+    "prometheus-client>=0.20,<1",
+    "uvloop>=0.19,<1; sys_platform != 'win32'"
+    " and platform_python_implementation == 'CPython'",
+]
 
 setup(
     name="socketdock",
@@ -97,16 +187,13 @@ setup(
         ),
     ],
     entry_points={"console_scripts": ["socketdock=socketdock:main"]},
-    install_requires=[
-        "tornado>=6.6,<6.7",  # handlers.websocket.protocol uses internal parts of it
-        "httptools>=0.6.4,<1",
-        "orjson>=3.9,<4",
-        "aiohappyeyeballs>=2.4,<3",
-        "prometheus-client>=0.20,<1",
-        "uvloop>=0.19,<1; sys_platform != 'win32'"
-        " and platform_python_implementation == 'CPython'",
-    ],
+    install_requires=REQUIRED,
+    # mypyc reads the types of what the modules import.
+    setup_requires=[MYPYC, *REQUIRED] if COMPILES else [],
+    ext_modules=[Extension(LIBRARY, [])] if COMPILES else [],
+    cmdclass={"build_ext": BuildCompiled} if COMPILES else {},
     extras_require={
+        "compile": [MYPYC, "setuptools>=77,<82"],  # make compile
         "otel": [  # --otel
             "opentelemetry-sdk>=1.35,<2",
             "opentelemetry-exporter-otlp-proto-http>=1.35,<2",
@@ -149,7 +236,7 @@ setup(
             "supervisor>=4.3,<5",
             "twine>=5,<7",  # checks what PyPI would show
             "ruff",
-            "mypy",
+            MYPYC,
             "types-setuptools",
         ],
         "bench": [

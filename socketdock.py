@@ -19,6 +19,7 @@ import backends
 from backends import Unavailable
 from handlers.process.command_line import arguments_of
 from handlers.process.event_loop import loop_factory
+from handlers.process.form import form, require_unchanged_sources
 from handlers.process.lifecycle import exit_now, open_standard_streams
 from handlers.process.logs import make_log
 from handlers.process.options import (
@@ -60,7 +61,7 @@ async def grow_partitions(number: str) -> int:
 def run(command: str, words: list[str]) -> int:
     """Run a command. Returns the exit status; raises `OptionError`."""
     if "--version" in words:
-        print(f"SocketDock {__version__}")
+        print(f"SocketDock {__version__} ({form()})")
         return 0
     if {"--help", "-h", "--help-all", "--help_all"} & set(words):
         load_backends(words, os.environ)
@@ -121,6 +122,7 @@ def main() -> None:
     words = sys.argv[1:]
     command = words.pop(0) if words[:1] and words[0] in COMMANDS else ""
     try:
+        require_unchanged_sources()
         status = run(command, words)
     except OptionError as error:
         print(f"socketdock: {error}", file=sys.stderr)

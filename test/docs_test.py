@@ -61,7 +61,8 @@ def test_every_dependency_has_its_reason():
     decisions = (PROJECT / "docs" / "decisions").glob("*.md")
     reasons = "\n".join(path.read_text("utf-8") for path in decisions).lower()
     setup = (PROJECT / "setup.py").read_text("utf-8")
-    setup = setup[setup.index("install_requires") :]
+    _, required, settings = re.split(r"^(?:REQUIRED =|setup\()", setup, flags=re.M)
+    setup = required + settings.partition("entry_points")[2]
     names = re.findall(r'^ +"([\w-]+)[^":\n]*"(?!:)', setup, flags=re.MULTILINE)
     names += re.findall(r'\["([\w-]+)[^":]*"\]', setup)
     assert {"orjson", "uvloop", "types-setuptools", "py-spy"} < set(names)

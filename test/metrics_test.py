@@ -174,7 +174,9 @@ async def test_all_labels_exist_before_the_first_event(io_loop):
     assert found["loop_lag_seconds"] >= 0
     (build,) = (name for name in found if name.startswith("build_info"))
     assert re.fullmatch(
-        r'build_info\{backend="loopback",version="\d+\.\d+\.\d+"\}', build
+        r'build_info\{backend="loopback",form="(compiled|pure)",'
+        r'version="\d+\.\d+\.\d+"\}',
+        build,
     )
     assert found[build] == 1
 

@@ -141,7 +141,7 @@ def test_wheel_and_installed_service_have_the_same_version(tmp_path_factory):
         timeout=30,
     )
     name = wheel(tmp_path_factory.getbasetemp()).name
-    assert version == f"SocketDock {name.split('-')[1]}\n"
+    assert version == f"SocketDock {name.split('-')[1]} (pure)\n"
 
 
 def test_setup_needs_nothing_but_setuptools():

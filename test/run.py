@@ -1,8 +1,9 @@
 """`make test`: runs every test, several at a time.
 
 Each part has a heading, and a summary lists skipped tests and the reasons. `--relay`,
-for further Pythons, runs only the tests of the relay, `--relay=half` fewer. Other
-arguments are passed to one run of pytest: `make test ARGS="-k callback"`.
+for further Pythons, runs only the tests of the relay, `--relay=half` fewer, and
+`--core` those of the core. Other arguments are passed to one run of pytest:
+`make test ARGS="-k callback"`.
 """
 
 import os
@@ -76,7 +77,8 @@ OF_THE_SYSTEM = named(
     "console", "files", "lease", "peers_setups", "redis_access", "redis_outage",
     "redis_worker", "stall", "tunnel", "turns", "uptake",
 )
-# These use the most of what differs between Pythons: loops, TLS, typing.
+# These use the most of what differs between Pythons, and from compiled modules: loops,
+# TLS, typing.
 CORE = named(
     "backend_tls", "callback", "client", "delivery", "frames", "handshake", "server",
     "socketdock", "tls", "websocket",
@@ -94,8 +96,24 @@ def relay(is_half: bool) -> tuple[Part, ...]:
         others = [module for module in modules if module not in CORE]
         modules = [*CORE, *others[sys.version_info[1] % 2 :: 2]]
     return (
-        Part(f"The relay's tests, {WORKERS} at a time", (*PARALLEL, *modules)),
+        Part(f"The relay's tests, {WORKERS} at a time, {form()}",
+             (*PARALLEL, *modules)),
     )
+
+
+def core() -> tuple[Part, ...]:
+    """The tests of the core."""
+    return (
+        Part(f"The core's tests, {WORKERS} at a time, {form()}", (*PARALLEL, *CORE)),
+    )
+
+
+def form() -> str:
+    """Return "compiled" or "pure": what the relay of this Python says of itself."""
+    version = subprocess.check_output(
+        [sys.executable, "socketdock.py", "--version"], cwd=TESTS.parent, text=True
+    )
+    return version.split()[-1].strip("()")
 
 
 def main() -> int:
@@ -103,6 +121,8 @@ def main() -> int:
     words = sys.argv[1:]
     if words in (["--relay"], ["--relay=half"]):
         return run(relay(words == ["--relay=half"]))
+    if words == ["--core"]:
+        return run(core())
     if words:
         return pytest(words, {})
     return run(PARTS)

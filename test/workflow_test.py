@@ -54,7 +54,8 @@ def test_tests_run_on_each_supported_python(workflow):
     """As setup.py says."""
     setup = (PROJECT / "setup.py").read_text("utf-8")
     supported = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', setup)
-    assert workflow["jobs"]["relay"]["strategy"]["matrix"]["python"] == supported
+    for job in ("relay", "compiled"):
+        assert workflow["jobs"][job]["strategy"]["matrix"]["python"] == supported, job
 
 
 def test_commands_name_files_and_targets_that_exist(workflow):

@@ -10,6 +10,7 @@ from tornado.options import define, options
 from backends import Backend
 from handlers.clients.connection import Connections
 from handlers.operators.metrics import Metrics
+from handlers.process.form import form
 from handlers.telemetry.observers import Observers
 
 if TYPE_CHECKING:
@@ -36,6 +37,6 @@ def make_collector(
 
     metrics = Metrics()
     observers.add(metrics)
-    build = {"version": version, "backend": options.backend}
+    build = {"version": version, "form": form(), "backend": options.backend}
     most = {"connections": options.max_connections, "pending": options.max_pending}
     return RelayCollector(metrics, connections, backend, build, most, cluster)

@@ -80,7 +80,9 @@ class RelayCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield InfoMetricFamily(
-            "socketdock_build", "Version and backend of this process.", self._build
+            "socketdock_build",
+            "Version, form and backend of this process.",
+            self._build,
         )
         yield from self._gauges()
         yield from self._counters()

@@ -10,6 +10,7 @@ from backends import Backend
 from handlers.clients.connection import Connections
 from handlers.operators.guard import OperatorGuard, OperatorHandler
 from handlers.probes import Readiness
+from handlers.process.form import form
 
 
 class Status:
@@ -34,7 +35,7 @@ class Status:
         self._readiness = readiness
         self._backend = backend
         self._backend_name = backend_name
-        self._named = {"version": version, "instance": instance}
+        self._named = {"version": version, "form": form(), "instance": instance}
         self._limits = dict(limits)
         self._cluster = cluster
         self._started_at = datetime.now(UTC)

@@ -51,6 +51,7 @@ from handlers.operators.routes import operator_routes
 from handlers.operators.status import Status
 from handlers.probes import Readiness
 from handlers.process.event_loop import collect_garbage_less_often
+from handlers.process.form import form
 from handlers.process.lifecycle import exit_after
 from handlers.process.limits import claim_descriptors
 from handlers.process.logs import Log
@@ -383,8 +384,9 @@ class Service:
                            " --callback_capability, or let only the backend reach %s",
                            callbacks)
         logger.info(
-            "SocketDock %s: clients at %s%s, callbacks at %s, backend %s",
+            "SocketDock %s (%s): clients at %s%s, callbacks at %s, backend %s",
             self._version,
+            form(),
             self.to_clients.url("ws"),
             self.paths.first,
             callbacks,

@@ -1,0 +1,128 @@
+"""The relay runs compiled or pure, says which, and never with old compiled code."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+from project import copy_project
+from service import DEADLINE, PROJECT, Service
+from tornado.httpclient import AsyncHTTPClient
+from tornado.options import Error as OptionError
+
+from handlers.process.form import LIBRARY, form, require_unchanged_sources
+from handlers.websocket import frames
+
+FORM = "pure" if frames.__file__.endswith(".py") else "compiled"
+
+
+@pytest.mark.gen_test(timeout=4 * DEADLINE)
+async def test_relay_says_in_which_form_it_runs(io_loop):
+    """In the start line, in /status and in `--version`."""
+    async with Service("--event_loop=asyncio") as service:
+        (line,) = (line for line in service.log if "clients at" in line)
+        assert re.search(rf"SocketDock \d+\.\d+\.\d+ \({FORM}\): clients at", line)
+        fetched = await AsyncHTTPClient().fetch(f"{service.callback_url}/status")
+    status = json.loads(fetched.body)
+    assert status["form"] == FORM == form()
+    version = subprocess.check_output(
+        [sys.executable, "socketdock.py", "--version"],
+        cwd=PROJECT, text=True, timeout=DEADLINE,
+    )
+    assert version == f"SocketDock {status['version']} ({FORM})\n"
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A source that seems to be compiled into the library of this process."""
+    source = tmp_path / "handlers" / "frames.py"
+    source.parent.mkdir()
+    source.write_bytes(b"SIZE = 1\n")
+    digest = hashlib.sha256(b"SIZE = 1\n").hexdigest()
+    record = tmp_path / f"{LIBRARY}.abi.json"
+    record.write_text(json.dumps({"handlers/frames.py": digest}))
+    library = types.ModuleType(LIBRARY)
+    library.__file__ = str(record.with_suffix(".so"))
+    monkeypatch.setitem(sys.modules, LIBRARY, library)
+    return source
+
+
+def test_unchanged_source_may_run_compiled(source):
+    """Whatever its times are: an installation sets them."""
+    os.utime(source)
+    require_unchanged_sources()
+
+
+def test_changed_source_does_not_run_with_old_compiled_code(source):
+    """The relay does not start, and says what to do."""
+    source.write_bytes(b"SIZE = 2\n")
+    with pytest.raises(OptionError, match=r"frames\.py has changed.*'make compile"):
+        require_unchanged_sources()
+
+
+def test_uncompiled_sources_may_change(monkeypatch):
+    """There is nothing to compare them with."""
+    monkeypatch.delitem(sys.modules, LIBRARY, raising=False)
+    require_unchanged_sources()
+
+
+@pytest.mark.once
+@pytest.mark.long
+def test_compiled_wheel_has_sources_and_runs_without_a_compiler(tmp_path):
+    """Here with a single module, since all of them take a minute and a half."""
+    tree = copy_project(tmp_path / "tree")
+    setup = (tree / "setup.py").read_text("utf-8")
+    name = "backends/waiting.py"
+    setup = setup.replace("\nclass Build", f'\nCOMPILED = ["{name}"]\n\nclass Build', 1)
+    (tree / "setup.py").write_text(setup)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "wheel", "--no-build-isolation", "--no-deps", "--no-index",
+         f"--wheel-dir={tmp_path}", str(tree)],
+        env={**os.environ, "SOCKETDOCK_COMPILE": "1"},
+        timeout=20 * DEADLINE,
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-any" not in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        names = archive.namelist()
+    assert name in names
+    assert any(re.fullmatch(r"backends/waiting\.\S+\.(so|pyd)", name) for name in names)
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "socketdock", "--version"],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+
+    version = run()
+    assert version.stdout.endswith(" (compiled)\n"), version.stderr
+    with open(tmp_path / "site" / name, "a") as edited:
+        edited.write("# edited\n")
+    refused = run()
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"socketdock: {name} has changed since")
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_listed_modules_exist():
+    """setup.py would fail with a name that is not a module."""
+    text = (PROJECT / "setup.py").read_text("utf-8")
+    listed = re.findall(r'^        "((?:backends|handlers)\.\S+)",$', text, re.M)
+    assert len(listed) >= 30
+    assert listed == sorted(set(listed))
+    for name in listed:
+        assert Path(PROJECT, *name.split(".")).with_suffix(".py").is_file(), name
