@@ -272,7 +272,8 @@ class Handshake(NamedTuple):
     Header names are lower-case, and a repeated header is joined with `, `.
     `query` is without its question mark. `subprotocols` are the client's
     offers, in its order. `trace` is that of the handshake, where there is one.
-    `fields` are the header fields as they were sent, for a backend that `wants_fields`.
+    `headers` are for a backend that `wants_headers`, `fields` for one that
+    `wants_fields`: the header fields as they were sent.
     """
 
     headers: Mapping[str, str]
@@ -417,6 +418,15 @@ class Condition:
     entries: int = 0
 
 
+# A backend's decision to accept a handshake; see `Backend.connect`.
+Choice = Awaitable[str | None] | str | None
+
+
+async def chosen(choice: Choice) -> str | None:
+    """Return the subprotocol of a choice, which may have to be waited for."""
+    return choice if choice is None or isinstance(choice, str) else await choice
+
+
 class Backend(abc.ABC):
     """Receives the three events of each connection, in this order.
 
@@ -430,13 +440,14 @@ class Backend(abc.ABC):
     methods return and raise.
 
     One that `takes_many` is given a message of a connection although others are not
-    completed; their awaitables then complete in order. One that `wants_fields` gets
-    `Handshake.fields`.
+    completed; their awaitables then complete in order. One that `wants_headers` gets
+    `Handshake.headers`, and one that `wants_fields` gets `Handshake.fields`.
     """
 
     descriptors = 0
     observes = False
     takes_many = False
+    wants_headers = True
     wants_fields = False
 
     async def start(self) -> None:
@@ -446,16 +457,16 @@ class Backend(abc.ABC):
         """
         return None
 
-    async def connect(
-        self, connection: Connection, handshake: Handshake
-    ) -> str | None:
+    def connect(self, connection: Connection, handshake: Handshake) -> Choice:
         """Decide on a handshake, before it is answered.
 
         Returns the subprotocol that it chose, which must be one of those
-        offered, or None to leave the choice to `--subprotocols`.
+        offered, or None to leave the choice to `--subprotocols`; or an awaitable
+        of either, so write `async def` for the simple case.
         Raises `ConnectionRefused` to refuse, after which nothing more is
         called for this connection, or `BackendError` where there is no
-        decision: the client gets 503 and `disconnect` follows.
+        decision: the client gets 503 and `disconnect` follows. It raises them
+        immediately or from the awaitable.
         """
         return None
 

@@ -4,6 +4,7 @@ from collections.abc import Awaitable
 
 from backends import (
     Backend,
+    Choice,
     Connection,
     ConnectionClosed,
     Handshake,
@@ -15,9 +16,9 @@ from backends import (
 class LoopbackBackend(Backend):
     """Sends every message straight back, text as text and binary as binary."""
 
-    async def connect(
-        self, connection: Connection, handshake: Handshake
-    ) -> str | None:
+    wants_headers = False
+
+    def connect(self, connection: Connection, handshake: Handshake) -> Choice:
         """Take the client's first subprotocol, as an echo server would."""
         return handshake.subprotocols[0] if handshake.subprotocols else None
 

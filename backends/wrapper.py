@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable
 
-from backends import Backend, Closure, Condition, Connection, Handshake
+from backends import Backend, Choice, Closure, Condition, Connection, Handshake
 
 
 class BackendWrapper(Backend):
@@ -13,6 +13,7 @@ class BackendWrapper(Backend):
         self.descriptors = backend.descriptors
         self.observes = backend.observes
         self.takes_many = backend.takes_many
+        self.wants_headers = backend.wants_headers
         self.wants_fields = backend.wants_fields
         # Called for each callback, so without another call in between.
         self.called_back = backend.called_back  # type: ignore[method-assign]
@@ -20,10 +21,8 @@ class BackendWrapper(Backend):
     async def start(self) -> None:
         await self._backend.start()
 
-    async def connect(
-        self, connection: Connection, handshake: Handshake
-    ) -> str | None:
-        return await self._backend.connect(connection, handshake)
+    def connect(self, connection: Connection, handshake: Handshake) -> Choice:
+        return self._backend.connect(connection, handshake)
 
     def message(
         self, connection: Connection, message: str | bytes

@@ -18,6 +18,7 @@ from handlers.callbacks.tokens import CallbackTokens
 from handlers.clients.connection import ClientContext
 from handlers.clients.heartbeat import Heartbeat
 from handlers.clients.lifetimes import Lifetimes
+from handlers.clients.opening import Openings
 from handlers.clients.paths import ClientPaths
 from handlers.clients.policy import ClientPolicy
 from handlers.clients.routes import client_routes
@@ -67,8 +68,7 @@ async def make_application(**bounds: int) -> Application:
             max_message_size=1000,
             **shared,
         ),
-        context=context,
-        tickets=Tickets(),
+        Openings(context, Tickets()),
     )
     return Application(
         routes,
@@ -121,9 +121,9 @@ async def test_listeners_share_one_connection_map(
         if "connections" in rule.target_kwargs
     }
     contexts = {
-        rule.target_kwargs["context"]
+        rule.target_kwargs["openings"].context
         for rule in app.wildcard_router.rules
-        if "context" in rule.target_kwargs
+        if "openings" in rule.target_kwargs
     }
     assert maps == {context.connections for context in contexts} == {connections}
     client = await connect(http_port)

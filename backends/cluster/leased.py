@@ -14,6 +14,7 @@ from backends import (
     Connection,
     ConnectionRefused,
     Handshake,
+    chosen,
 )
 from backends.cluster.lease import Lease
 from backends.cluster.reaper import Reaper
@@ -51,7 +52,7 @@ class LeasedBackend(BackendWrapper):
         if written is not None:
             await written
         try:
-            subprotocol = await self._backend.connect(connection, handshake)
+            subprotocol = await chosen(self._backend.connect(connection, handshake))
             if connection.id in self._fenced:
                 raise ConnectionRefused(503)
             return subprotocol

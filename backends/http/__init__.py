@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tornado.options import options
 
-from backends import Connection, ConnectionRefused, Handshake, Outcome, Relay
+from backends import Choice, Connection, ConnectionRefused, Handshake, Outcome, Relay
 from backends.breaker import make_breaker
 from backends.client import make_client
 from backends.events import EventWriter
@@ -66,14 +66,16 @@ class HTTPBackend(PostingBackend):
         )
         self._events = events
         self._decisions = decisions
+        self.wants_headers = decisions.target is not None
 
-    async def connect(
-        self, connection: Connection, handshake: Handshake
-    ) -> str | None:
+    def connect(self, connection: Connection, handshake: Handshake) -> Choice:
         """Ask `--connecturi`; without it, accept every client."""
         if self._decisions.target is None:
             self._open_connections.add(connection.id)
             return None
+        return self._ask(connection, handshake)
+
+    async def _ask(self, connection: Connection, handshake: Handshake) -> str | None:
         if not self._breaker.take():  # no connect event was sent: no other follows
             raise ConnectionRefused(503, {"retry-after": RETRY_AFTER})
         self._open_connections.add(connection.id)

@@ -1,15 +1,9 @@
-"""Headers of a handshake: which are malformed, and which the backend gets."""
+"""Headers of a handshake: which of them the backend gets."""
 
-import base64
-import binascii
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.options import define
-
-from handlers.clients.origins import is_host_header
-from handlers.websocket.negotiation import extensions, subprotocols
 
 define("withhold_headers", multiple=True, metavar="NAMES",
        help="more handshake headers that the connect event omits, such as Cookie")
@@ -57,18 +51,20 @@ def withheld_names(names: Iterable[str]) -> frozenset[str]:
     return HOP_BY_HOP_HEADERS | {name.lower() for name in names}
 
 
-def forwarded_headers(headers: HTTPHeaders, withheld: frozenset[str]) -> dict[str, str]:
+def forwarded_headers(
+    headers: Mapping[str, Sequence[str]], withheld: frozenset[str]
+) -> dict[str, str]:
     """Return the headers for the connect event, by lower-case name.
 
     Repeated ones are joined by a comma; Cookie by a semicolon, since a comma may be
     part of a cookie (RFC 6265, section 5.4; RFC 9113, section 8.2.3). Omits
     `withheld`, and the headers that Connection lists.
     """
-    for_one_hop = set(members(headers, "Connection"))
+    for_one_hop = members(headers.get("connection", ()))
     return {
-        name.lower(): ("; " if name == "Cookie" else ", ").join(headers.get_list(name))
-        for name in headers
-        if name.lower() not in withheld and name.lower() not in for_one_hop
+        name: ("; " if name == "cookie" else ", ").join(lines)
+        for name, lines in headers.items()
+        if name not in withheld and name not in for_one_hop
     }
 
 
@@ -99,38 +95,7 @@ def written_as_usual(fields: Iterable[tuple[str, str]]) -> Iterator[tuple[str, s
         yield WEBSOCKET_NAME.sub("Sec-WebSocket-", name), value
 
 
-def members(headers: HTTPHeaders, name: str) -> list[str]:
+def members(lines: Iterable[str]) -> list[str]:
     """Return the members of a list header, in lower case."""
-    listed = ",".join(headers.get_list(name)).split(",")
+    listed = ",".join(lines).split(",")
     return [member.strip().lower() for member in listed if member.strip()]
-
-
-def is_key(key: str) -> bool:
-    """Whether a Sec-WebSocket-Key is 16 bytes in base64 (RFC 6455, section 4.1)."""
-    try:
-        return len(base64.b64decode(key, validate=True)) == 16
-    except (ValueError, binascii.Error):
-        return False
-
-
-def malformed_reason(request: HTTPServerRequest, extensible: bool) -> str | None:
-    """Return why a handshake is malformed, as one sentence; None if it is not.
-
-    Does not check the key. Checks the extensions only if `extensible`: if the relay
-    accepts none, the offer does not matter.
-    """
-    headers = request.headers
-    if request.body or "Transfer-Encoding" in headers:
-        return "A WebSocket handshake must not have a body."
-    if not is_host_header(request.host):
-        return "Host must be a host with an optional port."
-    try:
-        subprotocols(headers.get_list("Sec-WebSocket-Protocol"))
-    except ValueError:
-        return "Sec-WebSocket-Protocol must be a list of tokens."
-    try:
-        if extensible:
-            extensions(headers.get_list("Sec-WebSocket-Extensions"))
-    except ValueError:
-        return "Sec-WebSocket-Extensions must be a list of extensions."
-    return None

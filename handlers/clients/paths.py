@@ -26,8 +26,8 @@ _DOTS = re.compile(r"/(?:\.|%2e){1,2}(?:/|$)", re.IGNORECASE)
 class ClientPaths(Matcher):
     """Matches all requests to a path of --ws_path.
 
-    Raises `ValueError` for an invalid path. `first` is the path that is shown to
-    users, without a trailing slash.
+    Raises `ValueError` for an invalid path. `all` are these paths, `first` is the one
+    that is shown to users, without a trailing slash.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
@@ -41,10 +41,10 @@ class ClientPaths(Matcher):
             raise ValueError("at least one path is required, such as /ws")
         bare = [path.removesuffix("/") for path in named]
         self.first = bare[0] or "/"
-        self._paths = frozenset([*filter(None, bare), *(f"{path}/" for path in bare)])
+        self.all = frozenset([*filter(None, bare), *(f"{path}/" for path in bare)])
 
     def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
-        return {} if request.path in self._paths else None
+        return {} if request.path in self.all else None
 
 
 class Handshakes(Matcher):
@@ -55,19 +55,20 @@ class Handshakes(Matcher):
 
     def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
         found = self._paths.match(request)
-        if found is None or "websocket" not in members(request.headers, "Upgrade"):
-            return None
-        return found
+        return found if found is not None and asks_for_websocket(request) else None
 
 
 class AnyHandshake(Matcher):
     """Matches WebSocket requests to any path."""
 
     def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
-        is_handshake = request.method == "GET" and (
-            "websocket" in members(request.headers, "Upgrade")
-        )
+        is_handshake = request.method == "GET" and asks_for_websocket(request)
         return {} if is_handshake else None
+
+
+def asks_for_websocket(request: HTTPServerRequest) -> bool:
+    """Whether WebSocket is among the protocols that a request asks for."""
+    return "websocket" in members(request.headers.get_list("Upgrade"))
 
 
 def make_paths(others: Iterable[str] = ()) -> ClientPaths:

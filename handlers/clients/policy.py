@@ -59,6 +59,17 @@ class ClientPolicy:
     stalls: Stalls = field(default_factory=Stalls)
     trust_traceparent: bool = True
 
+    def allows(self, origins: Sequence[str], host: str, scheme: str | None) -> bool:
+        """Whether a handshake with these Origin headers is allowed.
+
+        `host` and `scheme` are those that it requested; see `AllowedOrigins`.
+        """
+        if not origins:
+            return not self.require_origin
+        return len(origins) == 1 and (
+            self.allowed_origins.allow(origins[0], host, scheme)
+        )
+
 
 def make_policy() -> ClientPolicy:
     """Create the policy from the options. Raises `OptionError` for invalid ones."""

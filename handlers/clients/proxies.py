@@ -17,10 +17,10 @@ from ipaddress import (
 )
 from typing import NamedTuple
 
-from tornado.httputil import HTTPHeaders
 from tornado.options import define
 
 from handlers.clients.origins import is_host_header
+from handlers.clients.request import HandshakeRequest
 
 define("trusted_proxies", multiple=True, metavar="NETWORKS",
        help="addresses and networks (10.0.0.0/8) of proxies whose X-Forwarded-For, "
@@ -62,19 +62,22 @@ class TrustedProxies:
     def __init__(self, networks: Iterable[str] = ()) -> None:
         self._networks = [_network(text) for text in networks]
 
-    def read(self, peer: str, headers: HTTPHeaders, host: str, tls: bool) -> Forwarded:
-        """Read the headers of a request from `peer` to `host`, over TLS or not.
+    def read(self, request: HandshakeRequest) -> Forwarded:
+        """Return where a handshake comes from, and what it requested.
 
         Each trusted proxy in a chain may append to X-Forwarded-Proto and -Host, as
         it does to X-Forwarded-For. The value of the first one counts, because the
         client sent its request to it.
         """
-        scheme = "https" if tls else None
+        peer, host = request.peer, request.text("host")
+        scheme = "https" if request.has_tls else None
+        if not self._networks and ":" not in peer:
+            return Forwarded(peer, scheme, host)  # as most come, and nothing to parse
         address = _address(peer)
         if address is None or not self._trusts(address):
             return Forwarded(peer if address is None else str(address), scheme, host)
         chain = 1  # number of trusted proxies between the relay and the client
-        for hop in reversed(_members(headers, "X-Forwarded-For")):
+        for hop in reversed(_members(request, "x-forwarded-for")):
             named = _hop(hop)
             if named is None:
                 break
@@ -82,8 +85,8 @@ class TrustedProxies:
             if not self._trusts(address):
                 break
             chain += 1
-        forwarded_scheme = _first_value(headers, "X-Forwarded-Proto", chain).lower()
-        forwarded_host = _first_value(headers, "X-Forwarded-Host", chain)
+        forwarded_scheme = _first_value(request, "x-forwarded-proto", chain).lower()
+        forwarded_host = _first_value(request, "x-forwarded-host", chain)
         return Forwarded(
             str(address),
             _SCHEMES.get(forwarded_scheme, scheme),
@@ -94,17 +97,17 @@ class TrustedProxies:
         return any(address in network for network in self._networks)
 
 
-def _members(headers: HTTPHeaders, name: str) -> list[str]:
+def _members(request: HandshakeRequest, name: str) -> list[str]:
     """Return the members of a list header: at least one, which may be empty."""
-    return ",".join(headers.get_list(name)).split(",")
+    return request.text(name).split(",")
 
 
-def _first_value(headers: HTTPHeaders, name: str, chain: int) -> str:
+def _first_value(request: HandshakeRequest, name: str, chain: int) -> str:
     """Return what the first of `chain` proxies added to a header.
 
     If there are fewer members than proxies, some proxies have replaced the header.
     """
-    members = _members(headers, name)
+    members = _members(request, name)
     return members[-min(chain, len(members))].strip()
 
 

@@ -45,8 +45,14 @@ class Connection(Protocol):
     """The connection of a request, as far as its response needs it."""
 
     loop: asyncio.AbstractEventLoop
-    context: Context
+    remote_ip: str
     deadline: float  # on the loop's clock
+
+    @property
+    def context(self) -> Context: ...
+
+    @property
+    def has_tls(self) -> bool: ...
 
     @property
     def request(self) -> Request | None:
@@ -59,6 +65,8 @@ class Connection(Protocol):
     def descriptor(self) -> int: ...
 
     def send(self, data: bytes) -> None: ...
+
+    def send_dated(self, start: bytes, rest: bytes) -> None: ...
 
     def write(self, data: bytes) -> "asyncio.Future[None]": ...
 

@@ -30,6 +30,7 @@ from handlers.http.parser import MalformedRequest, NamingParser, RequestParser
 from handlers.http.plain import MAX_HEAD_SIZE, plain_request
 from handlers.http.request import FastHandler, Request, Response
 from handlers.http.response import (
+    Connection,
     Context,
     HandlerResponse,
     PendingResponse,
@@ -44,12 +45,16 @@ LINGER_TIMEOUT = 2.0  # seconds in which a peer may read why the connection clos
 MAX_AHEAD = READ_SIZE
 PIECES_PER_TURN = 16  # that one connection parses before others have their turn
 
+Upgrade = Callable[[Connection, Request], bool]
+
 
 class RequestServer:
     """Serves requests on accepted sockets.
 
     `fast` returns what can answer a request without a handler, by its head, or
-    None. `log` is called with method, target and status of such a response.
+    None. `log` is called with method, target and status of such a response. `upgrade`
+    answers a request for another protocol without a handler, now or later; it returns
+    False if it cannot.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class RequestServer:
         bounds: RequestBounds,
         fast: Callable[[Request], FastHandler | None] = lambda request: None,
         log: Callable[[str, str, int], None] = lambda method, target, status: None,
+        upgrade: Upgrade | None = None,
         keep_names: bool = False,
     ) -> None:
         """If `keep_names`, requests keep the names of headers as they were written."""
@@ -67,6 +73,7 @@ class RequestServer:
         self.bounds = bounds
         self.fast = fast
         self.log = log
+        self.upgrade = upgrade
         # Kept, since asking for it is a system call (getpid) before Python 3.12.
         self.loop = asyncio.get_running_loop()
         self.deadlines = Deadlines(self.loop)
@@ -124,8 +131,8 @@ class RequestConnection(SocketConnection):
         "_server",
         "_taken",
         "_turning",
-        "context",
         "deadline",
+        "remote_ip",
         "request",
     )
 
@@ -137,7 +144,7 @@ class RequestConnection(SocketConnection):
         tls: ssl.SSLContext | None,
     ) -> None:
         super().__init__(server.loop, accepted, tls)
-        self.context = Context(remote_ip, "https" if tls else "http")
+        self.remote_ip = remote_ip
         # On the loop's clock; after it the connection is closed.
         self.deadline = server.loop.time() + server.bounds.header_timeout
         # The current request: its head was parsed, and it is not answered.
@@ -151,6 +158,11 @@ class RequestConnection(SocketConnection):
         self._closing = False  # what still arrives is discarded
         # For writers that wait until the peer has taken what was written.
         self._taken: asyncio.Future[None] | None = None
+
+    @property
+    def context(self) -> Context:
+        """What Tornado's requests ask of their connection."""
+        return Context(self.remote_ip, "https" if self.has_tls else "http")
 
     @property
     def bounds(self) -> RequestBounds:
@@ -313,6 +325,8 @@ class RequestConnection(SocketConnection):
                 return
         if request.in_budget:
             self._server.bounds.body_budget.release(self)
+        if request.upgrade and request.complete and self._upgrade(request):
+            return
         by_handler = HandlerResponse(self, request, self._server.application)
         request.response = by_handler
         by_handler.begin()
@@ -339,6 +353,11 @@ class RequestConnection(SocketConnection):
             self._settle()
         return True
 
+    def _upgrade(self, request: Request) -> bool:
+        """Whether a request for another protocol is answered without a handler."""
+        upgrade = self._server.upgrade
+        return upgrade is not None and upgrade(self, request)
+
     def _answer(
         self, request: Request, response: FastResponse | Awaitable[FastResponse]
     ) -> None:
@@ -357,7 +376,7 @@ class RequestConnection(SocketConnection):
 
     def _write(self, request: Request, response: FastResponse) -> None:
         server = self._server
-        self.send(response.start + server.date() + response.rest)
+        self.send_dated(response.start, response.rest)
         server.log(request.method, request.target.decode("latin-1"), response.status)
 
     def answer(self, request: Request, response: FastResponse) -> None:
@@ -451,6 +470,10 @@ class RequestConnection(SocketConnection):
             self.stop_reading()
 
     # Writing and closing.
+
+    def send_dated(self, start: bytes, rest: bytes) -> None:
+        """Send a response: its status line, `Date`, and the rest."""
+        self.send(start + self._server.date() + rest)
 
     def write(self, data: bytes) -> "asyncio.Future[None]":
         """Write; the future is done when more may be written, mostly immediately."""

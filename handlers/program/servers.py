@@ -17,7 +17,7 @@ from handlers.http.body_budget import BodyBudget
 from handlers.http.bounds import RequestBounds
 from handlers.http.listener import Server
 from handlers.http.request import FastHandler, Request
-from handlers.http.server import RequestServer
+from handlers.http.server import RequestServer, Upgrade
 
 if TYPE_CHECKING:
     from handlers.telemetry.spans import Tracing
@@ -31,13 +31,14 @@ def make_server(
     bounds: RequestBounds,
     observer: Observer,
     fast: Fast = lambda request: None,
+    upgrade: Upgrade | None = None,
     tracing: "Tracing | None" = None,
     keep_names: bool = False,
 ) -> Server:
     """Create the server for `routes`; all other paths get 404.
 
-    `fast` may answer a send or a bulk callback without creating a handler. If
-    `keep_names`, handlers can see the names of headers as they were written.
+    `fast` may answer a send or a bulk callback without creating a handler, `upgrade` a
+    handshake. If `keep_names`, the names of headers are kept as they were written.
     """
 
     def on_answered(handler: RequestHandler) -> None:
@@ -60,7 +61,9 @@ def make_server(
         from handlers.http.tornado_server import TornadoServer
 
         return TornadoServer(application, bounds)
-    return RequestServer(application, bounds, fast, on_fast_answered, keep_names)
+    return RequestServer(
+        application, bounds, fast, on_fast_answered, upgrade, keep_names
+    )
 
 
 def either(first: Fast, second: Fast) -> Fast:

@@ -34,8 +34,10 @@ from handlers.callbacks.repeats import Repeats
 from handlers.callbacks.routes import callback_routes
 from handlers.callbacks.tokens import CallbackTokens
 from handlers.clients.connection import ClientContext, Connections
+from handlers.clients.fast_handshake import FastHandshakes
 from handlers.clients.heartbeat import Heartbeat
 from handlers.clients.lifetimes import Lifetimes
+from handlers.clients.opening import Openings
 from handlers.clients.paths import make_paths
 from handlers.clients.policy import make_policy
 from handlers.clients.routes import client_routes
@@ -173,6 +175,17 @@ class Service:
         self.heartbeat = Heartbeat(options.ping_interval, options.ping_timeout)
         self.lifetimes = Lifetimes(options.idle_timeout, options.max_lifetime)
         self.tickets = Tickets(owners=self.connections.owners)
+        self.openings = Openings(
+            ClientContext(
+                self.connections,
+                self.backend,
+                self.heartbeat,
+                self.lifetimes,
+                self.policy,
+            ),
+            self.tickets,
+            self.tracing,
+        )
         self.readiness = Readiness(
             self.connections, self.backend, options.ready_breaker_timeout
         )
@@ -235,16 +248,8 @@ class Service:
     # Routes.
 
     def _for_clients(self, others: Routes) -> Routes:
-        context = ClientContext(
-            self.connections, self.backend, self.heartbeat, self.lifetimes, self.policy
-        )
         return client_routes(
-            self.paths,
-            others,
-            forbid=self._forbids_others,
-            context=context,
-            tickets=self.tickets,
-            tracer=self.tracing,
+            self.paths, others, self.openings, forbid=self._forbids_others
         )
 
     def _for_backend(self) -> Routes:
@@ -336,11 +341,13 @@ class Service:
         body_budget = BodyBudget(max(MAX_BODY_BYTES, 2 * largest))
         one_listener = self.to_clients is self.to_backend
         for_backend = self._for_backend()
+        handshakes = FastHandshakes(self.paths, self.openings)
         both = make_server(
             self._for_clients(for_backend) if one_listener else for_backend,
             bounds(body_budget, max_body_size=most),
             self.observers,
             self._fast(),
+            handshakes if one_listener else None,
             self.tracing,
             one_listener and self.backend.wants_fields,
         )
@@ -352,6 +359,7 @@ class Service:
             self._for_clients([]),
             bounds(body_budget, max_body_size=options.max_header_size),
             self.observers,
+            upgrade=handshakes,
             keep_names=self.backend.wants_fields,
         )
         self.to_clients.serve(for_clients, self.descriptors.client)

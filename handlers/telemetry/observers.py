@@ -15,6 +15,7 @@ from backends import (
     Backend,
     BackendAway,
     BackendError,
+    Choice,
     Closure,
     Connection,
     ConnectionRefused,
@@ -84,16 +85,28 @@ class ObservedBackend(BackendWrapper):
         self._observer = observer
         self.observes = True
 
-    async def connect(
-        self, connection: Connection, handshake: Handshake
-    ) -> str | None:
+    def connect(self, connection: Connection, handshake: Handshake) -> Choice:
         began = monotonic()
         try:
-            subprotocol = await self._backend.connect(connection, handshake)
-        except ConnectionRefused as refused:
-            self._report("connect", connection, began, refused, handshake.trace)
+            choice = self._backend.connect(connection, handshake)
+        except (ConnectionRefused, BackendError) as error:
+            self._report("connect", connection, began, error, handshake.trace)
             raise
-        except BackendError as error:
+        if choice is not None and not isinstance(choice, str):
+            return self._chosen(connection, handshake, choice, began)
+        self._report("connect", connection, began, None, handshake.trace)
+        return choice
+
+    async def _chosen(
+        self,
+        connection: Connection,
+        handshake: Handshake,
+        choice: Awaitable[str | None],
+        began: float,
+    ) -> str | None:
+        try:
+            subprotocol = await choice
+        except (ConnectionRefused, BackendError) as error:
             self._report("connect", connection, began, error, handshake.trace)
             raise
         self._report("connect", connection, began, None, handshake.trace)

@@ -22,15 +22,17 @@ class Extension(NamedTuple):
     parameters: Sequence[tuple[str, str | None]]
 
 
-def subprotocols(lines: Iterable[str]) -> list[str]:
+def subprotocols(lines: Sequence[str]) -> list[str]:
     """Return the subprotocols of Sec-WebSocket-Protocol headers, without duplicates.
 
     In the client's order. Raises `ValueError` if one is not a token (RFC 6455,
     section 4.1).
     """
+    if not lines:  # as most clients offer none
+        return []
     offered = dict.fromkeys(_members(lines))
     for name in offered:
-        _check_token(name)
+        check_token(name)
     return list(offered)
 
 
@@ -50,20 +52,21 @@ def _members(lines: Iterable[str]) -> Iterable[str]:
 
 def _extension(member: str) -> Extension:
     name, *pairs = (part.strip(" \t") for part in member.split(";"))
-    _check_token(name)
+    check_token(name)
     parameters: list[tuple[str, str | None]] = []
     for pair in pairs:
         key, equals, value = (part.strip(" \t") for part in pair.partition("="))
-        _check_token(key)
+        check_token(key)
         if equals:
             if len(value) > 1 and value[0] == value[-1] == '"':
                 # Unquoted, it must be a token as well (RFC 6455, section 9.1).
                 value = _QUOTED_PAIR.sub(r"\1", value[1:-1])
-            _check_token(value)
+            check_token(value)
         parameters.append((key, value if equals else None))
     return Extension(name, parameters)
 
 
-def _check_token(text: str) -> None:
+def check_token(text: str) -> None:
+    """Raise `ValueError` if `text` is not a token (RFC 9110, section 5.6.2)."""
     if _TOKEN.fullmatch(text) is None:
         raise ValueError(f"{text!r} is no token")

@@ -1,54 +1,47 @@
-"""Answers a client's handshake with 101, and hands over the socket (RFC 6455, 4.2.2).
+"""The answer to a client's handshake (RFC 6455, section 4.2.2).
 
-`handlers.clients.handshake` decides whether a client may connect.
+`handlers.clients.opening` decides whether a client may connect.
 """
 
 import base64
 import hashlib
-from typing import Any
+from collections.abc import Sequence
 
-from tornado.web import RequestHandler
-
-from handlers.http.sockets import TakenSocket
-from handlers.websocket.deflate import Compression, accept_offer
-from handlers.websocket.negotiation import extensions
+from handlers.websocket.deflate import Accepted, Compression, accept_offer
+from handlers.websocket.negotiation import check_token, extensions
 
 ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 
 
-def upgrade(handler: RequestHandler, subprotocol: str | None) -> TakenSocket | None:
-    """Answer a handshake with 101, and return the socket of the new WebSocket.
+def switching_fields(
+    key: str, subprotocol: str | None, accepted: Accepted | None
+) -> list[tuple[str, str]]:
+    """Return the headers of a 101, for the Sec-WebSocket-Key of a handshake.
 
-    None: the client has disconnected.
+    Raises `ValueError` for a subprotocol that is no token.
     """
-    key = handler.request.headers["Sec-WebSocket-Key"].encode()
-    accept = base64.b64encode(hashlib.sha1(key + ACCEPT_GUID).digest()).decode()
+    fields = []
+    if accepted is not None:
+        fields.append(("Sec-WebSocket-Extensions", accepted.header))
     if subprotocol is not None:
-        handler.set_header("Sec-WebSocket-Protocol", subprotocol)
-    handler.clear_header("Content-Type")
-    handler.set_status(101)
-    handler.set_header("Upgrade", "websocket")
-    handler.set_header("Connection", "Upgrade")
-    handler.set_header("Sec-WebSocket-Accept", accept)
-    handler.finish()
-    connection: Any = handler.request.connection
-    taken: TakenSocket | None = connection.take_socket()
-    return taken
+        check_token(subprotocol)
+        fields.append(("Sec-WebSocket-Protocol", subprotocol))
+    digest = hashlib.sha1(key.encode() + ACCEPT_GUID).digest()
+    fields += [
+        ("Upgrade", "websocket"),
+        ("Connection", "Upgrade"),
+        ("Sec-WebSocket-Accept", base64.b64encode(digest).decode()),
+    ]
+    return fields
 
 
 def negotiate_compression(
-    handler: RequestHandler, compression: Compression | None
-) -> Compression | None:
-    """Accept permessage-deflate if the client offers it and `compression` is set.
+    offered: Sequence[str], compression: Compression | None
+) -> Accepted | None:
+    """Accept permessage-deflate if `compression` is set, and the client offers it.
 
-    Sets the header of the answer. Returns the settings of this connection, or None
-    for no compression.
+    `offered` are its Sec-WebSocket-Extensions headers.
     """
-    if compression is None:
+    if compression is None or not offered:
         return None
-    offered = handler.request.headers.get_list("Sec-WebSocket-Extensions")
-    accepted = accept_offer(extensions(offered), compression)
-    if accepted is None:
-        return None
-    handler.set_header("Sec-WebSocket-Extensions", accepted.header)
-    return accepted.compression
+    return accept_offer(extensions(offered), compression)
