@@ -27,14 +27,10 @@ The other end, where clients connect, is `handlers.clients.connection`.
 
 import abc
 import asyncio
-import importlib
-import importlib.util
-import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from types import ModuleType
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from tornado.options import Error as OptionError
 
@@ -42,156 +38,22 @@ from tornado.options import Error as OptionError
 from backends.check import Check as Check
 from backends.check import Finding as Finding
 from backends.check import expiry_finding as expiry_finding
-from backends.commands import CommandName, CommandOutcome, Executor, Source
-
-# Listed, since this package also has modules that backends share; the most usual first.
-BUILT_IN = ("http", "loopback", "apigateway", "redis")
-
-Initiator = Literal["client", "backend", "relay"]
-
-EventName = Literal["connect", "message", "disconnect"]
-# What became of an event. "refused" is the backend's final decision; "abandoned" are
-# requests that it held, unanswered, until nobody waited for the response.
-Outcome = Literal["delivered", "refused", "failed", "abandoned"]
-# What became of one attempt: "unreachable" did not reach the backend, or a gateway
-# says so; "error" is a response after which it is repeated, "timeout" is none in time.
-AttemptOutcome = Literal[
-    "delivered", "refused", "error", "unreachable", "timeout", "abandoned"
-]
-# What became of a handshake: "refused" by the backend, "rejected" by the relay, or
-# "no_decision" of the backend; the client may also have left.
-HandshakeOutcome = Literal["opened", "refused", "rejected", "no_decision", "left"]
-# What became of a callback for a connection of another instance: "answered" by it; or
-# the instance is "gone", was "unreachable", or left the callback "unanswered".
-ForwardOutcome = Literal["answered", "gone", "unreachable", "unanswered"]
-
-
-@dataclass(frozen=True, slots=True)
-class TraceContext:
-    """A place in a trace (W3C Trace Context): lower-case hex digits, 32, 2 and 16.
-
-    The next span is a child of `span_id`; empty: the parent is not known.
-    """
-
-    trace_id: str
-    flags: str
-    span_id: str = ""
-
-
-class Attempt(NamedTuple):
-    """One attempt to deliver an event, when it has ended.
-
-    `event_id` is the same on every attempt of one event, `traceparent` is what was
-    sent, `seconds` is the time from its start to its response or failure. `status`
-    is None where there was no response. `url` is the target without its query, or
-    empty, and `trace` is what the event belongs to, or None. `number` counts the
-    attempts of the event, from 1. `place` is where a broker has put the event, such as
-    a stream and the id of an entry; empty: no broker has.
-    """
-
-    event: EventName
-    connection_id: str
-    event_id: str
-    traceparent: str
-    outcome: AttemptOutcome
-    status: int | None
-    seconds: float
-    url: str = ""
-    trace: TraceContext | None = None
-    number: int = 1
-    place: str = ""
-
-
-class BatchEnd(NamedTuple):
-    """A batch of events that is not sent again.
-
-    `batch_id` and `traceparent` are what was sent, `events` the `traceparent` of each
-    of its events; empty if the trace of the batch is not recorded. `outcome` and
-    `status` are those of its last attempt, `seconds` the time since it was formed. Its
-    events are reported by `Observer.attempted`, too.
-    """
-
-    batch_id: str
-    traceparent: str
-    events: Sequence[str]
-    outcome: AttemptOutcome
-    status: int | None
-    seconds: float
-    url: str
-
-
-class Observer:
-    """Is called for what happens to connections, frames and events.
-
-    These methods do nothing. They are called for each message: an override must be
-    fast, and must not raise.
-    """
-
-    def handshake_ended(
-        self, outcome: HandshakeOutcome, status: int, remote_ip: str, seconds: float
-    ) -> None:
-        """A handshake was answered with `status`, or its client has disconnected."""
-
-    def opened(self, connection: "Connection") -> None:
-        """A connection is open: from now on, frames are relayed both ways."""
-
-    def closed(
-        self,
-        connection: "Connection",
-        code: int,
-        initiator: Initiator,
-        duration: float,
-    ) -> None:
-        """A connection that was open has ended; the arguments are as in `Closure`."""
-
-    def received(
-        self, connection: "Connection", message: str | bytes, size: int
-    ) -> None:
-        """A message of `size` bytes came from a client."""
-
-    def sent(self, connection: "Connection", message: str | bytes, size: int) -> None:
-        """A message of `size` bytes is being sent to a client."""
-
-    def send_answered(self, status: int) -> None:
-        """A send callback of a backend was answered with `status`."""
-
-    def attempted(self, attempt: Attempt) -> None:
-        """An attempt to deliver an event has ended."""
-
-    def batch_ended(self, batch: BatchEnd) -> None:
-        """A batch of events is not sent again; its events may be."""
-
-    def ended(
-        self, event: EventName, connection_id: str, outcome: Outcome, count: int = 1
-    ) -> None:
-        """An event of a connection has ended so, or `count` of them."""
-
-    def heartbeat_ended(self, delivered: bool) -> None:
-        """A heartbeat of this instance was accepted by the backend, or was not."""
-
-    def forwarded(
-        self, connection_id: str, owner: str, outcome: ForwardOutcome, status: int
-    ) -> None:
-        """A callback was forwarded to `owner`, and is answered with `status`.
-
-        `connection_id` is empty for a bulk callback.
-        """
-
-    def given_up(self, event_id: str) -> None:
-        """An event that was attempted is given up; `ended` counts it, too."""
-
-    def commanded(
-        self,
-        source: Source,
-        command: CommandName | Literal["none"],
-        outcome: CommandOutcome,
-        connection_id: str,
-    ) -> None:
-        """A command for a connection was carried out, or not.
-
-        `none`: a reply to an event of the connection could not be read at all, or a
-        bulk callback; then `connection_id` is empty.
-        """
+from backends.commands import Executor
+from backends.loading import BUILT_IN as BUILT_IN
+from backends.loading import built_in as built_in
+from backends.loading import load as load
+from backends.loading import names as names
+from backends.loading import users_of_options as users_of_options
+from backends.observer import Attempt as Attempt
+from backends.observer import AttemptOutcome as AttemptOutcome
+from backends.observer import BatchEnd as BatchEnd
+from backends.observer import EventName as EventName
+from backends.observer import ForwardOutcome as ForwardOutcome
+from backends.observer import HandshakeOutcome as HandshakeOutcome
+from backends.observer import Initiator as Initiator
+from backends.observer import Observer as Observer
+from backends.observer import Outcome as Outcome
+from backends.observer import TraceContext as TraceContext
 
 
 class Occupancy(NamedTuple):
@@ -399,8 +261,7 @@ class ConnectionRefused(Exception):
     body: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
+class Condition(NamedTuple):
     """The state of a backend, for probes, operators and metrics.
 
     `away` is for how many seconds it has been considered unreachable; None while
@@ -572,87 +433,3 @@ class LostConnection:
 
     def give_up(self, error: BackendError, messages: int = 1) -> None:
         """Nobody is there to be closed."""
-
-
-def names() -> list[str]:
-    """Return the names of the built-in backends, sorted."""
-    return sorted(BUILT_IN)
-
-
-def built_in(name: str) -> str | None:
-    """Return the built-in backend that `name` is, or to which this module belongs."""
-    module = f"{name}." if "." in name else f"{__name__}.{name}."
-    return next(
-        (each for each in BUILT_IN if module.startswith(f"{__name__}.{each}.")), None
-    )
-
-
-def users_of_options(module: str) -> list[str]:
-    """Return the names of the built-in backends that read the options of `module`.
-
-    The most usual one is the first. `module` is a full name. Options belong to the
-    backend in whose package they are defined, or to those that list a shared module in
-    `OPTION_MODULES`.
-    """
-    return [
-        name
-        for name in BUILT_IN
-        if f"{module}.".startswith(f"{__name__}.{name}.")
-        or module in getattr(load(name), "OPTION_MODULES", ())
-    ]
-
-
-def load(name: str) -> ModuleType:
-    """Import the backend called `name`, which defines its options.
-
-    A name with a dot is looked for in the current folder, too, after all of
-    Python's path: nothing there can take the place of an installed module.
-
-    Raises `OptionError` with one sentence: there is no such module, it can't
-    be imported, or it is no backend.
-    """
-    module_name = name
-    if "." not in name:
-        module_name = f"{__name__}.{name}"
-    elif "" not in sys.path:
-        sys.path.append("")  # the current folder
-    try:
-        found = importlib.util.find_spec(module_name) is not None
-    except ModuleNotFoundError as error:
-        # A missing parent is a wrong name; a parent that misses something is not.
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise OptionError(_import_failure(name, error)) from error
-        found = False
-    except ValueError:
-        found = False
-    except Exception as error:
-        raise OptionError(_import_failure(name, error)) from error
-    if not found:
-        raise OptionError(f"there is no backend {name!r}: {_where_to_look(name)}")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise OptionError(_import_failure(name, error)) from error
-    if not callable(getattr(module, "make_backend", None)):
-        raise OptionError(
-            f"module {module_name} is no backend: no make_backend() in it"
-        )
-    return module
-
-
-def _where_to_look(name: str) -> str:
-    """What to write instead of a name that no backend has."""
-    if "." in name:
-        return (
-            f"no module {name} in the current folder or on Python's path"
-            " (PYTHONPATH adds folders to it);"
-            f" the built-in ones are {', '.join(names())}"
-        )
-    return (
-        f"choose one of {', '.join(names())},"
-        " or give a module's full name, with a dot"
-    )
-
-
-def _import_failure(name: str, error: Exception) -> str:
-    return f"backend {name!r} failed to import: {type(error).__name__}: {error}"

@@ -270,7 +270,7 @@ class Tail(Observer):
             "pending": connections.backlog.events,
             "pending_bytes": connections.backlog.bytes,
             "oldest_pending": connections.oldest_pending,
-            "backend": asdict(condition),
+            "backend": condition._asdict(),
             "counts": asdict(self._counts),
             "latency": {
                 "p50": _percentile(latencies, 0.5),
