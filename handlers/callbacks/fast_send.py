@@ -142,7 +142,7 @@ class FastSend:
         connection = find(connection_id, self._connections, self._backend.called_back)
         if connection is None:
             return response_of(GONE)
-        outcome = send(connection, MessageFrame(message))
+        outcome = send(connection, MessageFrame(message, body))
         return response_of(outcome) if isinstance(outcome, Outcome) else _later(outcome)
 
 

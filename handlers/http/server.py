@@ -182,7 +182,7 @@ class RequestConnection(SocketConnection):
     def on_data(self, data: bytes) -> None:
         if self._closing or self._rejection:
             return
-        if self._inbox or self._has_work() or self._unsent is not None:
+        if self._inbox or self.request is not None or self._unsent is not None:
             self._inbox += data
             self._advance()
             return

@@ -46,6 +46,8 @@ class Opcode(IntEnum):
 
 # As numbers, since reading a member of an enumeration takes long before Python 3.12.
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = map(int, Opcode)
+# The first byte of a whole message that is not compressed.
+WHOLE_TEXT, WHOLE_BINARY = FIN | TEXT, FIN | BINARY
 
 
 class CloseCode(IntEnum):
@@ -145,6 +147,7 @@ class FrameParser:
 
     __slots__ = (
         "_buffer",
+        "_data",
         "_first",
         "_fragments",
         "_inflater",
@@ -152,13 +155,18 @@ class FrameParser:
         "_max_frame_size",
         "_max_message_size",
         "_needed",
+        "_position",
         "_remaining",
         "_size",
+        "unparsed",
     )
 
     def __init__(self, max_message_size: int, inflater: Inflater | None = None) -> None:
         self._max_message_size = self._max_frame_size = max_message_size
         self._inflater = inflater
+        self.unparsed = False  # whether `next` has bytes to parse
+        self._data = b""  # these bytes, from `_position` on
+        self._position = 0
         # An incomplete header, or an incomplete control frame.
         self._buffer = b""
         self._needed = 2  # length of `_buffer` at which it can be parsed
@@ -185,62 +193,87 @@ class FrameParser:
         Keeps the rest. Raises `FrameError` at the first violation; do not feed more
         data after that.
         """
-        return (received for received in self.frames(data) if received is not None)
+        self.add(data)
+        while self.unparsed:
+            received = self.next()
+            if received is not None:
+                yield received
 
-    def frames(self, data: bytes) -> Iterator[Received | None]:
-        """As `feed`, but yields None for a frame that completes no message.
-
-        So the caller can stop after any number of frames, even empty ones.
-        """
+    def add(self, data: bytes) -> None:
+        """Take more bytes; only when the last ones are parsed."""
         if self._buffer:
-            data = self._buffer + data
-            if len(data) < self._needed:
-                self._buffer = data
-                return
-            self._buffer = b""
-        position, end = 0, len(data)
+            data, self._buffer = self._buffer + data, b""
+        self._data = data
+        self._position = 0
+        self.unparsed = bool(data)
+
+    def next(self) -> Received | None:
+        """Parse the next frame; call it while there are `unparsed` bytes.
+
+        Returns None for a frame that completes no message. So the caller can stop
+        after any number of frames, even empty ones. Raises `FrameError` as `feed`.
+        """
+        data, start = self._data, self._position
+        end = len(data)
         if self._remaining:
             position = min(self._remaining, end)
-            yield self._take_part(data[:position])
-        while position < end:
-            start = position
-            if end - position < 2:
-                self._needed = 2
-                break
-            first, second = data[position], data[position + 1]
-            length = second & 0x7F
+            self._go_on(position)
+            return self._take_part(data[:position])
+        if end - start < self._needed:
+            self._keep(self._needed)
+            return None
+        first, second = data[start], data[start + 1]
+        length = second & 0x7F
+        is_whole = self._fragments is None and first in (WHOLE_TEXT, WHOLE_BINARY)
+        if not is_whole or second < MASKED:
             self._check_header(first, second, length)
-            position += 2
-            if length > MAX_CONTROL_PAYLOAD:
-                extended = 2 if length == 126 else 8
-                if end - position < extended:
-                    self._needed = 2 + extended
-                    position = start
-                    break
-                length = int.from_bytes(data[position : position + extended])
-                _check_length(length, extended)
-                position += extended
-            is_control = first & 0x08
-            size = length + self._size
-            if size > self._max_frame_size and not is_control:
-                self._check_size(first, length, size)
-            wanted = 4 + length if is_control else 4
-            if end - position < wanted:
-                self._needed = position - start + wanted
-                position = start
-                break
-            mask = data[position : position + 4]
-            position += 4
-            if end - position < length:
-                self._first, self._remaining, self._mask = first, length, mask
-                if position < end:
-                    self._take_part(data[position:])
-                return
-            payload = unmask(mask, data[position : position + length])
-            position += length
-            yield self._take(first, payload)
-        if position < end:
-            self._buffer = data[position:]
+        position = start + 2
+        if length > MAX_CONTROL_PAYLOAD:
+            extended = 2 if length == 126 else 8
+            if end - position < extended:
+                self._keep(2 + extended)
+                return None
+            length = int.from_bytes(data[position : position + extended])
+            _check_length(length, extended)
+            position += extended
+        is_control = first & 0x08
+        size = length + self._size
+        if size > self._max_frame_size and not is_control:
+            self._check_size(first, length, size)
+        wanted = 4 + length if is_control else 4
+        if end - position < wanted:
+            self._keep(position - start + wanted)
+            return None
+        mask = data[position : position + 4]
+        position += 4
+        self._needed = 2
+        if end - position < length:
+            self._first, self._remaining, self._mask = first, length, mask
+            self._go_on(end)
+            return self._take_part(data[position:]) if position < end else None
+        payload = unmask(mask, data[position : position + length])
+        self._go_on(position + length)
+        if is_whole:
+            return self._message(first, payload)
+        return self._take(first, payload)
+
+    def drop(self) -> None:
+        """Parse nothing more of what was added."""
+        self._data = b""
+        self.unparsed = False
+
+    def _go_on(self, position: int) -> None:
+        """Continue at `position` of the data."""
+        if position == len(self._data):
+            self.drop()
+        else:
+            self._position = position
+
+    def _keep(self, needed: int) -> None:
+        """Keep an incomplete frame until it has `needed` bytes."""
+        self._needed = needed
+        self._buffer = self._data[self._position :]
+        self.drop()
 
     def _take_part(self, part: bytes) -> Received | None:
         """Handle the received part of a data frame as if it were a fragment.
@@ -303,7 +336,9 @@ class FrameParser:
         if fragments is None:
             compressed = bool(first & RSV1)
             if final:
-                return self._message(opcode, payload, compressed)
+                return self._message(
+                    opcode, self._inflate(payload) if compressed else payload
+                )
             fragments = self._fragments = Fragments(opcode, compressed)
         self._size += len(payload)
         fragments.add(payload, final)
@@ -313,12 +348,14 @@ class FrameParser:
         message = fragments.message()
         if isinstance(message, str):
             return message
-        return self._message(fragments.opcode, message, fragments.compressed)
+        return self._message(
+            fragments.opcode,
+            self._inflate(message) if fragments.compressed else message,
+        )
 
-    def _message(self, opcode: int, payload: bytes, compressed: bool) -> str | bytes:
-        if compressed:
-            payload = self._inflate(payload)
-        if opcode == BINARY:
+    def _message(self, first: int, payload: bytes) -> str | bytes:
+        """Return a message; `first` is the first byte of its frame, or its opcode."""
+        if first & 0x0F == BINARY:
             return payload
         try:
             return payload.decode()
@@ -395,10 +432,12 @@ class MessageFrame:
 
     __slots__ = ("_compressed", "message", "plain", "size")
 
-    def __init__(self, message: str | bytes) -> None:
+    def __init__(self, message: str | bytes, payload: bytes | None = None) -> None:
+        """`payload` is the message in bytes, if they are at hand."""
         self.message = message
         if isinstance(message, str):
-            payload = message.encode()
+            if payload is None:
+                payload = message.encode()
             self.plain = frame(TEXT, payload)
         else:
             payload = message

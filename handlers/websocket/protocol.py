@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterator
 from typing import Literal, Protocol
 
 from backends import ConnectionClosed, SendBufferFull
@@ -27,7 +26,6 @@ from handlers.websocket.frames import (
     Opcode,
     Ping,
     Pong,
-    Received,
     close_payload,
     frame,
 )
@@ -115,8 +113,8 @@ class ClientProtocol:
         "_parser",
         "_pong",
         "_read_chunk",
-        "_received",
         "_stream",
+        "_taking",
     )
 
     def __init__(
@@ -137,8 +135,7 @@ class ClientProtocol:
         self._closing: Closing | None = None  # from the first close frame on
         # Bytes of an incomplete message, as last reported by `Client.on_kept`.
         self._kept = 0
-        # The rest of the last chunk, which `FrameParser.frames` has yet to yield.
-        self._received: Iterator[Received | None] | None = None
+        self._taking = False  # what was read last, until all of it is parsed
         self._ahead: ReadAhead | None = None  # while there is no room
         # While a pong is being sent, only the latest ping is remembered and answered
         # (RFC 6455, section 5.5.3), so that pongs cannot pile up.
@@ -160,7 +157,7 @@ class ClientProtocol:
     # Reading.
 
     def on_readable(self) -> None:
-        if self._received is None:  # else `turns` continues with the last chunk
+        if not self._taking:  # else `turns` continues with the last chunk
             self._read_on(at_once=False)
 
     def _resume_reading(self) -> None:
@@ -181,7 +178,7 @@ class ClientProtocol:
         stream, ends_at = self._stream, clock() + TURN
         is_full = True
         while True:
-            if self._received is None:
+            if not self._taking:
                 ahead = self._ahead
                 size = self._read_chunk
                 if ahead is not None:
@@ -198,8 +195,9 @@ class ClientProtocol:
                 if ahead is not None:
                     ahead.left -= len(data)
                 if self._closing is None or not self._closing.discarding:
-                    self._received = self._parser.frames(data)
-            if self._received is not None:
+                    self._parser.add(data)
+                    self._taking = True
+            if self._taking:
                 self._take(ends_at)
                 if self._parser.kept != self._kept:
                     self._note_kept()
@@ -208,45 +206,45 @@ class ClientProtocol:
             if self._ahead is not None and self._is_ahead_enough():
                 stream.stop_reading()
                 return
-            if self._received is None and not (
-                is_full or stream.pending or stream.lost
-            ):
+            if not (self._taking or is_full or stream.pending or stream.lost):
                 return
             if clock() >= ends_at:
                 break
-        if self._received is not None or stream.pending or stream.lost:
+        if self._taking or stream.pending or stream.lost:
             self._client.turns.wait(self._resume_reading)
 
     def _take(self, ends_at: float) -> None:
         """Deliver what was read, or keep it until there is room for it.
 
-        At least one frame is handled; from `ends_at` on the others wait.
+        At least one frame is handled; from `ends_at` on the others wait. The client
+        fails if it has exceeded its rate for too long.
         """
-        assert self._received is not None
+        parser, client = self._parser, self._client
         try:
-            for received in self._received:
+            while parser.unparsed:
+                received = parser.next()
                 if isinstance(received, (str, bytes)):
+                    if self._ahead is None and (room := client.room()) is not None:
+                        self._wait_for(room)
                     if self._ahead is None:
-                        self._wait_for_room()
-                    if self._ahead is None:
-                        self._client.on_message(received)
+                        client.on_message(received)
                     else:
                         self._ahead.add(received)
                 elif isinstance(received, Ping):
                     self._send_pong(received.payload)
                 elif isinstance(received, Pong):
-                    self._client.on_pong(received.payload)
+                    client.on_pong(received.payload)
                 elif isinstance(received, Close):
                     self._on_close_frame(received)
-                if self._received is None or (
+                if not self._taking or (
                     self._ahead is not None and self._is_ahead_enough()
                 ):
                     return
-                if clock() >= ends_at:
+                if parser.unparsed and clock() >= ends_at:
                     return
-            self._received = None
-            if self._ahead is None:
-                self._wait_for_room()
+            self._taking = False
+            if self._ahead is None and (room := client.room()) is not None:
+                self._wait_for(room)
         except FrameError as error:
             self._client.on_failed(error)
 
@@ -260,15 +258,10 @@ class ClientProtocol:
         """Whether reading must stop until there is room."""
         return self._ahead is not None and self._ahead.left <= 0
 
-    def _wait_for_room(self) -> None:
-        """Keep messages from now on if there is no room for them.
-
-        Raises `FrameError` if the client has exceeded its rate for too long.
-        """
-        room = self._client.room()
-        if room is not None:
-            self._ahead = ReadAhead(self._client.read_ahead)
-            room.add_done_callback(self._on_room)
+    def _wait_for(self, room: "asyncio.Future[None]") -> None:
+        """Keep messages until there is room for them."""
+        self._ahead = ReadAhead(self._client.read_ahead)
+        room.add_done_callback(self._on_room)
 
     def _on_room(self, room: "asyncio.Future[None]") -> None:
         self._catch_up()
@@ -300,7 +293,8 @@ class ClientProtocol:
 
     def _stop_taking(self) -> None:
         """Deliver what was read ahead, even without room, and parse nothing more."""
-        self._received = None
+        self._taking = False
+        self._parser.drop()
         ahead, self._ahead = self._ahead, None
         while ahead is not None and ahead.messages:
             self._client.on_message(ahead.messages.popleft())
