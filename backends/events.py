@@ -189,8 +189,8 @@ def traceparent(
     system call for each message: the ids must differ, but need not be secret.
     """
     if trace is not None:
-        span_id = random.getrandbits(64)
-        return f"00-{trace.trace_id}-{span_id:016x}-{trace.flags}"
-    ids = f"{random.getrandbits(192):048x}"
+        span_id = random.getrandbits(64).to_bytes(8).hex()
+        return f"00-{trace.trace_id}-{span_id}-{trace.flags}"
+    ids = random.getrandbits(192).to_bytes(24).hex()
     flags = "01" if sample is not None and sample(ids[:32]) else "00"
     return f"00-{ids[:32]}-{ids[32:]}-{flags}"

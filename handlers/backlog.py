@@ -83,12 +83,12 @@ class Backlog:
         If all incomplete messages together exceed the bound, the oldest one fails
         with 1013. Messages that arrive at a usual rate complete long before.
         """
+        if not size:
+            self._part_bytes -= self._parts.pop(sender, 0)
+            return
         self._part_bytes += size - self._parts.get(sender, 0)
-        if size:
-            self._parts[sender] = size
-        else:
-            self._parts.pop(sender, None)
-        if self._part_bytes <= self._max_bytes or not size:
+        self._parts[sender] = size
+        if self._part_bytes <= self._max_bytes:
             return
         slowest = next(iter(self._parts))
         self.keep_part(slowest, 0)

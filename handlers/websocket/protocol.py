@@ -470,7 +470,9 @@ class ClientProtocol:
         self._client.on_closed(None if closing is None else closing.peer)
 
     def _write_close(self, payload: bytes) -> Closing:
-        with contextlib.suppress(ConnectionClosed):  # the stream reports its end
+        try:
             self._stream.write(frame(Opcode.CLOSE, payload))
+        except ConnectionClosed:
+            pass  # the stream reports its end
         self._closing = Closing(self._stream, self._client.send_timeout, self._on_over)
         return self._closing
