@@ -1,11 +1,12 @@
 """Responses in each unusual but readable form, and ambiguous ones."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pytest
 
 from backends.client.response import (
     MAX_KEPT_BODY,
+    KnownHeads,
     MalformedResponse,
     ResponseReader,
 )
@@ -122,9 +123,11 @@ STATUS_ALONE = {
 }
 
 
-def read(data: bytes, *, size: int, keep: bool = True) -> ResponseReader:
+def read(
+    data: bytes, *, size: int, keep: bool = True, heads: KnownHeads | None = None
+) -> ResponseReader:
     """A reader that was fed all of it, in pieces of that size."""
-    reader = ResponseReader()
+    reader = ResponseReader(heads or KnownHeads())
     reader.begin(keep_beginning if keep else None)
     for start in range(0, len(data), size):
         reader.feed(data[start : start + size])
@@ -262,3 +265,90 @@ def test_headers_of_an_interim_response_are_dropped():
     hints = b"HTTP/1.1 103 Hints\r\nX: hint\r\na b: c\r\n\r\n"
     headers = read(hints + OK + BODY, size=2**20).headers
     assert "x" not in headers
+
+
+def outcomes(parts: Iterable[bytes], heads: KnownHeads, keep: bool) -> list[object]:
+    """What a new reader says about a response after each of its parts."""
+    reader = ResponseReader(heads)
+    reader.begin(keep_beginning if keep else None)
+    seen: list[object] = []
+    for part in parts:
+        try:
+            reader.feed(part)
+        except MalformedResponse as error:
+            return [*seen, str(error)]
+        if not reader.has_head:
+            seen.append(None)
+            continue
+        seen.append((reader.response(), reader.complete, reader.reusable))
+        if reader.complete:
+            break
+    return seen
+
+
+EVERY = [
+    *PLAIN.values(),
+    *DOUBTFUL.values(),
+    *UNENDED.values(),
+    *STATUS_ALONE.values(),
+    b"HTTP/1.1 204 No Content\r\n\r\n",
+    b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 204 No Content\r\nContent-Length: 2\r\n\r\n",
+    b"HTTP/1.1 204 No Content\r\nContent-Length: 2\r\n\r\nOK",
+    b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n",
+    b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n",
+    b"HTTP/1.0 204 No Content\r\n\r\n",
+    b"HTTP/1.1 103 Hints\r\nContent-Length: 38\r\n\r\n" + OK + BODY,
+    b"HTTP/1.1 103 Hints\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n",
+    OK + b"Content-Length: 40\r\n\r\n" + bytes(40),
+    OK + b"Content-Length: 2\n\nO\r\n\r\n",
+    OK + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+]
+EVERY = [each for each in EVERY if len(each) < 2**12]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_known_head_means_what_it_meant_before(keep):
+    """Behind each response, each one is read as if it were the first, however cut."""
+    for before in EVERY:
+        heads = KnownHeads()
+        outcomes([before], heads, keep)
+        latest = heads.latest
+        if latest is None:
+            continue
+        changed = before.replace(b"OK", b"KO")
+        for data in [*EVERY, changed, before + b"x", before[:-1]]:
+            for at in (len(data), 20, len(data) - 1):
+                parts = [part for part in (data[:at], data[at:]) if part]
+                heads.latest = latest
+                assert outcomes(parts, heads, keep) == outcomes(
+                    parts, KnownHeads(), keep
+                )
+
+
+def test_equal_head_is_not_parsed_again():
+    """Even with another body, which is kept as before."""
+    heads = KnownHeads()
+    read(OK + BODY, size=2**20, heads=heads)
+    latest = heads.latest
+    reader = read(OK + BODY.replace(b"OK", b"no"), size=2**20, heads=heads)
+    assert body_of(reader) == (200, b"no")
+    assert latest is not None and heads.latest is latest
+    assert reader.headers is latest.headers
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"HTTP/1.1 100 Continue\r\n\r\n" + OK + BODY,
+        OK + b"Connection: close\r\n" + BODY,
+        OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nOK\r\n0\r\n\r\n",
+        OK + b"X: " + b"x" * 1024 + b"\r\n" + BODY,
+        OK + b"a b: c\r\n" + BODY,
+    ],
+)
+def test_head_is_known_only_if_it_gives_the_length(data):
+    """Nor is one that is long, repaired, or the last of its connection."""
+    heads = KnownHeads()
+    assert body_of(read(data, size=2**20, heads=heads)) == (200, b"OK")
+    assert heads.latest is None

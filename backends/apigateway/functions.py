@@ -6,15 +6,14 @@ emulator that dies of two invocations at once gets one at a time.
 
 import asyncio
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tornado.options import options
 
 from backends import Connection, Hold, Observer
 from backends.apigateway.answers import SERVER_ERROR, Answers, error_frame
 from backends.breaker import Breaker, BreakerSettings, HeldBreaker
-from backends.client import Client, Exchange
-from backends.client.exchange import Used
+from backends.client import Client
 from backends.events import Event
 from backends.http.deliveries import DeliveryLimits
 from backends.http.delivery import SingleDeliveries
@@ -39,28 +38,6 @@ class InvokeTimeouts(NamedTuple):
     queue: float
 
 
-class Invocation(Exchange):
-    """One invocation, which is sent once only.
-
-    Unless `loop` is None, its connection is kept until the function has ended, even if
-    nobody waits for it: the next invocation has to wait so long.
-    """
-
-    __slots__ = ("loop",)
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.resent = True  # never again
-        self.loop: asyncio.AbstractEventLoop | None = None
-
-    def leave(self, connection: Used) -> None:
-        """Close the connection, unless the next invocation has to wait."""
-        if self.loop is None:
-            super().leave(connection)
-        else:
-            self.timer = self.loop.call_later(LONGEST_INVOCATION, connection.close)
-
-
 class FunctionClient(Client):
     """A client that sends no request twice.
 
@@ -68,9 +45,9 @@ class FunctionClient(Client):
     origins in `emulators`, no limit for others.
     """
 
-    exchange_type: type[Exchange] = Invocation
     idle_timeout = IDLE_TIMEOUT
     queue_may_move = False
+    resends = False
 
     concurrency: int | None = None
     emulators: Collection[tuple[str, str, int]] = ()
@@ -81,13 +58,9 @@ class FunctionClient(Client):
             return self.concurrency
         return 1 if target.origin in self.emulators else float("inf")
 
-    def post(self, target: Target, *args: Any, **kwargs: Any) -> Exchange:
-        """Send a request, at most once; see `Client.post`."""
-        exchange = super().post(target, *args, **kwargs)
-        assert isinstance(exchange, Invocation)
-        if self.connections_to(target) < float("inf"):
-            exchange.loop = self.loop
-        return exchange
+    def lingering_at(self, target: Target) -> float:
+        """Keep a connection until its function has ended, if the next one must wait."""
+        return LONGEST_INVOCATION if self.connections_to(target) < float("inf") else 0.0
 
 
 class NoBreaker(Breaker):

@@ -8,11 +8,19 @@ abandon single requests; no library offers that (docs/decisions/003-own-http-cli
 
 from tornado.options import define, options
 
-from backends.client.exchange import Exchange, NoConnection, Refused
+from backends.client.exchange import Exchange, NoConnection, Refused, Terms
 from backends.client.pool import Client
 from backends.client.response import Response
 
-__all__ = ["Client", "Exchange", "NoConnection", "Refused", "Response", "make_client"]
+__all__ = [
+    "Client",
+    "Exchange",
+    "NoConnection",
+    "Refused",
+    "Response",
+    "Terms",
+    "make_client",
+]
 
 define("backend_connect_timeout", default=5.0, metavar="SECONDS",
        help="longest wait for a connection to the backend: DNS, TCP and TLS")

@@ -14,13 +14,11 @@ from typing import Protocol, cast
 
 from backends import BackendAway, BackendError
 from backends.client.dead_peers import SendProgress
-from backends.client.exchange import Exchange
-from backends.client.response import (
-    MalformedResponse,
-    ResponseReader,
-)
+from backends.client.exchange import Exchange, ended
+from backends.client.response import KnownHeads, MalformedResponse, ResponseReader
 from backends.client.tls_failures import TLS_NO_RESPONSE, tls_failure
 from backends.deadlines import after_reading
+from backends.waiting import call_one
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +34,7 @@ class ClientSettings(Protocol):
     loop: asyncio.AbstractEventLoop
     dead_after: float
     connection_age: float
+    resends: bool
 
 
 class Origin(Protocol):
@@ -46,6 +45,8 @@ class Origin(Protocol):
         """The client, for its settings."""
 
     tls: ssl.SSLContext | None
+    lingering: float  # seconds that a connection is kept if nobody waits; 0: closed
+    heads: KnownHeads
     busy: "set[PooledConnection]"
     waiting: deque[Exchange]
 
@@ -71,7 +72,7 @@ class PooledConnection(asyncio.Protocol):
         self._ssl_object: ssl.SSLObject | None = None
         self._made_at = 0.0  # on the loop's clock
         self._retire_at = 0.0  # on the loop's clock; no request is sent from then on
-        self._response = ResponseReader()
+        self._response = ResponseReader(origin.heads)
         self._exchange: Exchange | None = None
         self._adopted = False  # whether the origin counts it; then `on_lost` is called
         self.kept = False  # used before, or idle: the server may have closed it
@@ -80,7 +81,9 @@ class PooledConnection(asyncio.Protocol):
         self._progress: SendProgress | None = None
         self.idle_since = 0.0  # on the loop's clock
         self._body_timer: asyncio.TimerHandle | None = None
-        self._waits_to_read = False  # the body, see `Exchange.may_read`
+        # What `Exchange.may_read` has returned for the body; None: it was not asked.
+        self._may_read: bool | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None  # see `leave`
 
     # The transport's callbacks.
 
@@ -105,8 +108,8 @@ class PooledConnection(asyncio.Protocol):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        if self._exchange is not None:
-            self._exchange.sent()
+        if self._exchange is not None and self._exchange.pending:
+            call_one(self._exchange.on_sent)
 
     def data_received(self, data: bytes) -> None:
         response, exchange = self._response, self._exchange
@@ -121,7 +124,7 @@ class PooledConnection(asyncio.Protocol):
             return
         if not response.has_head:
             return
-        if response.status == 408 and self.kept and exchange.may_resend:
+        if response.status == 408 and self._may_resend(exchange):
             # The server closes an idle kept connection (RFC 9110, section 15.5.9).
             self._exchange = None
             self.close()
@@ -129,16 +132,24 @@ class PooledConnection(asyncio.Protocol):
             self._origin.resend(exchange)
             return
         if exchange.timer is not None:
-            exchange.timer.cancel()  # for the body `BODY_TIMEOUT` applies
-            exchange.timer = None
-        if response.limit and (self._waits_to_read or exchange.asks_first()):
-            assert self._transport is not None
-            self._waits_to_read = True
-            self._transport.pause_reading()
+            exchange.on_head()
+        if response.limit and self._must_wait(exchange):
+            if self._transport is not None:
+                self._transport.pause_reading()
         elif response.complete:
             self._finish()
         else:
             self._go_on(exchange)
+
+    def _may_resend(self, exchange: Exchange) -> bool:
+        """Whether to send it again: the server may have closed an idle connection."""
+        return self.kept and exchange.may_resend and self._origin.client.resends
+
+    def _must_wait(self, exchange: Exchange) -> bool:
+        """Whether the body must not be read yet; asks at most once."""
+        if self._may_read is None:
+            self._may_read = exchange.may_read()
+        return not self._may_read
 
     def _go_on(self, exchange: Exchange) -> None:
         """Finish if the response has ended, else wait for the rest."""
@@ -166,10 +177,11 @@ class PooledConnection(asyncio.Protocol):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        self._stop_lingering()
         exchange = self._exchange
         if exchange is None:
             pass
-        elif self.kept and not self._response.started and exchange.may_resend:
+        elif not self._response.started and self._may_resend(exchange):
             # The server closed an idle connection while the request was on its
             # way (RFC 9112, section 9.3.1), and has not processed it.
             self._exchange = None
@@ -191,10 +203,30 @@ class PooledConnection(asyncio.Protocol):
     def read_on(self) -> None:
         """Read the body of the response, which waited."""
         exchange = self._exchange
-        if self._waits_to_read and self._transport is not None and exchange is not None:
-            self._waits_to_read = False
+        if (
+            self._may_read is False
+            and self._transport is not None
+            and exchange is not None
+        ):
+            self._may_read = True
             self._transport.resume_reading()
             self._go_on(exchange)
+
+    def leave(self) -> None:
+        """Nobody waits for the response any more: close, or keep it for some time."""
+        origin, exchange = self._origin, self._exchange
+        if exchange is None or not origin.lingering:
+            self.close()
+            return
+        self._exchange = ended(exchange.target)  # the request is not kept
+        self._linger_timer = origin.client.loop.call_later(
+            origin.lingering, self.close
+        )
+
+    def _stop_lingering(self) -> None:
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+            self._linger_timer = None
 
     # Called by the origin.
 
@@ -240,8 +272,8 @@ class PooledConnection(asyncio.Protocol):
 
     def send(self, exchange: Exchange) -> None:
         """Write one request."""
-        assert self._transport is not None and exchange.write is not None
-        self._response.begin(exchange.keep)
+        assert self._transport is not None
+        self._response.begin(exchange.terms.keep)
         self._exchange = exchange
         self._origin.busy.add(self)
         client = self._origin.client
@@ -258,8 +290,8 @@ class PooledConnection(asyncio.Protocol):
             self._progress = SendProgress(
                 client.loop, self._transport, client.dead_after, self._on_no_progress
             )
-        elif exchange.on_sent is not None:
-            client.loop.call_soon(exchange.sent)
+        else:
+            call_one(exchange.on_sent)
 
     def close(self) -> None:
         """Close after sending what was written, or now if the kernel has no room."""
@@ -274,6 +306,9 @@ class PooledConnection(asyncio.Protocol):
         if self._body_timer is not None:
             self._body_timer.cancel()
             self._body_timer = None
+        if self._linger_timer is not None:
+            self._stop_lingering()
+        self._may_read = None
         response = self._response
         exchange, self._exchange = self._exchange, None
         outcome = response.response()

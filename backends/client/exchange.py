@@ -13,7 +13,6 @@ from backends import BackendAway, BackendError
 from backends.client.response import Keep, Response
 from backends.deadlines import after_reading
 from backends.target import Target
-from backends.waiting import call_one
 
 logger = logging.getLogger(__name__)
 
@@ -29,72 +28,88 @@ class Refused(BackendAway):
 class Used(Protocol):
     """The connection that a request was sent on."""
 
-    def close(self) -> None:
-        """Close it, after what was written has been sent."""
+    def leave(self) -> None:
+        """Nobody waits for the response any more."""
 
     def read_on(self) -> None:
         """Read the body of the response, for which `may_read` returned False."""
 
 
-class Exchange:
-    """One request, from when it is queued until it has an outcome.
+class Terms:
+    """What applies to many requests alike.
 
-    `on_sent` is called when the kernel has the whole request, `on_done` once, with the
-    response or a `BackendError`. Neither is called before `Client.post` returns, nor
-    after `abandon`. `may_read` is asked once, before a body that is kept is read; if it
-    returns False, the body is read after `read_on`.
+    `timeout` is in seconds until the response; None waits as long as the connection
+    lives. With `queue_timeout` it begins when the request is sent. Before, the outcome
+    is `NoConnection` if no request of its queue gets a connection for `queue_timeout`
+    seconds. `keep` decides how much of the response's body is kept; None: nothing.
     """
 
-    __slots__ = (
-        "answer_timeout",
-        "connection",
-        "keep",
-        "may_read",
-        "on_done",
-        "on_sent",
-        "queue_timeout",
-        "resent",
-        "target",
-        "timer",
-        "write",
-    )
+    __slots__ = ("keep", "queue_timeout", "timeout")
 
     def __init__(
         self,
-        target: Target,
-        write: Callable[[], bytes],
-        on_done: Callable[[Response | BackendError], None],
-        on_sent: Callable[[], None] | None = None,
+        timeout: float | None = None,
+        queue_timeout: float | None = None,
         keep: Keep | None = None,
-        may_read: Callable[[], bool] | None = None,
     ) -> None:
-        self.target = target
-        # None when the request may not be sent again.
-        self.write: Callable[[], bytes] | None = write
-        self.on_done: Callable[[Response | BackendError], None] | None = on_done
-        self.on_sent = on_sent
+        self.timeout = timeout
+        self.queue_timeout = queue_timeout
         self.keep = keep
-        self.may_read = may_read
-        # Seconds for the response from when it is sent, and for a connection while the
-        # queue does not move; None: no limit of that kind.
-        self.answer_timeout: float | None = None
-        self.queue_timeout: float | None = None
-        self.resent = False
-        self.connection: Used | None = None
+
+
+class Exchange:
+    """One request, from when it is queued until it has an outcome.
+
+    A subclass writes the request, and gets what becomes of it.
+    """
+
+    __slots__ = ("connection", "pending", "resendable", "target", "terms", "timer")
+
+    def __init__(self, target: Target, terms: Terms) -> None:
+        self.target = target
+        self.terms = terms
+        self.pending = True  # it has no outcome yet and was not abandoned
+        self.resendable = True  # see `may_resend`
+        self.connection: Used | None = None  # None: it waits for one
         self.timer: asyncio.TimerHandle | None = None
+
+    def write(self) -> bytes:
+        """Return the whole request.
+
+        It is called when there is a connection to send on, so that a timestamp is
+        current, and again if the request is sent again.
+        """
+        raise NotImplementedError
+
+    def on_sent(self) -> None:
+        """The kernel has the whole request, maybe before `Client.send` returns."""
+
+    def may_read(self) -> bool:
+        """Whether the body, which is kept, may be read now, or only after `read_on`.
+
+        It is asked once.
+        """
+        return True
+
+    def on_done(self, outcome: Response | BackendError) -> None:
+        """There is an outcome; called once, after `Client.send` has returned."""
+        raise NotImplementedError
 
     def finish(self, outcome: Response | BackendError) -> None:
         """Report the outcome; does nothing if one was reported before."""
-        on_done, self.on_done, self.on_sent = self.on_done, None, None
-        self.write = self.may_read = None
+        if self.timer is not None:
+            self._stop_timer()
+        if self.pending:
+            self.pending = False
+            try:
+                self.on_done(outcome)
+            except Exception:  # a bug that must not stop other requests
+                logger.exception("bug in %r", self.on_done)
+
+    def _stop_timer(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
-        if on_done is not None:
-            try:
-                on_done(outcome)
-            except Exception:  # a bug that must not stop other requests
-                logger.exception("bug in %r", on_done)
 
     @property
     def queued(self) -> bool:
@@ -102,34 +117,17 @@ class Exchange:
         return self.connection is None
 
     @property
-    def pending(self) -> bool:
-        """Whether it has no outcome yet and was not abandoned."""
-        return self.on_done is not None
-
-    @property
     def may_resend(self) -> bool:
         """Whether it may be sent again immediately if its kept connection ends."""
-        return (
-            not self.resent and self.on_done is not None and self.write is not None
-        )
+        return self.pending and self.resendable
 
     def abandon(self) -> None:
         """Close the request's connection, or give up its place in the queue."""
-        self.on_done = self.on_sent = self.write = self.may_read = None
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-        if self.connection is not None:
-            self.leave(self.connection)
-
-    def leave(self, connection: Used) -> None:
-        """Nobody waits for the response on `connection` any more: close it."""
-        connection.close()
-
-    def asks_first(self) -> bool:
-        """Ask whether the body may be read now; return whether it has to wait."""
-        may_read, self.may_read = self.may_read, None
-        return may_read is not None and not may_read()
+        self.pending = False
+        self._stop_timer()
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.leave()
 
     def read_on(self) -> None:
         """Read the body of the response, which waited."""
@@ -138,7 +136,7 @@ class Exchange:
 
     def forbid_resend(self) -> None:
         """Never send it again immediately, even if its kept connection ends."""
-        self.write = None
+        self.resendable = False
 
     def limit(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
         """Fail it unless there is a response in `timeout` seconds."""
@@ -149,11 +147,17 @@ class Exchange:
     def begin(self, connection: Used, loop: asyncio.AbstractEventLoop) -> None:
         """Record that it is being sent on `connection`; start its response timeout."""
         self.connection = connection
-        if self.queue_timeout is not None and self.timer is not None:
-            self.timer.cancel()  # for its wait in the queue
-            self.timer = None
-        if self.answer_timeout is not None:
-            self.limit(loop, self.answer_timeout)
+        terms = self.terms
+        if terms.queue_timeout is not None:
+            if self.timer is not None:
+                self._stop_timer()  # for its wait in the queue
+            if terms.timeout is not None:
+                self.limit(loop, terms.timeout)
+
+    def on_head(self) -> None:
+        """The response has begun in time: its body has a time limit of its own."""
+        if self.timer is not None:
+            self._stop_timer()
 
     def _on_timeout(self, timeout: float) -> None:
         if self.timer is None:
@@ -162,12 +166,44 @@ class Exchange:
         connection = self.connection
         self.finish(BackendError(f"POST {self.target}: no response in {timeout:g} s"))
         if connection is not None:
-            self.leave(connection)
+            self.connection = None
+            connection.leave()
 
-    def sent(self) -> None:
-        """The kernel has taken the last byte."""
-        if self.on_sent is not None:
-            call_one(self.on_sent)
+
+class SimpleExchange(Exchange):
+    """A request whose parts are functions; see `Exchange`."""
+
+    __slots__ = ("_on_done", "_on_sent", "_write")
+
+    def __init__(
+        self,
+        target: Target,
+        write: Callable[[], bytes],
+        on_done: Callable[[Response | BackendError], None],
+        on_sent: Callable[[], None] | None,
+        terms: Terms,
+    ) -> None:
+        super().__init__(target, terms)
+        self._write = write
+        self._on_done = on_done
+        self._on_sent = on_sent
+
+    def write(self) -> bytes:
+        return self._write()
+
+    def on_sent(self) -> None:
+        if self._on_sent is not None:
+            self._on_sent()
+
+    def on_done(self, outcome: Response | BackendError) -> None:
+        self._on_done(outcome)
+
+
+def ended(target: Target) -> Exchange:
+    """Return a request that nobody waits for, in place of one that was abandoned."""
+    exchange = Exchange(target, Terms())
+    exchange.pending = False
+    return exchange
 
 
 def stopped(target: Target) -> BackendError:

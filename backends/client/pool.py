@@ -19,9 +19,16 @@ import aiohappyeyeballs
 from backends import BackendAway, BackendError
 from backends.client.connection import PooledConnection
 from backends.client.dead_peers import set_keepalive
-from backends.client.exchange import Exchange, NoConnection, Refused, stopped
+from backends.client.exchange import (
+    Exchange,
+    NoConnection,
+    Refused,
+    SimpleExchange,
+    Terms,
+    stopped,
+)
 from backends.client.resolver import Resolver
-from backends.client.response import Keep, Response
+from backends.client.response import Keep, KnownHeads, Response
 from backends.client.tls_failures import TLS_HANG_UP, connect_failure, is_hang_up
 from backends.deadlines import RunningTime, after_reading
 from backends.target import Target
@@ -55,9 +62,9 @@ class Client:
     """
 
     # What a client for other services may have otherwise.
-    exchange_type: type[Exchange] = Exchange
     idle_timeout = IDLE_TIMEOUT
     queue_may_move = True  # a request may wait for longer if its queue moves
+    resends = True  # a request that was lost with an idle connection
 
     def __init__(
         self,
@@ -92,37 +99,41 @@ class Client:
         timeout: float | None = None,
         queue_timeout: float | None = None,
         keep: Keep | None = None,
-        may_read: Callable[[], bool] | None = None,
     ) -> Exchange:
-        """Send what `write` returns, a whole request, and report its outcome.
+        """Send what `write` returns, and report its outcome; see `Exchange`, `Terms`.
 
-        `write` is called when there is a connection to send on, so that its timestamp
-        is current, and again if the request is sent again. `timeout` is in seconds from
-        now to the response; None waits as long as the connection lives. With
-        `queue_timeout`, `timeout` begins when the request is sent. Before, the outcome
-        is `NoConnection` if no request of its queue gets a connection for
-        `queue_timeout` seconds. `keep` decides how much of the response's body is kept,
-        and `may_read` when that is read, see `Exchange`.
+        `on_done` is not called before this returns.
         """
-        exchange = self.exchange_type(target, write, on_done, on_sent, keep, may_read)
+        terms = Terms(timeout, queue_timeout, keep)
+        exchange = SimpleExchange(target, write, on_done, on_sent, terms)
+        self.send(exchange)
+        return exchange
+
+    def send(self, exchange: Exchange) -> None:
+        """Send a request on a free connection, or as soon as there is one."""
+        target, terms = exchange.target, exchange.terms
         if self.closed:
             self.loop.call_soon(exchange.finish, stopped(target))
-            return exchange
-        if queue_timeout is not None:
-            exchange.answer_timeout, exchange.queue_timeout = timeout, queue_timeout
-        elif timeout is not None:
-            exchange.limit(self.loop, timeout)
+            return
+        if terms.timeout is not None and terms.queue_timeout is None:
+            exchange.limit(self.loop, terms.timeout)
         origin = self._origins.get(target.origin)
         if origin is None:
             origin = self._new_origin(target)
         origin.dispatch(exchange)
-        if exchange.queued:
+        if exchange.connection is None:
             self.on_queued(exchange)
-        return exchange
 
     def connections_to(self, target: Target) -> float:
         """Return the most connections to a target's origin, if that has a limit."""
         return float("inf")
+
+    def lingering_at(self, target: Target) -> float:
+        """Return for how many seconds a connection is kept if nobody waits; 0: closed.
+
+        Only then may its next request be sent.
+        """
+        return 0.0
 
     def _new_origin(self, target: Target) -> "_Origin":
         if len(self._origins) >= MAX_ORIGINS:
@@ -133,8 +144,9 @@ class Client:
 
     def on_queued(self, exchange: Exchange) -> None:
         """Record that it waits for a connection, for the first time or again."""
-        if exchange.queue_timeout is not None:
-            self._limit_queue(exchange, self.loop.time(), exchange.queue_timeout)
+        timeout = exchange.terms.queue_timeout
+        if timeout is not None:
+            self._limit_queue(exchange, self.loop.time(), timeout)
 
     def trust(self, tls: ssl.SSLContext | None) -> None:
         """Make https connections with `tls`; needed before the first of them.
@@ -246,6 +258,8 @@ class _Origin:
         # For new connections; None: plain TCP.
         self.tls = client.tls if target.scheme == "https" else None
         self._max_size = client.connections_to(target)
+        self.lingering = client.lingering_at(target)
+        self.heads = KnownHeads()
         self.idle: list[PooledConnection] = []
         self.busy: set[PooledConnection] = set()
         self.waiting: deque[Exchange] = deque()
@@ -457,7 +471,7 @@ class _Origin:
         if self.client.closed:
             exchange.finish(stopped(exchange.target))
             return
-        exchange.resent = True
+        exchange.forbid_resend()
         for connection in self.idle:  # probably as stale as the one that failed
             connection.close()
         self.idle.clear()

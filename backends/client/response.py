@@ -4,7 +4,8 @@ httptools parses them, with those leniencies that keep the end of a response
 unambiguous. If it rejects a head, `repaired` makes one that it accepts; the connection
 is then not used again, since the peer, or a proxy in between, may see the end of the
 response in another place. If the end cannot be determined, the status counts and the
-body is dropped.
+body is dropped. A head that equals the one before, byte by byte, is not parsed again:
+most servers send the same one for a second, with the same date.
 """
 
 import contextlib
@@ -18,6 +19,8 @@ import httptools
 MAX_HEAD_SIZE = 64 * 1024  # bytes of a response before its body, interim ones included
 MAX_KEPT_BODY = 64 * 1024  # bytes of a decision's body; the rest is dropped
 MAX_DROPPED_BODY = 1024 * 1024  # bytes; with a larger body the connection is closed
+
+MAX_KNOWN_HEAD = 1024  # bytes of a head that is remembered
 
 # RFC 9112, section 4, in the forms that clients accept: any case, no reason.
 STATUS_LINE = re.compile(rb"(?i)HTTP/\d(?:\.\d)?[ \t]+([1-9]\d\d)(?=[ \t\r\n])[^\n]*\n")
@@ -33,6 +36,7 @@ FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 FRAMING_NAMES = frozenset(map(bytes.decode, FRAMING))
 CONNECTION = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"upgrade"})
 
+WITHOUT_BODY = (204, 304)  # RFC 9110, section 6.4.1
 SWITCHING_PROTOCOLS = 101  # final here: it was not requested
 
 
@@ -58,6 +62,32 @@ class Response:
     complete: bool = True
 
 
+class KnownHead:
+    """A head that was parsed, of a response whose length it gives.
+
+    `size` is that of the whole response, in bytes.
+    """
+
+    __slots__ = ("data", "headers", "size", "status")
+
+    def __init__(
+        self, data: bytes, status: int, headers: dict[str, str], size: int
+    ) -> None:
+        self.data = data
+        self.status = status
+        self.headers = headers
+        self.size = size
+
+
+class KnownHeads:
+    """The head that the servers of one origin sent last."""
+
+    __slots__ = ("latest",)
+
+    def __init__(self) -> None:
+        self.latest: KnownHead | None = None
+
+
 class ResponseReader:
     """Reads the responses of one connection, one after the other.
 
@@ -68,6 +98,7 @@ class ResponseReader:
     __slots__ = (
         "_body",
         "_head",
+        "_heads",
         "_keep",
         "_kept",
         "_parser",
@@ -83,8 +114,10 @@ class ResponseReader:
         "whole",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, heads: KnownHeads) -> None:
+        self._heads = heads
         self._parser: Any = self._new_parser()
+        self._forget()
         self.begin(None)
 
     def _new_parser(self) -> Any:
@@ -100,7 +133,10 @@ class ResponseReader:
         self.started = False  # a byte was received
         self.has_head = False  # status and headers are known
         self.complete = False  # nothing more is read
-        self.whole = False  # and the body is not cut off
+
+    def _forget(self) -> None:
+        """Forget the response before."""
+        self.whole = False  # complete, and the body is not cut off
         self.reusable = True  # its end is unambiguous: another one may follow
         self.status = 0
         self.headers: dict[str, str] = {}
@@ -133,7 +169,48 @@ class ResponseReader:
 
     def feed(self, data: bytes) -> None:
         """Read the next bytes. Raises `MalformedResponse`."""
-        self.started = True
+        if not self.started:
+            self.started = True
+            self._forget()
+            known = self._heads.latest
+            if (
+                known is not None
+                and known.size == len(data)
+                and data.startswith(known.data)
+            ):
+                self._recognize(known, data)
+                return
+            self._parse(data)
+            if self.complete and self.reusable:
+                self._remember(data)
+        else:
+            self._parse(data)
+
+    def _recognize(self, known: KnownHead, data: bytes) -> None:
+        """Read a whole response, whose head was parsed before."""
+        self.size = known.size
+        self.status, self.headers = known.status, known.headers
+        self.has_head = self.complete = self.whole = True
+        if self._keep is not None:
+            self.limit = self._keep(known.status, known.headers)
+            if self.limit:
+                self.on_body(data[len(known.data) :])
+
+    def _remember(self, data: bytes) -> None:
+        """Remember the head of a response that has arrived in one piece.
+
+        Behind an interim response, the final one is longer than its own length.
+        """
+        end = data.find(b"\r\n\r\n", 0, MAX_KNOWN_HEAD) + 4
+        size = len(data) - end
+        length = self.headers.get("content-length")
+        if self.status in WITHOUT_BODY:
+            length = "0"
+        if end >= 4 and length == str(size):
+            head = KnownHead(data[:end], self.status, self.headers, len(data))
+            self._heads.latest = head
+
+    def _parse(self, data: bytes) -> None:
         self.size += len(data)
         if self._repairing:
             self._repair(data)
@@ -258,7 +335,7 @@ class ResponseReader:
             version = self._parser.get_http_version()
             return coding.lower() == "chunked" and version != "1.0"
         length = self.headers.get("content-length", "")
-        return length.isdecimal() or status in (204, 304)
+        return length.isdecimal() or status in WITHOUT_BODY
 
 
 def is_interim(status: int) -> bool:

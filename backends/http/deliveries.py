@@ -11,7 +11,7 @@ from tornado.options import define, options
 
 from backends import Connection, Observer
 from backends.breaker import Breaker
-from backends.client import Client
+from backends.client import Client, Terms
 from backends.events import Event
 from backends.http.held import Held, OverdueLine, Request
 from backends.http.reply_turns import MessageReplies
@@ -93,7 +93,8 @@ class Deliveries:
         self.limits = limits
         self.replies = replies
         self.outcome_of, self.why_failed = rules
-        self.keep = None if replies is None else replies.of_message
+        keep = None if replies is None else replies.of_message
+        self.terms = Terms(limits.backend_timeout, limits.delivery_timeout, keep)
         self.closing = False  # the relay stops: nothing is retried
         self.held = Held(limits.max_held_bytes, self.loop)
         # There are only two waits; each line has its requests in the order sent.

@@ -12,7 +12,6 @@ import asyncio
 import logging
 from bisect import insort
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 from backends import Attempt, AttemptOutcome, BackendError, Connection
@@ -28,11 +27,12 @@ from backends.waiting import Line, done_future
 
 logger = logging.getLogger(__name__)
 
+
 class Delivery:
     """Delivers one connection's messages to the backend.
 
-    A message is in the backlog, or open: an attempt is being made. The latest attempt
-    (the gate) delays the next one until it is overdue or has ended.
+    A message is in the backlog, or unanswered: an attempt is being made. The latest
+    attempt (the gate) delays the next one until it is overdue or has ended.
     """
 
     __slots__ = (
@@ -43,8 +43,8 @@ class Delivery:
         "_deliveries",
         "_gate",
         "_line",
-        "_open",
         "_order_wait",
+        "_overdue",
         "_quiet",
         "_replies",
         "_timer",
@@ -63,7 +63,7 @@ class Delivery:
         self._backlog: list[Request] = []
         # The latest request sent, while it delays the next.
         self._gate: Request | None = None
-        self._open: dict[Request, None] = {}  # in the order sent
+        self._overdue: dict[Request, None] = {}  # unanswered ones, in the order sent
         self._called_back_at = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
         self._line: Line | None = None  # where `_pump` waits to be called
@@ -87,8 +87,11 @@ class Delivery:
 
         Without a `target` of its own it goes where most of them go.
         """
-        target = target or self._deliveries.target
-        self._backlog.append(Request(self, self.number, event, target))
+        deliveries = self._deliveries
+        if target is None:
+            target = deliveries.target
+        request = Request(self, self.number, event, target, deliveries.terms)
+        self._backlog.append(request)
         self._pump()
         return self.quiet()
 
@@ -103,7 +106,11 @@ class Delivery:
     @property
     def holding(self) -> bool:
         """Whether there are unanswered requests."""
-        return bool(self._open)
+        return self._gate is not None or bool(self._overdue)
+
+    def _unanswered(self) -> list[Request]:
+        """Return the unanswered requests, in the order sent."""
+        return [*self._overdue, *(() if self._gate is None else (self._gate,))]
 
     @property
     def settled(self) -> bool:
@@ -135,7 +142,7 @@ class Delivery:
         )
 
     def _has_failed_open(self) -> bool:
-        return any(request.attempts for request in self._open)
+        return any(request.attempts for request in self._unanswered())
 
     async def until_failure(
         self, before: int, awaited: Callable[[], object] | None = None
@@ -147,7 +154,7 @@ class Delivery:
         """
         loop = self._deliveries.loop
         deadline = loop.time() + self._deliveries.limits.held_after_disconnect
-        awaits = self._open.__len__ if awaited is None else awaited
+        awaits = self._unanswered if awaited is None else awaited
         while awaits() and self.failures == before and loop.time() < deadline:
             self._changed = loop.create_future()
             # Judged after reading: the response may have come during a stall.
@@ -160,10 +167,10 @@ class Delivery:
 
     def called_back(self) -> None:
         """The backend called back for this connection: it has seen earlier messages."""
-        if not self._open:
+        if not self.holding:
             return
         self._called_back_at = self._deliveries.loop.time()
-        if any(request.overdue for request in self._open):
+        if self._overdue:
             self._order_wait = IMPATIENT_ORDER_WAIT
         self._mark_expendable()
         self._pump()
@@ -178,14 +185,12 @@ class Delivery:
             self._deliveries.held.discard(request)
         self._backlog.clear()
         self._stop_waiting()
-        while self._open:
-            self.abandon(next(iter(self._open)))
+        while unanswered := self._unanswered():
+            self.abandon(unanswered[0])
         self._signal_if_quiet()
 
     def abandon(self, request: Request) -> None:
         """Close a request's connection; it is not retried, nor counted as a failure."""
-        exchange = request.exchange
-        assert exchange is not None
         self._end_attempt(request)
         self._deliveries.held.discard(request)
         self._report_attempt(request, "abandoned", None)
@@ -196,7 +201,7 @@ class Delivery:
             extra={"connection_id": self._connection.id},
         )
         self._deliveries.observer.ended("message", self._connection.id, "abandoned")
-        exchange.abandon()
+        request.abandon()
         self._signal_change()
         if self._replies is not None:
             self._replies.go_on()
@@ -217,7 +222,7 @@ class Delivery:
             if now < head.not_before:
                 self._wait(head.not_before)
                 return
-            if self._open and self._has_too_many_open():
+            if self._overdue and self._has_too_many_open():
                 if not self._abandon_oldest():
                     self._wait(
                         self._room_deadline(now),
@@ -234,10 +239,9 @@ class Delivery:
             self._signal_if_quiet()
 
     def _has_too_many_open(self) -> bool:
-        deliveries = self._deliveries
-        return bool(self._open) and (
-            len(self._open) >= deliveries.limits.max_unanswered
-            or deliveries.held.full
+        deliveries, unanswered = self._deliveries, len(self._unanswered())
+        return unanswered > 0 and (
+            unanswered >= deliveries.limits.max_unanswered or deliveries.held.full
         )
 
     def _send(self, request: Request, now: float) -> None:
@@ -246,17 +250,7 @@ class Delivery:
             self._stop_waiting()
         request.began_at = now
         self._gate = request
-        self._open[request] = None
-        request.exchange = deliveries.client.post(
-            request.target,
-            partial(deliveries.requests.write, request.target, request.event),
-            on_done=request.on_done,
-            on_sent=request.on_sent,
-            timeout=deliveries.limits.backend_timeout,
-            queue_timeout=deliveries.limits.delivery_timeout,
-            keep=deliveries.keep,
-            may_read=request.may_read,
-        )
+        deliveries.client.send(request)
 
     def _signal_if_quiet(self) -> None:
         if self._quiet is None or self.busy:
@@ -271,6 +265,10 @@ class Delivery:
 
     # Called by the request.
 
+    def write(self, request: Request) -> bytes:
+        """Return the HTTP request of this attempt."""
+        return self._deliveries.requests.write(request.target, request.event)
+
     def on_sent(self, request: Request) -> None:
         """The kernel has the whole request: it can become overdue from now on."""
         request.sent_at = self._deliveries.loop.time()
@@ -280,11 +278,10 @@ class Delivery:
 
     def on_overdue(self, request: Request) -> None:
         """There is no response in time: the next message may be sent."""
-        exchange = request.exchange
-        assert exchange is not None
-        if exchange.queued:  # its kept connection has ended: it will be sent again
+        if request.queued:  # its kept connection has ended: it will be sent again
             return
-        exchange.forbid_resend()  # a server closes idle connections earlier
+        request.forbid_resend()  # a server closes idle connections earlier
+        self._overdue[request] = None
         self._deliveries.held.add(request)
         # The backend received all of it, and did not reset the connection.
         self._deliveries.breaker.record(self._connection.id, cause=None)
@@ -300,7 +297,8 @@ class Delivery:
         if isinstance(outcome, NoConnection):
             self._on_unsent(request, outcome)
             return
-        became = self._deliveries.outcome_of(outcome)
+        deliveries = self._deliveries
+        became = deliveries.outcome_of(outcome)
         if isinstance(outcome, BackendError):
             self._report_attempt(request, became, None)
             self._on_failed(request, outcome, 0.0)
@@ -311,12 +309,14 @@ class Delivery:
                 if outcome.body is not None:
                     self._reply_turns().add(request.event.id, outcome)
             else:
-                why = self._deliveries.why_failed(outcome)
+                why = deliveries.why_failed(outcome)
                 error = self._error(why, request.target)
                 self._on_failed(request, error, retry_after(outcome) or 0.0)
         # Now others may be sent, but no message of this connection before a failed one.
-        cause = unreachable_cause(became, request.target.url, outcome)
-        self._deliveries.breaker.record(self._connection.id, cause)
+        cause = None
+        if became == "unreachable":
+            cause = unreachable_cause(became, request.target.url, outcome)
+        deliveries.breaker.record(self._connection.id, cause)
         if self._changed is not None:
             self._signal_change()
         if self._replies is not None:
@@ -325,12 +325,12 @@ class Delivery:
 
     def _end_attempt(self, request: Request) -> None:
         """Remove the state of an attempt that has ended."""
-        request.exchange = None
         if request.line is not None:
             request.leave_line()
-        self._open.pop(request, None)
         if self._gate is request:
             self._gate = None
+        else:
+            self._overdue.pop(request, None)
         if self._replies is not None:
             self._replies.forget(request)
 
@@ -371,7 +371,7 @@ class Delivery:
                 hint(status),
                 extra={"connection_id": self._connection.id, "status": status},
             )
-        if self._open:
+        if self._overdue:
             self._mark_expendable(before=request.number)
 
     def _on_failed(self, request: Request, error: BackendError, wait: float) -> None:
@@ -389,13 +389,11 @@ class Delivery:
             self._fail(request, error)
             return
         self.failures += 1
-        self._deliveries.held.on_failed(request)
-        request.sent_at = float("inf")
-        self._put_back(request)
-        self._keep_behind(request)
-        request.not_before = min(
-            now + max(backoff(request.attempts), wait),
-            request.failed_at + self._deliveries.limits.delivery_timeout,
+        again = self._retry(request)
+        self._keep_behind(again)
+        again.not_before = min(
+            now + max(backoff(again.attempts), wait),
+            again.failed_at + self._deliveries.limits.delivery_timeout,
         )
         logger.log(
             logging.WARNING if request.attempts == 1 else logging.DEBUG,
@@ -433,6 +431,13 @@ class Delivery:
         if told is not None:
             self._reply_turns().hold(told)
 
+    def _retry(self, request: Request) -> Request:
+        """Put the next attempt to send the same message into the backlog."""
+        again = request.again()
+        self._deliveries.held.retry(request, again)
+        self._put_back(again)
+        return again
+
     def _put_back(self, request: Request) -> None:
         """Put a request into the backlog, in the order of numbers."""
         insort(self._backlog, request, key=lambda request: request.number)
@@ -446,20 +451,17 @@ class Delivery:
         gate = self._gate
         if gate is None or gate.number < failed.number:
             return
-        assert gate.exchange is not None
-        if gate.exchange.queued:
+        if gate.queued:
             self._withdraw(gate)
         else:
-            gate.exchange.forbid_resend()
+            gate.forbid_resend()
 
     def _withdraw(self, gate: Request) -> None:
         """Remove a request from the client's queue, and put it into the backlog."""
-        exchange = gate.exchange
-        assert exchange is not None
         self._end_attempt(gate)
-        exchange.abandon()
+        gate.abandon()
         self._deliveries.breaker.record_nothing()
-        self._put_back(gate)
+        self._retry(gate)
 
     def _on_unsent(self, request: Request, error: NoConnection) -> None:
         """Handle a request that got no connection: others use all of them."""
@@ -514,17 +516,16 @@ class Delivery:
         The backend has shown that it has seen their messages.
         """
         held = self._deliveries.held
-        for request in list(self._open):
+        for request in list(self._overdue):
             if (
-                request.overdue
-                and not request.answering
+                not request.answering
                 and request.number < before
                 and not held.is_expendable(request)
             ):
                 self._deliveries.mark_expendable(request)
 
     def _abandon_oldest(self) -> bool:
-        for request in self._open:
+        for request in self._overdue:
             if self._deliveries.held.is_expendable(request):
                 self.abandon(request)
                 return True
@@ -544,7 +545,7 @@ class Delivery:
         """
         # Those were sent completely; otherwise one of them would be the gate.
         oldest = min(
-            (request.sent_at for request in self._open if not request.answering),
+            (request.sent_at for request in self._overdue if not request.answering),
             default=now,
         )
         return oldest + self._deliveries.limits.room_timeout

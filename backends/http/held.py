@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Protocol
 
 from backends import BackendError
-from backends.client import Exchange, Response
+from backends.client import Exchange, Response, Terms
 from backends.deadlines import after_reading
 from backends.events import Event
 from backends.target import Target
 from backends.waiting import Waiters, call_one
 
+INFINITY = float("inf")
 OWN_PAGES = 16 * 1024  # bytes; a held body of that size gets its own memory pages
 # MAP_POPULATE: Linux fills all pages at once, in half the time of one by one.
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
@@ -23,6 +24,9 @@ PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 
 
 class Owner(Protocol):
     """The sender of a request, to which its outcome is reported."""
+
+    def write(self, request: "Request") -> bytes:
+        """Return the whole HTTP request."""
 
     def on_sent(self, request: "Request") -> None:
         """The kernel has the whole request."""
@@ -40,15 +44,14 @@ class Owner(Protocol):
         """Abandon it, since another request needs its connection."""
 
 
-class Request:
-    """One message, from before it is sent until it was answered or given up."""
+class Request(Exchange):
+    """One attempt to send a message, from before it is sent until it has ended."""
 
     __slots__ = (
         "answering",
         "attempts",
         "began_at",
         "event",
-        "exchange",
         "failed_at",
         "line",
         "not_before",
@@ -56,30 +59,37 @@ class Request:
         "overdue",
         "owner",
         "sent_at",
-        "target",
     )
 
     def __init__(
-        self, owner: Owner, number: int, event: Event, target: Target
+        self, owner: Owner, number: int, event: Event, target: Target, terms: Terms
     ) -> None:
+        super().__init__(target, terms)
         self.owner = owner
         self.number = number
         self.event = event
-        self.target = target
-        self.exchange: Exchange | None = None  # during an attempt
-        self.attempts = 0  # failed attempts
+        self.attempts = 0  # earlier ones, which have failed
         # All times are on the loop's clock.
-        self.failed_at = float("inf")  # first failure
-        self.not_before = float("-inf")  # earliest time of the next attempt
-        self.began_at = self.sent_at = float("inf")  # of the latest attempt
-        # Of the latest attempt: its response is overdue; a reply has begun.
-        self.overdue = self.answering = False
+        self.failed_at = float("inf")  # first failure of the message
+        self.not_before = float("-inf")  # earliest time to send it
+        self.began_at = self.sent_at = float("inf")
+        self.overdue = self.answering = False  # the response; a reply has begun
         self.line: OverdueLine | None = None
+
+    def again(self) -> "Request":
+        """Return the next attempt to send the same message."""
+        again = Request(self.owner, self.number, self.event, self.target, self.terms)
+        again.attempts, again.failed_at = self.attempts, self.failed_at
+        return again
+
+    def write(self) -> bytes:
+        return self.owner.write(self)
 
     def on_sent(self) -> None:
         self.owner.on_sent(self)
 
     def on_overdue(self) -> None:
+        """The response is overdue."""
         self.owner.on_overdue(self)
 
     def on_done(self, outcome: Response | BackendError) -> None:
@@ -108,8 +118,9 @@ class OverdueLine:
 
     def add(self, request: Request) -> None:
         """Call `request.on_overdue()` later, unless it is discarded."""
-        request.leave_line()  # in case it was sent again, on another connection
-        if self._wait == float("inf"):
+        if request.line is not None:  # it was sent again, on another connection
+            request.leave_line()
+        if self._wait == INFINITY:
             return
         request.line = self
         self._requests[request] = None
@@ -204,9 +215,14 @@ class Held:
             request = next(iter(self._expendable))
             request.owner.abandon(request)
 
-    def on_failed(self, request: Request) -> None:
-        """Record that an attempt has failed, and will be retried."""
-        request.overdue = False
+    def retry(self, request: Request, again: Request) -> None:
+        """Record that an attempt has failed, and that `again` is the next one."""
+        if (size := self._sizes.pop(request, None)) is not None:
+            self._sizes[again] = size
+            self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        """The response is not overdue any more."""
         self._overdue.discard(request)
         self._expendable.pop(request, None)
 
@@ -215,7 +231,7 @@ class Held:
         size = self._sizes.pop(request, None)
         if size is None:
             return
-        self.on_failed(request)
+        self._forget(request)
         self._bytes -= size
         if self._waiters and not self.full and not self._waking:
             self._waking = True

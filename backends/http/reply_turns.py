@@ -98,8 +98,7 @@ class ReplyTurns:
                 self._carry_out(*self._received.popleft())
             elif self._waiting:
                 request = self._reading = self._waiting.pop(0)
-                assert request.exchange is not None
-                request.exchange.read_on()  # may end the attempt, which calls this
+                request.read_on()  # may end the attempt, which calls this
             else:
                 break
         self._going_on = False
