@@ -13,6 +13,7 @@ import time
 import pytest
 import websockets
 from authorization_test import BEARER, TOKENS
+from console_test import live
 from metrics_test import scrape
 from ports import free_ports
 from service import DEADLINE, RecordingBackend, Service, eventually, tcp_server
@@ -672,3 +673,17 @@ async def test_commands_in_responses_reach_other_instances(io_loop, secret_file)
                 # The unknown connection twice, and the dead instance's once.
                 while (await scrape(services[0]))[gone] < 300:
                     await asyncio.sleep(0.01)
+
+
+async def test_console_shows_callbacks_that_are_forwarded(io_loop, trio):
+    """Where they were received; with their owner and their answer."""
+    backend, (first, second, _) = trio
+    owner = second.callback_url.removeprefix("http://")
+    async with live(first, BEARER) as (stream, _):
+        async with joined(backend, second) as (client, meta):
+            answer = await call(backend, at(first, meta), body=b"hello")
+            assert answer.code == 200
+            assert await received(client) == "hello"
+            event = await stream.until("forwarded", id=meta["connection_id"])
+            assert (event["owner"], event["outcome"]) == (owner, "answered")
+            assert event["status"] == 200

@@ -8,11 +8,18 @@ from zlib import crc32
 
 import pytest
 import websockets
+from console_test import live
 from redis_server import RedisServer
 from redis_streams import PARTITIONS, Streams
-from service import DEADLINE, RecordingBackend, Service, refusal
+from service import DEADLINE, RecordingBackend, Service, eventually, refusal
+from tracing_test import KINDS, Collector
 
+from backends.events import Event
 from backends.redis.janitor import TRIM
+from backends.redis.keys import Keys
+from backends.redis.writer import StreamWriter
+from backends.redis_client import RedisClient
+from backends.redis_url import read_address
 
 GREETINGS = itertools.count()
 
@@ -98,6 +105,48 @@ async def test_events_of_a_connection_are_in_one_stream(io_loop, relayed):
     for event in events:
         assert event.meta["reply"].startswith(f"{streams.prefix}:commands:{{")
         assert event.meta["reply"].endswith(f"{{{event.meta['instance']}}}")
+
+
+async def test_console_shows_the_entry_of_an_event(io_loop, relayed):
+    """Its stream and its id there; and how many entries the longest stream has."""
+    streams, service = relayed
+    async with live(service) as (stream, _):
+        async with websockets.connect(service.ws_url) as client:
+            id_ = (await greeted(streams, service, client))["connection_id"]
+            attempt = await stream.until("attempt", event="message", id=id_)
+            _, message = await of(streams, id_, 2)
+            name = streams.names[crc32(id_.encode()) % PARTITIONS]
+            assert attempt["place"] == f"{name} {message.entry_id}"
+            assert (attempt["outcome"], attempt["attempt"]) == ("delivered", 1)
+            snapshot = await stream.until("snapshot")
+            assert snapshot["backend"]["entries"] >= 2
+
+
+async def test_event_has_the_span_of_a_producer(io_loop, redis):
+    """With the stream, the id of the entry, and the trace of its `traceparent`."""
+    streams = Streams(redis)
+    async with Collector() as collector:
+        flags = streams.flags("--otel")
+        async with Service(*flags, environment=collector.environment()) as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("hello")
+            await streams.wait_for("disconnect")
+            await eventually(lambda: collector.of("disconnect"))
+    for entry in await streams.all():
+        (span,) = collector.of(entry.name)
+        stream = streams.names[crc32(entry.connection_id.encode()) % PARTITIONS]
+        assert (span.name, span.kind) == (f"send {stream}", KINDS.SPAN_KIND_PRODUCER)
+        traceparent = f"00-{span.trace_id}-{span.span_id}-01"
+        assert entry.fields["traceparent"] == traceparent
+        expected = {
+            "messaging.system": "redis",
+            "messaging.operation.type": "send",
+            "messaging.destination.name": stream,
+            "messaging.message.id": entry.entry_id,
+            "socketdock.event_id": entry.id,
+            "socketdock.outcome": "delivered",
+        }
+        assert expected.items() <= span.attributes.items()
 
 
 async def test_send_url_of_an_event_works(io_loop, relayed):
@@ -268,6 +317,49 @@ async def test_command_at_the_stop_is_carried_out_or_comes_back(io_loop, redis):
     assert sorted(returned + [f"{sent[int(n)]}-undelivered" for n in received]) == [
         f"{entry}-undelivered" for entry in sent
     ]
+
+
+class Leaving:
+    """The sender of an event, which calls `on_added` when Redis has added it."""
+
+    name = "message"
+    timeout = 60.0
+    connection_id = "0" * 32
+
+    def __init__(self) -> None:
+        self.on_added = None
+
+    def on_accepted(self, entry, place, seconds):
+        self.on_added()
+
+    def on_failed(self, entry, error, seconds):
+        raise AssertionError(error)
+
+    def give_up(self, error):
+        raise AssertionError(error)
+
+
+async def test_stop_may_end_its_wait_in_the_moment_of_the_reply(io_loop, redis):
+    """Nothing else fails then: the event was added."""
+    loop, errors = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+    client = RedisClient(read_address("redis_url", redis.url, None), "--redis_url")
+    writer = StreamWriter(client, Keys("leaving"), 1, 100, 60.0)
+    writer.begin()
+    try:
+        await asyncio.wait_for(writer.tried, DEADLINE)
+        owner = Leaving()
+        writer.add(owner, Event(f"{owner.connection_id}-1", b"{}", "", None))
+        waiting = asyncio.create_task(writer.emptied())
+        owner.on_added = waiting.cancel
+        await asyncio.wait({waiting}, timeout=DEADLINE)
+        assert waiting.cancelled()
+        await asyncio.wait_for(writer.emptied(), DEADLINE)
+    finally:
+        await writer.close()
+        await client.close()
+        loop.set_exception_handler(None)
+    assert errors == []
 
 
 async def test_crash_is_reported_by_the_next_start(io_loop, redis, tmp_path):
