@@ -8,7 +8,7 @@ from service import DEADLINE, eventually
 from tornado.ioloop import IOLoop
 from tornado.web import Application
 
-from backends import Backend, Observer
+from backends import Backend, BackendError, Observer
 from handlers.admission import Admission
 from handlers.backlog import Backlog
 from handlers.callbacks.access import CallbackAccess
@@ -152,6 +152,36 @@ async def test_nothing_is_kept_of_clients_that_have_left(
     assert admission._present == 0
     assert not (admission._present_from or lifetimes._turn_of or lifetimes._turns)
     lifetimes.close()
+
+
+def nothing(connection, closure) -> None:
+    """The end needs no waiting."""
+
+
+def fails_at_once(connection, closure) -> None:
+    """A method without `async`."""
+    raise BackendError("no")
+
+
+async def fails_later(connection, closure) -> None:
+    """The simple case."""
+    raise BackendError("no")
+
+
+@pytest.mark.parametrize(
+    ("disconnect", "lines"), [(nothing, 0), (fails_at_once, 1), (fails_later, 1)]
+)
+async def test_disconnect_may_wait_or_not(
+    io_loop, app, http_server, http_port, caplog, disconnect, lines
+):
+    """Nothing waits afterwards, and a failure is logged."""
+    connections = app.settings["connections"]
+    app.settings["backend"].disconnect = disconnect
+    client = await connect(http_port)
+    await eventually(lambda: connections.open == 1)
+    await client.close()
+    await eventually(lambda: not len(connections) and not connections.backlog.events)
+    assert caplog.text.count("disconnect notification failed: no") == lines
 
 
 @pytest.mark.parametrize(
