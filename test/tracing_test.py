@@ -646,7 +646,7 @@ async def test_events_that_may_be_retried_are_bounded(io_loop, monkeypatch):
 
 async def test_failures_of_one_event_are_bounded(io_loop, monkeypatch):
     """All are counted, and the first ones are listed."""
-    monkeypatch.setattr("handlers.telemetry.spans.MAX_FAILURES", 3)
+    monkeypatch.setattr("handlers.telemetry.shapes.MAX_FAILURES", 3)
     async with Collector() as collector:
         tracing = tracing_in_process(monkeypatch, collector.environment())
         for _ in range(10):
