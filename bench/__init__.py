@@ -4,6 +4,6 @@
 
 `wire` makes the bytes, `load` has clients and backend, `modes` runs and measures them,
 `relays` starts the relays, `results` keeps those of each machine, `report` makes tables
-and plots, `comparison` compares two checkouts. docs/performance.md explains the
-figures.
+and plots, `comparison` compares two checkouts, `crowd` shows many idle clients.
+docs/performance.md explains the figures.
 """

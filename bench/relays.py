@@ -171,10 +171,11 @@ def one_or_pair(setting: Setting) -> list[Start]:
     ]
 
 
-def two_processes(setting: Setting) -> list[Start]:
-    """Two processes of SocketDock that share the clients' port."""
+def processes(setting: Setting, count: int, *flags: str) -> list[Start]:
+    """Several processes of SocketDock that share the clients' port."""
     return [
-        socketdock(setting, "--reuse_port", callback_port=free_port()) for _ in range(2)
+        socketdock(setting, "--reuse_port", *flags, callback_port=free_port())
+        for _ in range(count)
     ]
 
 
@@ -225,7 +226,7 @@ KNOWN = {
     ),
     "socketdock-processes": Peer(
         "SocketDock, two processes",
-        two_processes,
+        lambda setting: processes(setting, 2),
         cannot=("push-forward",),
         replies=True,
     ),
@@ -247,11 +248,9 @@ def running(name: str, backend: str, mode: str, redis: str = "") -> Iterator[Rel
     A name may end with @PATH: SocketDock from another checkout.
     """
     name, _, tree = name.partition("@")
-    peer = KNOWN[name]
-    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(
-            port,
+            free_port(),
             backend,
             mode in ("visit", "visit-leases"),
             Path(folder),
@@ -262,26 +261,37 @@ def running(name: str, backend: str, mode: str, redis: str = "") -> Iterator[Rel
             mode == "push-forward",
             redis if mode == "visit-leases" else "",
         )
-        log = Path(folder) / "log"
-        processes: list[subprocess.Popen[bytes]] = []
-        relay = Relay(peer, port, [], redis)
         try:
-            for start in peer.starts(setting):
-                processes.append(spawn(start, log))
-                relay.processes.append(processes[-1].pid)
-                relay.last_port = start.port
-                wait_for_start(start, processes[-1], log)
-            yield relay
+            with started(KNOWN[name], setting) as relay:
+                yield relay
         except BenchError as error:
-            said = log.read_text(errors="replace").strip() if log.exists() else ""
-            last = f" (its log ends: {said.splitlines()[-1]})" if said else ""
-            raise BenchError(f"{name}: {error}{last}") from error
-        finally:
-            for pid in relay.tree():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            for process in processes:
-                process.wait()
+            raise BenchError(f"{name}: {error}") from error
+
+
+@contextlib.contextmanager
+def started(peer: Peer, setting: Setting) -> Iterator[Relay]:
+    """Run a relay during the block. A `BenchError` gets the end of its log."""
+    log = setting.folder / "log"
+    processes: list[subprocess.Popen[bytes]] = []
+    relay = Relay(peer, setting.port, [], setting.redis or setting.leases)
+    try:
+        for start in peer.starts(setting):
+            processes.append(spawn(start, log))
+            relay.processes.append(processes[-1].pid)
+            relay.last_port = start.port
+            wait_for_start(start, processes[-1], log)
+        yield relay
+    except BenchError as error:
+        said = log.read_text(errors="replace").splitlines() if log.exists() else []
+        reasons = [line for line in said if '"level":"info"' not in line] or said
+        last = f" (its log: {reasons[-1]})" if reasons else ""
+        raise BenchError(f"{error}{last}") from error
+    finally:
+        for pid in relay.tree():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in processes:
+            process.wait()
 
 
 def spawn(start: Start, log: Path) -> subprocess.Popen[bytes]:

@@ -58,6 +58,16 @@ async def test_every_mode_of_the_benchmark_gives_its_figures(
         assert all(run[figure] >= 0 for figure in FIGURES[run["mode"]] - {"bytes"})
 
 
+async def test_idle_clients_are_opened_pinged_and_drained(io_loop: object) -> None:
+    """By several processes, and each client gets a close frame."""
+    said = await run_module(
+        "bench.crowd", "--clients=50", "--processes=2", "--seconds=0.2",
+        "--drain-spread=0.2",
+    )  # fmt: skip
+    assert "50 clients, 2 processes" in said
+    assert re.search(r"^drained in [\d.]+ s: 50 close frames$", said, re.MULTILINE)
+
+
 async def test_checkouts_are_compared_by_rounds(io_loop: object) -> None:
     """Each round has a ratio; with too few rounds there is no interval."""
     said = await bench(
@@ -150,8 +160,13 @@ def test_results_are_added_to_those_of_the_machine(tmp_path: Path) -> None:
 
 async def bench(*flags: str) -> str:
     """Run it; it must succeed. Returns what it printed."""
+    return await run_module("bench", *flags)
+
+
+async def run_module(name: str, *flags: str) -> str:
+    """Run a module; it must succeed. Returns what it printed."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "bench", *flags, cwd=PROJECT,
+        sys.executable, "-m", name, *flags, cwd=PROJECT,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     said, _ = await process.communicate()

@@ -60,10 +60,12 @@ NOT_RUN = {
     r"python -m cProfile ": "it stays until it is stopped, and profiles meanwhile",
     r"python socketdock\.py$": "README's block with its environment is run",
     r"\.venv/bin/python examples/redis_consumer": "redis_backend_test runs it",
+    r"\.venv/bin/python -m bench\.crowd ": "bench_test runs it with fewer clients",
     r"(\.venv/bin/)?socketdock (--backend=redis|redis-partitions|worker) ?":
         "it needs Redis; redis_backend_test and redis_worker_test run these",
     r"curl ": "it needs the id of a connection; callback_test sends the same",
-    r"(\.venv/bin/python -m )?pip install|pipx install|npm ci": "it downloads",
+    r"(\.venv/bin/python -m |SOCKETDOCK_COMPILE=1 )?pip install|pipx install|npm ci":
+        "it downloads",
     r"\.venv/bin/python -m pip install supervisor\n|(\.venv/bin/)?supervisor(d|ctl) ":
         "supervisord_test runs the real one with this file",
     r"docker |CALLBACK_TOKEN_FILE=": "it needs Docker; compose_test has the files",
