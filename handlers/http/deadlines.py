@@ -2,6 +2,7 @@
 
 import asyncio
 import heapq
+from collections.abc import Callable
 from typing import Protocol
 
 from backends.deadlines import after_reading
@@ -25,10 +26,16 @@ class Deadlines:
     """Aborts connections whose deadline has passed; one timer checks all of them.
 
     A stall of the whole process (SIGSTOP, a suspended machine) extends all
-    deadlines, and what has arrived by then is read first.
+    deadlines, and what has arrived by then is read first. `read_all` reads what the
+    loop does not.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        read_all: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._read_all = read_all
         # With the time at which each was accepted, on the loop's clock.
         self.connections: dict[Expirable, float] = {}
         self._loop = loop
@@ -83,6 +90,7 @@ class Deadlines:
             self._wait()
 
     def _abort_expired(self) -> None:
+        self._read_all()
         now = self._loop.time()
         for connection in [c for c in self.connections if c.deadline < now]:
             connection.abort()

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 from typing import Any, Protocol
 
 from tornado.netutil import bind_sockets
@@ -58,7 +59,9 @@ define("reuse_port", default=False,
        help="let several processes on one host share the client port (SO_REUSEPORT)")
 
 BACKLOG = 4096  # connections that the kernel holds until they are accepted
-ACCEPT_BATCH = 128  # connections accepted before others have their turn
+# Seconds for accepting connections in each turn of the loop. Most of them ask for
+# something in the next turn, which takes several times as long.
+ACCEPT_TIME = 0.00025
 ACCEPT_PAUSE = 0.2  # seconds, when the process or the machine has no descriptor left
 # Descriptors that accepted connections never use. The relay needs them to connect to
 # the backend and to read files.
@@ -221,7 +224,9 @@ class Listener:
         wait in the kernel are accepted first, since they would be reset.
         """
         for sock in self._sockets:
-            self._accept(sock)
+            for _ in range(BACKLOG):
+                if not self._accept_one(sock):
+                    break
             if (resumption := self._resumptions.pop(sock, None)) is not None:
                 resumption.cancel()
             asyncio.get_running_loop().remove_reader(sock)
@@ -235,25 +240,32 @@ class Listener:
             await self._server.close_all_connections()
 
     def _accept(self, listening: socket.socket) -> None:
+        """Accept connections for a short time; others have their turn in between."""
+        ends_at = perf_counter() + ACCEPT_TIME
+        while self._accept_one(listening) and perf_counter() < ends_at:
+            pass
+
+    def _accept_one(self, listening: socket.socket) -> bool:
+        """Accept a connection; returns whether there may be more."""
         if self._server is None:
-            return
-        for _ in range(ACCEPT_BATCH):
-            try:
-                accepted, address = listening.accept()
-            except (BlockingIOError, InterruptedError):
-                return
-            except ConnectionAbortedError:
-                continue
-            except OSError as error:
-                self._pause(listening, error)
-                return
-            accepted.setblocking(False)
-            descriptor = accepted.fileno()  # TLS detaches `accepted`
-            self._server.begin(accepted, address, self._context)
-            # The kernel assigns the lowest free descriptor.
-            if descriptor >= self._last_descriptor:
-                self._pause(listening, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
-                return
+            return False
+        try:
+            accepted, address = listening.accept()
+        except (BlockingIOError, InterruptedError):
+            return False
+        except ConnectionAbortedError:
+            return True
+        except OSError as error:
+            self._pause(listening, error)
+            return False
+        accepted.setblocking(False)
+        descriptor = accepted.fileno()  # TLS detaches `accepted`
+        self._server.begin(accepted, address, self._context)
+        # The kernel assigns the lowest free descriptor.
+        if descriptor >= self._last_descriptor:
+            self._pause(listening, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+            return False
+        return True
 
     def _pause(self, listening: socket.socket, error: OSError) -> None:
         """Stop accepting for `ACCEPT_PAUSE`, so that the loop does not spin."""

@@ -22,6 +22,7 @@ from typing import Any
 from tornado.web import Application
 
 from backends.waiting import done_future
+from handlers.http.arrivals import Arrivals
 from handlers.http.body_budget import RETRY_AFTER
 from handlers.http.bounds import ANSWER_TIMEOUT, IDLE_TIMEOUT, RequestBounds
 from handlers.http.deadlines import Deadlines
@@ -76,7 +77,8 @@ class RequestServer:
         self.upgrade = upgrade
         # Kept, since asking for it is a system call (getpid) before Python 3.12.
         self.loop = asyncio.get_running_loop()
-        self.deadlines = Deadlines(self.loop)
+        self.arrivals = Arrivals(self.loop)
+        self.deadlines = Deadlines(self.loop, self.arrivals.read_all)
         self._second = 0
         self._date = b""
 
@@ -92,7 +94,7 @@ class RequestServer:
             accepted.close()
             return
         self.deadlines.add(connection)
-        connection.start_reading()
+        self.arrivals.add(connection)
 
     def date(self) -> bytes:
         """Return the `Date` header, which is built once a second."""
@@ -110,6 +112,7 @@ class RequestServer:
         """Close all connections at once."""
         for connection in list(self.deadlines.connections):
             connection.abort()
+        self.arrivals.close()
         self.deadlines.close()
 
 
@@ -521,6 +524,7 @@ class RequestConnection(SocketConnection):
     def abort(self) -> None:
         """Close immediately."""
         if not self.closed:
+            self._server.arrivals.discard(self)
             self.close_socket()
             self._forget()
 

@@ -123,6 +123,16 @@ class SocketConnection:
         if self._tls is not None and self._tls.pending():
             self.loop.call_soon(self._on_readable)  # these bytes wake no selector
 
+    def read_first(self) -> None:
+        """Read what has arrived, and from then on whenever there is more.
+
+        Many connections need no reader at all: they are closed or handed over at once.
+        """
+        self._reading = True
+        self._on_readable()
+        if self._reading and not self.closed:
+            self.loop.add_reader(self._sock, self._on_readable)
+
     def stop_reading(self) -> None:
         """Leave what arrives in the kernel, so that the peer must wait."""
         if self._reading:
