@@ -57,7 +57,7 @@ class Authorizer:
         self._identity = identity
         self._events = events
         self._attempts = attempts
-        self._timeouts = timeouts
+        self._terms = attempts.terms(*timeouts)
 
     async def ask(
         self, connection_id: str, caller: Caller, handshake: Handshake
@@ -77,7 +77,7 @@ class Authorizer:
                 connection_id,
                 self.target,
                 event,
-                *self._timeouts,
+                self._terms,
             )
             result = read_result(response, MAX_RESULT_SIZE)
             context = context_of(result)

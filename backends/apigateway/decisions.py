@@ -43,7 +43,7 @@ class Decisions:
         self._target = target
         self._events = events
         self._attempts = attempts
-        self._timeouts = timeouts
+        self._terms = attempts.terms(*timeouts)
         self._observer = observer
 
     async def ask(
@@ -60,7 +60,7 @@ class Decisions:
         outcome: Outcome = "failed"
         try:
             response = await self._attempts.make(
-                "connect", connection_id, target, event, *self._timeouts
+                "connect", connection_id, target, event, self._terms
             )
             answer = read_answer(response)
             if not answer.accepts:

@@ -52,7 +52,7 @@ class FunctionTrial(Trial):
         self._events = events
         self._client = client
         self._attempts = attempts
-        self._timeouts = timeouts
+        self._terms = attempts.terms(*timeouts)
 
     async def findings(self) -> AsyncIterator[Finding]:
         """Invoke one function after the other."""
@@ -95,7 +95,7 @@ class FunctionTrial(Trial):
         began = time.monotonic()
         try:
             response = await self._attempts.make(
-                "connect", connection_id, test.target, test.event, *self._timeouts
+                "connect", connection_id, test.target, test.event, self._terms
             )
             said = self._said(test.what, response)
         except BackendError as error:

@@ -7,7 +7,7 @@ import asyncio
 
 from backends import Attempt, BackendError, EventName, Observer
 from backends.breaker import Breaker
-from backends.client import Client, NoConnection, Response
+from backends.client import Client, Exchange, NoConnection, Response, Terms
 from backends.client.response import Keep
 from backends.events import Event
 from backends.http.request import RequestWriter
@@ -36,42 +36,40 @@ class Attempts:
         self._keep = keep
         self._client = client
 
+    def terms(
+        self,
+        timeout: float,
+        queue_timeout: float | None = None,
+        keep: Keep | None = None,
+    ) -> Terms:
+        """Return the terms of attempts, see `Terms`; by default `rules` need `keep`."""
+        return Terms(timeout, queue_timeout, keep or self._keep)
+
     async def make(
         self,
         name: EventName,
         connection_id: str,
         target: Target,
         event: Event,
-        timeout: float,
-        queue_timeout: float | None = None,
-        keep: Keep | None = None,
+        terms: Terms,
         number: int = 1,
     ) -> Response:
-        """Post `event`, attempt `number`, and wait `timeout` seconds for the response.
+        """Post `event`, attempt `number`, and wait for the response.
 
-        With `queue_timeout` these begin when it is sent, see `Client.post`. `keep`
-        decides how much of the response's body is kept. Raises `BackendError` if there
-        is no response.
+        Raises `BackendError` if there is none.
         """
-        attempt = SingleAttempt(self, name, connection_id, target, event, number)
-        exchange = self._client.post(
-            target,
-            attempt.request,
-            attempt.on_done,
-            timeout=timeout,
-            queue_timeout=queue_timeout,
-            keep=keep or self._keep,
-        )
+        attempt = SingleAttempt(self, name, connection_id, target, event, terms, number)
+        self._client.send(attempt)
         try:
             return await attempt.response
         except asyncio.CancelledError:
             if attempt.response.cancelled():
-                exchange.abandon()
+                attempt.abandon()
                 self.breaker.record_nothing()
             raise
 
 
-class SingleAttempt:
+class SingleAttempt(Exchange):
     """One attempt: reports how it has ended, and keeps the response."""
 
     __slots__ = (
@@ -81,7 +79,6 @@ class SingleAttempt:
         "_event",
         "_name",
         "_number",
-        "_target",
         "response",
     )
 
@@ -92,21 +89,22 @@ class SingleAttempt:
         connection_id: str,
         target: Target,
         event: Event,
+        terms: Terms,
         number: int,
     ) -> None:
+        super().__init__(target, terms)
         self._attempts = attempts
         self._name: EventName = name
         self._connection_id = connection_id
-        self._target = target
         self._event = event
         self._number = number
         self._began = attempts.loop.time()
         # Fails with `BackendError` if there is none.
         self.response: asyncio.Future[Response] = attempts.loop.create_future()
 
-    def request(self) -> bytes:
+    def write(self) -> bytes:
         """Return the whole request."""
-        return self._attempts.requests.write(self._target, self._event)
+        return self._attempts.requests.write(self.target, self._event)
 
     def on_done(self, outcome: Response | BackendError) -> None:
         """There is a response, or there will be none."""
@@ -119,7 +117,7 @@ class SingleAttempt:
         else:
             status = outcome.status
             self.response.set_result(outcome)
-        attempts, event, url = self._attempts, self._event, self._target.url
+        attempts, event, url = self._attempts, self._event, self.target.url
         if isinstance(outcome, NoConnection):
             attempts.breaker.record_nothing()
             return

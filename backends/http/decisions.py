@@ -41,7 +41,7 @@ class Decisions:
         self.target = target
         self._attempts = attempts
         self._replies = replies
-        self._timeout = timeout
+        self._terms = attempts.terms(timeout, keep=replies.of_connect)
 
     async def ask(
         self, connection_id: str, event: Event, offered: Sequence[str]
@@ -54,8 +54,7 @@ class Decisions:
         target = self.target
         assert target is not None
         response = await self._attempts.make(
-            "connect", connection_id, target, event, self._timeout,
-            keep=self._replies.of_connect,
+            "connect", connection_id, target, event, self._terms
         )
         if response.status in REFUSALS:
             raise refusal(response)

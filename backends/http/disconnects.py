@@ -162,6 +162,7 @@ class DisconnectDelivery(Disconnects):
         self._retries = retries
         self.target = target
         self._attempts = attempts
+        self._terms = attempts.terms(DISCONNECT_TIMEOUT, DISCONNECT_TIMEOUT)
         self._breaker = breaker
         self._timeout = timeout
 
@@ -197,9 +198,8 @@ class DisconnectDelivery(Disconnects):
                     notification.connection_id,
                     target,
                     notification.event(),
-                    timeout=DISCONNECT_TIMEOUT,
-                    queue_timeout=DISCONNECT_TIMEOUT,
-                    number=attempt,
+                    self._terms,
+                    attempt,
                 )
             except BackendError as failure:
                 error = failure

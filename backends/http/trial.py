@@ -108,8 +108,10 @@ class HTTPTrial(Trial):
                 connection_id,
                 test.target,
                 test.event,
-                min(self._timeouts.get(test.option) or TIMEOUT, TIMEOUT),
-                keep=lambda status, headers: self._replies.max_size,
+                self._attempts.terms(
+                    min(self._timeouts.get(test.option) or TIMEOUT, TIMEOUT),
+                    keep=lambda status, headers: self._replies.max_size,
+                ),
             )
         except BackendAway as error:
             return Finding("error", f"{test.option}: {error}{SEE_THE_LOG}")
