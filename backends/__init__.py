@@ -54,6 +54,7 @@ from backends.observer import Initiator as Initiator
 from backends.observer import Observer as Observer
 from backends.observer import Outcome as Outcome
 from backends.observer import TraceContext as TraceContext
+from backends.waiting import Taken as Taken
 
 
 class Occupancy(NamedTuple):
@@ -338,7 +339,8 @@ class Backend(abc.ABC):
         """Take one message: `str` from a text frame, `bytes` from a binary one.
 
         Returns None where the next message may follow immediately, or an awaitable
-        that completes when it may; write `async def` for the simple case.
+        that completes when it may; write `async def` for the simple case. A `Taken`
+        takes less time than a future.
         Raises `BackendError`, immediately or from the awaitable, where it can't be
         delivered: the client is closed with 1013, and what it sent since
         counts as undelivered.

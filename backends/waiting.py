@@ -2,10 +2,37 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
+
+
+class Taken:
+    """What `Backend.message` may return: an awaitable that calls back without a future.
+
+    It may be the same object for each message of a connection.
+    """
+
+    __slots__ = ()
+
+    def then(self, call: Callable[[], None]) -> None:
+        """Call `call` once, later, when the next message may follow.
+
+        It must be called, or this awaited, immediately after `Backend.message`.
+        """
+        raise NotImplementedError
+
+    def __await__(self) -> Generator[Any, None, None]:
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.then(partial(_set_done, taken))
+        return taken.__await__()
+
+
+def _set_done(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class Line(Protocol):

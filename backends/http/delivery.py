@@ -23,12 +23,12 @@ from backends.http.held import Request
 from backends.http.reply_turns import ReplyTurns
 from backends.http.retries import backoff, hint, retry_after, unreachable_cause
 from backends.target import Target
-from backends.waiting import Line, done_future
+from backends.waiting import Line, Taken, done_future
 
 logger = logging.getLogger(__name__)
 
 
-class Delivery:
+class Delivery(Taken):
     """Delivers one connection's messages to the backend.
 
     A message is in the backlog, or unanswered: an attempt is being made. The latest
@@ -47,6 +47,7 @@ class Delivery:
         "_overdue",
         "_quiet",
         "_replies",
+        "_then",
         "_timer",
         "disconnected",
         "failures",
@@ -68,7 +69,8 @@ class Delivery:
         self._timer: asyncio.TimerHandle | None = None
         self._line: Line | None = None  # where `_pump` waits to be called
         self._replies: ReplyTurns | None = None  # from the first reply on
-        # Done when no message waits to be sent, and none delays the next.
+        # Called, and done, when no message waits to be sent, and none delays the next.
+        self._then: Callable[[], None] | None = None
         self._quiet: asyncio.Future[None] | None = None
         # Done when a request has ended or failed.
         self._changed: asyncio.Future[None] | None = None
@@ -80,10 +82,8 @@ class Delivery:
         self.disconnected = False
         self.undelivered = 0
 
-    def post(
-        self, event: Event, target: Target | None = None
-    ) -> "asyncio.Future[None]":
-        """Send the next message; when the future is done, another may follow.
+    def post(self, event: Event, target: Target | None = None) -> Taken:
+        """Send the next message.
 
         Without a `target` of its own it goes where most of them go.
         """
@@ -93,7 +93,11 @@ class Delivery:
         request = Request(self, self.number, event, target, deliveries.terms)
         self._backlog.append(request)
         self._pump()
-        return self.quiet()
+        return self
+
+    def then(self, call: Callable[[], None]) -> None:
+        """Call `call` when the message is answered, overdue or given up."""
+        self._then = call
 
     def quiet(self) -> "asyncio.Future[None]":
         """A future, done when each message is answered, overdue or given up."""
@@ -187,7 +191,7 @@ class Delivery:
         self._stop_waiting()
         while unanswered := self._unanswered():
             self.abandon(unanswered[0])
-        self._signal_if_quiet()
+        self._deliveries.loop.call_soon(self._signal_if_quiet)
 
     def abandon(self, request: Request) -> None:
         """Close a request's connection; it is not retried, nor counted as a failure."""
@@ -235,7 +239,7 @@ class Delivery:
                 self._wait(self._deadline(), deliveries.breaker)
                 return
             self._send(self._backlog.pop(0), now)
-        if self._quiet is not None:
+        if self._then is not None or self._quiet is not None:
             self._signal_if_quiet()
 
     def _has_too_many_open(self) -> bool:
@@ -253,11 +257,14 @@ class Delivery:
         deliveries.client.send(request)
 
     def _signal_if_quiet(self) -> None:
-        if self._quiet is None or self.busy:
+        if self.busy:
             return
         quiet, self._quiet = self._quiet, None
-        if not quiet.done():
+        if quiet is not None and not quiet.done():
             quiet.set_result(None)
+        then, self._then = self._then, None
+        if then is not None:
+            then()  # it may post the next message
 
     def _signal_change(self) -> None:
         if self._changed is not None and not self._changed.done():

@@ -5,7 +5,7 @@ import logging
 from collections import deque
 from typing import Protocol
 
-from backends import Backend, BackendError, Connection, Observer
+from backends import Backend, BackendError, Connection, Observer, Taken
 from handlers.backlog import Backlog
 from handlers.clients.policy import ClientPolicy
 from handlers.connections import NEVER
@@ -149,6 +149,9 @@ class Inbox:
             if taken is not None:
                 self.busy = True
                 self.waiting_since = read_at
+                if isinstance(taken, Taken):
+                    taken.then(self._on_taken)
+                    return
                 if not isinstance(taken, asyncio.Future):
                     taken = asyncio.ensure_future(taken)
                 taken.add_done_callback(self._on_delivered)
@@ -183,21 +186,37 @@ class Inbox:
             self.busy, self.waiting_since = True, read_at
         self._in_flight.append((size, read_at))
         self._queued_bytes += size
+        if isinstance(taken, Taken):
+            taken.then(self._on_first_taken)
+            return
         if not isinstance(taken, asyncio.Future):
             taken = asyncio.ensure_future(taken)
         taken.add_done_callback(self._on_first_delivered)
 
+    def _on_first_taken(self) -> None:
+        """The backend has taken the oldest message that it had."""
+        self._context.backlog.release(self._pop_first())
+        self._after_first()
+
     def _on_first_delivered(self, taken: "asyncio.Future[None]") -> None:
         """Handle the completion of the oldest message that the backend had."""
+        size = self._pop_first()
+        if not taken.cancelled() and taken.exception() is None:
+            self._context.backlog.release(size)
+        else:
+            self._on_undeliverable(_failure(taken), size)
+        self._after_first()
+
+    def _pop_first(self) -> int:
+        """Return the size of the oldest message that the backend had."""
         assert self._in_flight
         size, _ = self._in_flight.popleft()
         self._queued_bytes -= size
         if self._full:
             self._make_room()
-        if not taken.cancelled() and taken.exception() is None:
-            self._context.backlog.release(size)
-        else:
-            self._on_undeliverable(_failure(taken), size)
+        return size
+
+    def _after_first(self) -> None:
         if self._in_flight:
             self.waiting_since = self._in_flight[0][1]
         else:
@@ -208,6 +227,10 @@ class Inbox:
             self._deliver(*self._next())
         else:
             self._rest()
+
+    def _on_taken(self) -> None:
+        self._context.backlog.release(self._head_size)
+        self._deliver_next()
 
     def _on_delivered(self, taken: "asyncio.Future[None]") -> None:
         if not taken.cancelled() and taken.exception() is None:

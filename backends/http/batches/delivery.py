@@ -7,6 +7,7 @@ the lane again. The lane itself goes on.
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 
 from backends import BackendError, Connection, EventName
 from backends.deadlines import after_reading
@@ -14,11 +15,12 @@ from backends.events import Event
 from backends.http.batches.entry import Entry
 from backends.http.batches.lane import Lane, LaneContext
 from backends.http.retries import backoff, hint
+from backends.waiting import Taken, call_one
 
 logger = logging.getLogger(__name__)
 
 
-class BatchDelivery:
+class BatchDelivery(Taken):
     """Delivers one connection's messages; the counterpart of `delivery.Delivery`."""
 
     name: EventName = "message"
@@ -50,9 +52,9 @@ class BatchDelivery:
         self._connection = connection
         self.connection_id = connection.id
         self.timeout = context.limits.delivery_timeout
-        # Messages that are not settled, in order, and the futures for those who wait.
+        # Messages that are not settled, in order, and what to call when they are.
         self._entries: deque[Entry] = deque()
-        self._taken: deque[asyncio.Future[None]] = deque()
+        self._taken: deque[Callable[[], None]] = deque()
         # They are outside the lane: one has failed, or the client is slow.
         self._outside = False
         self._timer: asyncio.TimerHandle | None = None  # of the first one's backoff
@@ -63,15 +65,17 @@ class BatchDelivery:
         self.disconnected = False
         self.undelivered = 0
 
-    def post(self, event: Event) -> "asyncio.Future[None]":
-        """Send the next message; the future is done when it is settled."""
+    def post(self, event: Event) -> Taken:
+        """Send the next message."""
         entry = Entry(self, event)
-        taken: asyncio.Future[None] = self._context.client.loop.create_future()
         self._entries.append(entry)
-        self._taken.append(taken)
         if not self._outside:
             self._lane.add(entry)
-        return taken
+        return self
+
+    def then(self, call: Callable[[], None]) -> None:
+        """Call `call` when the latest message is settled."""
+        self._taken.append(call)
 
     # What its disconnect event waits for.
 
@@ -205,17 +209,14 @@ class BatchDelivery:
         entry.owner = None
         assert self._entries[0] is entry
         self._entries.popleft()
-        taken = self._taken.popleft()
-        if not taken.done():
-            taken.set_result(None)
+        call_one(self._taken.popleft())
         self._signal_if_quiet()
 
     def _release_callers(self) -> None:
         """No message is left."""
         taken, self._taken = self._taken, deque()
-        for future in taken:
-            if not future.done():
-                future.set_result(None)
+        for call in taken:
+            self._context.client.loop.call_soon(call)
         self._signal_if_quiet()
 
     def _signal_if_quiet(self) -> None:

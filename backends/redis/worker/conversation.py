@@ -240,7 +240,8 @@ class Conversation:
             self._delivery = deliveries.new(self)  # type: ignore[arg-type] # see above
         self._given_up = None
         self._delivery.number = stored.number
-        await self._delivery.post(stored.event)
+        self._delivery.post(stored.event)
+        await self._delivery.quiet()
         error = self._why_given_up()
         if error is not None:
             await self._on_given_up(stored, error)
