@@ -14,6 +14,8 @@ from handlers.http.request import Fields, PlainHeaders, Request
 MAX_REMEMBERED = 64
 MAX_HEAD_SIZE = 2048  # bytes of a head that is read here
 
+EMPTY_LINE = b"\r\n\r\n"
+
 # Target, headers before Content-Length, its value, and the headers behind it.
 HEAD = re.compile(
     rb"POST (/[!-~]*) HTTP/1\.1\r\n((?:.+\n)*?)[Cc]ontent-[Ll]ength: ([0-9]{1,9})\r\n"
@@ -35,6 +37,8 @@ def plain_request(data: bytes, max_head_size: int) -> Request | None:
 
     Its `headers` are without Content-Length. `max_head_size` is in bytes.
     """
+    if data.endswith(EMPTY_LINE):
+        return None  # usually its body has not arrived
     head = HEAD.match(data, 0, max_head_size)
     if head is None:
         return None
