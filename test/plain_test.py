@@ -101,6 +101,7 @@ OTHERS = {
     "folded": LINE + HOST + b"X: a\r\n b\r\n" + LENGTH + b"\r\nhello",
     "no-name": LINE + HOST + b": a\r\n" + LENGTH + b"\r\nhello",
     "null": LINE + HOST + b"X: a\0b\r\n" + LENGTH + b"\r\nhello",
+    "no-body-yet": LINE + HOST + LENGTH + b"\r\n",
     "body-too-short": LINE + HOST + LENGTH + b"\r\nhell",
     "another-request": LINE + HOST + LENGTH + b"\r\nhello" + LINE,
     "long-head": LINE + HOST + b"X: %b\r\n" % (b"x" * MAX_HEAD_SIZE) + LENGTH
