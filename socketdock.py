@@ -30,7 +30,6 @@ from handlers.process.options import (
 )
 from handlers.process.options.help import print_help
 from handlers.process.options.template import print_template
-from handlers.program.health import health
 from handlers.program.service import serve
 
 __version__ = "0.1.0"
@@ -96,6 +95,8 @@ def run(command: str, words: list[str]) -> int:
 
         folder = set_development_options(os.environ)
     if command == "health":
+        from handlers.program.health import health
+
         return health()
     factory = loop_factory(options.event_loop)
     if command == "check":

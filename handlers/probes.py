@@ -1,7 +1,5 @@
-"""What probes ask: `/livez`, `/readyz`, and `socketdock health`."""
+"""What probes ask: `/livez` and `/readyz`."""
 
-import http.client
-import ssl
 from http import HTTPStatus
 from typing import Any
 
@@ -14,34 +12,6 @@ from handlers.http.problem import ProblemHandler
 define("ready_breaker_timeout", default=0.0, metavar="SECONDS",
        help="/readyz returns 503 when the backend has been unreachable for this long; "
             "0: never")
-
-PROBE_TIMEOUT = 2.0  # seconds for each step of a probe
-
-
-def probe(address: str, port: int, tls: bool) -> str | None:
-    """Request `/livez` at an address. Returns why it does not serve, or None.
-
-    It ignores proxies in the environment. It does not verify the certificate, which
-    may not name this address.
-    """
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    connection = (
-        http.client.HTTPSConnection(
-            address, port, timeout=PROBE_TIMEOUT, context=context
-        )
-        if tls
-        else http.client.HTTPConnection(address, port, timeout=PROBE_TIMEOUT)
-    )
-    try:
-        connection.request("GET", "/livez")
-        status = connection.getresponse().status
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return getattr(error, "strerror", None) or str(error) or type(error).__name__
-    finally:
-        connection.close()
-    return None if status == 200 else f"it answers {status}"
 
 
 class LiveHandler(ProblemHandler):

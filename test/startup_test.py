@@ -15,6 +15,8 @@ COMMAND = [sys.executable, "-X", "importtime", "socketdock.py"]
 OFF = (
     "backends.apigateway.",
     "backends.cluster.",
+    "backends.http.check",
+    "backends.http.trial",
     "backends.redis.",
     "backends.redis_client",
     "handlers.callbacks.apigateway.",
@@ -24,7 +26,9 @@ OFF = (
     "handlers.http.development",
     "handlers.http.tornado_server",
     "handlers.program.check",
+    "handlers.program.health",
     "handlers.telemetry.spans",
+    "logging.config",
     "opentelemetry",
     "redis",
 )

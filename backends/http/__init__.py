@@ -7,6 +7,7 @@ keeps the order, `request` writes each attempt, and `backends.client` sends it.
 
 from collections.abc import Awaitable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tornado.options import options
 
@@ -23,7 +24,6 @@ from backends.http.batches import (
     batch_limits,
     boot_id_of,
 )
-from backends.http.check import HTTPCheck
 from backends.http.credentials import CredentialSources
 from backends.http.decisions import Decisions
 from backends.http.deliveries import delivery_limits
@@ -34,8 +34,11 @@ from backends.http.posting import PostingBackend
 from backends.http.replies import make_replies
 from backends.http.request import RequestWriter
 from backends.http.targets import make_targets
-from backends.http.trial import HTTPTrial
 from backends.target import Target
+
+if TYPE_CHECKING:
+    from backends.http.check import HTTPCheck
+    from backends.http.trial import HTTPTrial
 
 # The shared modules whose options this backend reads.
 OPTION_MODULES = (
@@ -131,8 +134,10 @@ def credential_sources(*targets: Target | None) -> CredentialSources:
     )
 
 
-def make_check(relay: Relay) -> HTTPCheck:
+def make_check(relay: Relay) -> "HTTPCheck":
     """Make the checks of `socketdock check`, from the options."""
+    from backends.http.check import HTTPCheck
+
     targets = make_targets(relay)
     return HTTPCheck(
         by_option(targets),
@@ -145,8 +150,10 @@ def make_check(relay: Relay) -> HTTPCheck:
     )
 
 
-def make_trial(relay: Relay) -> HTTPTrial:
+def make_trial(relay: Relay) -> "HTTPTrial":
     """Make the test events of `socketdock check --send`, from the options."""
+    from backends.http.trial import HTTPTrial
+
     targets = make_targets(relay)
     credentials = credential_sources(*targets.values()).read()
     requests = RequestWriter(relay.version)

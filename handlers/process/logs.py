@@ -11,7 +11,6 @@ import errno
 import importlib
 import json
 import logging
-import logging.config
 import os
 import sys
 import time
@@ -155,14 +154,16 @@ class Log:
         return settings
 
     def _configure(self, config: dict[str, Any]) -> None:
+        from logging.config import dictConfig
+
         try:
             with contextlib.ExitStack() as held:
                 for path in _paths_of_handlers(config):
                     held.enter_context(_held_open(path))
-                logging.config.dictConfig(config)
+                dictConfig(config)
         except Exception as error:  # raised by any class that the file names
             if self._config is not None:
-                logging.config.dictConfig(self._config)
+                dictConfig(self._config)
                 self._attach()
             cause = error.__cause__ or error
             kind = Unavailable if isinstance(cause, OSError) else OptionError

@@ -1,6 +1,5 @@
 """Names of options: their records by any spelling, and the nearest known name."""
 
-import difflib
 from typing import Any
 
 from tornado.options import options
@@ -39,6 +38,8 @@ def nearest(name: str, start: str = "--") -> str:
     known |= {other.replace("-", "_"): other for other in OTHER_SPELLINGS}
     given = name.lower().replace("-", "_")
     longer = [option for option in known if option.startswith(f"{given}_")]
+    import difflib
+
     near = difflib.get_close_matches(given, longer, n=1, cutoff=0.0) or (
         difflib.get_close_matches(given, known, n=1)
     )
