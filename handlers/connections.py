@@ -146,14 +146,13 @@ class ConnectionMap(Generic[C]):
 
     # Shutdown.
 
-    def run_notification(
-        self, connection: C, notification: Awaitable[None]
+    def add_notification(
+        self, connection: C, notification: "asyncio.Future[None]"
     ) -> None:
-        """Run `notification`, which sends the disconnect event of `connection`."""
+        """Wait for `notification`, which sends the disconnect event of `connection`."""
         self.backlog.hold(0)
-        running = asyncio.ensure_future(notification, loop=self.loop)
-        self._notifications[running] = connection
-        running.add_done_callback(self._on_notification_ended)
+        self._notifications[notification] = connection
+        notification.add_done_callback(self._on_notification_ended)
 
     def _on_notification_ended(self, ended: "asyncio.Future[None]") -> None:
         connection = self._notifications.pop(ended)

@@ -565,15 +565,19 @@ class ClientConnection:
                 self._log_close(close.code, initiator, duration)
         # Its end may take long, with thousands of others: keep only what it needs.
         self._protocol = None
-        notification: Awaitable[None] | None
         if self._inbox.busy:
-            notification = self._notify_after_messages(close, initiator, duration)
-        else:
-            notification = self._notify_backend(close, initiator, duration)
+            notifying = context.loop.create_task(
+                self._notify_after_messages(close, initiator, duration)
+            )
+            context.connections.add_notification(self, notifying)
+            return
+        notification = self._notify_backend(close, initiator, duration)
         if notification is None:
             self._inbox.close()
         else:
-            context.connections.run_notification(self, notification)
+            context.connections.add_notification(
+                self, asyncio.ensure_future(notification, loop=context.loop)
+            )
 
     def _log_close(self, code: int, initiator: Initiator, duration: float) -> None:
         """Log without the reason, which is text of the peer."""
