@@ -5,7 +5,7 @@ import random
 import pytest
 
 from handlers.http.parser import MalformedRequest, RequestParser
-from handlers.http.plain import MAX_HEAD_SIZE, plain_request
+from handlers.http.plain import MAX_HEAD_SIZE, plain_handshake, plain_request
 from handlers.http.request import Request
 
 TARGET = b"/socket/" + b"0" * 32 + b"/send"
@@ -161,3 +161,82 @@ def test_no_request_is_read_otherwise_than_by_httptools():
             plain += 1
             assert_same(bytes(data), request)
     assert plain > 1000  # the others are no evidence
+
+
+# Handshakes.
+
+GET = b"GET /ws?a=b HTTP/1.1\r\n"
+ASKS = (
+    b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+BROWSERS = {
+    "chromium": GET + b"Host: relay:8765\r\nConnection: Upgrade\r\nPragma: no-cache\r\n"
+                b"Cache-Control: no-cache\r\nUser-Agent: Mozilla/5.0 (X11)\r\n"
+                b"Upgrade: websocket\r\nOrigin: https://relay\r\n"
+                b"Sec-WebSocket-Version: 13\r\nAccept-Encoding: gzip, deflate, br\r\n"
+                b"Accept-Language: en-US,en;q=0.9\r\nCookie: a=b; c=d\r\n"
+                b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-"
+                b"Extensions: permessage-deflate; client_max_window_bits\r\n",
+    "firefox": GET + b"Host: relay\r\nAccept: */*\r\nOrigin: http://relay\r\n"
+               b"Sec-WebSocket-Version: 13\r\nConnection: keep-alive, Upgrade\r\n"
+               b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nDNT: 1\r\n"
+               b"Upgrade: websocket\r\n",
+    "websockets": GET + b"Host: relay:8765\r\n" + ASKS,
+}
+
+
+def assert_same_handshake(data: bytes, request: Request) -> None:
+    """Both read the same."""
+    other = parsed(data)
+    assert other is not None, data
+    for name in Request.__slots__:
+        assert getattr(request, name) == getattr(other, name), (name, data)
+
+
+@pytest.mark.parametrize("client", BROWSERS)
+def test_usual_clients_send_plain_handshakes(client):
+    """Each is read here, and as httptools reads it."""
+    data = BROWSERS[client] + b"\r\n"
+    request = plain_handshake(data, MAX_HEAD_SIZE)
+    assert request is not None
+    assert_same_handshake(data, request)
+
+
+@pytest.mark.parametrize("data", [
+    GET + HOST + b"\r\n",
+    GET + HOST + ASKS + LENGTH + b"\r\nhello",
+    GET + HOST + ASKS + b"Content-Length: 0\r\n\r\n",
+    GET + HOST + ASKS + b"Transfer-Encoding: chunked\r\n\r\n",
+    GET + HOST + ASKS + b"Upgrade: h2c\r\n\r\n",
+    GET + HOST + ASKS + b"Connection: close\r\n\r\n",
+    GET + HOST + ASKS + b"\r\n\x81\x80",
+    GET + HOST + ASKS + b"X: %b\r\n\r\n" % (b"x" * MAX_HEAD_SIZE),
+    GET.replace(b"GET", b"POST") + HOST + ASKS + b"\r\n",
+    GET.replace(b"1.1", b"1.0") + HOST + ASKS + b"\r\n",
+    GET + HOST + ASKS,
+    b"",
+])  # fmt: skip
+def test_other_handshakes_are_left_to_the_parser(data):
+    """Whether or not they are well-formed."""
+    assert plain_handshake(data, MAX_HEAD_SIZE) is None
+
+
+def test_no_handshake_is_read_otherwise_than_by_httptools():
+    """Random heads: whatever is read here, httptools reads as the same request."""
+    chance = random.Random(1)
+    heads = list(BROWSERS.values())
+    plain = 0
+    for _ in range(10_000):
+        data = bytearray(chance.choice(heads) + b"\r\n")
+        for _ in range(chance.randint(1, 3)):
+            at = chance.randrange(len(data) + 1)
+            if chance.random() < 0.5:  # before a line
+                at = data.find(b"\r\n", at) + 2
+            size = chance.choice((0, 0, 0, 1, 2))
+            data[at : at + size] = chance.choice(PIECES)
+        request = plain_handshake(bytes(data), MAX_HEAD_SIZE)
+        if request is not None:
+            plain += 1
+            assert_same_handshake(bytes(data), request)
+    assert plain > 500  # the others are no evidence

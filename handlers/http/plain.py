@@ -1,7 +1,7 @@
-"""Reads the usual callback without httptools: a POST that arrives whole, at once.
+"""Reads usual callbacks and handshakes without httptools, if they arrive at once.
 
-Its form is so strict that there is only one way to read it, and a test compares each
-result with that of `handlers.http.parser`, which reads all other requests.
+Their form is so strict that there is only one way to read them, and a test compares
+each result with that of `handlers.http.parser`, which reads all other requests.
 """
 
 import re
@@ -22,6 +22,13 @@ HEAD = re.compile(
     rb"((?:.+\n)*?)\r\n"
 )
 FIELD = re.compile(rb"([A-Za-z0-9-]+): ([!-~](?:[ -~]*[!-~])?)\r\n")
+# A request for another protocol: its target and its headers.
+HANDSHAKE = re.compile(
+    rb"GET (/[!-~]*) HTTP/1\.1\r\n"
+    rb"((?:[A-Za-z0-9-]+: [!-~](?:[ -~]*[!-~])?\r\n)+)\r\n"
+)
+# The values of `Connection` in it, in lower case.
+UPGRADES = frozenset({b"upgrade", b"keep-alive, upgrade"})
 HOST = re.compile(rb"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
 # These change where the request ends, or what follows it on the connection. llhttp
 # takes the last one for `Connection`.
@@ -56,6 +63,34 @@ def plain_request(data: bytes, max_head_size: int) -> Request | None:
     request.declared = request.length = length
     request.body = data[end:]
     request.keep_alive = request.complete = True
+    return request
+
+
+def plain_handshake(data: bytes, max_head_size: int) -> Request | None:
+    """Return the request if `data` is a plain handshake and no more; None: parse it.
+
+    `max_head_size` is in bytes.
+    """
+    head = HANDSHAKE.fullmatch(data) if len(data) <= max_head_size else None
+    if head is None:
+        return None
+    fields = [(name.lower(), value) for name, value in FIELD.findall(head[2])]
+    upgrades = connections = 0
+    for name, value in fields:
+        if name == b"upgrade":
+            upgrades += 1
+        elif name == b"connection":
+            connections += 1
+            if value.lower() not in UPGRADES:
+                return None
+        elif name in FRAMING:
+            return None
+    if upgrades != 1 or connections != 1:
+        return None
+    request = Request()
+    request.method, request.target, request.version = "GET", head[1], "1.1"
+    request.headers = fields
+    request.upgrade = request.complete = True
     return request
 
 

@@ -28,7 +28,7 @@ from handlers.http.bounds import ANSWER_TIMEOUT, IDLE_TIMEOUT, RequestBounds
 from handlers.http.deadlines import Deadlines
 from handlers.http.fast import FastResponse
 from handlers.http.parser import MalformedRequest, NamingParser, RequestParser
-from handlers.http.plain import MAX_HEAD_SIZE, plain_request
+from handlers.http.plain import MAX_HEAD_SIZE, plain_handshake, plain_request
 from handlers.http.request import FastHandler, Request, Response
 from handlers.http.response import (
     Connection,
@@ -75,6 +75,7 @@ class RequestServer:
         self.fast = fast
         self.log = log
         self.upgrade = upgrade
+        self.reads_handshakes = upgrade is not None and not keep_names
         # Kept, since asking for it is a system call (getpid) before Python 3.12.
         self.loop = asyncio.get_running_loop()
         self.arrivals = Arrivals(self.loop)
@@ -153,7 +154,7 @@ class RequestConnection(SocketConnection):
         # The current request: its head was parsed, and it is not answered.
         self.request: Request | None = None
         self._server = server
-        self._parser = server.parser_type(self, server.bounds.max_header_size)
+        self._parser: RequestParser | None = None  # until a request is not plain
         self._inbox = bytearray()  # what was read and not parsed
         self._turning = False  # `_on_turn` is scheduled
         self._rejection = b""  # the last response, to bytes that are not HTTP
@@ -190,9 +191,12 @@ class RequestConnection(SocketConnection):
             self._advance()
             return
         # Usually one complete request, and often a plain one: these are fast paths.
-        if self._parser.partial is None and self._answer_plain(data):
+        parser = self._parser
+        if (parser is None or parser.partial is None) and (
+            self._answer_plain(data) or self._upgrade_plain(data)
+        ):
             return
-        if self._parser.end_of_piece(data) != len(data):
+        if self._begun_parser().end_of_piece(data) != len(data):
             self._inbox += data
             self._advance()
             return
@@ -225,6 +229,22 @@ class RequestConnection(SocketConnection):
 
     # From one request to the next.
 
+    @property
+    def _partial(self) -> Request | None:
+        """The request of which a part was parsed."""
+        return None if self._parser is None else self._parser.partial
+
+    def _forget_partial(self) -> None:
+        if self._parser is not None:
+            self._parser.partial = None
+
+    def _begun_parser(self) -> RequestParser:
+        """Return the parser; one that has only plain requests needs none."""
+        if self._parser is None:
+            server = self._server
+            self._parser = server.parser_type(self, server.bounds.max_header_size)
+        return self._parser
+
     def _has_work(self) -> bool:
         """Whether a request has to be answered, or bytes that are no request."""
         return self.request is not None or bool(self._rejection)
@@ -251,7 +271,7 @@ class RequestConnection(SocketConnection):
         for _ in range(PIECES_PER_TURN):
             if not inbox or self._turning or not self._may_parse():
                 break
-            end = self._parser.end_of_piece(inbox)
+            end = self._begun_parser().end_of_piece(inbox)
             if not end:
                 break
             piece = bytes(inbox[:end])
@@ -274,7 +294,7 @@ class RequestConnection(SocketConnection):
             self._advance()
 
     def _parse(self, piece: bytes) -> None:
-        parser = self._parser
+        parser = self._begun_parser()
         before = parser.partial
         try:
             rest = parser.feed(piece)
@@ -299,7 +319,8 @@ class RequestConnection(SocketConnection):
         """Parse nothing more; `status` is the last response, after one that is due."""
         logger.debug("malformed request: %s", status.decode())
         self._rejection = b"HTTP/1.1 %b\r\nConnection: close\r\n\r\n" % status
-        partial, self._parser.partial = self._parser.partial, None
+        partial = self._partial
+        self._forget_partial()
         if partial is not None and partial is self.request:
             self.give_up(status)
 
@@ -353,6 +374,22 @@ class RequestConnection(SocketConnection):
         else:
             self.request = request
             self._answer_later(request, response)
+            self._settle()
+        return True
+
+    def _upgrade_plain(self, data: bytes) -> bool:
+        """Answer `data` if it is a plain handshake, whole, that needs no handler.
+
+        If not, nothing was done: the parser reads it.
+        """
+        server = self._server
+        if not server.reads_handshakes:
+            return False
+        self.request = request = plain_handshake(data, server.max_plain_head)
+        if request is None or not self._upgrade(request):
+            self.request = None
+            return False
+        if self.request is not None:  # the backend decides later
             self._settle()
         return True
 
@@ -431,7 +468,7 @@ class RequestConnection(SocketConnection):
         """
         self._server.bounds.body_budget.release(self)
         response = self._end_request()
-        self._parser.partial = None
+        self._forget_partial()
         if response is not None:
             response.on_close()
         if response is None or not response.answered:
@@ -444,7 +481,7 @@ class RequestConnection(SocketConnection):
         if self._unsent is not None:
             timeout = ANSWER_TIMEOUT
         elif request is None:
-            has_begun = self._parser.partial is not None
+            has_begun = self._partial is not None
             timeout = bounds.header_timeout if has_begun else IDLE_TIMEOUT
         else:
             timeout = float("inf") if request.complete else bounds.body_timeout
@@ -533,7 +570,8 @@ class RequestConnection(SocketConnection):
         self._closing = True
         self._server.deadlines.discard(self)
         self._server.bounds.body_budget.release(self)
-        self._parser.close()
+        if self._parser is not None:
+            self._parser.close()
         self._inbox = bytearray()
         response = self._end_request()
         if response is not None:
