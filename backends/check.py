@@ -7,14 +7,12 @@ A backend's `make_check(relay)` returns a `Check`, and `make_trial(relay)` a `Tr
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 EXPIRES_SOON = 14 * 24 * 3600  # seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """One line of `socketdock check`.
 
     An error prevents the relay from working; a warning means that it will fail, or

@@ -9,9 +9,9 @@ import logging
 import math
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from http import HTTPStatus
 from ipaddress import IPv6Address
+from typing import NamedTuple
 
 from tornado.options import define
 
@@ -36,8 +36,7 @@ LOGGED_REFUSALS = 20  # rejected handshakes per interval with a log line each
 REFUSAL_INTERVAL = 60.0  # seconds; one warning counts the others
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(NamedTuple):
     """The response to a handshake that is rejected."""
 
     status: HTTPStatus

@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from handlers.owners import Owners
 
@@ -19,8 +19,7 @@ TICKET_LIFETIME = 30.0  # seconds
 QUERY = re.compile(r"console=([0-9a-f]{32})(?:&|$)")
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(NamedTuple):
     """Permission for one handshake of a page of `origin`, with a fixed id."""
 
     secret: str
@@ -29,8 +28,7 @@ class Ticket:
     issued_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """A used ticket; `query` is the handshake's query without it."""
 
     connection_id: str

@@ -1,9 +1,9 @@
 """Serves the console's files, with a Content-Security-Policy for the page."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
+from typing import NamedTuple
 
 from tornado.httputil import HTTPServerRequest
 
@@ -32,8 +32,7 @@ def read_files() -> dict[str, bytes]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Clients:
+class Clients(NamedTuple):
     """Where a browser that shows the console's page can connect as a client.
 
     `path` is the path of WebSockets. `port` is None if the page is on the same

@@ -4,9 +4,8 @@ import ast
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tornado.options import Error as OptionError
 
@@ -29,8 +28,7 @@ TRUTHS = {"true": True, "1": True, "yes": True, "on": True, "t": True,
           "false": False, "0": False, "no": False, "off": False, "f": False}
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """A line of an options file, read but not checked; `where` is for errors."""
 
     where: str
