@@ -7,6 +7,7 @@ Not only web pages have an origin: the web view of an app sends
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from tornado.options import define
@@ -19,6 +20,8 @@ define("allowed_origins", multiple=True, metavar="ORIGINS",
             "origins; none: the same origin only")
 define("require_origin", default=False,
        help="reject clients that send no Origin header; browsers always send one")
+
+MAX_HOSTS = 64  # Host headers that are remembered; most clients send the same one
 
 # Some clients send the scheme of the WebSocket URL.
 _SAME_AS = {"ws": "http", "wss": "https"}
@@ -96,6 +99,7 @@ def split_origin(text: str) -> Origin | None:
     return Origin(scheme, host, DEFAULT_PORTS.get(scheme) if port is None else port)
 
 
+@lru_cache(MAX_HOSTS)
 def is_host_header(text: str) -> bool:
     """Return whether a Host header is a host with an optional port."""
     authority = _split_authority(text.lower())
