@@ -128,10 +128,16 @@ def load(pipe: Connection, address: str, port: int, clients: int) -> None:
             pipe.send(str(error))
             return
         pipe.send(None)
-        loop = asyncio.get_running_loop()
-        loop.add_reader(pipe.fileno(), lambda: pipe.send((pipe.recv(), crowd.pings)))
+
+        def answer() -> None:
+            try:
+                pipe.send((pipe.recv(), crowd.pings))
+            except EOFError:  # the process that measures was killed
+                crowd.over.set()
+
+        crowd.loop.add_reader(pipe.fileno(), answer)
         await crowd.over.wait()
-        loop.remove_reader(pipe.fileno())
+        crowd.loop.remove_reader(pipe.fileno())
         pipe.send(("over", crowd.told))
 
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError, EOFError):
