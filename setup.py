@@ -24,6 +24,7 @@ LIBRARY = f"{GROUP}__mypyc"
 COMPILED = [
     f"{module.replace('.', '/')}.py"
     for module in (
+        "backends.apigateway.functions",
         "backends.breaker",
         "backends.client.connection",
         "backends.client.exchange",
@@ -55,6 +56,7 @@ COMPILED = [
         "handlers.http.server",
         "handlers.http.sockets",
         "handlers.websocket.closing",
+        "handlers.websocket.fragments",
         "handlers.websocket.frames",
         "handlers.websocket.protocol",
         "handlers.websocket.stream",
@@ -77,6 +79,7 @@ class BuildCompiled(build_ext):
             # Other modules are read for their types; `make lint` checks them.
             ["--follow-imports=silent", *COMPILED],
             opt_level="3",
+            debug_level="0",  # gcc would take far longer
             group_name=GROUP,
         )
         super().finalize_options()

@@ -29,6 +29,8 @@ LONGEST_INVOCATION = 900.0
 # Seconds. Servers close idle connections after some seconds, and a request that was
 # lost with one may have been carried out, so it is not sent again.
 IDLE_TIMEOUT = 1.0
+# Of a breaker: a share of failed attempts that is never reached.
+NEVER_OPEN = BreakerSettings(share=2.0)
 
 
 class InvokeTimeouts(NamedTuple):
@@ -63,21 +65,9 @@ class FunctionClient(Client):
         return LONGEST_INVOCATION if self.connections_to(target) < float("inf") else 0.0
 
 
-class NoBreaker(Breaker):
-    """A breaker that never opens: API Gateway has none."""
-
-    def record(self, connection_id: str, cause: str | None) -> None:
-        """Do nothing."""
-
-
-class HeldNoBreaker(HeldBreaker, NoBreaker):
-    """One that permits nothing while a hold is active."""
-
-
-def make_no_breaker(hold: Hold | None) -> NoBreaker:
-    """Make a breaker that never opens."""
-    settings = BreakerSettings()
-    return NoBreaker(settings) if hold is None else HeldNoBreaker(settings, hold)
+def make_no_breaker(hold: Hold | None) -> Breaker:
+    """Make a breaker that never opens: API Gateway has none."""
+    return Breaker(NEVER_OPEN) if hold is None else HeldBreaker(NEVER_OPEN, hold)
 
 
 class FunctionDeliveries(SingleDeliveries):
@@ -90,7 +80,7 @@ class FunctionDeliveries(SingleDeliveries):
         self,
         client: FunctionClient,
         requests: RequestWriter,
-        breaker: NoBreaker,
+        breaker: Breaker,
         target: Target,
         limits: DeliveryLimits,
         observer: Observer,
