@@ -32,6 +32,8 @@ COMPILED = [
         "backends.client.response",
         "backends.deadlines",
         "backends.events",
+        "backends.http.attempts",
+        "backends.http.batches.delivery",
         "backends.http.deliveries",
         "backends.http.delivery",
         "backends.http.held",
