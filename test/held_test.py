@@ -8,7 +8,10 @@ import pytest
 from faults import Attempt, FaultyBackend, Reply, Talker, leave, memory, talkers
 from service import DEADLINE, RecordingBackend, Service, eventually
 
-from backends.http.held import OverdueLine
+from backends.client.exchange import Terms
+from backends.events import Event
+from backends.http.held import OverdueLine, Request
+from backends.target import Target
 
 pytestmark = pytest.mark.gen_test(timeout=120)
 
@@ -260,22 +263,18 @@ async def test_failing_request_does_not_affect_others(io_loop, caplog):
     """Requests that become overdue by one timer are all reported."""
     overdue = []
 
-    class OneOfMany:
-        def __init__(self, number: int) -> None:
-            self.number = number
-            self.line = None
-            self.sent_at = asyncio.get_running_loop().time()
-
-        def leave_line(self) -> None:
-            pass
-
-        def on_overdue(self) -> None:
-            overdue.append(self.number)
-            if self.number == 1:
+    class Sender:
+        def on_overdue(self, request: Request) -> None:
+            overdue.append(request.number)
+            if request.number == 1:
                 raise OverflowError("of its own")
 
+    event = Event("1", b"{}", "", None)
+    target, terms = Target.parse("http://127.0.0.1:9/"), Terms(None)
     line = OverdueLine(0.01, asyncio.get_running_loop())
     for number in range(4):
-        line.add(OneOfMany(number))
+        request = Request(Sender(), number, event, target, terms)
+        request.sent_at = asyncio.get_running_loop().time()
+        line.add(request)
     await eventually(lambda: overdue == [0, 1, 2, 3])
     assert caplog.text.count("OverflowError: of its own") == 1
