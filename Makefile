@@ -126,6 +126,7 @@ endif
 	@touch .venv/run.stamp $@
 
 .venv/compile.stamp: $(SOURCES) setup.py pyproject.toml | .venv/bin/pip
+	@find backends handlers -name '*.so' -delete
 	$(PIP) -e '.[compile]'
 	SOCKETDOCK_COMPILE=1 $(PIP) --no-build-isolation --no-deps -e .
 	@touch .venv/run.stamp $@

@@ -6,6 +6,10 @@ This module sets the options and runs a command; without one, it serves.
 `handlers.program` has what the commands do.
 """
 
+from handlers.process.form import form, require_unchanged_sources
+
+require_unchanged_sources()
+
 import asyncio
 import logging
 import os
@@ -19,7 +23,6 @@ import backends
 from backends import Unavailable
 from handlers.process.command_line import arguments_of
 from handlers.process.event_loop import loop_factory
-from handlers.process.form import form, require_unchanged_sources
 from handlers.process.lifecycle import exit_now, open_standard_streams
 from handlers.process.logs import make_log
 from handlers.process.options import (
@@ -123,7 +126,6 @@ def main() -> None:
     words = sys.argv[1:]
     command = words.pop(0) if words[:1] and words[0] in COMMANDS else ""
     try:
-        require_unchanged_sources()
         status = run(command, words)
     except OptionError as error:
         print(f"socketdock: {error}", file=sys.stderr)

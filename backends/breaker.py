@@ -18,19 +18,19 @@ from backends.waiting import Waiters
 
 logger = logging.getLogger(__name__)
 
-define("breaker_window", default=10.0, metavar="SECONDS",
+define("breaker_window", default=10.0, group=__name__, metavar="SECONDS",
        help="period over which the circuit breaker counts attempts")
-define("breaker_attempts", default=20, metavar="COUNT",
+define("breaker_attempts", default=20, group=__name__, metavar="COUNT",
        help="fewest attempts in the window before the breaker opens")
-define("breaker_share", default=0.5, metavar="SHARE",
+define("breaker_share", default=0.5, group=__name__, metavar="SHARE",
        help="share of the attempts in the window, 0 to 1, that must fail to reach the "
             "backend before the breaker opens")
-define("breaker_connections", default=5, metavar="COUNT",
+define("breaker_connections", default=5, group=__name__, metavar="COUNT",
        help="fewest client connections that the failed attempts must come from before "
             "the breaker opens")
-define("breaker_first_probe", default=0.5, metavar="SECONDS",
+define("breaker_first_probe", default=0.5, group=__name__, metavar="SECONDS",
        help="time from the opening of the breaker to its first probe")
-define("breaker_last_probe", default=5.0, metavar="SECONDS",
+define("breaker_last_probe", default=5.0, group=__name__, metavar="SECONDS",
        help="longest interval between probes; each interval doubles up to this")
 
 BUCKET = 1.0  # seconds; attempts are counted in buckets of the window

@@ -11,10 +11,10 @@ from handlers.websocket.frames import CloseCode, FrameError
 
 logger = logging.getLogger(__name__)
 
-define("max_pending", default=100_000, metavar="COUNT",
+define("max_pending", default=100_000, group=__name__, metavar="COUNT",
        help="most events in the whole process that wait for the backend; then reading "
             "stops and handshakes get 503")
-define("max_queued_bytes", default=256 * 1024 * 1024, metavar="BYTES",
+define("max_queued_bytes", default=256 * 1024 * 1024, group=__name__, metavar="BYTES",
        help="most bytes in the whole process, for each of three: messages that wait "
             "for the backend, overdue messages, incomplete messages")
 

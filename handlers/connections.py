@@ -23,13 +23,13 @@ from handlers.websocket.turns import Turns
 
 logger = logging.getLogger(__name__)
 
-define("drain_delay", default=0.0, metavar="SECONDS",
+define("drain_delay", default=0.0, group=__name__, metavar="SECONDS",
        help="at shutdown: how long handshakes are still accepted, until load "
             "balancers have noticed")
-define("drain_spread", default=0.0, metavar="SECONDS",
+define("drain_spread", default=0.0, group=__name__, metavar="SECONDS",
        help="at shutdown: period over which the clients are closed, one after the "
             "other")
-define("drain_timeout", default=25.0, metavar="SECONDS",
+define("drain_timeout", default=25.0, group=__name__, metavar="SECONDS",
        help="at shutdown: longest wait after --drain_spread for clients to close and "
             "events to be delivered")
 

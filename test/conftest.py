@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 import uvloop
 from tornado.ioloop import IOLoop
-from tornado.options import Error as OptionError
 
-import handlers.websocket.frames  # noqa: F401 # a module that may be compiled
 from handlers.process.form import require_unchanged_sources
+
+require_unchanged_sources()
 
 # If it is set, all sources would be compiled again for each of a thousand relays.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -78,10 +78,6 @@ async def cancel_what_is_left() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.async_test_timeout = 60.0
-    try:
-        require_unchanged_sources()
-    except OptionError as error:
-        raise pytest.UsageError(str(error)) from None
 
 
 @pytest.hookimpl(trylast=True)  # when `-m` has taken its choice

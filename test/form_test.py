@@ -1,12 +1,13 @@
 """The relay runs compiled or pure, says which, and never with old compiled code."""
 
 import hashlib
+import importlib.machinery
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-import types
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,6 @@ import pytest
 from project import copy_project
 from service import DEADLINE, PROJECT, Service
 from tornado.httpclient import AsyncHTTPClient
-from tornado.options import Error as OptionError
 
 from handlers.process.form import LIBRARY, form, require_unchanged_sources
 from handlers.websocket import frames
@@ -47,9 +47,10 @@ def source(tmp_path, monkeypatch):
     digest = hashlib.sha256(b"SIZE = 1\n").hexdigest()
     record = tmp_path / f"{LIBRARY}.abi.json"
     record.write_text(json.dumps({"handlers/frames.py": digest}))
-    library = types.ModuleType(LIBRARY)
-    library.__file__ = str(record.with_suffix(".so"))
-    monkeypatch.setitem(sys.modules, LIBRARY, library)
+    library = importlib.machinery.ModuleSpec(
+        LIBRARY, None, origin=str(record.with_suffix(".so"))
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", {LIBRARY: library}.get)
     return source
 
 
@@ -59,16 +60,19 @@ def test_unchanged_source_may_run_compiled(source):
     require_unchanged_sources()
 
 
-def test_changed_source_does_not_run_with_old_compiled_code(source):
+def test_changed_source_does_not_run_with_old_compiled_code(source, capsys):
     """The relay does not start, and says what to do."""
     source.write_bytes(b"SIZE = 2\n")
-    with pytest.raises(OptionError, match=r"frames\.py has changed.*'make compile"):
+    with pytest.raises(SystemExit) as exited:
         require_unchanged_sources()
+    assert exited.value.code == 2
+    line = r"socketdock: \S+frames\.py has changed since .*'make compile', .*\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
 
 
 def test_uncompiled_sources_may_change(monkeypatch):
     """There is nothing to compare them with."""
-    monkeypatch.delitem(sys.modules, LIBRARY, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", {}.get)
     require_unchanged_sources()
 
 
@@ -164,3 +168,14 @@ def compiled_modules() -> list[str]:
     """Return the names in setup.py's `COMPILED`."""
     text = (PROJECT / "setup.py").read_text("utf-8")
     return re.findall(r'^        "((?:backends|handlers)\.\S+)",$', text, re.M)
+
+
+def test_compiled_modules_name_themselves_in_their_options():
+    """Tornado finds a module's name by its frame, and compiled code has none."""
+    count = 0
+    for name in compiled_modules():
+        source = Path(PROJECT, *name.split(".")).with_suffix(".py").read_text("utf-8")
+        for call in re.findall(r"^define\(.*", source, flags=re.MULTILINE):
+            assert "group=__name__" in call, f"{name}: {call}"
+            count += 1
+    assert count

@@ -565,7 +565,7 @@ def test_receipt_in_a_reply_is_ignored():
 async def test_receipts_cost_nothing_when_there_are_none(io_loop):
     """The object of an idle connection keeps its size, and none stays behind."""
     reception, loop = Reception(0.0), asyncio.get_running_loop()
-    assert sys.getsizeof(reception) <= 80
+    assert sys.getsizeof(reception) <= 88  # 80 in pure form
     assert reception.receipts is None
     reception.receipts = receipts = Receipts(loop)
     payload = receipts.next_ping()

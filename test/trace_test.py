@@ -210,7 +210,7 @@ async def test_opentelemetry_is_not_imported_when_off(io_loop):
             await client.send("hello")
             assert await asyncio.wait_for(client.recv(), DEADLINE) == "hello"
     imported = "\n".join(line for line in service.log if line.startswith("import time"))
-    assert "handlers.clients.connection" in imported
+    assert "handlers.program.service" in imported
     tracing = "handlers.telemetry.spans"
     for name in ("opentelemetry", "google.protobuf", "requests", tracing):
         assert name not in imported

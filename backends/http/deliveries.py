@@ -19,17 +19,17 @@ from backends.http.request import RequestWriter
 from backends.http.retries import BY_STATUS, AnswerRules
 from backends.target import Target
 
-define("messageuri", type=str, metavar="URL",
+define("messageuri", type=str, group=__name__, metavar="URL",
        help="URL to which each client message is POSTed; required without --batchuri")
-define("order_wait", default=1.0, metavar="SECONDS",
+define("order_wait", default=1.0, group=__name__, metavar="SECONDS",
        help="longest time that the next message waits for the answer to the one "
             "before; inf: no limit, requires --backend_timeout")
-define("max_unanswered", default=16, metavar="COUNT",
+define("max_unanswered", default=16, group=__name__, metavar="COUNT",
        help="most unanswered message requests per connection")
-define("backend_timeout", default=0.0, metavar="SECONDS",
+define("backend_timeout", default=0.0, group=__name__, metavar="SECONDS",
        help="longest wait for the answer to a message; 0: no limit, for backends that "
             "hold answers")
-define("delivery_timeout", default=60.0, metavar="SECONDS",
+define("delivery_timeout", default=60.0, group=__name__, metavar="SECONDS",
        help="how long a message is retried after its first failure, or waits for a "
             "backend without a sign of life; then its client is closed with 1013")
 

@@ -17,9 +17,9 @@ from backends.deadlines import after_reading
 
 logger = logging.getLogger(__name__)
 
-define("ping_interval", default=20.0, metavar="SECONDS",
+define("ping_interval", default=20.0, group=__name__, metavar="SECONDS",
        help="time between pings to each client; 0: no pings")
-define("ping_timeout", default=20.0, metavar="SECONDS",
+define("ping_timeout", default=20.0, group=__name__, metavar="SECONDS",
        help="longest wait for a sign of life after a ping; 0: no limit")
 
 

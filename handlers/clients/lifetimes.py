@@ -15,10 +15,10 @@ from backends.deadlines import STALL, after_reading
 
 logger = logging.getLogger(__name__)
 
-define("idle_timeout", default=0.0, metavar="SECONDS",
+define("idle_timeout", default=0.0, group=__name__, metavar="SECONDS",
        help="longest time without message data in either direction; then the client "
             "is closed with 1001; 0: no limit")
-define("max_lifetime", default=0.0, metavar="SECONDS",
+define("max_lifetime", default=0.0, group=__name__, metavar="SECONDS",
        help="longest duration of a connection; then it is closed with 1001, up to a "
             "tenth earlier; 0: no limit")
 

@@ -5,12 +5,11 @@ records the sources, since Python would run the library even if they have change
 """
 
 import hashlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import Literal
-
-from tornado.options import Error as OptionError
 
 LIBRARY = "socketdock__mypyc"  # that of setup.py
 
@@ -23,16 +22,21 @@ def form() -> Form:
 
 
 def require_unchanged_sources() -> None:
-    """Raise `OptionError` if a source has changed since it was compiled."""
-    path = getattr(sys.modules.get(LIBRARY), "__file__", None)
-    if path is None:
+    """Exit with status 2 if a source has changed since it was compiled.
+
+    To be called before compiled modules are imported: they may not fit the others.
+    """
+    found = importlib.util.find_spec(LIBRARY)
+    if found is None or found.origin is None:
         return
-    library = Path(path)
+    library = Path(found.origin)
     compiled = json.loads(library.with_suffix(".json").read_bytes())
     for name, digest in compiled.items():
         source = (library.parent / name).read_bytes()
         if hashlib.sha256(source).hexdigest() != digest:
-            raise OptionError(
-                f"{name} has changed since it was compiled: run 'make compile', or"
-                " 'make pure' to do without compiled modules"
+            print(
+                f"socketdock: {name} has changed since it was compiled: run"
+                " 'make compile', or 'make pure' to do without compiled modules",
+                file=sys.stderr,
             )
+            sys.exit(2)

@@ -118,11 +118,20 @@ def _cut(value: Any, longest: int) -> Any:
     return f"{text[: longest // 2]} ... {text[-(longest // 2) :]}"
 
 
+TEXT_LINE = (
+    "%(color)s[%(levelname)1.1s %(asctime)s %(name)s]%(end_color)s %(message)s"
+)
+
+
 class TextFormatter(LogFormatter):
     """Tornado's lines, with colors on a terminal; only tracebacks take several.
 
+    They name the logger instead of a line of code, which compiled modules do not know.
     Unprintable characters are escaped, so that no peer's bytes reach a terminal.
     """
+
+    def __init__(self, color: bool) -> None:
+        super().__init__(TEXT_LINE, color=color)
 
     def format(self, record: logging.LogRecord) -> str:
         message = _message(record)

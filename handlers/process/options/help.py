@@ -99,9 +99,15 @@ def purpose_of(module: str) -> str:
     return max(fitting)[1] if fitting else f"Options of {module}"
 
 
-def module_of(file_name: str) -> str:
-    """Return the name of the module that defines an option, by its file."""
+def module_of(group: str) -> str:
+    """Return the name of the module that defines an option, by the option's group.
+
+    That is the module's file, or its name if that can be compiled: Tornado cannot find
+    the file of a compiled module.
+    """
+    if group in sys.modules:
+        return group
     for module in list(sys.modules.values()):
-        if getattr(module, "__file__", None) == file_name:
+        if getattr(module, "__file__", None) == group:
             return "socketdock" if module.__name__ == "__main__" else module.__name__
     return "tornado.options"
