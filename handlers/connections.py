@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from http import HTTPStatus
 from itertools import chain
 from typing import Generic, Protocol, TypeVar
@@ -84,7 +85,7 @@ class ConnectionMap(Generic[C]):
         # The dictionary's own method, since it is called for each message.
         self.get: Callable[[str], C | None] = self._connections.get
         # Kept here so that they aren't collected while they run; awaited by drain().
-        self._notifications: dict[asyncio.Future[None], C] = {}
+        self._notifications: dict[C, asyncio.Future[None]] = {}
         self._changed = asyncio.Event()
         self.total = 0  # connections listed since the start
         self.backlog = backlog or Backlog()
@@ -140,7 +141,7 @@ class ConnectionMap(Generic[C]):
         """Seconds that the oldest waiting event has waited, or 0."""
         if not self.backlog.events:  # the usual case, without a look at each connection
             return 0.0
-        waiting = chain(self._connections.values(), self._notifications.values())
+        waiting = chain(self._connections.values(), self._notifications)
         since = min((connection.waiting_since for connection in waiting), default=NEVER)
         return max(0.0, self.loop.time() - since)
 
@@ -151,11 +152,13 @@ class ConnectionMap(Generic[C]):
     ) -> None:
         """Wait for `notification`, which sends the disconnect event of `connection`."""
         self.backlog.hold(0)
-        self._notifications[notification] = connection
-        notification.add_done_callback(self._on_notification_ended)
+        self._notifications[connection] = notification
+        notification.add_done_callback(partial(self._on_notification_ended, connection))
 
-    def _on_notification_ended(self, ended: "asyncio.Future[None]") -> None:
-        connection = self._notifications.pop(ended)
+    def _on_notification_ended(
+        self, connection: C, ended: "asyncio.Future[None]"
+    ) -> None:
+        del self._notifications[connection]
         self._changed.set()
         self.backlog.release(0)
         error = None if ended.cancelled() else ended.exception()
@@ -212,8 +215,8 @@ class ConnectionMap(Generic[C]):
         )
         for connection in self:
             connection.abort()
-        for task in list(self._notifications):
-            task.cancel()
+        for notification in list(self._notifications.values()):
+            notification.cancel()
         return False
 
     async def _emptied(self) -> None:

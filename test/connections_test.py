@@ -184,6 +184,23 @@ async def test_disconnect_may_wait_or_not(
     assert caplog.text.count("disconnect notification failed: no") == lines
 
 
+async def test_disconnects_may_share_a_future(
+    io_loop, app, http_server, http_port, caplog
+):
+    """The map waits for it once for each of the connections."""
+    connections, shared = app.settings["connections"], asyncio.Future()
+    app.settings["backend"].disconnect = lambda connection, closure: shared
+    clients = [await connect(http_port) for _ in range(2)]
+    await eventually(lambda: connections.open == 2)
+    for client in clients:
+        await client.close()
+    await eventually(lambda: not connections.open)
+    assert connections.backlog.events == 2
+    shared.set_result(None)
+    await eventually(lambda: not len(connections) and not connections.backlog.events)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     "app", [{"max_events": 3}, {"max_bytes": 30}], indirect=True
 )

@@ -243,8 +243,9 @@ class Opening:
                     HTTPStatus.SERVICE_UNAVAILABLE, "No decision from the backend."
                 )
             )
-        else:  # a bug here or in the backend, which may have accepted
-            logger.error("bug in GET %s", self._request.path, exc_info=error)
+        else:  # a bug here or in the backend, which may have accepted, or the end
+            if isinstance(error, Exception):
+                logger.error("bug in GET %s", self._request.path, exc_info=error)
             if connection.state == "connecting":
                 abandon(connection, "relay")
                 status = HTTPStatus.INTERNAL_SERVER_ERROR
