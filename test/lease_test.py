@@ -148,6 +148,26 @@ async def test_connections_that_ended_without_redis_are_not_reaped(
 
 
 @pytest.mark.gen_test
+async def test_lease_is_given_back_before_its_pipeline_reconnects(
+    tmp_path: Path,
+) -> None:
+    """Redis is back, but the pipeline waits for its next try: nothing is left."""
+    async with RedisServer(tmp_path, aof=True) as redis, client_of(redis) as client:
+        lease = Lease(client, KEYS, "here/1", LeaseSettings(30.0), StallHold(30.0))
+        await eventually(lambda: lease.held)
+        await written(lease, "ended meanwhile")
+        await written(lease, "due")
+        await redis.kill()
+        await eventually(lambda: lease.ids.add("away") is None)
+        for ended in ("ended meanwhile", "away"):
+            lease.ids.remove(ended)
+        await redis.start()
+        await lease.release()
+        assert await redis.client.smembers(KEYS.connections("here/1")) == {"due"}
+        assert not await redis.client.exists(KEYS.lease("here/1"))
+
+
+@pytest.mark.gen_test
 async def test_lease_of_an_address_is_found(tmp_path: Path) -> None:
     """For callbacks: None while Redis is away."""
     async with RedisServer(tmp_path) as redis, client_of(redis) as client:

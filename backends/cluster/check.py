@@ -74,7 +74,7 @@ class ClusterCheck(Check):
             await self._execute("EVAL", RENEW, 2, lease, dead, 1, 1000, 0)
             await self._execute("EVAL", CHANGE, 2, dead, ids, 1, "added", "removed")
             await self._execute("SREM", ids, "added")
-            await self._execute("EVAL", RELEASE, 2, lease, ids)
+            await self._execute("EVAL", RELEASE, 3, lease, ids, dead, "left")
             await self._execute(
                 "EVAL", REAP, 4, lease, ids, dead, reaper, me, 1000, 1000, 0
             )

@@ -1,7 +1,7 @@
 """The ids of this run's connections, in Redis; `lease` decides when all are written."""
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,9 @@ class RecordedIds:
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
 
     def add(self, connection_id: str) -> "asyncio.Future[None] | None":
         """Record a connection before its first event is sent.
@@ -92,7 +95,7 @@ class RecordedIds:
         finally:
             _finish(waiting)
 
-    def write(self) -> None:
+    def _write(self) -> None:
         """Write what has gathered."""
         added, self._added = self._added, []
         removed, self._removed = self._removed, []
@@ -112,7 +115,7 @@ class RecordedIds:
     def _write_soon(self) -> None:
         if not self._writing:
             self._writing = True
-            self._loop.call_soon(self.write)
+            self._loop.call_soon(self._write)
 
     def _on_written(
         self, waiting: list["asyncio.Future[None]"], reply: "asyncio.Future[Any]"

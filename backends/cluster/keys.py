@@ -39,9 +39,16 @@ if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('DEL', KEYS[2]) end
 {CHANGE}
 """
 
-# Gives the lease back. Returns how many ids are left for others to send.
+# Gives the lease back, and leaves the given ids for others to send, unless there is a
+# tombstone, which has them. Returns how many are left.
 RELEASE = """
 redis.call('DEL', KEYS[1])
+if redis.call('EXISTS', KEYS[3]) == 0 then
+  redis.call('DEL', KEYS[2])
+  for i = 1, #ARGV, 1000 do
+    redis.call('SADD', KEYS[2], unpack(ARGV, i, math.min(i + 999, #ARGV)))
+  end
+end
 return redis.call('SCARD', KEYS[2])
 """
 

@@ -58,6 +58,7 @@ class Lease:
         self.fenced = 0  # how many times
         self.on_fenced: OnFenced = lambda instance, ended: None
         self._hold = hold
+        self._client = client
         self._redis = client.pipeline(
             self._on_connected, self._on_lost, reply_timeout=settings.ttl / 3
         )
@@ -199,14 +200,12 @@ class Lease:
         self._released = True
         self._running.cancel()
         await asyncio.gather(self._running, return_exceptions=True)
+        await self._redis.close()
+        # On a new connection: Redis may be back, and the pipeline not connected yet.
+        keys = self._own_keys("lease", "connections", "dead")
         with contextlib.suppress(TimeoutError, RedisError):
             async with asyncio.timeout(RELEASE_TIMEOUT):
-                self.ids.write()
-                lease, connections = self._own_keys("lease", "connections")
-                if not await self._redis.execute(
-                    "EVAL", RELEASE, 2, lease, connections
-                ):
-                    await self._redis.execute(
+                if not await self._client.execute("EVAL", RELEASE, 3, *keys, *self.ids):
+                    await self._client.execute(
                         "HDEL", self.keys.instances, self.instance
                     )
-        await self._redis.close()
