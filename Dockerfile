@@ -2,9 +2,9 @@
 FROM python:3.12 AS build
 WORKDIR /build
 COPY . .
-ENV SOCKETDOCK_COMPILE=1
 RUN python -m venv /opt/socketdock \
- && /opt/socketdock/bin/pip install --no-cache-dir --disable-pip-version-check '.[redis]'
+ && SOCKETDOCK_COMPILE=1 /opt/socketdock/bin/pip install \
+    --no-cache-dir --disable-pip-version-check '.[redis]'
 
 FROM python:3.12-slim
 COPY --from=build /opt/socketdock /opt/socketdock
