@@ -68,6 +68,12 @@ async def test_idle_clients_are_opened_pinged_and_drained(io_loop: object) -> No
     assert re.search(r"^drained in [\d.]+ s: 50 close frames$", said, re.MULTILINE)
 
 
+async def test_storm_of_handshakes_is_measured(io_loop: object) -> None:
+    """Beside the messages of clients that are connected."""
+    said = await run_module("bench.storm", "--handshakes=100")
+    assert "100 handshakes in" in said and "p99" in said
+
+
 async def test_checkouts_are_compared_by_rounds(io_loop: object) -> None:
     """Each round has a ratio; with too few rounds there is no interval."""
     said = await bench(

@@ -60,7 +60,7 @@ NOT_RUN = {
     r"python -m cProfile ": "it stays until it is stopped, and profiles meanwhile",
     r"python socketdock\.py$": "README's block with its environment is run",
     r"\.venv/bin/python examples/redis_consumer": "redis_backend_test runs it",
-    r"\.venv/bin/python -m bench\.crowd ": "bench_test runs it with fewer clients",
+    r"\.venv/bin/python -m bench\.(crowd |storm)": "bench_test runs it, smaller",
     r"(\.venv/bin/)?socketdock (--backend=redis|redis-partitions|worker) ?":
         "it needs Redis; redis_backend_test and redis_worker_test run these",
     r"curl ": "it needs the id of a connection; callback_test sends the same",
