@@ -185,7 +185,7 @@ async def test_lease_of_an_address_is_found(tmp_path: Path) -> None:
 @pytest.mark.gen_test
 async def test_leases_in_a_cluster(tmp_path: Path) -> None:
     """The keys of an instance share a slot; that of all instances has another."""
-    async with RedisServer(tmp_path, "redis", "--cluster-enabled", "yes") as redis:
+    async with RedisServer(tmp_path, cluster=True) as redis:
         await redis.client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
         async with asyncio.timeout(DEADLINE):
             info = {}

@@ -110,7 +110,7 @@ async def test_documented_user_may_do_all_that_a_worker_does(io_loop, tmp_path):
 
 async def test_cluster(io_loop, tmp_path):
     """Streams are on the nodes of their hash tags."""
-    async with RedisServer(tmp_path, "redis", "--cluster-enabled", "yes") as redis:
+    async with RedisServer(tmp_path, cluster=True) as redis:
         await redis.client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
         async with asyncio.timeout(DEADLINE):
             while True:

@@ -184,12 +184,14 @@ async def test_login_and_tls(tmp_path: Path) -> None:
 async def test_cluster_is_found_from_one_node(tmp_path: Path) -> None:
     """Commands go to the nodes of their keys, and their replies come in order."""
     async with (
-        RedisServer(tmp_path, "redis", "--cluster-enabled", "yes") as one,
-        RedisServer(tmp_path, "redis", "--cluster-enabled", "yes") as two,
+        RedisServer(tmp_path, cluster=True) as one,
+        RedisServer(tmp_path, cluster=True) as two,
     ):
         await one.client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 8191)
         await two.client.execute_command("CLUSTER ADDSLOTSRANGE", 8192, 16383)
-        await one.client.execute_command("CLUSTER MEET", "127.0.0.1", two.port)
+        await one.client.execute_command(
+            "CLUSTER MEET", "127.0.0.1", two.port, two.cluster_port
+        )
         for node in (one, two):
             await until(lambda node=node: cluster_is_ok(node))
         async with client_of(f"redis+cluster://{one.place}") as client:

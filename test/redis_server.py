@@ -51,10 +51,10 @@ class RedisServer:
     """One server, during the block.
 
     `folder` is its own: there may be others in it. With `aof` what it was told
-    survives `kill`. With `users` (lines of an ACL file, such as
-    `user relay on >secret ~socketdock:* +@all`) nobody else may do anything but
-    `admin`, for the tests; `password` is that of the default user. With
-    `certificate` it speaks only TLS.
+    survives `kill`. With `cluster` it is a node of a Redis Cluster. With `users`
+    (lines of an ACL file, such as `user relay on >secret ~socketdock:* +@all`) nobody
+    else may do anything but `admin`, for the tests; `password` is that of the default
+    user. With `certificate` it speaks only TLS.
     """
 
     def __init__(
@@ -63,12 +63,14 @@ class RedisServer:
         server: Server = "redis",
         *flags: str,
         aof: bool = False,
+        cluster: bool = False,
         password: str = "",
         users: tuple[str, ...] = (),
         certificate: Certificate | None = None,
     ) -> None:
         self.program = path_of(server)
-        self.port = free_ports(1)
+        self.port = free_ports(2)
+        self.cluster_port = self.port + 1  # else 10,000 above, where others may be
         self.folder = folder / f"redis-{self.port}"
         self.folder.mkdir(parents=True)
         self.password = password
@@ -78,6 +80,9 @@ class RedisServer:
         self.flags += ["--appendonly", "yes" if aof else "no", "--save", ""]
         if aof:
             self.flags += ["--appendfsync", "always"]
+        if cluster:
+            self.flags += ["--cluster-enabled", "yes"]
+            self.flags += ["--cluster-port", str(self.cluster_port)]
         self.program_words: list[str] = []  # before the flags
         self.process: asyncio.subprocess.Process | None = None
         # For the tests themselves, with all permissions.
