@@ -126,13 +126,14 @@ class EventWriter:
     def disconnect(self, ended: Ended, undelivered: int, refused: int) -> Event:
         """Make the disconnect event; the counts are those of all its messages."""
         closure, own = ended.closure, self._quoted_own
+        code = int(closure.code)  # which may be a `CloseCode`, with a name as its text
         seconds = round(closure.duration, 3)
         if ended.instance is not None:
             own = orjson.dumps({"instance": ended.instance}).decode()[1:-1]
         held = "" if ended.state is None else f',"state":{ended.state.decode()}'
         body = (
             f'{{"connection_id":"{ended.id}","meta":{{"connection_id":"{ended.id}",'
-            f'{own},"code":{closure.code:d},'
+            f'{own},"code":{code},'
             f'"reason":{orjson.dumps(closure.reason).decode()},'
             f'"initiator":"{closure.initiator}","duration":{seconds},'
             f'"undelivered":{undelivered},"refused":{refused}{held}}}}}'

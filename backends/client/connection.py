@@ -10,7 +10,7 @@ import random
 import ssl
 from collections import deque
 from functools import partial
-from typing import Protocol, cast
+from typing import cast
 
 from backends import BackendAway, BackendError
 from backends.client.dead_peers import SendProgress
@@ -28,43 +28,83 @@ REJECTION_TIME = 2.0
 MIN_AGE_SHARE = 0.8  # of the connection age, so that not all are replaced at once
 
 
-class ClientSettings(Protocol):
-    """The settings of the client that a connection needs."""
+class ClientSettings:
+    """What the connections of a client need of it; `pool` has the client.
 
-    loop: asyncio.AbstractEventLoop
-    dead_after: float
-    connection_age: float
-    resends: bool
+    A dead peer is detected within `dead_after` seconds. A connection takes no request
+    once it is older than `connection_age` seconds.
+    """
+
+    resends = True  # a request that was lost with an idle connection
+
+    def __init__(self, dead_after: float, connection_age: float) -> None:
+        # Stored, since `get_running_loop` makes a system call before Python 3.12.
+        self.loop = asyncio.get_running_loop()
+        self.dead_after = dead_after
+        self.connection_age = connection_age
 
 
-class Origin(Protocol):
-    """The pool of one scheme, host and port, as its connections see it."""
+class Origin:
+    """One scheme, host and port, as its connections see it; `pool` derives from it.
 
-    @property
-    def client(self) -> ClientSettings:
-        """The client, for its settings."""
+    `tls` is for new connections; None: plain TCP. A connection is kept for `lingering`
+    seconds if nobody waits for its response; 0: closed.
+    """
 
-    tls: ssl.SSLContext | None
-    lingering: float  # seconds that a connection is kept if nobody waits; 0: closed
-    heads: KnownHeads
-    busy: "set[PooledConnection]"
-    waiting: deque[Exchange]
+    def __init__(
+        self, settings: ClientSettings, tls: ssl.SSLContext | None, lingering: float
+    ) -> None:
+        self.settings = settings
+        self.tls = tls
+        self.lingering = lingering
+        self.heads = KnownHeads()
+        self.busy: set[PooledConnection] = set()
+        self.waiting: deque[Exchange] = deque()
 
     def on_free(self, connection: "PooledConnection") -> None:
         """A connection has finished its exchange."""
+        raise NotImplementedError
 
     def on_lost(self, connection: "PooledConnection") -> None:
         """A connection was lost or closed."""
+        raise NotImplementedError
 
     def resend(self, exchange: Exchange) -> None:
         """Send again, on a new connection."""
+        raise NotImplementedError
 
 
-class PooledConnection(asyncio.Protocol):
-    """One TCP connection; after each exchange its origin decides how it is used."""
+class PooledConnection:
+    """One TCP connection; after each exchange its origin decides how it is used.
+
+    It has the methods of `asyncio.Protocol` without deriving from it, which would make
+    each access to an attribute slower when compiled.
+    """
+
+    __slots__ = (
+        "_adopted",
+        "_body_timer",
+        "_exchange",
+        "_linger_timer",
+        "_loop",
+        "_made_at",
+        "_may_read",
+        "_origin",
+        "_paused",
+        "_progress",
+        "_response",
+        "_retire_at",
+        "_ssl_object",
+        "_tls",
+        "_transport",
+        "_why_lost",
+        "idle_since",
+        "kept",
+    )
 
     def __init__(self, origin: Origin, tls: ssl.SSLContext | None) -> None:
         self._origin = origin
+        self._loop = origin.settings.loop
         self._tls = tls
         self._why_lost = ""  # the reason, if TLS has reported one
         self._transport: asyncio.Transport | None = None
@@ -90,11 +130,9 @@ class PooledConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         self._ssl_object = transport.get_extra_info("ssl_object")
-        client = self._origin.client
-        self._made_at = client.loop.time()
-        self._retire_at = self._made_at + client.connection_age * random.uniform(
-            MIN_AGE_SHARE, 1
-        )
+        self._made_at = self._loop.time()
+        age = self._origin.settings.connection_age
+        self._retire_at = self._made_at + age * random.uniform(MIN_AGE_SHARE, 1)
         # With these limits writing pauses exactly while the kernel has not taken all. A
         # TLS transport pauses at its limit, a plain one above it. Bytes that TLS has
         # passed to its own transport (64 KiB at most) count as sent.
@@ -143,7 +181,7 @@ class PooledConnection(asyncio.Protocol):
 
     def _may_resend(self, exchange: Exchange) -> bool:
         """Whether to send it again: the server may have closed an idle connection."""
-        return self.kept and exchange.may_resend and self._origin.client.resends
+        return self.kept and exchange.may_resend and self._origin.settings.resends
 
     def _must_wait(self, exchange: Exchange) -> bool:
         """Whether the body must not be read yet; asks at most once."""
@@ -157,11 +195,10 @@ class PooledConnection(asyncio.Protocol):
         if response.complete or response.excessive:
             self._finish()
         elif self._body_timer is None:
-            loop = self._origin.client.loop
-            self._body_timer = loop.call_later(
+            self._body_timer = self._loop.call_later(
                 BODY_TIMEOUT,
                 after_reading,
-                loop,
+                self._loop,
                 partial(self._on_body_timeout, exchange),
             )
 
@@ -219,9 +256,7 @@ class PooledConnection(asyncio.Protocol):
             self.close()
             return
         self._exchange = ended(exchange.target)  # the request is not kept
-        self._linger_timer = origin.client.loop.call_later(
-            origin.lingering, self.close
-        )
+        self._linger_timer = self._loop.call_later(origin.lingering, self.close)
 
     def _stop_lingering(self) -> None:
         if self._linger_timer is not None:
@@ -253,7 +288,7 @@ class PooledConnection(asyncio.Protocol):
         tls = self._ssl_object
         if tls is None or self._transport is None or self._response.started:
             return False
-        age = self._origin.client.loop.time() - self._made_at
+        age = self._loop.time() - self._made_at
         return (
             not self.kept
             and age < REJECTION_TIME
@@ -261,13 +296,13 @@ class PooledConnection(asyncio.Protocol):
             and not (tls.session and tls.session.has_ticket)
         )
 
-    def is_usable(self) -> bool:
-        """Whether another request may be sent on it."""
+    def is_usable(self, now: float) -> bool:
+        """Whether another request may be sent on it; `now` is on the loop's clock."""
         return (
             self._transport is not None
             and not self._transport.is_closing()
             and self._tls is self._origin.tls
-            and self._origin.client.loop.time() < self._retire_at
+            and now < self._retire_at
         )
 
     def send(self, exchange: Exchange) -> None:
@@ -276,8 +311,7 @@ class PooledConnection(asyncio.Protocol):
         self._response.begin(exchange.terms.keep)
         self._exchange = exchange
         self._origin.busy.add(self)
-        client = self._origin.client
-        exchange.begin(self, client.loop)
+        exchange.begin(self, self._loop)
         try:
             self._transport.write(exchange.write())
         except Exception:
@@ -288,7 +322,10 @@ class PooledConnection(asyncio.Protocol):
             return
         if self._paused:
             self._progress = SendProgress(
-                client.loop, self._transport, client.dead_after, self._on_no_progress
+                self._loop,
+                self._transport,
+                self._origin.settings.dead_after,
+                self._on_no_progress,
             )
         else:
             call_one(exchange.on_sent)
@@ -336,7 +373,7 @@ class PooledConnection(asyncio.Protocol):
             exchange.finish(kind(f"POST {exchange.target}: {why}"))
 
     def _on_no_progress(self) -> None:
-        dead_after = self._origin.client.dead_after
+        dead_after = self._origin.settings.dead_after
         self._fail(BackendAway, f"no bytes accepted in {dead_after:g} s")
         if self._transport is not None:
             self._transport.abort()

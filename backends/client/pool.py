@@ -10,14 +10,14 @@ import itertools
 import logging
 import socket
 import ssl
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import aiohappyeyeballs
 
 from backends import BackendAway, BackendError
-from backends.client.connection import PooledConnection
+from backends.client.connection import ClientSettings, Origin, PooledConnection
 from backends.client.dead_peers import set_keepalive
 from backends.client.exchange import (
     Exchange,
@@ -28,7 +28,7 @@ from backends.client.exchange import (
     stopped,
 )
 from backends.client.resolver import Resolver
-from backends.client.response import Keep, KnownHeads, Response
+from backends.client.response import Keep, Response
 from backends.client.tls_failures import TLS_HANG_UP, connect_failure, is_hang_up
 from backends.deadlines import RunningTime, after_reading
 from backends.target import Target
@@ -50,7 +50,7 @@ TLS_HANDSHAKE_TIMEOUT = 86400.0
 TLS_SHUTDOWN_TIMEOUT = 1.0
 
 
-class Client:
+class Client(ClientSettings):
     """A pool of connections to all origins that it POSTs to.
 
     `max_connections` bounds those open or being opened, over all origins;
@@ -64,7 +64,6 @@ class Client:
     # What a client for other services may have otherwise.
     idle_timeout = IDLE_TIMEOUT
     queue_may_move = True  # a request may wait for longer if its queue moves
-    resends = True  # a request that was lost with an idle connection
 
     def __init__(
         self,
@@ -74,12 +73,9 @@ class Client:
         connection_age: float = float("inf"),
         on_starved: Callable[[], None] = lambda: None,
     ) -> None:
-        # Stored, since `get_running_loop` makes a system call before Python 3.12.
-        self.loop = asyncio.get_running_loop()
+        super().__init__(dead_after, connection_age)
         self.max_connections = max_connections
         self.connect_timeout = connect_timeout
-        self.dead_after = dead_after
-        self.connection_age = connection_age
         self.on_starved = on_starved
         self.tls: ssl.SSLContext | None = None
         self.open = 0
@@ -249,20 +245,16 @@ class _NoDescriptors(Exception):
     """No descriptor is left for a connection."""
 
 
-class _Origin:
+class _Origin(Origin):
     """One scheme, host and port: its connections, and the requests that wait."""
 
     def __init__(self, client: Client, target: Target) -> None:
+        tls = client.tls if target.scheme == "https" else None
+        super().__init__(client, tls, client.lingering_at(target))
         self.client = client
         self.target = target
-        # For new connections; None: plain TCP.
-        self.tls = client.tls if target.scheme == "https" else None
         self._max_size = client.connections_to(target)
-        self.lingering = client.lingering_at(target)
-        self.heads = KnownHeads()
         self.idle: list[PooledConnection] = []
-        self.busy: set[PooledConnection] = set()
-        self.waiting: deque[Exchange] = deque()
         # The tasks that connect; a failure is reported to a waiting request.
         self._connecting: set[asyncio.Task[None]] = set()
         self._expiry: asyncio.TimerHandle | None = None  # for all idle connections
@@ -281,9 +273,10 @@ class _Origin:
 
     def dispatch(self, exchange: Exchange) -> None:
         """Send on an idle connection, or wait for one."""
+        now = self.client.loop.time()
         while self.idle:
             connection = self.idle.pop()
-            if connection.is_usable():
+            if connection.is_usable(now):
                 connection.send(exchange)
                 return
             connection.close()
@@ -373,10 +366,12 @@ class _Origin:
         """Make a connection from a connected socket, with TLS for https."""
         tls = self.tls
         assert tls is not None or self.target.scheme == "http"
+        connection = PooledConnection(self, tls)
+        protocol = cast(asyncio.Protocol, connection)  # see `PooledConnection`
         try:
             set_keepalive(sock, self.client.dead_after)
-            _, connection = await self.client.loop.create_connection(
-                lambda: PooledConnection(self, tls),
+            await self.client.loop.create_connection(
+                lambda: protocol,
                 sock=sock,
                 ssl=tls,
                 server_hostname=self.target.server_name if tls else None,
@@ -413,25 +408,27 @@ class _Origin:
         """Make new connections with `tls`; close idle ones of another context."""
         if self.target.scheme == "https":
             self.tls = tls
-        fresh = [connection for connection in self.idle if connection.is_usable()]
+        now = self.client.loop.time()
+        fresh = [connection for connection in self.idle if connection.is_usable(now)]
         for connection in set(self.idle).difference(fresh):
             connection.close()
         self.idle = fresh
 
     def _hand_on(self, connection: PooledConnection) -> None:
         client = self.client
-        if not connection.is_usable():
+        now = client.loop.time()
+        if not connection.is_usable(now):
             connection.close()
         elif self.waiting and (exchange := self._next_waiting()) is not None:
             connection.send(exchange)
         elif client.open >= client.max_connections and client.needs_room(self):
             connection.close()
         else:
-            self._keep_idle(connection)
+            self._keep_idle(connection, now)
 
-    def _keep_idle(self, connection: PooledConnection) -> None:
+    def _keep_idle(self, connection: PooledConnection, now: float) -> None:
         connection.kept = True
-        connection.idle_since = self.client.loop.time()
+        connection.idle_since = now
         self.idle.append(connection)
         if self._expiry is None:
             self._expiry = self.client.loop.call_later(

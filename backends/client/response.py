@@ -11,7 +11,6 @@ most servers send the same one for a second, with the same date.
 import contextlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import httptools
@@ -48,7 +47,6 @@ class MalformedResponse(Exception):
 Keep = Callable[[int, Mapping[str, str]], int]
 
 
-@dataclass(slots=True)
 class Response:
     """A response: its status, its headers, and its body if that was kept.
 
@@ -56,10 +54,19 @@ class Response:
     or larger than what was to be kept.
     """
 
-    status: int
-    headers: Mapping[str, str]
-    body: bytes | None
-    complete: bool = True
+    __slots__ = ("body", "complete", "headers", "status")
+
+    def __init__(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        complete: bool = True,
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+        self.complete = complete
 
 
 class KnownHead:
