@@ -23,8 +23,9 @@ from wire import TEXT as TEXT_FRAME
 from wire import frame
 
 from handlers.process import log_limit
-from handlers.process.log_format import MAX_LINE, JSONFormatter, TextFormatter
+from handlers.process.log_format import JSONFormatter, TextFormatter
 from handlers.process.log_limit import LogLimit
+from handlers.process.log_lines import MAX_LINE
 
 pytestmark = pytest.mark.gen_test(timeout=60)
 

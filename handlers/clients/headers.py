@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tornado.options import define
 
-define("withhold_headers", multiple=True, metavar="NAMES",
+define("withhold_headers", multiple=True, group=__name__, metavar="NAMES",
        help="more handshake headers that the connect event omits, such as Cookie")
 
 # Headers of one hop (RFC 9110, section 7.6.1, and RFC 7235's for proxies), and

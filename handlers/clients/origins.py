@@ -14,11 +14,11 @@ from tornado.options import define
 
 from backends.hosts import DEFAULT_PORTS
 
-define("allowed_origins", multiple=True, metavar="ORIGINS",
+define("allowed_origins", multiple=True, group=__name__, metavar="ORIGINS",
        help="origins whose pages may connect, such as https://app.example.com, "
             "https://*.example.com, capacitor://localhost, file:// or null; *: all "
             "origins; none: the same origin only")
-define("require_origin", default=False,
+define("require_origin", default=False, group=__name__,
        help="reject clients that send no Origin header; browsers always send one")
 
 MAX_HOSTS = 64  # Host headers that are remembered; most clients send the same one

@@ -22,7 +22,7 @@ from tornado.options import define
 from handlers.clients.origins import is_host_header
 from handlers.clients.request import HandshakeRequest
 
-define("trusted_proxies", multiple=True, metavar="NETWORKS",
+define("trusted_proxies", multiple=True, group=__name__, metavar="NETWORKS",
        help="addresses and networks (10.0.0.0/8) of proxies whose X-Forwarded-For, "
             "X-Forwarded-Proto and X-Forwarded-Host are trusted; none: no proxy is "
             "trusted")

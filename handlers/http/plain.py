@@ -25,7 +25,8 @@ FIELD = re.compile(rb"([A-Za-z0-9-]+): ([!-~](?:[ -~]*[!-~])?)\r\n")
 # A request for another protocol: its target and its headers.
 HANDSHAKE = re.compile(
     rb"GET (/[!-~]*) HTTP/1\.1\r\n"
-    rb"((?:[A-Za-z0-9-]+: [!-~](?:[ -~]*[!-~])?\r\n)+)\r\n"
+    rb"([A-Za-z0-9-]++: (?! )[ -~]++(?<! )(?:\r\n[A-Za-z0-9-]++: (?! )[ -~]++(?<! ))*+)"
+    rb"\r\n\r\n"
 )
 # The values of `Connection` in it, in lower case.
 UPGRADES = frozenset({b"upgrade", b"keep-alive, upgrade"})
@@ -74,7 +75,10 @@ def plain_handshake(data: bytes, max_head_size: int) -> Request | None:
     head = HANDSHAKE.fullmatch(data) if len(data) <= max_head_size else None
     if head is None:
         return None
-    fields = [(name.lower(), value) for name, value in FIELD.findall(head[2])]
+    fields = []
+    for line in head[2].split(b"\r\n"):
+        name, _, value = line.partition(b": ")
+        fields.append((name.lower(), value))
     upgrades = connections = 0
     for name, value in fields:
         if name == b"upgrade":

@@ -26,13 +26,9 @@ from tornado.options import define, options
 
 from backends import Unavailable
 from backends.files import read_text
-from handlers.process.log_format import (
-    SILENT,
-    JSONFormatter,
-    TextFormatter,
-    level_name,
-)
+from handlers.process.log_format import JSONFormatter, TextFormatter
 from handlers.process.log_limit import LogLimit
+from handlers.process.log_lines import SILENT, level_name
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +43,7 @@ LOG_FILE = ("log_file_prefix", "log_file_max_size", "log_file_num_backups",
             "log_rotate_mode", "log_rotate_when", "log_rotate_interval")
 
 REPORT_INTERVAL = 60.0  # seconds without a failure before the next report
+
 
 class StderrHandler(logging.StreamHandler[TextIO]):
     """Writes each line immediately; lines that cannot be written are lost."""
@@ -101,9 +98,10 @@ def log_event(to: logging.Logger, message: str, fields: Mapping[str, Any]) -> No
     if len(handlers) == 1 and type(handler := handlers[0]) is StderrHandler:
         formatter = handler.formatter
         if type(formatter) is JSONFormatter:
-            handler.write(
-                formatter.line(time.time(), logging.INFO, to.name, message, fields)
+            line = formatter.lines.line(
+                time.time(), logging.INFO, to.name, message, fields
             )
+            handler.write(line)
             return
     to.info(message, extra=fields, stacklevel=2)
 

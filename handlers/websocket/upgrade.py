@@ -3,7 +3,7 @@
 `handlers.clients.opening` decides whether a client may connect.
 """
 
-import base64
+import binascii
 import hashlib
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ def switching_fields(
     fields += [
         ("Upgrade", "websocket"),
         ("Connection", "Upgrade"),
-        ("Sec-WebSocket-Accept", base64.b64encode(digest).decode()),
+        ("Sec-WebSocket-Accept", binascii.b2a_base64(digest, newline=False).decode()),
     ]
     return fields
 
