@@ -61,8 +61,7 @@ async def test_closed_standard_streams_change_nothing(io_loop, event_loop, close
         cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    await eventually(lambda: listening_ports(relay.pid) != [])
-    (port,) = listening_ports(relay.pid)
+    port = await listening_port(relay.pid)
     for number in closed.split():
         assert os.readlink(f"/proc/{relay.pid}/fd/{number}") == "/dev/null"
     async with websockets.connect(f"ws://127.0.0.1:{port}/ws") as client:
@@ -72,8 +71,22 @@ async def test_closed_standard_streams_change_nothing(io_loop, event_loop, close
         assert await asyncio.wait_for(relay.wait(), DEADLINE) == 0
 
 
+async def listening_port(pid: int) -> int:
+    """Wait until a process listens, and return its port."""
+    found: list[int] = []
+
+    def listens() -> bool:
+        # Kept: a second look may find none, while the process closes a file.
+        found[:] = listening_ports(pid)
+        return found != []
+
+    await eventually(listens)
+    (port,) = found
+    return port
+
+
 def listening_ports(pid: int) -> list[int]:
-    """The addresses where a process listens, by /proc."""
+    """Return the ports where a process listens, by /proc."""
     folder = f"/proc/{pid}/fd"
     try:
         links = [os.readlink(f"{folder}/{name}") for name in os.listdir(folder)]
@@ -190,8 +203,7 @@ async def test_full_disk_under_the_log_is_one_line(io_loop, tmp_path, source):
         sys.executable, "socketdock.py", "--bindport=0", f"{source}={value}",
         cwd=PROJECT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )
-    await eventually(lambda: listening_ports(relay.pid) != [])
-    (port,) = listening_ports(relay.pid)
+    port = await listening_port(relay.pid)
     for _ in range(5):  # each is two lines
         async with websockets.connect(f"ws://127.0.0.1:{port}/ws") as client:
             await client.send("hello")
