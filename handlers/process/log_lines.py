@@ -13,6 +13,9 @@ import orjson
 MAX_LINE = 16 * 1024  # bytes; Docker and containerd split longer lines
 SILENT = logging.CRITICAL + 1  # the level of `none`
 
+# The time of a line: the second and milliseconds. One format for both takes less time
+# than one for each.
+TIME = "%s.%03dZ"
 LEVELS = {
     number: logging.getLevelName(number).lower()
     for number in (
@@ -47,7 +50,7 @@ class JSONLines:
             self._second = second
             self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         fields = {
-            "time": f"{self._stamp}.{int((created - second) * 1000):03d}Z",
+            "time": TIME % (self._stamp, int((created - second) * 1000)),
             "level": level_name(level),
             "logger": name,
             "message": message,
