@@ -25,6 +25,7 @@ COMPILED = [
     f"{module.replace('.', '/')}.py"
     for module in (
         "backends.apigateway.functions",
+        "backends.attempt",
         "backends.breaker",
         "backends.client.connection",
         "backends.client.exchange",

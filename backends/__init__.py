@@ -35,6 +35,10 @@ from typing import NamedTuple, Protocol
 from tornado.options import Error as OptionError
 
 # Part of the interface, for backends outside the project.
+from backends.attempt import Attempt as Attempt
+from backends.attempt import AttemptOutcome as AttemptOutcome
+from backends.attempt import EventName as EventName
+from backends.attempt import TraceContext as TraceContext
 from backends.check import Check as Check
 from backends.check import Finding as Finding
 from backends.check import expiry_finding as expiry_finding
@@ -44,16 +48,12 @@ from backends.loading import built_in as built_in
 from backends.loading import load as load
 from backends.loading import names as names
 from backends.loading import users_of_options as users_of_options
-from backends.observer import Attempt as Attempt
-from backends.observer import AttemptOutcome as AttemptOutcome
 from backends.observer import BatchEnd as BatchEnd
-from backends.observer import EventName as EventName
 from backends.observer import ForwardOutcome as ForwardOutcome
 from backends.observer import HandshakeOutcome as HandshakeOutcome
 from backends.observer import Initiator as Initiator
 from backends.observer import Observer as Observer
 from backends.observer import Outcome as Outcome
-from backends.observer import TraceContext as TraceContext
 from backends.waiting import Taken as Taken
 
 

@@ -6,6 +6,7 @@ Part of the interface: import these from `backends`.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from backends.attempt import Attempt, AttemptOutcome, EventName
 from backends.commands import CommandName, CommandOutcome, Source
 
 if TYPE_CHECKING:
@@ -13,56 +14,15 @@ if TYPE_CHECKING:
 
 Initiator = Literal["client", "backend", "relay"]
 
-EventName = Literal["connect", "message", "disconnect"]
 # What became of an event. "refused" is the backend's final decision; "abandoned" are
 # requests that it held, unanswered, until nobody waited for the response.
 Outcome = Literal["delivered", "refused", "failed", "abandoned"]
-# What became of one attempt: "unreachable" did not reach the backend, or a gateway
-# says so; "error" is a response after which it is repeated, "timeout" is none in time.
-AttemptOutcome = Literal[
-    "delivered", "refused", "error", "unreachable", "timeout", "abandoned"
-]
 # What became of a handshake: "refused" by the backend, "rejected" by the relay, or
 # "no_decision" of the backend; the client may also have left.
 HandshakeOutcome = Literal["opened", "refused", "rejected", "no_decision", "left"]
 # What became of a callback for a connection of another instance: "answered" by it; or
 # the instance is "gone", was "unreachable", or left the callback "unanswered".
 ForwardOutcome = Literal["answered", "gone", "unreachable", "unanswered"]
-
-
-class TraceContext(NamedTuple):
-    """A place in a trace (W3C Trace Context): lower-case hex digits, 32, 2 and 16.
-
-    The next span is a child of `span_id`; empty: the parent is not known.
-    """
-
-    trace_id: str
-    flags: str
-    span_id: str = ""
-
-
-class Attempt(NamedTuple):
-    """One attempt to deliver an event, when it has ended.
-
-    `event_id` is the same on every attempt of one event, `traceparent` is what was
-    sent, `seconds` is the time from its start to its response or failure. `status`
-    is None where there was no response. `url` is the target without its query, or
-    empty, and `trace` is what the event belongs to, or None. `number` counts the
-    attempts of the event, from 1. `place` is where a broker has put the event, such as
-    a stream and the id of an entry; empty: no broker has.
-    """
-
-    event: EventName
-    connection_id: str
-    event_id: str
-    traceparent: str
-    outcome: AttemptOutcome
-    status: int | None
-    seconds: float
-    url: str = ""
-    trace: TraceContext | None = None
-    number: int = 1
-    place: str = ""
 
 
 class BatchEnd(NamedTuple):

@@ -26,7 +26,7 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
 
-from backends import Attempt
+from backends import Attempt, AttemptOutcome
 from handlers.telemetry.spans import Tracing
 
 pytestmark = pytest.mark.gen_test(timeout=60)
@@ -619,9 +619,16 @@ def tracing_in_process(
 
 def failure(number: int) -> Attempt:
     """Make an attempt of an event that may be retried."""
+    return attempt(number, "unreachable")
+
+
+def attempt(
+    number: int, outcome: AttemptOutcome, status: int | None = None
+) -> Attempt:
+    """Make an attempt of an event."""
     traceparent = f"00-{number:032x}-{number:016x}-01"
     return Attempt(
-        "message", "c", f"c-{number}", traceparent, "unreachable", None, 0.0, "http://a/b"
+        "message", "c", f"c-{number}", traceparent, outcome, status, 0.0, "http://a/b"
     )
 
 
@@ -651,7 +658,7 @@ async def test_failures_of_one_event_are_bounded(io_loop, monkeypatch):
         tracing = tracing_in_process(monkeypatch, collector.environment())
         for _ in range(10):
             tracing.attempted(failure(1))
-        tracing.attempted(failure(1)._replace(outcome="delivered", status=200))
+        tracing.attempted(attempt(1, "delivered", 200))
         await tracing.close()
     (span,) = collector.spans
     assert len(span.events) == 3
@@ -664,7 +671,7 @@ async def test_queued_spans_are_bounded(io_loop, monkeypatch, caplog):
     async with Collector() as collector:
         tracing = tracing_in_process(monkeypatch, collector.environment())
         for number in range(1, 501):
-            tracing.attempted(failure(number)._replace(outcome="delivered"))
+            tracing.attempted(attempt(number, "delivered"))
         await eventually(lambda: len(collector.spans) == 300)
         await tracing.close()
     assert "200 of 500 spans were not exported" in caplog.text
