@@ -127,6 +127,7 @@ endif
 
 .venv/compile.stamp: $(SOURCES) setup.py pyproject.toml | .venv/bin/pip
 	@find backends handlers -name '*.so' -delete
+	@rm -rf socketdock__mypyc.*
 	$(PIP) -e '.[compile]'
 	SOCKETDOCK_COMPILE=1 $(PIP) --no-build-isolation --no-deps -e .
 	@touch .venv/run.stamp $@
