@@ -214,7 +214,8 @@ class Connection(Protocol):
     ) -> None:
         """Start the closing handshake, unless it has started already.
 
-        `reason` is at most 123 bytes of UTF-8 (RFC 6455, section 5.5).
+        `reason` is at most 123 bytes of UTF-8 (RFC 6455, section 5.5). Raises
+        `ValueError` for a longer one, or a code that no close frame may have.
         """
 
     def give_up(self, error: "BackendError", messages: int = 1) -> None:
@@ -254,12 +255,17 @@ class BackendAway(BackendError):
 class ConnectionRefused(Exception):
     """The backend refuses a handshake.
 
-    `status` is the HTTP status for the client, sent with `headers` and `body`.
+    `status` is the HTTP status for the client, sent with `headers` and `body`. Raises
+    `ValueError` for one that can't refuse: the interim and the successful ones.
     """
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.status, int) or not 300 <= self.status <= 599:
+            raise ValueError(f"a handshake can't be refused with {self.status!r}")
 
 
 class Condition(NamedTuple):

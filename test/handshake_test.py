@@ -267,6 +267,12 @@ ODD = """
             if handshake.query == "refuse":
                 headers = {"WWW-Authenticate": "a\\x01b", "Retry-After": "7"}
                 raise ConnectionRefused(401, headers, b"no")
+            if handshake.query == "refuse-oddly":
+                raise ConnectionRefused("403")
+            if handshake.query == "close-oddly":
+                connection.close(1005)
+            if handshake.query == "long":
+                connection.close(1000, "é" * 62)
             if handshake.query == "fail":
                 raise KeyError(1)
             return Unspeakable("a\\nb")
@@ -294,7 +300,8 @@ async def test_bug_in_a_handshake_leaves_nothing(io_loop, tmp_path):
     flags = ("--backend=odd.backend", "--max_connections=1")
     async with Service(*flags, environment=environment) as service:
         offer = "Sec-WebSocket-Protocol: a"
-        for number, target in enumerate(("/ws", "/ws?fail", "/ws"), 1):
+        odd = ("fail", "refuse-oddly", "close-oddly", "long")
+        for number, target in enumerate(("/ws", *(f"/ws?{q}" for q in odd), "/ws"), 1):
             request = handshake(offer, line=f"GET {target} HTTP/1.1")
             received = await send_raw(
                 service.ws_url, request, answers=1, deadline=DEADLINE

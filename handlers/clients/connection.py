@@ -34,7 +34,13 @@ from handlers.rates import Throttle
 from handlers.websocket.closing import CLOSE_TIMEOUT
 from handlers.websocket.deflate import Compression
 from handlers.websocket.fragments import FragmentingProtocol
-from handlers.websocket.frames import Close, CloseCode, FrameError, MessageFrame
+from handlers.websocket.frames import (
+    Close,
+    CloseCode,
+    FrameError,
+    MessageFrame,
+    check_closing,
+)
 from handlers.websocket.protocol import READ_AHEAD, ClientProtocol, State
 from handlers.websocket.turns import Turns
 
@@ -378,6 +384,7 @@ class ClientConnection:
         initiator: Initiator = "backend",
     ) -> None:
         """Start the closing handshake; see `backends.Connection.close`."""
+        check_closing(code, reason)
         if self.state == "connecting":
             self._closing = self._closing or (code, reason, initiator)
             return

@@ -68,9 +68,20 @@ class CloseCode(IntEnum):
     TRY_AGAIN_LATER = 1013
 
 
+MAX_CLOSE_REASON = 123  # bytes of UTF-8 (RFC 6455, section 5.5)
+
+
 def is_valid_close_code(code: int) -> bool:
     """Whether a peer may send `code` (RFC 6455, section 7.4, and IANA)."""
     return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
+def check_closing(code: int, reason: str) -> None:
+    """Raise `ValueError` unless a close frame may have this code and reason."""
+    if not is_valid_close_code(code):
+        raise ValueError(f"{code} is no close code that may be sent")
+    if len(reason.encode()) > MAX_CLOSE_REASON:
+        raise ValueError(f"a close reason has at most {MAX_CLOSE_REASON} bytes")
 
 
 class FrameError(Exception):
