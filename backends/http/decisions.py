@@ -15,9 +15,9 @@ from backends.http.replies import Replies, Unusable, has_commands
 from backends.http.retries import hint, is_success
 from backends.target import Target
 
-define("connecturi", type=str, metavar="URL",
+define("connecturi", type=str, group=__name__, metavar="URL",
        help="URL that decides whether each connection is accepted; none: accept all")
-define("handshake_timeout", default=10.0, metavar="SECONDS",
+define("handshake_timeout", default=10.0, group=__name__, metavar="SECONDS",
        help="longest wait for the response of --connecturi; then the client gets 503")
 
 MAX_REFUSAL_BODY = 4096  # bytes of a refusal's body that the client gets

@@ -22,9 +22,9 @@ from backends.target import Target
 
 logger = logging.getLogger(__name__)
 
-define("disconnecturi", type=str, metavar="URL",
+define("disconnecturi", type=str, group=__name__, metavar="URL",
        help="URL that receives an event for each closed connection; none: not sent")
-define("disconnect_timeout", default=300.0, metavar="SECONDS",
+define("disconnect_timeout", default=300.0, group=__name__, metavar="SECONDS",
        help="how long a disconnect event is retried after its first failure")
 
 # Seconds for the response to a disconnect event; before, also the longest wait for a

@@ -83,17 +83,15 @@ class Outcomes(Protocol):
         """Nothing of it is under way, except what is overdue."""
 
 
-class StoredDisconnect(DisconnectNotification):
-    """A disconnect event as the relay has written it."""
+class StoredEnd:
+    """A disconnect event as the relay has written it; it is not made again."""
 
-    def __init__(self, stored: StoredEvent, context: BackendContext,
-                 delivery: Delivery | None) -> None:  # fmt: skip
-        ended = Ended(stored.connection_id, NOWHERE)
-        super().__init__(context.events, ended, delivery)
-        self._stored = stored.event
+    def __init__(self, event: Event) -> None:
+        self._event = event
 
-    def event(self) -> Event:
-        return self._stored
+    def disconnect(self, ended: Ended, undelivered: int, refused: int) -> Event:
+        """Return it; its counts are those of the relay."""
+        return self._event
 
 
 class Conversation:
@@ -284,7 +282,8 @@ class Conversation:
 
     async def _deliver_disconnect(self, stored: StoredEvent) -> None:
         delivery = self._delivery
-        notification = StoredDisconnect(stored, self._context, delivery)
+        ended = Ended(self.id, NOWHERE)
+        notification = DisconnectNotification(StoredEnd(stored.event), ended, delivery)
         while stored.event.id in self.unsettled:
             try:
                 await self._context.disconnects.deliver(notification)
