@@ -12,7 +12,7 @@
 # make conformance  all of Autobahn's cases, into docs/conformance.md, in ten
 #             minutes: ARGS="'9.*' 12.1.1" (without --write)
 # make screenshots  the console's pictures in docs/images, in two minutes
-# make compile  compiles what messages pass, in place, by mypyc: in two minutes, and again
+# make compile  compiles what messages pass, in place, by mypyc: in three minutes, and again
 #             when its sources have changed. Other targets then use it
 # make pure   removes what was compiled
 # make lint   ruff and mypy

@@ -280,7 +280,9 @@ def outcomes(parts: Iterable[bytes], heads: KnownHeads, keep: bool) -> list[obje
         if not reader.has_head:
             seen.append(None)
             continue
-        seen.append((reader.response(), reader.complete, reader.reusable))
+        got = reader.response()
+        seen.append((got.status, dict(got.headers), got.body, got.complete))
+        seen.append((reader.complete, reader.reusable))
         if reader.complete:
             break
     return seen
