@@ -28,6 +28,7 @@ RSV1 = 0x40  # "per-message compressed" (RFC 7692, section 6)
 RSV23 = 0x30
 MASKED = 0x80
 MAX_CONTROL_PAYLOAD = 125  # bytes; RFC 6455, section 5.5
+MAX_CLOSE_REASON = MAX_CONTROL_PAYLOAD - 2  # behind the code
 # The first byte, 126 or 127, and the payload's length (section 5.2).
 HEADER_16 = struct.Struct("!BBH").pack
 HEADER_64 = struct.Struct("!BBQ").pack
@@ -66,9 +67,6 @@ class CloseCode(IntEnum):
     MESSAGE_TOO_BIG = 1009
     INTERNAL_ERROR = 1011
     TRY_AGAIN_LATER = 1013
-
-
-MAX_CLOSE_REASON = 123  # bytes of UTF-8 (RFC 6455, section 5.5)
 
 
 def is_valid_close_code(code: int) -> bool:
