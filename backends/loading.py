@@ -6,6 +6,7 @@ A module of this package, or any importable one with a dot in its name.
 import importlib
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 
 from tornado.options import Error as OptionError
@@ -82,7 +83,9 @@ def load(name: str) -> ModuleType:
 
 
 def _where_to_look(name: str) -> str:
-    """What to write instead of a name that no backend has."""
+    """What to write instead of a name that no backend has, or where its file is."""
+    if name in BUILT_IN:
+        return f"its file in {Path(__file__).parent} is missing or may not be read"
     if "." in name:
         return (
             f"no module {name} in the current folder or on Python's path"

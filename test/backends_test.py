@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -167,6 +168,17 @@ def test_unknown_backend_is_one_line(name, elsewhere):
     assert "apigateway, http, loopback" in line
     assert "failed to import" not in line
     assert ("the current folder" in line and "PYTHONPATH" in line) == ("." in name)
+
+
+def test_built_in_backend_that_cannot_be_read_is_not_unknown(tmp_path):
+    """Python does not say whether a file is missing or may not be read."""
+    tree = copy_project(tmp_path / "tree")
+    shutil.rmtree(tree / "backends" / "apigateway")
+    line = refusal("--backend=apigateway", cwd=tree)
+    assert line.endswith(
+        "there is no backend 'apigateway':"
+        f" its file in {tree}/backends is missing or may not be read"
+    )
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,9 @@ def test_directory_without_permission_is_explained(tmp_path, monkeypatch):
 AS_NOBODY = """
 import os, sys
 sys.path.insert(0, os.getcwd())
-import backends.http, encodings.idna, encodings.utf_8_sig, socketdock, uvloop
+import backends, encodings.idna, encodings.utf_8_sig, socketdock, uvloop
+for name in backends.BUILT_IN:
+    backends.load(name)
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
