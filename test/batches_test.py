@@ -376,6 +376,67 @@ async def test_unavailable_backend_closes_clients_with_1013(io_loop):
         assert not backend.of("message")
 
 
+@pytest.mark.parametrize("answer", [500, "failed"])
+async def test_backend_that_takes_no_event_closes_clients_with_1013(io_loop, answer):
+    """Each event waits longer for each attempt, and fails by its own deadline."""
+    def reject(batch: Batch) -> int | dict[str, Any]:
+        if not batch.messages:
+            return 200
+        ids = [event["id"] for event in batch.events]
+        return {"failed": ids} if answer == "failed" else 500
+
+    flags = ("--batch_lanes=1", "--delivery_timeout=1")
+    async with relay(reject, *flags) as (backend, service):
+        clients = [await websockets.connect(service.ws_url) for _ in range(6)]
+        for client in clients:
+            await client.send("one")
+        for client in clients:
+            assert await until_closed(client) == 1013
+        await backend.wait_for("disconnect", 6)
+    assert not backend.of("message")
+    # At once, then within 0.2, 0.4, 0.8 s and so on: about 40 with all parts.
+    assert len(backend.batches) < 200
+
+
+async def test_silent_backend_is_not_asked_about_each_event(io_loop):
+    """When two events have failed alone, all that are late are given up."""
+    async def answer(batch: Batch) -> int:
+        if batch.messages:
+            await asyncio.sleep(1)
+        return 200
+
+    flags = ("--batch_lanes=1", "--backend_timeout=0.3", "--delivery_timeout=0.5")
+    async with relay(answer, *flags) as (backend, service):
+        clients = [await websockets.connect(service.ws_url) for _ in range(16)]
+        for client in clients:
+            await client.send("one")
+        for client in clients:
+            assert await until_closed(client) == 1013
+        attempts = sum(bool(batch.messages) for batch in backend.batches)
+    # 16, 16, 8, 4, 2, 1, 1; with all parts 33.
+    assert attempts < 25
+
+
+async def test_event_waits_as_long_as_the_backend_wants(io_loop):
+    """Outside the lane, after it has failed alone."""
+    times = []
+    answers = [
+        b"HTTP/1.1 500 Internal Server Error\r\nRetry-After: 1\r\n"
+        b"Content-Length: 0\r\n\r\n"
+    ]
+
+    def script(kind: str) -> bytes:
+        times.append(asyncio.get_running_loop().time())
+        return answers.pop() if answers else b"HTTP/1.1 204 No Content\r\n\r\n"
+
+    async with ScriptedBackend(script) as backend:
+        flags = ("--backend=http", f"--batchuri={backend.url('batch')}")
+        async with Service(*flags) as service:
+            await talk(service, "one")
+            await backend.wait_for("batch", 3)
+    assert times[1] - times[0] > 0.9
+
+
 async def test_cut_response_is_no_answer(io_loop):
     """It may have named failed events: the same batch is sent again."""
     answers = [

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from backends import BackendError, Connection, EventName
-from backends.deadlines import after_reading
+from backends.deadlines import STALL, after_reading
 from backends.events import Event
 from backends.http.batches.entry import Entry
 from backends.http.batches.lane import Lane, LaneContext
@@ -154,9 +154,9 @@ class BatchDelivery(Taken):
         if now >= first.deadline:
             self.give_up(error)
             return
-        self._leave()
         until = min(now + max(backoff(first.attempts), wait), first.deadline)
-        self._timer = loop.call_at(until, after_reading, loop, self._on_time)
+        self._leave()
+        self._timer = loop.call_at(until, self._on_time, until)
 
     def give_up(self, error: BackendError) -> None:
         messages = len(self._entries)
@@ -184,7 +184,16 @@ class BatchDelivery(Taken):
             self._outside = True
             self._entries = deque(entry.leave(self) for entry in self._entries)
 
-    def _on_time(self) -> None:
+    def _on_time(self, due: float) -> None:
+        loop = self._context.client.loop
+        now = loop.time()
+        if now > due + STALL:
+            # The process was stopped: restart the time in which messages may fail.
+            for entry in self._entries:
+                entry.restart(now)
+        after_reading(loop, self._go_on)
+
+    def _go_on(self) -> None:
         if self._timer is not None:
             self._timer = None
             self._enter()

@@ -42,6 +42,7 @@ class Entry:
         "attempts",
         "connection_id",
         "event",
+        "failed_alone_at",
         "failed_at",
         "name",
         "owner",
@@ -55,18 +56,30 @@ class Entry:
         attempts: int = 0,
         failed_at: float = float("inf"),
     ) -> None:
+        """`attempts` have failed, the first one at `failed_at` on the loop's clock."""
         self.owner: Owner | None = owner
         self.name = owner.name
         self.connection_id = owner.connection_id
         self.event = event
-        self.attempts = attempts  # failed ones
-        self.failed_at = failed_at  # first failure, on the loop's clock
+        self.attempts = attempts
+        self.failed_at = failed_at
+        # Without the failures of batches that may have another event to blame.
+        self.failed_alone_at = failed_at
         self.sending = False  # part of a batch that is under way
 
     def leave(self, owner: Owner) -> "Entry":
         """Leave the lane; return a new entry of the same event, to be added later."""
         self.owner = None
         return Entry(owner, self.event, self.attempts, self.failed_at)
+
+    def acquit(self) -> None:
+        """Count no failure of a batch: the backend has accepted the rest of it."""
+        self.failed_at = self.failed_alone_at
+
+    def restart(self, now: float) -> None:
+        """Restart the time until it is given up, if it has failed."""
+        self.failed_at = max(self.failed_at, now)
+        self.failed_alone_at = max(self.failed_alone_at, now)
 
     @property
     def deadline(self) -> float:

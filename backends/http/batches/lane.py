@@ -105,6 +105,8 @@ class Lane:
         self._queue: deque[Entry] = deque()
         # Of a split batch, the next one last; each with `Batch.suspect`.
         self._parts: list[tuple[list[Entry], bool]] = []
+        # An event has failed alone, and the backend has taken none since.
+        self._failed_alone = False
         self._batch: Batch | None = None  # under way, or waiting for its next attempt
         self._exchange: Exchange | None = None
         self._reading: asyncio.Task[None] | None = None  # of the latest large response
@@ -290,6 +292,7 @@ class Lane:
 
     def _on_accepted(self, batch: Batch, response: Response) -> None:
         """Accept all events but those that the response names as failed."""
+        self._acquit_parts()
         if response.body is None:
             self._settle(batch, frozenset())
             self._end_batch()
@@ -346,8 +349,8 @@ class Lane:
                     rejected.append(entry)
                 else:
                     accepted.append(entry)
-            self._report(batch, rejected, "error", 200)
-        self._report(batch, accepted, "delivered", 200)
+            self._report(batch, rejected, "error", batch.status)
+        self._report(batch, accepted, "delivered", batch.status)
         for entry in accepted:
             if entry.owner is not None:
                 entry.owner.on_accepted(entry)
@@ -374,17 +377,40 @@ class Lane:
         elif status in UNAVAILABLE or isinstance(error, BackendAway):
             self._repeat(batch, error, wait)
         elif len(batch.entries) == 1:
-            (entry,) = batch.entries
-            if entry.owner is not None:
-                entry.owner.on_failed(entry, error, wait)
-            self._end_batch()
+            self._fail_alone(batch, error, wait)
         elif batch.suspect:
             self._split(batch)
+            self._judge_parts(error)
         else:
             batch.suspect = True
             self._repeat(batch, error, wait)
 
+    def _fail_alone(self, batch: Batch, error: BackendError, wait: float) -> None:
+        (entry,) = batch.entries
+        if entry.owner is not None:
+            entry.owner.on_failed(entry, error, wait)
+        self._judge_parts(error)
+        self._failed_alone = True
+        self._end_batch()
+
+    def _judge_parts(self, error: BackendError) -> None:
+        """Give up what is overdue of a split batch if no event of it is to blame.
+
+        The backend fails with one event after the other, and takes none.
+        """
+        if self._failed_alone:
+            for entries, _ in self._parts:
+                self._give_up(entries, error)
+
+    def _acquit_parts(self) -> None:
+        """The backend takes events: those that are left have not failed yet."""
+        self._failed_alone = False
+        for entries, _ in self._parts:
+            for entry in entries:
+                entry.acquit()
+
     def _refuse(self, batch: Batch, status: int) -> None:
+        self._acquit_parts()
         for entry in batch.entries:
             if entry.owner is not None:
                 entry.owner.on_refused(entry, status)
@@ -393,8 +419,6 @@ class Lane:
     def _split(self, batch: Batch) -> None:
         """Send both halves, one after the other: most events are not to blame."""
         entries = still_here(batch.entries)
-        for entry in entries:
-            entry.failed_at = float("inf")
         half = (len(entries) + 1) // 2
         self._parts.append((entries[half:], batch.suspect))
         self._parts.append((entries[:half], batch.suspect))
@@ -418,11 +442,15 @@ class Lane:
 
     def _give_up_overdue(self, batch: Batch, error: BackendError) -> Batch | None:
         """Give up events whose time is over; return a batch of the others, if any."""
+        self._give_up(batch.entries, error)
+        return self._leave_out_ended(batch)
+
+    def _give_up(self, entries: Sequence[Entry], error: BackendError) -> None:
+        """Give up those whose time is over."""
         now = self._loop.time()
-        for entry in batch.entries:
+        for entry in entries:
             if entry.owner is not None and now >= entry.deadline:
                 entry.owner.give_up(error)
-        return self._leave_out_ended(batch)
 
     def _leave_out_ended(self, batch: Batch) -> Batch | None:
         """Return the batch without events that have left it; None: it has ended."""
@@ -455,7 +483,7 @@ class Lane:
         if now > due + STALL and self._batch is not None:
             # The process was stopped: restart the time in which events may fail.
             for entry in self._batch.entries:
-                entry.failed_at = max(entry.failed_at, now)
+                entry.restart(now)
         after_reading(self._loop, self._judge)
 
     def _judge(self) -> None:
