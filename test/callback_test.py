@@ -3,12 +3,15 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
 
 import pytest
 import websockets
-from service import DEADLINE, RecordingBackend, Service
+from faults import RESET_ON_CLOSE, RawClient
+from service import DEADLINE, RecordingBackend, Service, eventually
 from tornado.ioloop import IOLoop
 from tornado.web import RequestHandler
 from wire import handshake
@@ -16,6 +19,13 @@ from wire import handshake
 pytestmark = pytest.mark.gen_test(timeout=60)
 
 UNKNOWN = "0" * 32
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Close a connection at once, by RST."""
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+    writer.transport.abort()
 
 
 @contextlib.asynccontextmanager
@@ -420,6 +430,40 @@ async def test_prefix_is_optional(io_loop):
                     answer = await backend.call(service.callback_url + path, body=b"x")
                     assert answer.code == 200
                     assert await client.recv() == b"x"
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+async def test_caller_that_leaves_before_the_answer_got_none(io_loop, server):
+    """The access log says 499, and the send is not counted as answered."""
+    flags = (f"--http_server={server}", "--logging=debug", "--max_send_buffer=1000")
+    async with RecordingBackend() as backend:
+        async with Service(*backend.flags(), *flags) as service:
+            with await RawClient.connect(service.ws_url, receive_buffer=4096) as deaf:
+                (event,) = await backend.wait_for("connect", 1)
+                url = event["meta"]["send"]
+                parts = urlsplit(url)
+                _, leaving = await asyncio.open_connection(parts.hostname, parts.port)
+                head = f"POST {parts.path} HTTP/1.1\r\nHost: relay\r\n"
+                body = bytes(4 * 2**20)  # more than the kernel takes for the client
+                leaving.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
+                leaving.write(body)
+                await leaving.drain()
+                statuses = []
+                async with asyncio.timeout(DEADLINE):
+                    while 429 not in statuses:
+                        answer = await backend.call(url, body=bytes(9))
+                        statuses.append(answer.code)
+                reset(leaving)
+                for _ in range(2):  # the relay notices it meanwhile
+                    statuses.append((await backend.call(url, body=bytes(9))).code)
+                deaf.close()
+                left = f"POST {parts.path}: 499"
+                await eventually(lambda: any(left in line for line in service.log))
+                metrics = await backend.call(f"{service.callback_url}/metrics", "GET")
+                sends = re.findall(
+                    r"^socketdock_sends_total\S* (\S+)", metrics.body.decode(), re.M
+                )
+                assert sum(map(float, sends)) == len(statuses)
 
 
 async def test_slow_client_is_429_then_1008_and_410(io_loop):

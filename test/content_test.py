@@ -94,6 +94,13 @@ async def test_encoded_decision_is_decoded(io_loop):
     assert await decision(no) == (403, b"no")
 
 
+@pytest.mark.parametrize("status", [200, 204])
+async def test_acceptance_without_a_body_needs_no_decoding(io_loop, status):
+    """The status alone accepts; there is nothing that could name a subprotocol."""
+    lines = "Content-Encoding: br, gzip, x, y", "Content-Type: application/json"
+    assert await decision(answer(b"", *lines, status=status)) == (101, None)
+
+
 async def test_undecodable_response_is_no_decision(io_loop):
     """But a refusal without its body is still a refusal."""
     assert (await decision(answer(JSON, "Content-Encoding: br")))[0] == 503

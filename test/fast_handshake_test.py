@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 from faults import send_raw
-from service import DEADLINE, RecordingBackend, Service
+from service import DEADLINE, RecordingBackend, Service, eventually
 from tornado.ioloop import IOLoop
 from wire import KEY, handshake
 
@@ -68,6 +68,7 @@ def relays(io_loop, shared) -> dict[str, Relay]:
                 *backend.flags(),
                 f"--http_server={server}",
                 "--compression",
+                "--logging=debug",
                 "--subprotocols=b",
                 "--trusted_proxies=127.0.0.1",
             )
@@ -75,6 +76,12 @@ def relays(io_loop, shared) -> dict[str, Relay]:
         return Relay(service, backend)
 
     return {server: io_loop.run_sync(lambda s=server: begin(s)) for server in SERVERS}
+
+
+def accesses(service: Service) -> list[str]:
+    """The lines of the access log."""
+    lines = (line.partition("access_log] ")[2] for line in service.log)
+    return [line for line in lines if line]
 
 
 TARGETS = ("/ws", "/ws", "/ws/", "/other", "http://relay/ws", "/ws#", "//ws")
@@ -120,7 +127,9 @@ def anything(dice: random.Random, number: int) -> bytes:
 
 
 async def test_handlers_and_their_shortcut_answer_the_same(relays):
-    """To random heads; the backend gets the same events."""
+    """To random heads; backend and log get the same."""
+    services = [relays[server].service for server in SERVERS]
+    logged = [len(accesses(service)) for service in services]
     dice = random.Random(17)
     heads = [anything(dice, number) for number in range(400)]
     differing = []
@@ -137,11 +146,22 @@ async def test_handlers_and_their_shortcut_answer_the_same(relays):
         await asyncio.gather(*map(ask, range(start, start + 20)))
     assert opened > 50
     assert not differing, f"{len(differing)}: {differing[:3]}"
+    for service in services:
+        await send_raw(service.ws_url, handshake(line="GET /end HTTP/1.1"), answers=1)
+        await eventually(lambda s=service: accesses(s)[-1:] == ["GET /end: 404"])
+    fast, slow = (
+        sorted(accesses(service)[start:])
+        for service, start in zip(services, logged, strict=True)
+    )
+    assert fast == slow
 
 
-async def test_client_that_leaves_while_the_backend_decides_is_abandoned(relays):
+@pytest.mark.parametrize("server", SERVERS)
+async def test_client_that_leaves_while_the_backend_decides_is_abandoned(
+    relays, server
+):
     """It gets no 101; its disconnect event has the code 1006."""
-    backend = relays["fast"].backend
+    service, backend = relays[server].service, relays[server].backend
     asked, answer = asyncio.Event(), asyncio.Event()
 
     async def hold(handler, event) -> None:
@@ -151,8 +171,9 @@ async def test_client_that_leaves_while_the_backend_decides_is_abandoned(relays)
     backend.answers["connect"] = hold
     try:
         before = len(backend.of("disconnect"))
-        url = relays["fast"].service.ws_url
-        leaving = asyncio.create_task(send_raw(url, handshake(), half_close=True))
+        leaving = asyncio.create_task(
+            send_raw(service.ws_url, handshake(), half_close=True)
+        )
         async with asyncio.timeout(DEADLINE):
             await asked.wait()
             received = await leaving
@@ -160,5 +181,7 @@ async def test_client_that_leaves_while_the_backend_decides_is_abandoned(relays)
         answer.set()
         events = await backend.wait_for("disconnect", before + 1)
         assert events[-1]["meta"]["code"] == 1006
+        await eventually(lambda: "GET /ws: 499" in accesses(service))
+        assert "GET /ws: 200" not in accesses(service)
     finally:
         backend.answers["connect"] = decide

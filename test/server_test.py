@@ -41,7 +41,7 @@ def relays(io_loop, shared) -> dict[str, Service]:
     async def begin() -> dict[str, Service]:
         return {
             server: await shared.enter_async_context(
-                Service(f"--http_server={server}")
+                Service(f"--http_server={server}", "--logging=debug")
             )
             for server in SERVERS
         }
@@ -156,6 +156,25 @@ async def test_bytes_outside_of_urls_are_400(relay, target, encoding):
     request = handshake().replace(b"GET /ws HTTP/1.1", line)
     received = await send_raw(relay.ws_url, request)
     assert received.ended and received.statuses == [400]
+
+
+MALFORMED = {
+    "no-http": b"garbage\r\n\r\n",
+    "no-host": b"GET /livez HTTP/1.1\r\n\r\n",
+    "bad-chunk": SEND + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
+}
+
+
+@pytest.mark.parametrize("row", MALFORMED)
+async def test_malformed_request_is_logged_at_debug_alone(relay, row):
+    """Else anybody could fill the log."""
+    start = len(relay.log)
+    request = MALFORMED[row]
+    assert (await send_raw(relay.ws_url, request, half_close=True)).statuses == [400]
+    await eventually(lambda: any("alformed" in line for line in relay.log[start:]))
+    (line,) = (line for line in relay.log[start:] if "alformed" in line)
+    assert line.startswith("[D ")
+    assert line.endswith("malformed request: 400 Bad Request")
 
 
 # Random requests, which both servers must accept or both must reject.

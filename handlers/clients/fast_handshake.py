@@ -15,7 +15,7 @@ from tornado.httputil import HTTPHeaders
 from handlers.clients.opening import Opening, Openings
 from handlers.clients.paths import ClientPaths
 from handlers.clients.request import HandshakeRequest
-from handlers.http.access_log import log_access
+from handlers.http.access_log import PEER_LEFT, log_access
 from handlers.http.plain import is_plain_host
 from handlers.http.request import Request
 from handlers.http.response import Connection, add_option
@@ -82,16 +82,16 @@ class FastHandshakes:
 class FastAnswer:
     """Answers one handshake; the `Response` to its request while it is decided."""
 
-    __slots__ = ("_connection", "_path", "_request", "_task", "gone")
+    __slots__ = ("_connection", "_path", "_request", "_task", "answered", "gone")
 
     prepared = True
-    answered = False
 
     def __init__(self, connection: Connection, request: Request, path: str) -> None:
         self._connection = connection
         self._request = request
         self._path = path
         self._task: asyncio.Task[None] | None = None  # while the backend decides
+        self.answered = False
         self.gone = False
 
     def wait(self, deciding: Coroutine[Any, Any, None]) -> None:
@@ -105,8 +105,10 @@ class FastAnswer:
         """Nothing: there is no body."""
 
     def on_close(self) -> None:
-        """The client has left; the backend decides nevertheless."""
-        self.gone = True
+        """If this is before the answer, the backend decides nevertheless."""
+        if not self.answered:
+            self.gone = True
+            log_access("GET", self._path, PEER_LEFT)
 
     # What `Opening` calls.
 
@@ -137,6 +139,7 @@ class FastAnswer:
     def _send(
         self, status: str, fields: Iterable[tuple[str, str]], body: bytes = b""
     ) -> None:
+        self.answered = True
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
         self._connection.send_dated(
             f"HTTP/1.1 {status}\r\n".encode(),

@@ -23,7 +23,6 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
 
     def initialize(self, openings: Openings) -> None:
         self._openings = openings
-        self._peer_gone = False
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
         """Not in `prepare()`, which runs before the checks."""
@@ -54,7 +53,7 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
     @property
     def gone(self) -> bool:
         """Whether the client has left."""
-        return self._peer_gone or self.request.connection is None
+        return self.peer_left or self.request.connection is None
 
     def respond(self, status: int, headers: HTTPHeaders, body: bytes) -> None:
         """Answer with another status than 101."""
@@ -76,10 +75,6 @@ class ClientSocketHandler(ProblemHandler, WebSocketHandler):
         return taken
 
     # What Tornado calls.
-
-    def on_connection_close(self) -> None:
-        """Note that the client left before the handshake was answered."""
-        self._peer_gone = True
 
     def on_finish(self) -> None:
         """Break a reference cycle once the handshake is answered.

@@ -25,6 +25,7 @@ from handlers.clients.connection import ClientConnection, ClientContext
 from handlers.clients.headers import forwarded_fields, forwarded_headers
 from handlers.clients.request import HandshakeRequest
 from handlers.clients.tickets import Claim, Tickets
+from handlers.http.access_log import PEER_LEFT
 from handlers.http.problem import PROBLEM_TYPE, SpeltHeaders, problem_document
 from handlers.http.sockets import TakenSocket
 from handlers.telemetry.trace_context import HandshakeSpan, Tracer, trace_context
@@ -34,7 +35,6 @@ from handlers.websocket.upgrade import negotiate_compression, switching_fields
 
 logger = logging.getLogger(__name__)
 
-CLIENT_LEFT = 499  # as nginx logs a client that closed before the response
 # RFC 9110, section 5.5.
 FIELD_VALUE = re.compile(r"[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*"
                          r"[\x21-\x7e\x80-\xff])?|")
@@ -223,7 +223,7 @@ class Opening:
     def _leave(self, connection: ClientConnection) -> None:
         """End a connection whose client left before the 101."""
         abandon(connection, "client")
-        self._record("left", CLIENT_LEFT)
+        self._record("left", PEER_LEFT)
 
     def _fail(self, error: BaseException) -> None:
         """Answer a handshake that the backend refused, or did not decide."""

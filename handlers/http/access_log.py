@@ -2,16 +2,18 @@
 
 import logging
 
-from tornado.web import RequestHandler
+from handlers.http.problem import ProblemHandler
 
 logger = logging.getLogger(__name__)
 
+PEER_LEFT = 499  # instead of a status, as nginx logs a peer that closed before one
 
-def log_request(handler: RequestHandler) -> None:
+
+def log_request(handler: ProblemHandler) -> None:
     """One line for each request."""
-    log_access(
-        handler.request.method or "", handler.request.path, handler.get_status()
-    )
+    request = handler.request
+    status = PEER_LEFT if handler.peer_left else handler.get_status()
+    log_access(request.method or "", request.path, status)
 
 
 def log_access(method: str, target: str, status: int) -> None:

@@ -58,6 +58,7 @@ class BodyHandler(ProblemHandler):
         self._drop_body()
 
     def on_connection_close(self) -> None:
+        super().on_connection_close()
         self._drop_body()
 
     def on_over_budget(self) -> None:

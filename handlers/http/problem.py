@@ -56,7 +56,16 @@ class SpeltHeaders(HTTPHeaders):
 
 
 class ProblemHandler(RequestHandler):
-    """A handler whose errors are `application/problem+json`."""
+    """A handler whose errors are `application/problem+json`.
+
+    `peer_left` says that the peer closed the connection before the response began.
+    """
+
+    peer_left = False
+
+    def on_connection_close(self) -> None:
+        """The peer has left. Tornado's own method has nothing to do here."""
+        self.peer_left = not self._headers_written
 
     def set_default_headers(self) -> None:
         headers = SpeltHeaders()

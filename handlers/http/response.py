@@ -5,6 +5,7 @@ for a response that needs none. Each belongs to one `Request`, and ends with it.
 """
 
 import asyncio
+import logging
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -23,13 +24,18 @@ from tornado.iostream import StreamClosedError
 from tornado.web import Application
 
 from backends.waiting import done_future
+from handlers.http.access_log import PEER_LEFT, log_access
 from handlers.http.body_budget import BodyBudget
 from handlers.http.bounds import RequestBounds
 from handlers.http.fast import FastResponse, LaterResponse
 from handlers.http.request import Request
 from handlers.http.sockets import TakenSocket
 
+logger = logging.getLogger(__name__)
+
 SWITCHING_PROTOCOLS = 101
+# Logged at the level debug: peers may send any number of them.
+MALFORMED = "malformed request: 400 Bad Request"
 LINE_END = re.compile(r"[\r\n\0]")
 
 
@@ -95,6 +101,7 @@ class PendingResponse:
         request: Request,
         response: Awaitable[FastResponse],
     ) -> None:
+        self._request = request
         # Kept here; `on_close` cancels it.
         self._answer: LaterResponse[Any] | asyncio.Task[None]
         if isinstance(response, LaterResponse):  # it needs no task
@@ -110,6 +117,8 @@ class PendingResponse:
     def on_close(self) -> None:
         """Stop waiting."""
         self._answer.cancel()
+        request = self._request
+        log_access(request.method, request.target.decode("latin-1"), PEER_LEFT)
 
 
 def _on_answer(
@@ -165,6 +174,7 @@ class HandlerResponse(HTTPConnection):
                 headers,
             )
         except HTTPInputError:
+            logger.debug(MALFORMED)
             self._delegate = self._on_close = None
             self._connection.give_up(b"400 Bad Request")
             return

@@ -7,6 +7,7 @@
 import asyncio
 import contextlib
 import itertools
+import logging
 import re
 import socket
 import ssl
@@ -46,8 +47,10 @@ from handlers.http.bounds import (
     RequestBounds,
 )
 from handlers.http.deadlines import Deadlines
-from handlers.http.response import SWITCHING_PROTOCOLS, add_option
+from handlers.http.response import MALFORMED, SWITCHING_PROTOCOLS, add_option
 from handlers.http.sockets import TakenSocket, send_close_notify
+
+logger = logging.getLogger(__name__)
 
 TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n"
@@ -365,6 +368,19 @@ class _Exchange(HTTP1Connection):
             return super().write_headers(start_line, headers, chunk)
         finally:
             self._disconnect_on_finish = ends
+
+
+class _Malformed(logging.Filter):
+    """Logs malformed requests as `handlers.http.server` does, instead of Tornado."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not str(record.msg).startswith("Malformed HTTP message"):
+            return True
+        logger.debug(MALFORMED)
+        return False
+
+
+logging.getLogger("tornado.general").addFilter(_Malformed())
 
 
 class _Nobody(HTTPMessageDelegate):

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tornado.options import options
-from tornado.web import RequestHandler
 
 from backends import Observer
 from handlers.callbacks.bulk import PATH as BULK_PATH
@@ -16,6 +15,7 @@ from handlers.http.body import NotFoundHandler
 from handlers.http.body_budget import BodyBudget
 from handlers.http.bounds import RequestBounds
 from handlers.http.listener import Server
+from handlers.http.problem import ProblemHandler
 from handlers.http.request import FastHandler, Request
 from handlers.http.server import RequestServer, Upgrade
 
@@ -41,8 +41,10 @@ def make_server(
     handshake. If `keep_names`, the names of headers are kept as they were written.
     """
 
-    def on_answered(handler: RequestHandler) -> None:
+    def on_answered(handler: ProblemHandler) -> None:
         log_request(handler)
+        if handler.peer_left:
+            return
         sends = is_send(handler)
         if sends:
             observer.send_answered(handler.get_status())
