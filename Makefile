@@ -31,6 +31,11 @@ NODE_MODULES = test/interop/node_modules/.package-lock.json \
 # AWS's emulator of Lambda, for the tests of functions.
 EMULATOR = test/rie/aws-lambda-rie
 
+# The C compiler that setuptools takes, and where Python's headers are.
+COMPILER = import os, shlex, sysconfig; \
+    print(shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC"))[0])
+HEADERS = import sysconfig; print(sysconfig.get_path("include"))
+
 # If something was compiled, what runs it compiles again what has changed.
 COMPILED = $(wildcard .venv/compile.stamp)
 SOURCES = $(shell find backends handlers -name '*.py')
@@ -126,10 +131,26 @@ endif
 	@touch .venv/run.stamp $@
 
 .venv/compile.stamp: $(SOURCES) setup.py pyproject.toml | .venv/bin/pip
+	@cc=$$($(BIN)/python -c '$(COMPILER)'); command -v "$$cc" >/dev/null || { \
+	    echo "make compile needs a C compiler, and there is no $$cc. On Debian:" \
+	        "apt-get install gcc. SocketDock runs without it, too." >&2; \
+	    exit 1; \
+	}
+	@[ -f "$$($(BIN)/python -c '$(HEADERS)')/Python.h" ] || { \
+	    echo "make compile needs Python.h, which is not there. On Debian:" \
+	        "apt-get install $(notdir $(PYTHON))-dev. SocketDock runs without" \
+	        "it, too." >&2; \
+	    exit 1; \
+	}
 	@find backends handlers -name '*.so' -delete
 	@rm -rf socketdock__mypyc.*
-	$(PIP) -e '.[compile]'
-	SOCKETDOCK_COMPILE=1 $(PIP) --no-build-isolation --no-deps -e .
+	@echo "Compiling takes about three minutes."
+	@{ $(PIP) -e '.[compile]' && \
+	    SOCKETDOCK_COMPILE=1 $(PIP) --no-build-isolation --no-deps -e .; } || { \
+	    echo "SocketDock was not compiled: the reason is above. It runs as before" \
+	        "'make compile', as pure Python." >&2; \
+	    exit 1; \
+	}
 	@touch .venv/run.stamp $@
 
 $(EMULATOR): test/rie.py | .venv/test.stamp

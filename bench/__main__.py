@@ -75,6 +75,12 @@ def checkout(path: str) -> str:
     return f"socketdock@{Path(path).resolve()}"
 
 
+def is_alike(relay: str) -> bool:
+    """Whether that checkout and this one are both compiled, or neither."""
+    other = Path(relay.partition("@")[2])
+    return relays.is_compiled(other) == relays.is_compiled(relays.PROJECT)
+
+
 def described(defaults: dict[str, Any]) -> str:
     """Describe `defaults` for the help."""
     flags = (
@@ -155,6 +161,11 @@ def main() -> None:
     is_published = is_kept and arguments.results.parent == results.FOLDER
     if is_published and not relays.is_compiled(relays.PROJECT):
         sys.exit("bench: run `make compile` before, or keep the --results elsewhere")
+    if arguments.against is not None and not is_alike(arguments.against):
+        sys.exit(
+            "bench: only one of the two checkouts is compiled: run `make compile` in"
+            " the other one, or `make pure`"
+        )
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     os.sched_setaffinity(0, {relays.LOAD_PROCESSOR})

@@ -3,15 +3,17 @@
 import asyncio
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from service import PROJECT
+from service import DEADLINE, PROJECT
 
 from bench import report, results
 from bench.comparison import Comparison, comparisons
+from bench.relays import is_compiled
 
 pytestmark = [pytest.mark.gen_test(timeout=240), pytest.mark.long]
 
@@ -87,6 +89,25 @@ async def test_checkouts_are_compared_by_rounds(io_loop: object) -> None:
             said,
             re.MULTILINE,
         )
+
+
+def test_compiled_checkout_is_not_compared_with_a_pure_one(tmp_path: Path) -> None:
+    """It would seem to cost less, whatever has changed."""
+    (tmp_path / "socketdock.py").touch()
+    if not is_compiled(PROJECT):
+        (tmp_path / "handlers").mkdir()
+        (tmp_path / "handlers" / "module.so").touch()
+    tried = subprocess.run(
+        [sys.executable, "-m", "bench", f"--against={tmp_path}"],
+        cwd=PROJECT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert tried.returncode == 1
+    assert tried.stderr.startswith("bench: only one of the two checkouts is compiled")
 
 
 @pytest.mark.parametrize(

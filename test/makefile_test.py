@@ -146,6 +146,30 @@ def test_make_reports_a_missing_python(tree):
     assert "make PYTHON=" in made.stderr
 
 
+WHAT_COMPILING_NEEDS = {
+    "compiler": (["CC=my-cc -x"], "needs a C compiler, and there is no my-cc."),
+    "headers": (["CC=true", 'HEADERS=print("/nowhere")'], "needs Python.h"),
+    # The environment of the test has no pip.
+    "all-else": (["CC=true", 'HEADERS=print(".")'], "not compiled: the reason is"),
+}
+
+
+@pytest.mark.parametrize("row", WHAT_COMPILING_NEEDS)
+def test_compiling_that_fails_ends_with_the_reason(tree, environment, row):
+    """And what else is to be had, in make's own message."""
+    put(environment, tree)
+    (tree / "Python.h").touch()
+    for name in ("backends", "handlers"):
+        (tree / name).mkdir()
+    words, message = WHAT_COMPILING_NEEDS[row]
+    made = make(tree, "compile", *words)
+    assert made.returncode == 2
+    *_, said, from_make = made.stderr.splitlines()
+    assert message in said
+    assert from_make.startswith("make: ***")
+    assert not (tree / ".venv" / "compile.stamp").exists()
+
+
 def test_tests_run_without_registries(tree, environment, tmp_path):
     """Tests with Node.js or AWS's emulator are skipped, and a line says so."""
     program("nodejs npm", "npm")
