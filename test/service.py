@@ -127,9 +127,25 @@ class Service:
         self._started.set()
 
 
+SOCKETDOCK = (sys.executable, "socketdock.py")
+# A relay of another user; root starts it. Imports first: that user need not be able to
+# read this Python or this checkout.
+AS_NOBODY = (sys.executable, "-c", """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import backends, encodings.idna, encodings.utf_8_sig, socketdock, uvloop
+for name in backends.BUILT_IN:
+    backends.load(name)
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+socketdock.main()
+""")
+
+
 def ended(
     *flags: str,
-    command: tuple[str, ...] = (sys.executable, "socketdock.py"),
+    command: tuple[str, ...] = SOCKETDOCK,
     cwd: Path = PROJECT,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
@@ -147,13 +163,17 @@ def ended(
 
 
 def refusal(
-    *flags: str, cwd: Path = PROJECT, status: int = 2, **environment: str
+    *flags: str,
+    command: tuple[str, ...] = SOCKETDOCK,
+    cwd: Path = PROJECT,
+    status: int = 2,
+    **environment: str,
 ) -> str:
     """Return the one-line error of a relay that does not start.
 
     `status` is 2 for invalid options, 1 for a reason that may end.
     """
-    service = ended("--bindport=0", *flags, cwd=cwd, **environment)
+    service = ended("--bindport=0", *flags, command=command, cwd=cwd, **environment)
     assert service.returncode == status, service.stderr
     (line,) = service.stderr.splitlines()
     assert line.startswith("socketdock: ")

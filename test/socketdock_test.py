@@ -7,15 +7,17 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import websockets
-from project import installation, library
+from programs import leave_out
+from project import copy_project, installation, library
 from service import (
+    AS_NOBODY,
     DEADLINE,
     PROJECT,
+    SOCKETDOCK,
     RecordingBackend,
     Service,
     ended,
@@ -25,7 +27,6 @@ from service import (
 )
 from tornado.httpclient import AsyncHTTPClient
 
-SOCKETDOCK = (sys.executable, "socketdock.py")
 HTTP = ("--backend=http", "--messageuri=http://127.0.0.1:1/message")
 
 
@@ -513,6 +514,17 @@ def test_unreadable_options_file_is_rejected(tmp_path):
         path = tmp_path / name
         line = refusal(f"--config={path}", status=status)
         assert f"can't read {path}: " in line
+
+
+def test_options_file_of_another_user_is_not_ignored(tmp_path):
+    """The one that is read without --config."""
+    if os.getuid():
+        leave_out("another user to be takes root")
+    tree = copy_project(tmp_path / "tree")
+    (tree / "conf").chmod(0o700)
+    line = refusal(cwd=tree, command=AS_NOBODY, status=1)
+    path = tree / "conf" / "socketdock.conf"
+    assert line == f"socketdock: can't read {path}: Permission denied"
 
 
 def test_port_in_use_is_status_1():

@@ -124,7 +124,13 @@ def config_path(argv: Sequence[str], environ: Mapping[str, str]) -> Path | None:
     if given:
         # Only --config accepts /dev/null, which selects no file.
         return None if given == os.devnull else Path(given)
-    return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+    try:
+        DEFAULT_CONFIG.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        pass  # to read it fails, too, and says why
+    return DEFAULT_CONFIG
 
 
 def last_of(name: str, argv: Sequence[str]) -> str | None:
