@@ -372,6 +372,10 @@ async def test_no_log_or_page_shows_a_key(io_loop, server):
                 ("POST", f"{url}/send?key={key[:-1]}"),
                 ("POST", f"{url}/send?key={key}&type=blob"),
                 ("POST", f"{url}/nothing?key={key}"),
+                # A mistake in the backend has made the key a part of the path.
+                ("POST", f"{url}/send%3Fkey={key}"),
+                ("POST", f"{url}/send%253Fkey%253D{key}"),
+                ("POST", f"{url}/send&Key={key}"),
                 ("GET", f"{url}?key={key}"),
                 ("DELETE", f"{url}?key={key}"),
             )

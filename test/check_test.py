@@ -190,6 +190,37 @@ async def test_check_warns_of_an_answer_that_is_a_mistake(io_loop, answer, remed
     assert level == "warning" and remedy in text
 
 
+@pytest.mark.parametrize(
+    ("content_type", "flag", "level", "text"),
+    [
+        (MEDIA_TYPE, "commands", "ok", "without commands"),
+        (MEDIA_TYPE, "off", "warning", "are ignored; set --reply=commands"),
+        ("application/json", "off", "warning", "are ignored; set --reply=commands"),
+        ("application/json", "commands", "warning", f"Content-Type {MEDIA_TYPE}"),
+    ],
+)
+async def test_remedy_for_ignored_commands_works(
+    io_loop, content_type, flag, level, text
+):
+    """An empty list of commands is right where commands are read."""
+    async with RecordingBackend() as backend:
+        backend.answers["message"] = replies(content_type, '{"commands": []}')
+        flags = (*backend.flags("message"), f"--reply={flag}")
+        lines = await check("--bindport=0", "--send", *flags, status=0)
+    found = sent(lines)["messageuri"]
+    assert found[0] == level and found[1].endswith(text)
+
+
+@pytest.mark.parametrize("content_type", ["application/json", MEDIA_TYPE])
+async def test_check_warns_of_a_subprotocol_that_was_not_offered(io_loop, content_type):
+    """The relay would answer 503 to the client."""
+    async with RecordingBackend() as backend:
+        backend.answers["connect"] = replies(content_type, '{"subprotocol": "chat"}')
+        lines = await check("--bindport=0", "--send", *backend.flags(), status=0)
+    level, text = sent(lines)["connecturi"]
+    assert level == "warning" and "subprotocol that was not offered" in text
+
+
 async def test_check_sends_to_the_urls_of_batches_and_of_heartbeats(io_loop):
     """One batch with both events, and a heartbeat that ends its instance."""
     received = []

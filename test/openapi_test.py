@@ -15,6 +15,7 @@ from reply_backends import ReplyBackend
 from service import DEADLINE, RecordingBackend, Service
 
 from backends.commands import parse_commands
+from handlers.callbacks.openapi import openapi_document
 from socketdock import __version__
 
 pytestmark = pytest.mark.gen_test(timeout=300)
@@ -203,6 +204,21 @@ async def test_bulk_callback_is_documented_if_it_exists(io_loop):
             answer = await backend.call(f"{service.callback_url}/commands")
         assert ("/commands" in spoken["paths"]) == exists
         assert (answer.code == 401) == exists
+
+
+def test_document_names_the_limits_of_bulk_callbacks():
+    """They have a larger body than others, of one media type."""
+    spoken = openapi_document("1.0", {"token"})
+    responses = spoken["paths"]["/commands"]["post"]["responses"]
+    described = {
+        status: spoken["components"]["responses"][each["$ref"].split("/")[-1]]
+        for status, each in responses.items()
+        if "$ref" in each
+    }
+    assert "--max_bulk_size" in described["413"]["description"]
+    assert "application/json" in described["415"]["description"]
+    assert "memory" in described["503"]["description"]
+
 
 
 @pytest.mark.parametrize(("flags", "security", "others"), [

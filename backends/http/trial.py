@@ -136,6 +136,11 @@ class HTTPTrial(Trial):
             why = str(error).removesuffix(".")
             return Finding("warning", f"{what}, but its reply is unusable: {why};"
                                       " correct it")
+        members = members_of(response)
+        if option == "--connecturi" and members.get("subprotocol") is not None:
+            return Finding("warning", f"{what}, but chooses a subprotocol that was not"
+                                      " offered: a client would get 503; choose one of"
+                                      " meta.subprotocols")
         if commands:
             return Finding("ok", f"{what}: {counted(commands)}")
         if not response.body:
@@ -144,9 +149,14 @@ class HTTPTrial(Trial):
         what = f"{what}: {len(response.body)} bytes of {media_type}"
         if option not in WITH_COMMANDS:
             return Finding("ok", what)
-        if mentions_commands(response):
-            return Finding("warning", f"{what}, whose commands are ignored; make the"
-                                      f" Content-Type {MEDIA_TYPE}")
+        if "commands" in members:
+            if self._replies.mode == "off":
+                remedy = "set --reply=commands"
+            elif has_commands(response.headers):
+                return Finding("ok", f"{what}, without commands")
+            else:
+                remedy = f"make the Content-Type {MEDIA_TYPE}"
+            return Finding("warning", f"{what}, whose commands are ignored; {remedy}")
         return Finding("ok", f"{what}, without commands")
 
     def _commands(self, option: str, response: Response) -> Sequence[Command]:
@@ -191,15 +201,15 @@ def counted(commands: Sequence[Command]) -> str:
     return "commands: " + ", ".join(f"{n} {name}" for name, n in counts.items())
 
 
-def mentions_commands(response: Response) -> bool:
-    """Whether a body that the relay ignores looks like commands."""
+def members_of(response: Response) -> Mapping[str, Any]:
+    """Return the members of a JSON object; none of a body that is no such text."""
     if not is_text_type(response.headers.get("content-type", "text/plain")):
-        return False
+        return {}
     try:
         members = parsed_json(response.body or b"")
     except (ValueError, RecursionError):
-        return False
-    return isinstance(members, dict) and "commands" in members
+        return {}
+    return members if isinstance(members, Mapping) else {}
 
 
 def shown(content_type: str) -> str:

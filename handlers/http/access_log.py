@@ -1,12 +1,16 @@
 """Logs one line for each request."""
 
 import logging
+import re
 
 from handlers.http.problem import ProblemHandler
 
 logger = logging.getLogger(__name__)
 
 PEER_LEFT = 499  # instead of a status, as nginx logs a peer that closed before one
+# A key of a callback URL that a mistake has made a part of the path.
+KEY = re.compile(r"key[=%].*", re.IGNORECASE)
+
 
 
 def log_request(handler: ProblemHandler) -> None:
@@ -17,7 +21,7 @@ def log_request(handler: ProblemHandler) -> None:
 
 
 def log_access(method: str, target: str, status: int) -> None:
-    """Log a request by its path, without the query.
+    """Log a request by its path, without the query and without a key.
 
     A target that is not a path is left out: that of a proxy request may contain a
     user name.
@@ -28,6 +32,6 @@ def log_access(method: str, target: str, status: int) -> None:
     level = logging.WARNING if is_fault else logging.DEBUG
     if not logger.isEnabledFor(level):
         return
-    path = target.partition("?")[0]
+    path = KEY.sub("key...", target.partition("?")[0])
     shown = ascii(path)[1:-1] if path.startswith("/") else "(no path)"
     logger.log(level, "%s %s: %d", method, shown, status)
