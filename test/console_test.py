@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import websockets
 from authorization_test import Caller, Response, ask
-from faults import memory
+from faults import ScriptedBackend, memory
 from programs import program
 from project import installation, library
 from reply_backends import ReplyBackend
@@ -769,6 +769,30 @@ def test_no_events_are_collected_without_viewers():
         return counted
 
     assert asyncio.run(run()) == [0, 1, 2, 2]
+
+
+async def test_commands_of_a_batch_follow_its_events(io_loop):
+    """Each event has the status of the response."""
+    def answer(kind: str) -> bytes:
+        (event,) = backend.events[-1][1]["events"]
+        command = {"send": "x", "connection_id": event["meta"]["connection_id"]}
+        body = json.dumps({"commands": [command]}).encode()
+        return (
+            b"HTTP/1.1 202 Accepted\r\nContent-Type: application/vnd.socketdock+json"
+            b"\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+
+    async with ScriptedBackend(answer) as backend:
+        flags = ("--backend=http", f"--batchuri={backend.url('batch')}")
+        async with (
+            Service(*flags) as service,
+            live(service) as (stream, _),
+            websockets.connect(service.ws_url) as client,
+        ):
+            await client.send("one")
+            await stream.until("command")
+            shown = [(each["kind"], each.get("status")) for each in stream.events()]
+    assert shown[-3:] == [("attempt", 202), ("sent", None), ("command", None)]
 
 
 @pytest.mark.parametrize("bodies", [True, False])

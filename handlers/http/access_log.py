@@ -12,7 +12,6 @@ PEER_LEFT = 499  # instead of a status, as nginx logs a peer that closed before 
 KEY = re.compile(r"key[=%].*", re.IGNORECASE)
 
 
-
 def log_request(handler: ProblemHandler) -> None:
     """One line for each request."""
     request = handler.request

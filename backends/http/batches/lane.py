@@ -294,7 +294,7 @@ class Lane:
         """Accept all events but those that the response names as failed."""
         self._acquit_parts()
         if response.body is None:
-            self._settle(batch, frozenset())
+            self._settle(*self._judged(batch, frozenset()))
             self._end_batch()
         elif is_large(response):
             self._reading = self._loop.create_task(self._read(batch, response))
@@ -321,11 +321,12 @@ class Lane:
     def _on_reply(self, batch: Batch, reply: BatchReply) -> None:
         """Carry out the commands, and settle the events; then comes the next batch."""
         replies = self._context.replies
+        accepted, rejected = self._judged(batch, reply.failed)
         owners = list(dict.fromkeys(entry.owner for entry in batch.entries))
         carried_out = replies.carry_out_batch(
             reply.commands, {entry.connection_id for entry in batch.entries}
         )
-        self._settle(batch, reply.failed)
+        self._settle(accepted, rejected)
 
         def end(_: object = None) -> None:
             for owner in owners:
@@ -338,9 +339,15 @@ class Lane:
         else:
             carried_out.add_done_callback(end)
 
-    def _settle(self, batch: Batch, failed: frozenset[str]) -> None:
-        """Tell each owner; behind a failed event, all of its connection failed."""
-        accepted, rejected = batch.entries, []
+    def _judged(
+        self, batch: Batch, failed: frozenset[str]
+    ) -> tuple[list[Entry], list[Entry]]:
+        """Report, and return, the events that are accepted, and those that failed.
+
+        Behind a failed event, all of its connection failed.
+        """
+        accepted: list[Entry] = batch.entries
+        rejected: list[Entry] = []
         if failed:
             accepted, owners = [], set()
             for entry in batch.entries:
@@ -351,6 +358,10 @@ class Lane:
                     accepted.append(entry)
             self._report(batch, rejected, "error", batch.status)
         self._report(batch, accepted, "delivered", batch.status)
+        return accepted, rejected
+
+    def _settle(self, accepted: Sequence[Entry], rejected: Sequence[Entry]) -> None:
+        """Tell each owner."""
         for entry in accepted:
             if entry.owner is not None:
                 entry.owner.on_accepted(entry)
