@@ -12,12 +12,15 @@ values of the relay's own options, by name, for those that are not set, and
 then get 403. A built-in one lists the shared modules whose options it reads in
 `OPTION_MODULES`. To write one:
 
-    from backends import Backend
+    from contextlib import suppress
+
+    from backends import Backend, ConnectionClosed, SendBufferFull
 
     class PrintBackend(Backend):
         async def message(self, connection, message):
             print(connection.id, message)
-            connection.send("thank you")
+            with suppress(ConnectionClosed, SendBufferFull):
+                connection.send("thank you")
 
     def make_backend(relay):
         return PrintBackend()
@@ -27,6 +30,7 @@ The other end, where clients connect, is `handlers.clients.connection`.
 
 import abc
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -55,6 +59,8 @@ from backends.observer import Initiator as Initiator
 from backends.observer import Observer as Observer
 from backends.observer import Outcome as Outcome
 from backends.waiting import Taken as Taken
+
+FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.1
 
 
 class Occupancy(NamedTuple):
@@ -215,7 +221,8 @@ class Connection(Protocol):
         """Start the closing handshake, unless it has started already.
 
         `reason` is at most 123 bytes of UTF-8 (RFC 6455, section 5.5). Raises
-        `ValueError` for a longer one, or a code that no close frame may have.
+        `ValueError` for a longer one, a code that no close frame may have, or another
+        `initiator`.
         """
 
     def give_up(self, error: "BackendError", messages: int = 1) -> None:
@@ -256,7 +263,9 @@ class ConnectionRefused(Exception):
     """The backend refuses a handshake.
 
     `status` is the HTTP status for the client, sent with `headers` and `body`. Raises
-    `ValueError` for one that can't refuse: the interim and the successful ones.
+    `ValueError` for one that can't refuse, the interim and the successful ones, and
+    for headers that are no strings, or have names that no header has; `TypeError` for
+    a body that is not `bytes`.
     """
 
     status: int
@@ -266,6 +275,11 @@ class ConnectionRefused(Exception):
     def __post_init__(self) -> None:
         if not isinstance(self.status, int) or not 300 <= self.status <= 599:
             raise ValueError(f"a handshake can't be refused with {self.status!r}")
+        for name, value in self.headers.items():
+            if not (isinstance(value, str) and FIELD_NAME.fullmatch(name)):
+                raise ValueError(f"no header of a refusal: {name!r}, or its value")
+        if not isinstance(self.body, bytes):
+            raise TypeError("the body of a refusal must be bytes")
 
 
 class Condition(NamedTuple):

@@ -8,6 +8,10 @@ from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
+# What a call of a backend may raise that is not awaited; the result of a cancelled
+# future is no `Exception`.
+RAISED = (Exception, asyncio.CancelledError)
+
 
 class Taken:
     """What `Backend.message` may return: an awaitable that calls back without a future.

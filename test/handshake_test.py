@@ -1,9 +1,13 @@
 """Malformed handshakes, row by row; docs/bad-input.md is the table."""
 
+import asyncio
+import contextlib
 import re
 import socket
 import textwrap
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -250,9 +254,27 @@ async def test_accept_is_made_of_the_key(io_loop, relay):
 
 
 ODD = """
+    import asyncio
     import sys
 
     from backends import Backend, ConnectionRefused
+
+    REFUSALS = {
+        "refuse": ({"WWW-Authenticate": "a\\x01b", "Retry-After": "7"}, b"no"),
+        # All headers of a response that was received.
+        "refuse-all": (
+            {
+                "Content-Length": "99",
+                "Transfer-Encoding": "chunked",
+                "Connection": "keep-alive",
+                "Retry-After": "7",
+            },
+            b"no",
+        ),
+        "refuse-number": ({"Retry-After": 7}, b"no"),
+        "refuse-name": ({"Retry\\r\\nAfter": "7"}, b"no"),
+        "refuse-text": ({}, "no"),
+    }
 
     class Unspeakable(str):
         \"\"\"Equals whatever was offered, and can be in no header.\"\"\"
@@ -263,10 +285,22 @@ ODD = """
             return True
 
     class OddBackend(Backend):
-        async def connect(self, connection, handshake):
-            if handshake.query == "refuse":
-                headers = {"WWW-Authenticate": "a\\x01b", "Retry-After": "7"}
-                raise ConnectionRefused(401, headers, b"no")
+        def connect(self, connection, handshake):
+            if handshake.query == "accept":
+                return None
+            if handshake.query == "cancelled":
+                raise asyncio.CancelledError
+            return self.decide(connection, handshake)
+
+        async def decide(self, connection, handshake):
+            if handshake.query in REFUSALS:
+                raise ConnectionRefused(401, *REFUSALS[handshake.query])
+            if handshake.query == "not-modified":
+                raise ConnectionRefused(304, {}, b"no")
+            if handshake.query == "close-float":
+                connection.close(1000.0)
+            if handshake.query == "close-by-nobody":
+                connection.close(1000, "", "nobody")
             if handshake.query == "refuse-oddly":
                 raise ConnectionRefused("403")
             if handshake.query == "close-oddly":
@@ -278,7 +312,10 @@ ODD = """
             return Unspeakable("a\\nb")
 
         def message(self, connection, message):
-            pass
+            raise asyncio.CancelledError
+
+        def called_back(self, connection):
+            raise KeyError(connection.id)
 
         async def disconnect(self, connection, closure):
             print("end", closure.code, closure.initiator, file=sys.stderr)
@@ -288,19 +325,33 @@ ODD = """
 """
 
 
-async def test_bug_in_a_handshake_leaves_nothing(io_loop, tmp_path):
-    """500, and a disconnect event, since the backend may have said yes.
-
-    The connection counts no more: where one may be open, the next is not refused.
-    """
+@contextlib.asynccontextmanager
+async def odd_relay(tmp_path: Path, *flags: str) -> AsyncIterator[Service]:
+    """A relay with the backend `ODD`."""
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "__init__.py").touch()
     (tmp_path / "odd" / "backend.py").write_text(textwrap.dedent(ODD))
     environment = {"PYTHONPATH": str(tmp_path)}
-    flags = ("--backend=odd.backend", "--max_connections=1")
-    async with Service(*flags, environment=environment) as service:
+    async with Service(
+        "--backend=odd.backend", *flags, environment=environment
+    ) as service:
+        yield service
+        service.log.clear()  # of the bugs
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+async def test_bug_in_a_handshake_leaves_nothing(io_loop, tmp_path, server):
+    """500, and a disconnect event, since the backend may have said yes.
+
+    The connection counts no more: where one may be open, the next is not refused.
+    """
+    flags = (f"--http_server={server}", "--max_connections=1")
+    async with odd_relay(tmp_path, *flags) as service:
         offer = "Sec-WebSocket-Protocol: a"
-        odd = ("fail", "refuse-oddly", "close-oddly", "long")
+        odd = (
+            "fail", "refuse-oddly", "refuse-number", "refuse-name", "refuse-text",
+            "cancelled", "close-oddly", "close-float", "close-by-nobody", "long",
+        )  # fmt: skip
         for number, target in enumerate(("/ws", *(f"/ws?{q}" for q in odd), "/ws"), 1):
             request = handshake(offer, line=f"GET {target} HTTP/1.1")
             received = await send_raw(
@@ -311,13 +362,43 @@ async def test_bug_in_a_handshake_leaves_nothing(io_loop, tmp_path):
             assert headers["content-type"] == "application/problem+json"
             await eventually(lambda n=number: service.log.count("end 1006 relay") == n)
             assert len(service.tracebacks) == number
-        service.log.clear()  # of these bugs
         # The valid parts of a refusal are passed on.
-        request = handshake(line="GET /ws?refuse HTTP/1.1")
-        received = await send_raw(service.ws_url, request, answers=1, deadline=DEADLINE)
-        ((status, headers, body),) = received.answers()
-        assert (status, headers["retry-after"], body) == (401, "7", b"no")
-        assert "www-authenticate" not in headers
+        for query in ("refuse", "refuse-all"):
+            request = handshake(line=f"GET /ws?{query} HTTP/1.1")
+            received = await send_raw(service.ws_url, request, deadline=DEADLINE)
+            ((status, headers, body),) = received.answers()
+            assert (status, headers["retry-after"], body) == (401, "7", b"no")
+            assert headers["connection"] == "close"
+            assert {"www-authenticate", "transfer-encoding"}.isdisjoint(headers)
+        request = handshake(line="GET /ws?not-modified HTTP/1.1")
+        received = await send_raw(service.ws_url, request, deadline=DEADLINE)
+        ((status, _, body),) = received.answers()
+        assert (status, body) == (304, b"")
+
+
+@pytest.mark.parametrize("server", ["fast", "tornado"])
+async def test_bug_of_a_backend_leaves_nobody_without_an_answer(
+    io_loop, tmp_path, server
+):
+    """Neither the client whose message it was, nor who sends to it."""
+    async with odd_relay(tmp_path, f"--http_server={server}") as service:
+        async with websockets.connect(f"{service.ws_url}?accept") as client:
+            await eventually(lambda: any(" opened by" in line for line in service.log))
+            (opened,) = (line for line in service.log if " opened by" in line)
+            path = f"/socket/{re.search('[0-9a-f]{32}', opened)[0]}/send"
+            request = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx"
+            for pieces in ([request], request.partition("Host")):
+                received = await send_raw(
+                    service.callback_url,
+                    *(piece.encode() for piece in pieces),
+                    answers=1,
+                    deadline=DEADLINE,
+                )
+                assert received.statuses == [500]
+            await client.send("x")
+            with pytest.raises(websockets.ConnectionClosed):
+                await asyncio.wait_for(client.recv(), DEADLINE)
+            assert client.close_code == 1011
 
 
 @pytest.mark.parametrize("server", ["fast", "tornado"])

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable
 from datetime import UTC, datetime, timedelta
+from typing import get_args
 
 from backends import (
     Backend,
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 # One format for all values takes less time than one for each.
 CLOSED = "connection %s closed with %d by %s after %.1f s: %d messages in, %d out"
+INITIATORS = frozenset(get_args(Initiator))
 STALL_LOOKS = 8  # checks of a slow client within `--send_timeout`
 
 
@@ -385,6 +387,8 @@ class ClientConnection:
     ) -> None:
         """Start the closing handshake; see `backends.Connection.close`."""
         check_closing(code, reason)
+        if initiator not in INITIATORS:
+            raise ValueError(f"{initiator!r} closes no connection")
         if self.state == "connecting":
             self._closing = self._closing or (code, reason, initiator)
             return

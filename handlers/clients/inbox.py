@@ -6,6 +6,7 @@ from collections import deque
 from typing import Protocol
 
 from backends import Backend, BackendError, Connection, Observer, Taken
+from backends.waiting import RAISED
 from handlers.backlog import Backlog
 from handlers.clients.policy import ClientPolicy
 from handlers.connections import NEVER
@@ -142,7 +143,7 @@ class Inbox:
             self._head_size = size
             try:
                 taken = context.backend.message(connection, message)
-            except Exception as error:
+            except RAISED as error:
                 self._on_undeliverable(error, size)
                 self._rest()
                 return
@@ -174,7 +175,7 @@ class Inbox:
         assert connection is not None
         try:
             taken = context.backend.message(connection, message)
-        except Exception as error:
+        except RAISED as error:
             self._on_undeliverable(error, size)
             return
         if taken is None:
@@ -308,7 +309,7 @@ class Inbox:
 def _failure(taken: "asyncio.Future[None]") -> BaseException:
     """Return why the backend did not take a message."""
     error = None if taken.cancelled() else taken.exception()
-    return error or BackendError("the relay shuts down")
+    return error or BackendError("its delivery was cancelled")
 
 
 def size_of(message: str | bytes) -> int:

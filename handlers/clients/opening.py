@@ -20,6 +20,7 @@ from backends import (
     Initiator,
     TraceContext,
 )
+from backends.waiting import RAISED
 from handlers.clients.checks import Rejection, malformed
 from handlers.clients.connection import ClientConnection, ClientContext
 from handlers.clients.headers import forwarded_fields, forwarded_headers
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 # RFC 9110, section 5.5.
 FIELD_VALUE = re.compile(r"[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*"
                          r"[\x21-\x7e\x80-\xff])?|")
+# The server sets these itself. A backend may pass on all headers of a response.
+FRAMING = frozenset({"connection", "content-length", "keep-alive", "transfer-encoding"})
 
 
 class Answer(Protocol):
@@ -162,17 +165,18 @@ class Opening:
             if choice is not None and not isinstance(choice, str):
                 return self._when_chosen(choice)
             self._accept(choice)
-        except Exception as error:
+        except RAISED as error:
             self._fail(error)
         return None
 
     async def _when_chosen(self, choice: Awaitable[str | None]) -> None:
         try:
             self._accept(await choice)
-        except BaseException as error:
+        except Exception as error:
             self._fail(error)
-            if not isinstance(error, Exception):  # the task is cancelled
-                raise
+        except BaseException:  # the task is cancelled
+            self._end_undecided()
+            raise
 
     def _handshake(self) -> Handshake:
         request, context = self._request, self._context
@@ -243,14 +247,19 @@ class Opening:
                     HTTPStatus.SERVICE_UNAVAILABLE, "No decision from the backend."
                 )
             )
-        else:  # a bug here or in the backend, which may have accepted, or the end
-            if isinstance(error, Exception):
-                logger.error("bug in GET %s", self._request.path, exc_info=error)
-            if connection.state == "connecting":
-                abandon(connection, "relay")
-                status = HTTPStatus.INTERNAL_SERVER_ERROR
-                self._record("no_decision", status)
-                self._respond(Rejection(status, status.description))
+        else:  # a bug here or in the backend
+            logger.error("bug in GET %s", self._request.path, exc_info=error)
+            self._end_undecided()
+
+    def _end_undecided(self) -> None:
+        """Answer 500, unless the connection is open; the backend may have accepted."""
+        connection = self._connection
+        assert connection is not None
+        if connection.state == "connecting":
+            abandon(connection, "relay")
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+            self._record("no_decision", status)
+            self._respond(Rejection(status, status.description))
 
     def _refuse(self, connection: ClientConnection, refused: ConnectionRefused) -> None:
         logger.debug("connection %s rejected with %d", connection.id, refused.status,
@@ -260,10 +269,11 @@ class Opening:
         )
         headers = SpeltHeaders()
         for name, value in refused.headers.items():
-            if FIELD_VALUE.fullmatch(value):
+            if FIELD_VALUE.fullmatch(value) and name.lower() not in FRAMING:
                 headers[name] = value
+        body = b"" if refused.status == HTTPStatus.NOT_MODIFIED else refused.body
         if not self._answer.gone:
-            self._answer.respond(refused.status, headers, refused.body)
+            self._answer.respond(refused.status, headers, body)
 
     def _respond(self, rejection: Rejection) -> None:
         if not self._answer.gone:

@@ -84,6 +84,8 @@ class Connection(Protocol):
 
     def give_up(self, status: bytes) -> None: ...
 
+    def on_bug(self) -> None: ...
+
     def hand_over(self) -> TakenSocket | None: ...
 
     def abort(self) -> None: ...
@@ -131,7 +133,14 @@ def _on_answer(
 async def _when_answered(
     connection: Connection, request: Request, response: Awaitable[FastResponse]
 ) -> None:
-    _on_answer(connection, request, await response)
+    try:
+        answer = await response
+    except Exception:
+        if connection.request is request:
+            request.response = None  # it has ended
+            connection.on_bug()
+        return
+    _on_answer(connection, request, answer)
 
 
 class HandlerResponse(HTTPConnection):

@@ -227,6 +227,12 @@ class RequestConnection(SocketConnection):
     def on_lost(self) -> None:
         self.abort()
 
+    def on_bug(self) -> None:
+        """Answer 500, since the peer would wait for the answer of the bug."""
+        logger.exception("bug in answering a request")
+        if not self.closed:
+            self.give_up(b"500 Internal Server Error")
+
     # From one request to the next.
 
     @property
@@ -290,8 +296,12 @@ class RequestConnection(SocketConnection):
 
     def _on_turn(self) -> None:
         self._turning = False
-        if not self.closed:
+        if self.closed:
+            return
+        try:
             self._advance()
+        except Exception:
+            self.on_bug()
 
     def _parse(self, piece: bytes) -> None:
         parser = self._begun_parser()

@@ -107,6 +107,10 @@ class SocketConnection:
         """The connection has failed, and must be closed."""
         raise NotImplementedError
 
+    def on_bug(self) -> None:
+        """Log the exception that is being handled, and answer the peer."""
+        raise NotImplementedError
+
     # Reading.
 
     @property
@@ -153,7 +157,10 @@ class SocketConnection:
             self.stop_reading()
             self.on_end()
             return
-        self.on_data(data)
+        try:
+            self.on_data(data)
+        except Exception:
+            self.on_bug()
         if self._tls is not None and self._reading and self._tls.pending():
             self.loop.call_soon(self._on_readable)
 

@@ -76,7 +76,7 @@ def is_valid_close_code(code: int) -> bool:
 
 def check_closing(code: int, reason: str) -> None:
     """Raise `ValueError` unless a close frame may have this code and reason."""
-    if not is_valid_close_code(code):
+    if not isinstance(code, int) or not is_valid_close_code(code):
         raise ValueError(f"{code} is no close code that may be sent")
     if len(reason.encode()) > MAX_CLOSE_REASON:
         raise ValueError(f"a close reason has at most {MAX_CLOSE_REASON} bytes")
