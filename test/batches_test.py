@@ -12,6 +12,7 @@ import pytest
 import websockets
 from faults import ScriptedBackend
 from service import DEADLINE, Service, eventually
+from standardwebhooks import Webhook
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
@@ -158,6 +159,31 @@ async def test_event_of_a_batch_is_the_single_event_and_more(io_loop):
     assert message["meta"]["instance"].endswith(f"/{boot}")
     assert second.id == f"{boot}-{lane}-{int(number) + 1}"
     assert first.headers["Content-Type"] == "application/json; charset=utf-8"
+
+
+async def test_state_and_signature_are_those_of_single_events(io_loop):
+    """The state is in the next event; the signature is over the batch."""
+    def answer(batch: Batch) -> dict[str, Any]:
+        (event,) = batch.events
+        if event["event"] == "disconnect":
+            return {}
+        own = {"connection_id": event["meta"]["connection_id"]}
+        state = json.loads(event["message"])
+        return {"commands": [{"state": state, **own}, {"send": "kept", **own}]}
+
+    secret = "whsec_" + "a" * 32
+    async with relay(answer, f"--webhook_secret={secret}") as (backend, service):
+        async with websockets.connect(service.ws_url) as client:
+            for message in ('{"é": 1}', "null", "[2]"):
+                await client.send(message)
+                assert await asyncio.wait_for(client.recv(), DEADLINE) == "kept"
+        (disconnect,) = await backend.wait_for("disconnect", 1)
+    states = [event["meta"].get("state") for event in backend.of("message")]
+    assert states == [None, {"é": 1}, None]
+    assert "state" not in backend.of("message")[2]["meta"]
+    assert disconnect["meta"]["state"] == [2]
+    for batch in backend.batches:
+        assert Webhook(secret).verify(batch.body, batch.headers)["events"]
 
 
 async def test_events_gather_while_a_batch_is_under_way(io_loop):

@@ -9,7 +9,14 @@ from collections.abc import AsyncIterator
 import pytest
 import websockets
 from certificates import Authority
-from faults import Attempt, FaultyBackend, Reply, leave, talkers
+from faults import (
+    Attempt,
+    FaultyBackend,
+    Reply,
+    ScriptedBackend,
+    leave,
+    talkers,
+)
 from service import DEADLINE, RecordingBackend, Service, eventually, tcp_server
 
 pytestmark = pytest.mark.gen_test(timeout=60)
@@ -253,3 +260,31 @@ async def test_idle_time_restarts_after_a_stall(io_loop, loop_name):
             took = asyncio.get_running_loop().time() - resumed
     assert client.close_reason == "idle"
     assert took >= idle - 0.1
+
+
+async def test_event_of_a_batch_has_its_time_after_a_stall(io_loop):
+    """It waited for its retry when its --delivery_timeout passed."""
+    failed = asyncio.Event()
+    answers = [
+        b"HTTP/1.1 500 Internal Server Error\r\nRetry-After: 9\r\n"
+        b"Content-Length: 0\r\n\r\n",
+        b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n",
+    ]
+
+    def script(kind: str) -> bytes:
+        asyncio.get_running_loop().call_soon(failed.set)
+        return answers.pop(0) if answers else b"HTTP/1.1 204 No Content\r\n\r\n"
+
+    async with ScriptedBackend(script) as backend:
+        flags = ("--backend=http", f"--batchuri={backend.url('batch')}")
+        async with Service(*flags, "--delivery_timeout=3") as service:
+            async with websockets.connect(service.ws_url) as client:
+                await client.send("one")
+                await asyncio.wait_for(failed.wait(), DEADLINE)
+                await asyncio.wait_for(await client.ping(), DEADLINE)
+                async with Stopped(service, 4):
+                    pass
+                await eventually(lambda: len(backend.of("batch")) == 3)
+            *_, last = await backend.wait_for("batch", 4)
+    (event,) = last["events"]
+    assert event["meta"]["code"] == 1000 and event["meta"]["undelivered"] == 0
