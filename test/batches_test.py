@@ -559,10 +559,12 @@ async def test_stop_waits_for_batches(io_loop):
     assert [event["meta"]["undelivered"] for event in disconnects] == [0] * 5
 
 
-async def test_options_for_held_responses_have_no_effect(io_loop):
-    """The log says so."""
-    async with relay(lambda batch: 200, "--order_wait=3") as (_, service):
-        assert any("--order_wait has no effect" in line for line in service.log)
+@pytest.mark.parametrize("flag", ["order_wait=3", "order_wait=inf", "max_unanswered=1"])
+async def test_options_for_held_responses_have_no_effect(io_loop, flag):
+    """The log says so, and nothing is demanded for them."""
+    async with relay(lambda batch: 200, f"--{flag}") as (_, service):
+        name = flag.partition("=")[0]
+        assert any(f"--{name} has no effect" in line for line in service.log)
 
 
 @pytest.mark.parametrize("option", ["messageuri", "disconnecturi"])

@@ -25,12 +25,13 @@ def make_targets(relay: Relay) -> dict[str, Target | None]:
         check_batch_options()
     elif targets["message"] is None:
         raise OptionError("--backend=http needs --messageuri or --batchuri")
+    else:
+        delivery_limits()  # checks these options, which batches do not use
     if relay.callback_url is None:
         raise OptionError(
             "--backend=http needs --externalhostandport, since callbacks are bound"
             " to a wildcard address"
         )
-    delivery_limits()  # checks these options, too
     breaker_settings()
     return targets
 
