@@ -362,6 +362,21 @@ async def test_batch_has_at_most_so_many_bytes(io_loop):
     assert all(sum(each) <= 5000 or len(each) == 1 for each in sizes)
 
 
+async def test_bytes_of_a_batch_are_those_of_its_body(io_loop):
+    """With all that it adds to its events, so that a limit of the backend fits."""
+    gate = Gate()
+    flags = ("--batch_lanes=1", "--batch_max_bytes=5000")
+    async with relay(gate, *flags) as (backend, service):
+        async with websockets.connect(service.ws_url) as client:
+            for number in range(100):
+                await client.send("é" * (number % 7))
+            await asyncio.wait_for(await client.ping(), DEADLINE)
+            gate.open()
+            await backend.wait_for("message", 100)
+    lengths = [len(batch.body) for batch in backend.batches if len(batch.events) > 1]
+    assert 4400 < max(lengths) <= 5000
+
+
 async def test_silent_backend_gets_halves(io_loop):
     """One event that makes it silent does not stop the others."""
     async def answer(batch: Batch) -> int:

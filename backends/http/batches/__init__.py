@@ -26,7 +26,7 @@ define("batch_lanes", default=4, metavar="COUNT",
 define("batch_max_events", default=256, metavar="COUNT",
        help="most events of a batch")
 define("batch_max_bytes", default=1024 * 1024, metavar="BYTES",
-       help="most bytes of the events of a batch; a single event is always sent")
+       help="most bytes of the body of a batch; a single event is always sent")
 
 # They concern held answers, of which batches have none.
 WITHOUT_EFFECT = {"order_wait": 1.0, "max_unanswered": 16}

@@ -44,13 +44,20 @@ logger = logging.getLogger(__name__)
 BAD_REQUESTS = frozenset({400, 413, 422})
 # The batch is sent again as it is: the backend is not available now.
 UNAVAILABLE = frozenset({408, 425, 429, 502, 503, 504})
+# Bytes of a body without events, and of what it adds to each (`batch_body`): the first
+# one has no comma before it.
+EMPTY = len('{"events":[]}') - len(",")
+ADDED = len(',"event":"","id":"","traceparent":"",')
 # Seconds for the answer to a batch, unless --backend_timeout is set.
 BATCH_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """Most events and bytes of a batch, and the times that apply to it, in seconds."""
+    """Most events and bytes of a batch, and the times that apply to it, in seconds.
+
+    The bytes are those of its body.
+    """
 
     max_events: int = 256
     max_bytes: int = 1024 * 1024
@@ -158,11 +165,13 @@ class Lane:
             if entries:
                 return entries, suspect
         limits = self._context.limits
-        entries, size = [], 0
+        entries, size = [], EMPTY
         while self._queue and len(entries) < limits.max_events:
             entry = self._queue[0]
             if entry.owner is not None:
-                size += len(entry.event.body)
+                event = entry.event
+                size += len(event.body) + len(event.id) + len(event.traceparent)
+                size += len(entry.name) + ADDED
                 if entries and size > limits.max_bytes:
                     break
                 entries.append(entry)
