@@ -60,9 +60,13 @@ def test_unchanged_source_may_run_compiled(source):
     require_unchanged_sources()
 
 
-def test_changed_source_does_not_run_with_old_compiled_code(source, capsys):
+@pytest.mark.parametrize("change", ["edited", "removed"])
+def test_changed_source_does_not_run_with_old_compiled_code(source, capsys, change):
     """The relay does not start, and says what to do."""
-    source.write_bytes(b"SIZE = 2\n")
+    if change == "edited":
+        source.write_bytes(b"SIZE = 2\n")
+    else:
+        source.unlink()
     with pytest.raises(SystemExit) as exited:
         require_unchanged_sources()
     assert exited.value.code == 2

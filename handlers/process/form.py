@@ -32,8 +32,11 @@ def require_unchanged_sources() -> None:
     library = Path(found.origin)
     compiled = json.loads(library.with_suffix(".json").read_bytes())
     for name, digest in compiled.items():
-        source = (library.parent / name).read_bytes()
-        if hashlib.sha256(source).hexdigest() != digest:
+        source = library.parent / name
+        if (
+            not source.exists()  # moved, as after a change of branches
+            or hashlib.sha256(source.read_bytes()).hexdigest() != digest
+        ):
             print(
                 f"socketdock: {name} has changed since it was compiled: run"
                 " 'make compile', or 'make pure' to do without compiled modules",
