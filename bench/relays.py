@@ -109,6 +109,8 @@ class Relay:
         """Start py-spy, which draws a flame graph, and slows the relay meanwhile."""
         program = str(Path(sys.executable).with_name("py-spy"))
         what = f"--rate=500 --duration={seconds:.0f} --pid={self.processes[0]}".split()
+        if is_compiled(PROJECT):  # else compiled functions would not be seen
+            what.append("--native")
         return subprocess.Popen([program, "record", *what, "--output", str(picture)])
 
     def tree(self) -> list[int]:
