@@ -166,6 +166,8 @@ def main() -> None:
             "bench: only one of the two checkouts is compiled: run `make compile` in"
             " the other one, or `make pure`"
         )
+    if arguments.profile is not None:
+        arguments.profile.mkdir(parents=True, exist_ok=True)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     os.sched_setaffinity(0, {relays.LOAD_PROCESSOR})
