@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from array import array
 from http import HTTPStatus
 
 import pytest
@@ -13,6 +14,7 @@ from slow import SlowClient
 
 from handlers.callbacks import repeats
 from handlers.callbacks.actions import ACCEPTED, FULL, GONE, OK, Outcome
+from handlers.callbacks.bulk import Statuses
 from handlers.callbacks.repeats import Keyed, KeyReused, Repeats, digest_of
 
 pytestmark = pytest.mark.gen_test(timeout=60)
@@ -492,7 +494,7 @@ async def test_only_good_answers_and_504_are_remembered(
 
 async def test_oldest_answers_of_a_connection_are_forgotten(io_loop, monkeypatch):
     """Those of other connections are not."""
-    monkeypatch.setattr(repeats, "MAX_OF_SCOPE", 3)
+    monkeypatch.setattr(repeats, "MAX_OF_CONNECTION", 3)
     known, act = store(), Act()
     await known.once(keyed("0", "b"), act)
     for number in range(4):
@@ -506,6 +508,31 @@ async def test_oldest_answers_of_a_connection_are_forgotten(io_loop, monkeypatch
         (keyed("1"), False),
     ):
         assert (await known.once(request, act))[1] == is_repeat, request
+
+
+async def test_bulk_callbacks_are_limited_by_their_statuses(io_loop, monkeypatch):
+    """Not as those of one connection, which has far fewer."""
+    monkeypatch.setattr(repeats, "MAX_OF_CONNECTION", 3)
+    monkeypatch.setattr(repeats, "MAX_STATUSES", 100)
+    known = store()
+
+    async def once(key: str, statuses: int = 1) -> bool:
+        async def act() -> Statuses:
+            return Statuses(array("H", [200] * statuses))
+
+        return (await known.once(keyed(key, repeats.INSTANCE), act))[1]
+
+    await known.once(keyed("0"), Act())
+    assert not await once("none", 0)
+    for number in range(100):
+        assert not await once(f"{number}")
+    assert await once("none") and await once("0") and await once("99")
+    assert not await once("large", 98)
+    assert not await once("97")  # the oldest 98 are forgotten for it, and "98" for this
+    assert await once("99") and await once("large") and not await once("98")
+    assert (await known.once(keyed("0"), Act()))[1]
+    assert not await once("too large", 101)
+    assert repeats.INSTANCE not in known._by_scope and known._statuses == 0
 
 
 async def test_oldest_answers_of_all_are_forgotten(io_loop, monkeypatch):
@@ -522,7 +549,7 @@ async def test_oldest_answers_of_all_are_forgotten(io_loop, monkeypatch):
 
 async def test_request_under_way_is_never_forgotten(io_loop, monkeypatch):
     """However many answers follow."""
-    monkeypatch.setattr(repeats, "MAX_OF_SCOPE", 3)
+    monkeypatch.setattr(repeats, "MAX_OF_CONNECTION", 3)
     monkeypatch.setattr(repeats, "MAX_IN_ALL", 3)
     known, act, release = store(), Act(), asyncio.Event()
 
@@ -572,5 +599,6 @@ async def test_bug_in_a_request_is_not_remembered(io_loop):
 def test_limits_are_those_of_the_documents():
     """docs/backends.md names them."""
     assert repeats.PERIOD == 300
-    assert repeats.MAX_OF_SCOPE == 1_000
+    assert repeats.MAX_OF_CONNECTION == 1_000
     assert repeats.MAX_IN_ALL == 100_000
+    assert repeats.MAX_STATUSES == 10_000_000

@@ -31,6 +31,11 @@ class Outcome:
     retry_after: int | None = None
     problem: str | None = None
 
+    @property
+    def statuses(self) -> int:
+        """Number of statuses of a bulk callback: none."""
+        return 0
+
 
 OK = Outcome(HTTPStatus.OK, "OK")
 # The action follows the handshake.

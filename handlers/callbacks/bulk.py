@@ -103,6 +103,11 @@ class Statuses:
     status: ClassVar[HTTPStatus] = HTTPStatus.OK
     each: "array[int]"
 
+    @property
+    def statuses(self) -> int:
+        """Number of statuses."""
+        return len(self.each)
+
     def document(self, commands: Iterable[Command]) -> bytes:
         """Return the JSON of the answer to `commands`."""
         ids = chain.from_iterable(each.connection_ids or () for each in commands)

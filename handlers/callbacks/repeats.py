@@ -23,8 +23,9 @@ REPLAYED = ("Idempotent-Replayed", "true")  # the header of a repeated answer
 KEY = re.compile(r"[!-~]{1,255}")
 
 PERIOD = 300.0  # seconds for which an answer is remembered
-MAX_OF_SCOPE = 1_000  # answers for one connection
-MAX_IN_ALL = 100_000  # answers; each takes about 500 bytes
+MAX_OF_CONNECTION = 1_000  # answers
+MAX_IN_ALL = 100_000  # answers; each takes about 500 bytes, and its statuses
+MAX_STATUSES = 10_000_000  # in answers to bulk callbacks; each takes two bytes
 FORGOTTEN_PER_TURN = 1_000  # answers, which takes about 1 ms
 
 REUSED = Outcome(
@@ -41,6 +42,10 @@ class Answer(Protocol):
 
     @property
     def status(self) -> int: ...
+
+    @property
+    def statuses(self) -> int:
+        """Number of statuses of a bulk callback; 0 for others."""
 
 
 A = TypeVar("A", bound=Answer)
@@ -110,6 +115,7 @@ class Repeats:
         self._answered: OrderedDict[Name, _Answered] = OrderedDict()  # oldest first
         # Its names by scope, oldest first.
         self._by_scope: dict[str, dict[Name, None]] = {}
+        self._statuses = 0  # of all answers
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -161,14 +167,17 @@ class Repeats:
         self._answered[name] = _Answered(digest, answer, self._loop.time() + PERIOD)
         names = self._by_scope.setdefault(name[0], {})
         names[name] = None
-        if len(names) > MAX_OF_SCOPE:
+        self._statuses += answer.statuses
+        if name[0] != INSTANCE and len(names) > MAX_OF_CONNECTION:
             self._forget(next(iter(names)))
+        while self._statuses > MAX_STATUSES:
+            self._forget(next(iter(self._by_scope[INSTANCE])))
         if len(self._answered) > MAX_IN_ALL:
             self._forget(next(iter(self._answered)))
         self._watch()
 
     def _forget(self, name: Name) -> None:
-        del self._answered[name]
+        self._statuses -= self._answered.pop(name).answer.statuses
         names = self._by_scope[name[0]]
         del names[name]
         if not names:
