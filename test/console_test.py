@@ -777,6 +777,8 @@ async def test_commands_of_a_batch_follow_its_events(io_loop):
         (event,) = backend.events[-1][1]["events"]
         command = {"send": "x", "connection_id": event["meta"]["connection_id"]}
         body = json.dumps({"commands": [command]}).encode()
+        if event.get("message") == "unusable":
+            body = b"no JSON"
         return (
             b"HTTP/1.1 202 Accepted\r\nContent-Type: application/vnd.socketdock+json"
             b"\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
@@ -789,10 +791,16 @@ async def test_commands_of_a_batch_follow_its_events(io_loop):
             live(service) as (stream, _),
             websockets.connect(service.ws_url) as client,
         ):
+            await client.send("unusable")
+            await stream.until("command", command="none")
             await client.send("one")
-            await stream.until("command")
-            shown = [(each["kind"], each.get("status")) for each in stream.events()]
-    assert shown[-3:] == [("attempt", 202), ("sent", None), ("command", None)]
+            await stream.until("command", command="send")
+            shown = [each["kind"] for each in stream.events()]
+            statuses = [e["status"] for e in stream.events() if e["kind"] == "attempt"]
+    assert shown[-6:] == [
+        "attempt", "command", "received", "attempt", "sent", "command"
+    ]
+    assert statuses == [202, 202]
 
 
 @pytest.mark.parametrize("bodies", [True, False])

@@ -311,21 +311,24 @@ class Lane:
             try:
                 reply = self._context.replies.read_batch(response)
             except Unusable as error:
-                reply = self._no_reply(batch, error)
-            self._on_reply(batch, reply)
+                self._on_unusable(batch, error)
+            else:
+                self._on_reply(batch, reply)
 
     async def _read(self, batch: Batch, response: Response) -> None:
         """Read a large response in turns."""
         try:
             reply = await self._context.replies.read_large_batch(response)
         except Unusable as error:
-            reply = self._no_reply(batch, error)
-        self._on_reply(batch, reply)
+            self._on_unusable(batch, error)
+        else:
+            self._on_reply(batch, reply)
 
-    def _no_reply(self, batch: Batch, error: Unusable) -> BatchReply:
-        """All events are accepted, though the response cannot be used."""
+    def _on_unusable(self, batch: Batch, error: Unusable) -> None:
+        """Accept all events, though the response cannot be used."""
+        self._settle(*self._judged(batch, frozenset()))
         self._context.replies.report("", batch.event.id, error, "batch")
-        return BatchReply([], frozenset())
+        self._end_batch()
 
     def _on_reply(self, batch: Batch, reply: BatchReply) -> None:
         """Carry out the commands, and settle the events; then comes the next batch."""
