@@ -14,7 +14,7 @@ from functions import RecordingFunction
 from reply_backends import ReplyBackend
 from service import DEADLINE, RecordingBackend, Service
 
-from backends.commands import parse_commands
+from backends.commands import CommandError, parse_commands
 from handlers.callbacks.openapi import openapi_document
 from socketdock import __version__
 
@@ -355,7 +355,12 @@ async def test_document_describes_the_replies(io_loop):
                 reply = described["example"]
                 assert parse_commands(reply["commands"])
                 matches(spoken, *path, value=reply)
-                for command in ({}, {"send": 1}, {"send": "x", "close": True}):
+                both = {"connection_id": "a", "connection_ids": ["b"]}
+                for command in (
+                    {}, {"send": 1}, {"send": "x", "close": True}, {"send": "x", **both}
+                ):
+                    with pytest.raises(CommandError):
+                        parse_commands([command])
                     reply = {"commands": [command]}
                     with pytest.raises(jsonschema_rs.ValidationError):
                         matches(spoken, *path, value=reply)
