@@ -60,17 +60,21 @@ def test_unchanged_source_may_run_compiled(source):
     require_unchanged_sources()
 
 
-@pytest.mark.parametrize("change", ["edited", "removed"])
-def test_changed_source_does_not_run_with_old_compiled_code(source, capsys, change):
+@pytest.mark.parametrize("change", ["edited", "removed", "unknown"])
+def test_changed_source_does_not_run_with_old_compiled_code(
+    source, tmp_path, capsys, change
+):
     """The relay does not start, and says what to do."""
     if change == "edited":
         source.write_bytes(b"SIZE = 2\n")
-    else:
+    elif change == "removed":
         source.unlink()
+    else:
+        (tmp_path / f"{LIBRARY}.abi.json").unlink()
     with pytest.raises(SystemExit) as exited:
         require_unchanged_sources()
     assert exited.value.code == 2
-    line = r"socketdock: \S+frames\.py has changed since .*'make compile', .*\n"
+    line = r"socketdock: \S+\.(py|json) has changed since .*'make compile', .*\n"
     assert re.fullmatch(line, capsys.readouterr().err)
 
 

@@ -30,16 +30,30 @@ def require_unchanged_sources() -> None:
     if found is None or found.origin is None:
         return
     library = Path(found.origin)
-    compiled = json.loads(library.with_suffix(".json").read_bytes())
-    for name, digest in compiled.items():
+    name = _changed(library)
+    if name is not None:
+        print(
+            f"socketdock: {name} has changed since it was compiled: run"
+            " 'make compile', or 'make pure' to do without compiled modules",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def _changed(library: Path) -> str | None:
+    """Return the name of a source that is not as it was compiled, if there is one.
+
+    A source may be missing after a change of branches, and the record of all of them in
+    an incomplete copy.
+    """
+    record = library.with_suffix(".json")
+    if not record.exists():
+        return record.name
+    for name, digest in json.loads(record.read_bytes()).items():
         source = library.parent / name
         if (
-            not source.exists()  # moved, as after a change of branches
+            not source.exists()
             or hashlib.sha256(source.read_bytes()).hexdigest() != digest
         ):
-            print(
-                f"socketdock: {name} has changed since it was compiled: run"
-                " 'make compile', or 'make pure' to do without compiled modules",
-                file=sys.stderr,
-            )
-            sys.exit(2)
+            return str(name)
+    return None
