@@ -14,6 +14,7 @@ import pytest
 import websockets
 from authorization_test import BEARER, TOKENS
 from console_test import live
+from faults import send_raw
 from metrics_test import scrape
 from ports import free_ports
 from service import DEADLINE, RecordingBackend, Service, eventually, tcp_server
@@ -262,6 +263,34 @@ def hop_headers(hop, key="k"):
         "Idempotency-Key": key,
         "SocketDock-Hop": hop,
     }
+
+
+REFUSED_HOPS = {
+    "charset": (415, "text/plain; charset=latin-1", ("Host: relay",)),
+    "coding": (415, "text/plain", ("Host: relay", "Content-Encoding: gzip")),
+    "no-host": (400, "text/plain", ()),
+    "odd-host": (400, "text/plain", ("Host: a b",)),
+}
+
+
+@pytest.mark.parametrize("row", REFUSED_HOPS)
+async def test_hop_is_refused_as_any_callback_is(io_loop, trio, row):
+    """Although its signature is good, and its header comes first."""
+    backend, (service, *_) = trio
+    status, kind, more = REFUSED_HOPS[row]
+    async with joined(backend, service) as (client, meta):
+        path = at(service, meta).removeprefix(service.callback_url)
+        key = f"hop {row}"
+        hop = signed_hop(path, key, content_type=kind.encode())
+        lines = (
+            f"POST {path} HTTP/1.1", f"SocketDock-Hop: {hop}", f"Content-Type: {kind}",
+            f"Idempotency-Key: {key}", "Content-Length: 1", *more, "", "x",
+        )  # fmt: skip
+        request = "\r\n".join(lines).encode()
+        refused = await send_raw(service.callback_url, request, answers=1)
+        assert refused.statuses == [status]
+        await call(backend, at(service, meta), body="last", headers=AUTHORIZED)
+        assert await received(client) == "last"
 
 
 async def test_hop_needs_no_token_and_is_carried_out_once(io_loop, trio):

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
+from backends.media_types import has_text_charset
 from handlers.callbacks.actions import Outcome, Sending, send
 from handlers.callbacks.bodies import message_of
 from handlers.callbacks.peers.forwarded import OWN_KEY
@@ -12,6 +13,7 @@ from handlers.callbacks.peers.received_hops import ReceivedHops
 from handlers.callbacks.repeats import HEADER as KEY_HEADER
 from handlers.callbacks.responses import response_of
 from handlers.http.fast import FastResponse
+from handlers.http.plain import is_plain_host
 from handlers.http.request import FastHandler, Request
 from handlers.websocket.frames import MessageFrame
 
@@ -69,11 +71,17 @@ class FastHop:
             return None
         if b"expect" in fields or b"content-encoding" in fields:
             return None
+        if not is_plain_host(fields.get(b"host", b"")):
+            return None
         content_type = fields.get(CONTENT_TYPE, b"")
+        kind = content_type.decode("latin-1")
+        if ";" in kind and not has_text_charset(kind):
+            return None
         return partial(
             self._send,
             connection_id.decode("latin-1"),
             types,
+            kind,
             headers[0][1],
             (b"POST", request.target, content_type, key),
         )
@@ -82,6 +90,7 @@ class FastHop:
         self,
         connection_id: str,
         types: Sequence[str],
+        content_type: str,
         hop: bytes,
         parts: tuple[bytes, bytes, bytes, bytes],
         body: bytes,
@@ -93,7 +102,7 @@ class FastHop:
         if key in self._recent:
             return None
         try:
-            message = message_of(body, parts[2].decode("latin-1"), types)
+            message = message_of(body, content_type, types)
         except ValueError:
             return None
         connection = self._received.find(connection_id)
