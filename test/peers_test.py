@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import time
+from array import array
 
 import pytest
 import websockets
@@ -19,6 +20,9 @@ from metrics_test import scrape
 from ports import free_ports
 from service import DEADLINE, RecordingBackend, Service, eventually, tcp_server
 
+from handlers.callbacks.actions import OK
+from handlers.callbacks.bulk import Statuses
+from handlers.callbacks.peers import recent
 from handlers.callbacks.peers.hops import Hops, digest_of_body
 from handlers.owners import Address, SharedOwners
 
@@ -716,3 +720,24 @@ async def test_console_shows_callbacks_that_are_forwarded(io_loop, trio):
             event = await stream.until("forwarded", id=meta["connection_id"])
             assert (event["owner"], event["outcome"]) == (owner, "answered")
             assert event["status"] == 200
+
+
+async def test_forwarded_callbacks_are_forgotten_before_they_take_too_much(
+    io_loop, monkeypatch
+):
+    """Two generations are known; the statuses of each are limited, too."""
+    monkeypatch.setattr(recent, "MAX_STATUSES", 100)
+    monkeypatch.setattr(recent, "MAX_IN_GENERATION", 5)
+    known = recent.Recent(asyncio.get_running_loop())
+
+    async def act() -> Statuses:
+        return Statuses(array("H", [200] * 50))
+
+    for key in "abcd":  # "c" begins the second generation
+        await known.once(key, act)
+    assert "a" in known
+    await known.once("e", act)
+    assert "b" not in known and "c" in known
+    for key in "fghijk":  # "j" is the sixth of this generation
+        known.add(key, OK)
+    assert "d" not in known and "e" in known

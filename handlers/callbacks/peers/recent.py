@@ -9,15 +9,17 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
 from handlers.callbacks.peers.hops import MAX_DIFFERENCE
+from handlers.callbacks.repeats import Answer
 
 # Seconds for which a callback is remembered at least: its time may be that much ahead,
 # and is accepted until it is that much old.
 PERIOD = 2.0 * MAX_DIFFERENCE
-# Of these at most twice as many are remembered; each takes about 200 bytes. With more
-# in a period, the oldest are forgotten earlier.
-MAX_IN_GENERATION = 100_000
+# Of these at most twice as many are remembered. With more in a period, the oldest are
+# forgotten earlier.
+MAX_IN_GENERATION = 100_000  # callbacks; each takes about 200 bytes, and its statuses
+MAX_STATUSES = 5_000_000  # in answers to bulk callbacks; each takes two bytes
 
-A = TypeVar("A")
+A = TypeVar("A", bound=Answer)
 
 
 class Recent:
@@ -32,6 +34,7 @@ class Recent:
         # Answers, and tasks that will return one.
         self._new: dict[str, object] = {}
         self._old: dict[str, object] = {}
+        self._statuses = 0  # in answers of the new one
         self._begun_at = loop.time()
 
     def __contains__(self, key: str) -> bool:
@@ -40,8 +43,13 @@ class Recent:
     def add(self, key: str, answer: object) -> None:
         """Remember the answer to a callback that was not known, or its task."""
         now = self._loop.time()
-        if now > self._begun_at + PERIOD or len(self._new) >= MAX_IN_GENERATION:
+        if (
+            now > self._begun_at + PERIOD
+            or len(self._new) >= MAX_IN_GENERATION
+            or self._statuses >= MAX_STATUSES
+        ):
             self._old, self._new, self._begun_at = self._new, {}, now
+            self._statuses = 0
         self._new[key] = answer
 
     async def once(self, key: str, act: Callable[[], Coroutine[Any, Any, A]]) -> A:
@@ -50,6 +58,11 @@ class Recent:
         if known is None:
             known = self._loop.create_task(act())
             self.add(key, known)
+            known.add_done_callback(self._count)
         if isinstance(known, asyncio.Task):
             known = await asyncio.shield(known)
         return cast(A, known)
+
+    def _count(self, task: "asyncio.Task[A]") -> None:
+        if not task.cancelled() and task.exception() is None:
+            self._statuses += task.result().statuses
