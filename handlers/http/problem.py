@@ -67,6 +67,13 @@ class ProblemHandler(RequestHandler):
         """The peer has left. Tornado's own method has nothing to do here."""
         self.peer_left = not self._headers_written
 
+    def finish(self, chunk: str | bytes | dict[Any, Any] | None = None) -> Any:
+        """Answer, unless the peer has left, even if that was not reported yet."""
+        connection: Any = self.request.connection
+        if not self._headers_written and (connection is None or connection.is_over):
+            self.peer_left = True
+        return super().finish(chunk)
+
     def set_default_headers(self) -> None:
         headers = SpeltHeaders()
         for name in ("Content-Type", "Date"):  # Tornado's defaults, without Server

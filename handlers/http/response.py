@@ -163,7 +163,8 @@ class HandlerResponse(HTTPConnection):
         self._switch = b""  # a 101, which is sent by `take_socket`
 
     @property
-    def _is_over(self) -> bool:
+    def is_over(self) -> bool:
+        """Whether the request was answered, or its connection is closed."""
         return self._connection.request is not self._request
 
     def begin(self) -> None:
@@ -193,7 +194,7 @@ class HandlerResponse(HTTPConnection):
             asyncio.ensure_future(ready).add_done_callback(lambda _: self._on_ready())
 
     def _on_ready(self) -> None:
-        if not self._is_over:
+        if not self.is_over:
             self._prepare()
             self._connection.on_prepared()
 
@@ -211,7 +212,7 @@ class HandlerResponse(HTTPConnection):
             return
         if request.body:
             delegate.data_received(request.take_body())
-        if self._is_over:
+        if self.is_over:
             return
         if request.length > self._body_limit:
             self._connection.give_up(b"413 Content Too Large")
@@ -255,7 +256,7 @@ class HandlerResponse(HTTPConnection):
 
     def set_body_timeout(self, timeout: float) -> None:
         """Set the time for the rest of the body, in seconds from now."""
-        if not self._is_over:
+        if not self.is_over:
             self._connection.deadline = self._connection.loop.time() + timeout
 
     def write_headers(
@@ -267,7 +268,7 @@ class HandlerResponse(HTTPConnection):
         """Write the head of the response, and the first part of its body."""
         assert isinstance(start_line, ResponseStartLine)
         connection, request = self._connection, self._request
-        if self._is_over:
+        if self.is_over:
             return closed_future(connection.loop)
         self.answered = True
         status = start_line.code
@@ -297,13 +298,13 @@ class HandlerResponse(HTTPConnection):
 
     def write(self, chunk: bytes) -> "asyncio.Future[None]":
         """Write another part of the response's body."""
-        if self._is_over:
+        if self.is_over:
             return closed_future(self._connection.loop)
         return self._connection.write(self._part(chunk))
 
     def finish(self) -> None:
         """End the response."""
-        if self._is_over or self._switch:
+        if self.is_over or self._switch:
             return
         if self._chunked:
             self._connection.write(b"0\r\n\r\n")
@@ -312,7 +313,7 @@ class HandlerResponse(HTTPConnection):
 
     def take_socket(self) -> TakenSocket | None:
         """Send the 101, and return the socket; None if the connection is closed."""
-        if self._is_over:
+        if self.is_over:
             return None
         self._delegate = self._on_close = None
         self._connection.send(self._switch)
@@ -320,7 +321,7 @@ class HandlerResponse(HTTPConnection):
 
     def abort(self) -> None:
         """Close the connection immediately."""
-        if not self._is_over:
+        if not self.is_over:
             self._connection.abort()
 
     def _part(self, chunk: bytes) -> bytes:

@@ -326,6 +326,11 @@ class _Exchange(HTTP1Connection):
         sock = self.stream.socket
         return -1 if sock is None else sock.fileno()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the connection is closed."""
+        return self.stream is None or self.stream.closed()
+
     def take_socket(self) -> TakenSocket | None:
         """Return the socket for another protocol; None if the connection is closed."""
         stream = self.detach()
