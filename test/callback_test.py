@@ -435,7 +435,10 @@ async def test_prefix_is_optional(io_loop):
 @pytest.mark.parametrize("server", ["fast", "tornado"])
 async def test_caller_that_leaves_before_the_answer_got_none(io_loop, server):
     """The access log says 499, and the send is not counted as answered."""
-    flags = (f"--http_server={server}", "--logging=debug", "--max_send_buffer=1000")
+    flags = (
+        f"--http_server={server}", "--logging=debug", "--max_send_buffer=1000",
+        "--send_timeout=60",
+    )  # fmt: skip
     async with RecordingBackend() as backend:
         async with Service(*backend.flags(), *flags) as service:
             with await RawClient.connect(service.ws_url, receive_buffer=4096) as deaf:
