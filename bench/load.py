@@ -193,14 +193,15 @@ class Callbacks:
     def __init__(self, host: bytes, on_broken: Callable[[str], None]) -> None:
         self.host = host
         self.on_broken = on_broken
-        self.idle: list[CallbackConnection] = []
+        # The one that waits longest is next: a relay closes those that are not used.
+        self.idle: deque[CallbackConnection] = deque()
         self.waiting: deque[Callback] = deque()
         self._made: list[asyncio.Task[object]] = []
 
     def post(self, callback: Callback) -> None:
         """Send a request, at once if a connection is free."""
         if self.idle:
-            self.idle.pop().send(callback)
+            self.idle.popleft().send(callback)
             return
         self.waiting.append(callback)
         if len(self._made) < MAX_CALLBACKS:

@@ -4,7 +4,7 @@
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -98,17 +98,22 @@ class Table:
         return f"{cell} ±{(max(values) - min(values)) / 2 / middle:.0%}"
 
 
+def span(values: Collection[float]) -> str:
+    """Return the least and the greatest value, or the only one."""
+    least, most = min(values), max(values)
+    return f"{least:g}" if least == most else f"{least:g} to {most:g}"
+
+
 def tables(found: Results) -> str:
     """Return all figures, in Markdown."""
     machine, runs = found["machine"], found["runs"]
     rounds = Counter(map(place, runs)).values()
-    least, most = min(rounds), max(rounds)
+    seconds = [run["seconds"] for run in runs]
     stolen = [run["stolen"] for run in runs if "stolen" in run] or [0.0]
     parts = [
         f"{machine['date']}; {machine['processor']}, {machine['processors']}"
         f" processors; {machine['system']}; Python {machine['python']};"
-        f" {most if least == most else f'{least} to {most}'} rounds of"
-        f" {max(run['seconds'] for run in runs):g} s for each figure; {USUAL_CLIENTS}"
+        f" {span(rounds)} rounds of {span(seconds)} s for each figure; {USUAL_CLIENTS}"
         f" clients unless another number is given. The host kept the relay's processor"
         f" for itself {median(stolen):.0%} of the time ({max(stolen):.0%} at worst)."
     ]
