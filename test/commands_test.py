@@ -71,8 +71,10 @@ NOT_RUN = {
     r"docker |CALLBACK_TOKEN_FILE=": "it needs Docker; compose_test has the files",
     r"openssl rand -base64 32 > /etc/": "peers_test does it elsewhere",
     r"(.*\n)*.*PEER_SECRET_FILE=": "it needs Docker; compose_redis_test has the file",
+    r"make -C /tmp/before compile": "it needs another checkout, and takes minutes",
     r"socketdock dev": "development_test runs it",
-    r"socketdock (check|--backend=apigateway)$": "it is in a sentence, without options",
+    r"socketdock (check( --send)?|--backend=apigateway)$":
+        "it is in a sentence, without options",
     r"cp ~/.local/state/socketdock/dev/ca-bundle.pem chat/\nsam ": "it needs SAM",
     r"kubectl ": "it needs a cluster; kubernetes_test has the files",
     r"(PYTHONPATH=\. )?aca-py ": "it needs ACA-Py; acapy_transport_test runs the code",

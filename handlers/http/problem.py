@@ -69,8 +69,9 @@ class ProblemHandler(RequestHandler):
 
     def finish(self, chunk: str | bytes | dict[Any, Any] | None = None) -> Any:
         """Answer, unless the peer has left, even if that was not reported yet."""
-        connection: Any = self.request.connection
-        if not self._headers_written and (connection is None or connection.is_over):
+        connection = self.request.connection
+        is_over = connection is None or getattr(connection, "is_over", False)
+        if is_over and not self._headers_written:
             self.peer_left = True
         return super().finish(chunk)
 
