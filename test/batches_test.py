@@ -327,6 +327,15 @@ async def until_closed(client: websockets.ClientConnection) -> int:
     return closed.value.rcvd.code
 
 
+async def expect_1013(service: Service, clients: int) -> None:
+    """Send a message from each of so many clients, which must be closed with 1013."""
+    connected = [await websockets.connect(service.ws_url) for _ in range(clients)]
+    for client in connected:
+        await client.send("one")
+    for client in connected:
+        assert await until_closed(client) == 1013
+
+
 async def test_disconnect_event_is_in_no_batch_with_messages(io_loop):
     """Not of its connection, which may fail."""
     async def answer(batch: Batch) -> int:
@@ -428,11 +437,7 @@ async def test_backend_that_takes_no_event_closes_clients_with_1013(io_loop, ans
 
     flags = ("--batch_lanes=1", "--delivery_timeout=1")
     async with relay(reject, *flags) as (backend, service):
-        clients = [await websockets.connect(service.ws_url) for _ in range(6)]
-        for client in clients:
-            await client.send("one")
-        for client in clients:
-            assert await until_closed(client) == 1013
+        await expect_1013(service, 6)
         await backend.wait_for("disconnect", 6)
     assert not backend.of("message")
     # At once, then within 0.2, 0.4, 0.8 s and so on: about 40 with all parts.
@@ -448,11 +453,7 @@ async def test_silent_backend_is_not_asked_about_each_event(io_loop):
 
     flags = ("--batch_lanes=1", "--backend_timeout=0.3", "--delivery_timeout=0.5")
     async with relay(answer, *flags) as (backend, service):
-        clients = [await websockets.connect(service.ws_url) for _ in range(16)]
-        for client in clients:
-            await client.send("one")
-        for client in clients:
-            assert await until_closed(client) == 1013
+        await expect_1013(service, 16)
         attempts = sum(bool(batch.messages) for batch in backend.batches)
     # 16, 16, 8, 4, 2, 1, 1; with all parts 33.
     assert attempts < 25

@@ -3,13 +3,12 @@
 import asyncio
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from service import DEADLINE, PROJECT
+from service import PROJECT, ended
 
 from bench import report, results
 from bench.comparison import Comparison, comparisons
@@ -97,15 +96,7 @@ def test_compiled_checkout_is_not_compared_with_a_pure_one(tmp_path: Path) -> No
     if not is_compiled(PROJECT):
         (tmp_path / "handlers").mkdir()
         (tmp_path / "handlers" / "module.so").touch()
-    tried = subprocess.run(
-        [sys.executable, "-m", "bench", f"--against={tmp_path}"],
-        cwd=PROJECT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
+    tried = ended(f"--against={tmp_path}", command=(sys.executable, "-m", "bench"))
     assert tried.returncode == 1
     assert tried.stderr.startswith("bench: only one of the two checkouts is compiled")
 

@@ -220,7 +220,6 @@ def test_document_names_the_limits_of_bulk_callbacks():
     assert "memory" in described["503"]["description"]
 
 
-
 @pytest.mark.parametrize(("flags", "security", "others"), [
     ((), None, True),
     (("--callback_token={token}",), [{"token": []}], True),

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 SWITCHING_PROTOCOLS = 101
 # Logged at the level debug: peers may send any number of them.
-MALFORMED = "malformed request: 400 Bad Request"
+MALFORMED = "malformed request: %s"
 LINE_END = re.compile(r"[\r\n\0]")
 
 
@@ -184,7 +184,7 @@ class HandlerResponse(HTTPConnection):
                 headers,
             )
         except HTTPInputError:
-            logger.debug(MALFORMED)
+            logger.debug(MALFORMED, "400 Bad Request")
             self._delegate = self._on_close = None
             self._connection.give_up(b"400 Bad Request")
             return

@@ -31,6 +31,7 @@ from handlers.http.parser import MalformedRequest, NamingParser, RequestParser
 from handlers.http.plain import MAX_HEAD_SIZE, plain_handshake, plain_request
 from handlers.http.request import FastHandler, Request, Response
 from handlers.http.response import (
+    MALFORMED,
     Connection,
     Context,
     HandlerResponse,
@@ -327,7 +328,7 @@ class RequestConnection(SocketConnection):
 
     def _reject(self, status: bytes) -> None:
         """Parse nothing more; `status` is the last response, after one that is due."""
-        logger.debug("malformed request: %s", status.decode())
+        logger.debug(MALFORMED, status.decode())
         self._rejection = b"HTTP/1.1 %b\r\nConnection: close\r\n\r\n" % status
         partial = self._partial
         self._forget_partial()

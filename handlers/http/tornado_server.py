@@ -381,7 +381,7 @@ class _Malformed(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if not str(record.msg).startswith("Malformed HTTP message"):
             return True
-        logger.debug(MALFORMED)
+        logger.debug(MALFORMED, "400 Bad Request")
         return False
 
 
